@@ -1,0 +1,104 @@
+"""The sparse attention pattern: which kind layer i is, and which positions a kind may see.
+
+The only place that knows it (Ramesh et al. 2021, section 2.2, appendix B.1, figure 11). Kernels, caches and FLOP
+counts are tested against `allowed`. Numpy only; knows nothing of heads, parameters or dtypes.
+
+Positions: `text_len` text slots, then `grid * grid` image slots in raster order. Text sees earlier text; an image
+slot sees all text (padding included) and the earlier image slots of its layer's kind, itself included.
+"""
+
+import functools
+
+import numpy as np
+
+KINDS = ("row", "column", "conv", "full")
+PATTERNS = ("paper", "full")
+PERIOD = ("row", "column", "row", "row")
+CONV_SIDE = 11  # the last layer's kernel, appendix B.1
+
+
+def layer_kinds(num_layers: int, pattern: str = "paper") -> tuple[str, ...]:
+    """Kind of each layer, first to last.
+
+    `paper` (appendix B.1): with i = 1 .. num_layers, layer num_layers is 'conv', layers with (i - 2) mod 4 = 0 are
+    'column', all others 'row'. `full` is dense causal attention everywhere, for comparison.
+
+    Raises:
+      ValueError: num_layers < 1 or an unknown pattern.
+    """
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}")
+    if pattern == "full":
+        return ("full",) * num_layers
+    return tuple(PERIOD[i % len(PERIOD)] for i in range(num_layers - 1)) + ("conv",)
+
+
+def image_offsets(kind: str, *, grid: int) -> tuple[int, ...]:
+    """Raster distances query - key, ascending, that an image slot of this kind may look back over.
+
+    Row attention wraps into the previous row and reaches the same column there (grid + 1 keys). Convolution wraps at
+    row borders too: offsets dr * grid + dc of the causal half of an 11 x 11 window (the literal reading of "with
+    wraparound similar to row attention").
+    """
+    _check(kind, grid)
+    if kind == "row":
+        return tuple(range(grid + 1))
+    if kind == "column":
+        return tuple(range(0, grid * grid, grid))
+    if kind == "conv":
+        half = CONV_SIDE // 2
+        window = {dr * grid + dc for dr in range(half + 1) for dc in range(-half, half + 1)}
+        return tuple(sorted(offset for offset in window if 0 <= offset < grid * grid))
+    return tuple(range(grid * grid))
+
+
+@functools.lru_cache(maxsize=64)
+def _allowed_image(kind: str, grid: int) -> np.ndarray:
+    offset = np.subtract.outer(np.arange(grid * grid), np.arange(grid * grid))
+    mask = np.isin(offset, image_offsets(kind, grid=grid))
+    mask.flags.writeable = False
+    return mask
+
+
+def allowed_image(kind: str, *, grid: int) -> np.ndarray:
+    """bool [grid*grid, grid*grid]: may image query (row index) see image key (column index)? Read-only."""
+    _check(kind, grid)
+    return _allowed_image(kind, grid)
+
+
+def allowed(kind: str, *, text_len: int, grid: int) -> np.ndarray:
+    """bool [S, S], S = text_len + grid*grid, rows are queries: the whole mask of a layer of this kind.
+
+    Raises:
+      ValueError: unknown kind, text_len < 0 or grid < 1.
+    """
+    _check(kind, grid)
+    if text_len < 0:
+        raise ValueError(f"text_len must not be negative, got {text_len}")
+    length = text_len + grid * grid
+    mask = np.zeros((length, length), bool)
+    mask[:text_len, :text_len] = np.tri(text_len, dtype=bool)
+    mask[text_len:, :text_len] = True
+    mask[text_len:, text_len:] = allowed_image(kind, grid=grid)
+    return mask
+
+
+def cache_slots(kind: str, *, grid: int) -> int:
+    """Image slots that decoding must keep per layer of this kind: a ring for row and conv, everything for the rest.
+
+    A ring of R slots holds position p in slot p mod R, which is exactly what a query may look back over. Column layers
+    keep all positions transposed (column * grid + row), so that the keys a query sees lie side by side.
+    """
+    if kind in ("row", "conv"):
+        return image_offsets(kind, grid=grid)[-1] + 1
+    _check(kind, grid)
+    return grid * grid
+
+
+def _check(kind: str, grid: int) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if grid < 1:
+        raise ValueError(f"grid must be at least 1, got {grid}")
