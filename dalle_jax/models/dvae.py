@@ -1,0 +1,229 @@
+"""The discrete VAE's two networks (Ramesh et al. 2021, section 2.1, appendix A.1, and the released code).
+
+Convolutional ResNets without normalisation: `encode` gives logits over the codes at each grid position, `decode`
+gives the parameters of a pixel distribution. Knows nothing of noise, likelihoods or schedules.
+
+Array names end in their dimensions: B batch, H height, W width, C channels, G grid side, V codes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dalle_jax.models.layers import Model, compute_dtype, param
+from dalle_jax.sharding import constrain
+
+OUTPUTS = 6  # per pixel: three means, then three log scales (appendix A.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class DVAEConfig:
+    """Sizes of the networks. The defaults are the paper's; everything after `precision` is not in the paper.
+
+    image_size: pixels per side. vocab: codes. width: channels of the encoder's first group, doubled in each later
+    group. stem: channels after the decoder's first convolution, in effect the size of a code's embedding.
+    stem_kernel: side of the encoder's first convolution. precision: 'fp32' or 'bf16', see `layers.compute_dtype`.
+
+    patch: pixels per side that are folded into channels before the first and unfolded after the last convolution, so
+    that a small model works on few positions; 1 is the paper's network. logits_norm: divide the features that make
+    the logits by their root mean square, which bounds how sure an untrained encoder can be.
+    """
+
+    image_size: int = 256
+    vocab: int = 8_192
+    width: int = 256
+    groups: int = 4
+    blocks_per_group: int = 2
+    stem: int = 128
+    stem_kernel: int = 7
+    precision: str = "fp32"
+    patch: int = 1
+    logits_norm: bool = False
+
+    def __post_init__(self):
+        for name in ("image_size", "vocab", "groups", "blocks_per_group", "stem", "patch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width < 4 or self.width % 4:
+            raise ValueError(f"width must be a multiple of 4 (the bottleneck is a quarter), got {self.width}")
+        if self.stem_kernel % 2 == 0:
+            raise ValueError(f"stem_kernel must be odd, got {self.stem_kernel}")
+        if self.image_size % self.stride:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch * 2^(groups-1) = {self.stride}")
+        compute_dtype(self.precision)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per grid position and side."""
+        return self.patch * 2 ** (self.groups - 1)
+
+    @property
+    def grid(self) -> int:
+        """Grid positions per side."""
+        return self.image_size // self.stride
+
+    @property
+    def post_gain(self) -> float:
+        """Factor of every residual branch, 1 / layers^2 (appendix A.1)."""
+        return 1.0 / (self.groups * self.blocks_per_group) ** 2
+
+
+def model(config: DVAEConfig) -> Model:
+    """The definition as pure functions; methods `encode`, `decode` and `decode_ids` of `DVAE`."""
+    return Model(config, lambda rngs: DVAE(config, rngs))
+
+
+class DVAE(nnx.Module):
+    """Encoder and decoder. Parameters: {'encoder': ..., 'decoder': ...}."""
+
+    def __init__(self, config: DVAEConfig, rngs: nnx.Rngs):
+        self.encoder = Encoder(config, rngs)
+        self.decoder = Decoder(config, rngs)
+
+    def encode(self, x_BHWC):
+        """Images in the logit-Laplace range [B, H, W, 3] -> float32 logits over the codes [B, G, G, V]."""
+        return self.encoder(x_BHWC)
+
+    def decode(self, z_BGGV):
+        """Codes as distributions (one-hot or relaxed) [B, G, G, V] -> float32 [B, H, W, 6]: mu, then ln b."""
+        return self.decoder.pixels(self.decoder.stem(z_BGGV))
+
+    def decode_ids(self, ids_BGG):
+        """`decode` of the one-hot of these codes, by table look-up."""
+        return self.decoder.pixels(self.decoder.stem.look_up(ids_BGG))
+
+
+class Conv(nnx.Module):
+    """A 'same' convolution of stride 1; normal weights with variance 1 / fan-in, zero bias (released code)."""
+
+    def __init__(self, kernel: int, channels: tuple[int, int], rngs, *, dtype, axes=("in", "out")):
+        std = (kernel * kernel * channels[0]) ** -0.5
+        self.weight = param(rngs, (kernel, kernel, *channels), axes=(None, None, *axes), std=std)
+        self.bias = param(rngs, channels[1:], axes=axes[1:])
+        self.dtype = dtype
+
+    def __call__(self, x_BHWC):
+        # Where the paper asks for float32, an accelerator must not round the factors to bfloat16 or TF32.
+        precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        y_BHWC = jax.lax.conv_general_dilated(
+            x_BHWC.astype(self.dtype),
+            self.weight[...].astype(self.dtype),
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision,
+        )
+        return y_BHWC + self.bias[...].astype(self.dtype)
+
+    def look_up(self, ids_BHW):
+        """The result for one-hot inputs; for a 1x1 kernel only."""
+        return self.weight[0, 0][ids_BHW] + self.bias[...]
+
+
+class Block(nnx.Module):
+    """skip(x) + post_gain * four convolutions through a bottleneck of a quarter of the output channels."""
+
+    def __init__(self, kernels: tuple[int, int, int, int], channels: tuple[int, int], gain: float, rngs, *, dtype):
+        before, after = channels
+        hidden = after // 4
+        widths = (before, hidden, hidden, hidden, after)
+        self.conv_1 = Conv(kernels[0], widths[0:2], rngs, dtype=dtype)
+        self.conv_2 = Conv(kernels[1], widths[1:3], rngs, dtype=dtype)
+        self.conv_3 = Conv(kernels[2], widths[2:4], rngs, dtype=dtype)
+        self.conv_4 = Conv(kernels[3], widths[3:5], rngs, dtype=dtype)
+        self.skip = Conv(1, channels, rngs, dtype=dtype) if before != after else None
+        self.gain = gain
+
+    def __call__(self, x_BHWC):
+        y_BHWC = x_BHWC
+        for conv in (self.conv_1, self.conv_2, self.conv_3, self.conv_4):
+            y_BHWC = conv(jax.nn.relu(y_BHWC))
+        return (x_BHWC if self.skip is None else self.skip(x_BHWC)) + self.gain * y_BHWC
+
+
+class Tower(nnx.Module):
+    """Groups of blocks with a change of resolution after every group but the last."""
+
+    def __init__(self, widths: tuple[int, ...], kernels, resize, config: DVAEConfig, rngs, *, dtype):
+        # widths[0] channels come in, group g puts out widths[g]
+        self.resize = resize
+        self.shape = (config.groups, config.blocks_per_group)
+        for group in range(config.groups):
+            for block in range(config.blocks_per_group):
+                channels = (widths[group] if block == 0 else widths[group + 1], widths[group + 1])
+                setattr(self, _block_name(group, block), Block(kernels, channels, config.post_gain, rngs, dtype=dtype))
+
+    def __call__(self, x_BHWC):
+        groups, blocks = self.shape
+        for group in range(groups):
+            for block in range(blocks):
+                x_BHWC = getattr(self, _block_name(group, block))(x_BHWC)
+                x_BHWC = constrain(x_BHWC, ("batch", None, None, None))
+            if group < groups - 1:
+                x_BHWC = self.resize(x_BHWC)
+        return x_BHWC
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: DVAEConfig, rngs: nnx.Rngs):
+        dtype = compute_dtype(config.precision)
+        widths = tuple(config.width * 2**group for group in range(config.groups))
+        self.config = config
+        self.stem = Conv(config.stem_kernel, (3 * config.patch**2, config.width), rngs, dtype=dtype)
+        self.tower = Tower((config.width, *widths), (3, 3, 3, 1), _max_pool, config, rngs, dtype=dtype)
+        self.head = Conv(1, (widths[-1], config.vocab), rngs, dtype=jnp.float32, axes=("in", "vocab"))
+
+    def __call__(self, x_BHWC):
+        size = (self.config.image_size, self.config.image_size, 3)
+        if x_BHWC.shape[1:] != size:
+            raise ValueError(f"the encoder takes images [B, {size[0]}, {size[1]}, 3], got {x_BHWC.shape}")
+        x_BGGC = self.tower(self.stem(_space_to_depth(x_BHWC, self.config.patch)))
+        x_BGGC = jax.nn.relu(x_BGGC).astype(jnp.float32)
+        if self.config.logits_norm:
+            x_BGGC = x_BGGC * jax.lax.rsqrt(jnp.square(x_BGGC).mean(-1, keepdims=True) + 1e-6)
+        return self.head(x_BGGC)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: DVAEConfig, rngs: nnx.Rngs):
+        dtype = compute_dtype(config.precision)
+        widths = tuple(config.width * 2**group for group in reversed(range(config.groups)))
+        self.config = config
+        self.stem = Conv(1, (config.vocab, config.stem), rngs, dtype=jnp.float32, axes=("vocab", "out"))
+        self.tower = Tower((config.stem, *widths), (1, 3, 3, 3), _double, config, rngs, dtype=dtype)
+        # Computed in `precision`, though the likelihood of the result is float32.
+        self.head = Conv(1, (config.width, OUTPUTS * config.patch**2), rngs, dtype=dtype)
+
+    def pixels(self, x_BGGC):
+        x_BHWC = self.head(jax.nn.relu(self.tower(x_BGGC.astype(compute_dtype(self.config.precision)))))
+        return _depth_to_space(x_BHWC, self.config.patch).astype(jnp.float32)
+
+
+def _block_name(group: int, block: int) -> str:
+    return f"group_{group + 1}_block_{block + 1}"
+
+
+def _max_pool(x_BHWC):
+    B, H, W, C = x_BHWC.shape
+    return x_BHWC.reshape(B, H // 2, 2, W // 2, 2, C).max((2, 4))
+
+
+def _double(x_BHWC):
+    """Nearest-neighbour upsampling by 2."""
+    B, H, W, C = x_BHWC.shape
+    tiled = jnp.broadcast_to(x_BHWC[:, :, None, :, None], (B, H, 2, W, 2, C))
+    return tiled.reshape(B, 2 * H, 2 * W, C)
+
+
+def _space_to_depth(x_BHWC, patch: int):
+    B, H, W, C = x_BHWC.shape
+    x = x_BHWC.reshape(B, H // patch, patch, W // patch, patch, C).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, H // patch, W // patch, patch * patch * C)
+
+
+def _depth_to_space(x_BHWC, patch: int):
+    B, H, W, C = x_BHWC.shape
+    x = x_BHWC.reshape(B, H, W, patch, patch, C // patch**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, H * patch, W * patch, C // patch**2)

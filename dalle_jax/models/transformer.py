@@ -1,0 +1,261 @@
+"""The second stage: a decoder-only sparse transformer over text and image tokens.
+
+Pre-activation blocks as in Child et al. 2019, whose configuration the paper inherits (section 2.2, appendix B.1): norm
+before attention and before the MLP, approximate GELU, zero-initialised output heads. Parameters of all layers are
+stacked; layers run as a scan over the pattern's period or as a plain loop. No loss, no sampling, no I/O.
+
+Dimensions: B batch, C captions, M candidates, S sequence, T text, I image, L layers, D width, N heads, H head width.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dalle_jax import attention_pattern
+from dalle_jax.layout import Layout
+from dalle_jax.models import attention
+from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, quick_gelu
+from dalle_jax.sharding import constrain
+
+INIT = 0.125  # Child et al. 2019: standard deviation 0.125 / sqrt(fan in)
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and ways of computing; the defaults are the paper's 12-billion-parameter model.
+
+    pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: what the backward pass recomputes inside
+    each residual block, 'full' as in the paper, 'dots' all but matrix products, 'none'. scan: run the layers as a
+    scan over the pattern's period (compile time independent of depth). precision: 'fp32' or 'bf16'.
+    """
+
+    num_layers: int = 64
+    width: int = 3968
+    heads: int = 62
+    head_size: int = 64
+    text_len: int = 256
+    text_vocab: int = 16_384
+    grid: int = 32
+    image_vocab: int = 8_192
+    pattern: str = "paper"
+    remat: str = "full"
+    scan: bool = True
+    precision: str = "bf16"
+
+    def __post_init__(self):
+        for name in ("num_layers", "width", "heads", "head_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat must be one of {tuple(REMAT)}, got {self.remat!r}")
+        compute_dtype(self.precision)
+        _ = self.layout, self.kinds
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        return Layout(self.text_len, self.text_vocab, self.grid, self.image_vocab)
+
+    @functools.cached_property
+    def kinds(self) -> tuple[str, ...]:
+        return attention_pattern.layer_kinds(self.num_layers, self.pattern)
+
+
+def model(config: TransformerConfig) -> Model:
+    """The transformer as pure functions; methods `__call__`, `prefill`, `empty_cache` and `decode`."""
+    return Model(config, functools.partial(Transformer, config))
+
+
+class Blocks(nnx.Module):
+    """Parameters of all layers, each with a leading layer dimension. The functions below compute with one layer."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        layers, width, heads, head = config.num_layers, config.width, config.heads, config.head_size
+        hidden, inner = 4 * width, heads * head
+        residual = (2 * layers) ** -0.5  # the branches' last matrices, Child et al. 2019
+        stacked = functools.partial(param, rngs)
+        self.norm1_gain = stacked((layers, width), axes=("layers", "embed"), fill=1.0)
+        self.norm1_bias = stacked((layers, width), axes=("layers", "embed"))
+        self.qkv = stacked(
+            (layers, width, 3, heads, head), axes=("layers", "embed", "qkv", "heads", "head"), std=INIT * width**-0.5
+        )
+        self.qkv_bias = stacked((layers, 3, heads, head), axes=("layers", "qkv", "heads", "head"))
+        self.out = stacked(
+            (layers, heads, head, width),
+            axes=("layers", "heads", "head", "embed"),
+            std=INIT * inner**-0.5 * residual,
+        )
+        self.out_bias = stacked((layers, width), axes=("layers", "embed"))
+        self.norm2_gain = stacked((layers, width), axes=("layers", "embed"), fill=1.0)
+        self.norm2_bias = stacked((layers, width), axes=("layers", "embed"))
+        self.up = stacked((layers, width, hidden), axes=("layers", "embed", "mlp"), std=INIT * width**-0.5)
+        self.up_bias = stacked((layers, hidden), axes=("layers", "mlp"))
+        self.down = stacked(
+            (layers, hidden, width), axes=("layers", "mlp", "embed"), std=INIT * hidden**-0.5 * residual
+        )
+        self.down_bias = stacked((layers, width), axes=("layers", "embed"))
+
+
+class Transformer(nnx.Module):
+    """Embeddings, blocks and the two output heads."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.config = config
+        layout, width = config.layout, config.width
+        token, text_position = INIT * width**-0.5, INIT * width**-0.5
+        image_position = INIT * (2 * width) ** -0.5  # two embeddings are added, Child et al. 2019
+        self.text_embedding = param(rngs, (layout.text_ids, width), axes=("vocab", "embed"), std=token)
+        self.text_position = param(rngs, (layout.text_len, width), axes=("position", "embed"), std=text_position)
+        self.image_embedding = param(rngs, (layout.image_ids, width), axes=("image_input", "embed"), std=token)
+        self.row_position = param(rngs, (layout.grid, width), axes=("position", "embed"), std=image_position)
+        self.column_position = param(rngs, (layout.grid, width), axes=("position", "embed"), std=image_position)
+        self.blocks = Blocks(config, rngs)
+        self.norm_gain = param(rngs, (width,), axes=("embed",), fill=1.0)
+        self.norm_bias = param(rngs, (width,), axes=("embed",))
+        self.text_head = param(rngs, (width, layout.text_ids), axes=("embed", "vocab"))
+        self.image_head = param(rngs, (width, layout.image_vocab), axes=("embed", "vocab"))
+
+    def __call__(self, text_BT, image_BI):
+        """Logits of every prediction.
+
+        text_BT: int32 text slots (`Layout.text_slots`). image_BI: int32 codes in raster order.
+        Returns: float32 text logits [B, T, text_ids], where slot p predicts what slot p + 1 reads, and float32 image
+        logits [B, I, image_vocab], where position p predicts code p. No position sees a later token.
+        """
+        config, dtype = self.config, compute_dtype(self.config.precision)
+        x_BSD = jnp.concatenate([self._embed_text(text_BT), self._embed_image(image_BI)], axis=1).astype(dtype)
+        x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
+        x_BSD = run_layers(self._stacked(dtype), x_BSD, config)
+        x_BSD = layer_norm(x_BSD, self.norm_gain[...], self.norm_bias[...])
+        text_D, image_D = x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
+        return self._head(text_D, self.text_head), self._head(image_D, self.image_head)
+
+    def prefill(self, text_CT):
+        """Keys and values of the text, once per caption: a list, one {'k', 'v'} of [C, N, T, H] a layer."""
+        dtype = compute_dtype(self.config.precision)
+        x = self._embed_text(text_CT).astype(dtype)
+        stores = []
+        for block in self._layers(dtype):
+            q, k, v = _qkv(block, x)
+            stores.append({"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)})
+            mixed = attention.attend_text(q, k, v)
+            x = _mlp(block, x + _project(block, mixed))
+        return stores
+
+    def empty_cache(self, captions: int, candidates: int):
+        """Image keys and values before the first position: a list, one {'k', 'v'} of [C, M, N, slots, H] a layer."""
+        config = self.config
+        return [
+            attention.empty_cache(
+                kind,
+                grid=config.grid,
+                captions=captions,
+                candidates=candidates,
+                heads=config.heads,
+                head_size=config.head_size,
+                dtype=compute_dtype(config.precision),
+            )
+            for kind in config.kinds
+        ]
+
+    def decode(self, text_stores, cache, previous_CM, position):
+        """One image position for all candidates.
+
+        previous_CM: int32 codes at position - 1 (`Layout.start_of_image` at position 0). position: int32 scalar.
+        Returns: float32 logits [C, M, image_vocab] of the code at `position`, and the new cache.
+        """
+        config, dtype = self.config, compute_dtype(self.config.precision)
+        x_CMD = (
+            self.image_embedding[...][previous_CM]
+            + self.row_position[...][position // config.grid]
+            + self.column_position[...][position % config.grid]
+        ).astype(dtype)
+        new_cache = []
+        for block, kind, text, store in zip(self._layers(dtype), config.kinds, text_stores, cache, strict=True):
+            q, k, v = _qkv(block, x_CMD)
+            mixed, store = attention.attend_cached(q, k, v, text, store, kind, position=position, grid=config.grid)
+            new_cache.append(store)
+            x_CMD = _mlp(block, x_CMD + _project(block, mixed))
+        x_CMD = layer_norm(x_CMD, self.norm_gain[...], self.norm_bias[...])
+        return self._head(x_CMD, self.image_head), new_cache
+
+    def _embed_text(self, text_BT):
+        return self.text_embedding[...][text_BT] + self.text_position[...]
+
+    def _embed_image(self, image_BI):
+        layout = self.config.layout
+        previous = jnp.pad(image_BI[:, :-1], [(0, 0), (1, 0)], constant_values=layout.start_of_image)
+        position_ID = (self.row_position[...][:, None] + self.column_position[...][None]).reshape(-1, self.config.width)
+        return self.image_embedding[...][previous] + position_ID
+
+    def _head(self, x, head):
+        return jnp.einsum("...d,dv->...v", x, head[...].astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def _stacked(self, dtype):
+        """All layers' parameters; matrices in the compute dtype, norm gains and biases in float32."""
+        arrays = nnx.to_pure_dict(nnx.state(self.blocks))
+        return {name: a if name.startswith("norm") else a.astype(dtype) for name, a in arrays.items()}
+
+    def _layers(self, dtype):
+        stacked = self._stacked(dtype)
+        return [{name: a[i] for name, a in stacked.items()} for i in range(self.config.num_layers)]
+
+
+def run_layers(stacked, x_BSD, config: TransformerConfig):
+    """All layers over a whole sequence, as a scan over groups of one period with the rest unrolled, or unrolled."""
+
+    def one_layer(x, block, kind):
+        policy = REMAT[config.remat]
+        attention_part = functools.partial(_attention, kind=kind, config=config)
+        if policy is not None:
+            attention_part, mlp = (jax.checkpoint(f, policy=policy) for f in (attention_part, _mlp))
+        else:
+            mlp = _mlp
+        x = constrain(attention_part(block, x), ("batch", "sequence", "embed_activation"))
+        return constrain(mlp(block, x), ("batch", "sequence", "embed_activation"))
+
+    kinds = config.kinds
+    period = len(attention_pattern.PERIOD) if config.pattern == "paper" else 1
+    repeated = sum(1 for kind in kinds if kind != "conv") // period if config.scan else 0
+    first = repeated * period
+    if repeated:
+
+        def group(x, blocks):
+            for i in range(period):
+                x = one_layer(x, {name: a[i] for name, a in blocks.items()}, kinds[i])
+            return x, None
+
+        groups = {name: a[:first].reshape(repeated, period, *a.shape[1:]) for name, a in stacked.items()}
+        x_BSD, _ = jax.lax.scan(group, x_BSD, groups)
+    for i in range(first, config.num_layers):
+        x_BSD = one_layer(x_BSD, {name: a[i] for name, a in stacked.items()}, kinds[i])
+    return x_BSD
+
+
+def _attention(block, x_BSD, *, kind, config):
+    q, k, v = _qkv(block, x_BSD)
+    return x_BSD + _project(block, attention.attend(q, k, v, kind, text_len=config.text_len, grid=config.grid))
+
+
+def _qkv(block, x):
+    """[..., D] -> queries, keys and values, each [..., N, H]."""
+    x = layer_norm(x, block["norm1_gain"], block["norm1_bias"])
+    qkv = jnp.einsum("...d,dcnh->...cnh", x, block["qkv"]) + block["qkv_bias"]
+    return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+
+
+def _project(block, mixed):
+    return jnp.einsum("...nh,nhd->...d", mixed, block["out"]) + block["out_bias"]
+
+
+def _mlp(block, x):
+    hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
+    hidden = quick_gelu(jnp.einsum("...d,df->...f", hidden, block["up"]) + block["up_bias"])
+    return x + jnp.einsum("...f,fd->...d", hidden, block["down"]) + block["down_bias"]
