@@ -1,0 +1,72 @@
+"""Captions from bytes: a text file with one caption a line, or the JSON beside an image.
+
+Strict UTF-8 (a byte order mark is allowed): a caption in an unknown encoding is a fault, not a guess.
+"""
+
+import json
+
+from dalle_jax.data.record import BadRecord
+
+
+def from_text(data: bytes) -> tuple[str, ...]:
+    """The captions of a text file, one per line that is not blank.
+
+    Raises:
+      BadRecord: 'not utf-8' or 'empty caption'.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecord("not utf-8", str(error)) from None
+    return checked(text.splitlines())
+
+
+def from_json(data: bytes) -> tuple[str, ...]:
+    """The captions of a sample's JSON: 'captions' (a list), else 'caption' (a string or a list).
+
+    Raises:
+      BadRecord: 'bad json', 'no caption', 'empty caption' or 'not utf-8'.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested thousands deep
+        raise BadRecord("bad json", f"{type(error).__name__}: {error}") from None
+    if not isinstance(fields, dict):
+        raise BadRecord("no caption", f"expected a JSON object, got {type(fields).__name__}")
+    return from_fields(fields)
+
+
+def from_fields(fields: dict, *, names: tuple[str, ...] = ("captions", "caption")) -> tuple[str, ...]:
+    """The captions in the first of the named fields that holds a string or a list with strings.
+
+    Raises:
+      BadRecord: 'no caption', 'empty caption' or 'not utf-8'.
+    """
+    empty = False
+    for name in names:
+        value = fields.get(name)
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        texts = [text for text in texts if isinstance(text, str)]
+        if any(text.strip() for text in texts):
+            return checked(texts)
+        empty = empty or bool(texts)
+    if empty:
+        raise BadRecord("empty caption")
+    raise BadRecord("no caption", f"no text in any of the fields {', '.join(names)}")
+
+
+def checked(texts: list[str]) -> tuple[str, ...]:
+    """Stripped captions without the blank ones; "None" is what writers make of a missing caption, so it is blank too.
+
+    Raises:
+      BadRecord: 'empty caption' where none is left, 'not utf-8' for a lone surrogate (JSON can spell one).
+    """
+    captions = tuple(stripped for text in texts if (stripped := text.strip()) not in ("", "None"))
+    if not captions:
+        raise BadRecord("empty caption")
+    try:
+        for caption in captions:
+            caption.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord("not utf-8", str(error)) from None
+    return captions

@@ -1,0 +1,106 @@
+"""An encoded image -> uint8 [H, W, 3] in sRGB order, or one named reason why not.
+
+Upright (EXIF orientation), alpha over white, 16 bit scaled down, CMYK and palettes converted, the first frame of an
+animation. The size is read from the header and checked before a single pixel is decoded. Colour profiles are ignored.
+"""
+
+import functools
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dalle_jax.data.record import BadRecord
+
+SUFFIXES = frozenset("jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif jp2 j2k mpo ppm pgm pbm pnm".split())
+# Formats by name, because Pillow would also hand PostScript to an external interpreter.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+_MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+
+MAX_PIXELS = 100_000_000  # 300 MB decoded: more than nearly any camera has, less than any machine
+# Our limit is the stricter one, and a damaged header either decodes or gets its reason: nothing to warn of.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+class BadImage(BadRecord):
+    """`reason` is a name of `record.REASONS`, `detail` what the decoder said."""
+
+
+def decode_image(image: bytes | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode one image.
+
+    Args:
+      image: an encoded file, or an array uint8 [H, W, 3] (returned as it is) or [H, W, 1].
+      max_pixels: most pixels H * W; a larger one is refused from its header.
+
+    Returns: uint8 [H, W, 3], contiguous.
+
+    Raises:
+      BadImage: 'zero bytes', 'not an image', 'truncated image', 'broken image', 'unsupported image' or
+        'decompression bomb'.
+    """
+    if isinstance(image, np.ndarray):
+        return _check_array(image, max_pixels)
+    if not image:
+        raise BadImage("zero bytes")
+    try:
+        with Image.open(io.BytesIO(image), formats=_formats()) as opened:
+            width, height = opened.size
+            if width * height > max_pixels:
+                raise BadImage("decompression bomb", f"{width}x{height} pixels, the limit is {max_pixels}")
+            opened.load()
+            return _to_rgb(ImageOps.exif_transpose(opened))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("decompression bomb", str(error)) from None
+    except UnidentifiedImageError:
+        if not image.startswith(_MAGIC):
+            raise BadImage("not an image", f"starts with {image[:16]!r}") from None
+        if len(image) < 256 or not any(image[256:]):
+            raise BadImage("truncated image", "ends inside its header") from None
+        raise BadImage("broken image", "its header is damaged") from None
+    except Exception as error:  # decoders raise whatever hostile bytes lead them to: struct, index, memory, ...
+        raise BadImage(_reason(error), f"{type(error).__name__}: {error}") from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF came with Pillow 11.3
+
+
+def _reason(error: Exception) -> str:
+    message = str(error).lower()
+    if "too large" in message or isinstance(error, MemoryError):  # a text chunk or profile that unpacks to too much
+        return "decompression bomb"
+    if any(word in message for word in ("truncated", "premature", "not enough", "unexpected end")):
+        return "truncated image"
+    return "broken image"
+
+
+def _check_array(image: np.ndarray, max_pixels: int) -> np.ndarray:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:
+        raise BadImage("unsupported image", f"expected uint8 [H, W, 3], got {image.dtype} {image.shape}")
+    if image.shape[0] * image.shape[1] > max_pixels:
+        raise BadImage("decompression bomb", f"{image.shape[1]}x{image.shape[0]} pixels, the limit is {max_pixels}")
+    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    mode = image.mode
+    if mode == "F":
+        raise BadImage("unsupported image", "floating-point pixels")
+    if mode == "I" or mode.startswith("I;16"):  # convert() would saturate 16 bit to white
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise BadImage("unsupported image", "32-bit pixels")
+        gray_uint8 = ((gray + 128) // 257).astype(np.uint8)
+        return np.ascontiguousarray(np.broadcast_to(gray_uint8[..., None], (*gray.shape, 3)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,104 @@
+"""Picture to square: the paper's two augmentations and the deterministic centre crop.
+
+Each takes uint8 [H, W, 3] and returns uint8 [size, size, 3]; the paper's listings are for size 256 and their constants
+scale with the size. Randomness comes from the generator that is handed in and from nowhere else.
+
+Shrinking averages areas as the listings ask, in numpy: Pillow's BOX filter counts border pixels wholly or not at all,
+which is no area average unless the ratio is an integer. A picture smaller than the size has to grow, which the
+listings never do; that, and `centre`, use Pillow's Lanczos filter as the released notebook does.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+from PIL import Image
+
+DVAE_SHORTEST, DVAE_LONGEST = Fraction(9, 8), Fraction(12, 8)  # listing 1: 288 and 384 for size 256
+TRANSFORMER_LONGEST = Fraction(9, 8)  # listing 2: 288 for size 256
+
+
+def augment_dvae(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Listing 1 (facts: appendix A.2): any square crop, shrunk to 9/8 .. 12/8 of the size, any crop, any side first."""
+    square = _crop(image_uint8, rng, low=Fraction(0), high=Fraction(1), end_included=True)
+    side = len(square)
+    shortest = max(size, min(side, round(DVAE_SHORTEST * size)))
+    longest = max(size, min(side, round(DVAE_LONGEST * size)))
+    crop = _random_window(square, int(rng.integers(shortest, longest, endpoint=True)), size, rng)
+    return np.ascontiguousarray(crop[:, ::-1]) if rng.random() < 0.5 else crop
+
+
+def augment_transformer(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Listing 2: a square crop near the centre, shrunk to 8/8 .. 9/8 of the size, any crop, never mirrored.
+
+    Captions say left and right and pictures hold writing, hence no mirror.
+    """
+    square = _crop(image_uint8, rng, low=Fraction(3, 8), high=Fraction(5, 8), end_included=False)
+    longest = max(size, min(len(square), round(TRANSFORMER_LONGEST * size)))
+    return _random_window(square, int(rng.integers(size, longest, endpoint=True)), size, rng)
+
+
+def centre(image_uint8: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Shorter side to `size` (Lanczos), then the middle square; `rng` is not used."""
+    height, width = image_uint8.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return _lanczos(image_uint8[top : top + side, left : left + side], size)
+
+
+AUGMENTATIONS = {"dvae": augment_dvae, "transformer": augment_transformer, "centre": centre}
+
+
+def shrink_by_area(
+    image_uint8: np.ndarray, side: int, *, top: int = 0, left: int = 0, size: int | None = None
+) -> np.ndarray:
+    """Square [s, s, 3] to [side, side, 3] by area averages, side <= s; only the `size` window at (top, left) of it.
+
+    Output pixel i averages the input over [i r, (i + 1) r), r = (s - 1) / (side - 1), edge pixels repeated outside:
+    the aligned corners of the listings.
+    """
+    size = side if size is None else size
+    rows_RCX = _average(image_uint8.astype(np.float32), side, top, size)
+    both_CRX = _average(np.ascontiguousarray(rows_RCX.transpose(1, 0, 2)), side, left, size)
+    rounded_CRX = (both_CRX + np.float32(0.5)).astype(np.uint8)  # averages stay in [0, 255]
+    return np.ascontiguousarray(rounded_CRX.transpose(1, 0, 2))
+
+
+def _average(image: np.ndarray, side: int, start: int, count: int) -> np.ndarray:
+    """Area averages of float32 [length, width, 3] along the first axis: outputs start .. start + count of `side`."""
+    length = len(image)
+    ratio = (length - 1) / (side - 1) if side > 1 else float(length)
+    begin = np.arange(start, start + count) * ratio
+    first = np.floor(begin).astype(np.int64)
+    out, part = None, np.empty((count, *image.shape[1:]), np.float32)
+    for tap in range(math.ceil(ratio) + 1):
+        pixel = first + tap
+        overlap = np.minimum(pixel + 1, begin + ratio) - np.maximum(pixel, begin)
+        weight = (overlap.clip(0.0) / ratio).astype(np.float32)
+        np.take(image, pixel, axis=0, out=part, mode="clip")  # the edge repeats
+        part *= weight[:, None, None]
+        out = part.copy() if out is None else np.add(out, part, out=out)
+    return out
+
+
+def _crop(image: np.ndarray, rng: np.random.Generator, *, low: Fraction, high: Fraction, end_included: bool):
+    """The largest square, its offset on each axis uniform between these shares of the slack."""
+    side = min(image.shape[:2])
+    offsets = []
+    for length in image.shape[:2]:
+        first, last = math.floor(low * (length - side)), math.floor(high * (length - side))
+        offsets.append(int(rng.integers(first, last + 1 if end_included else max(first + 1, last))))
+    top, left = offsets
+    return image[top : top + side, left : left + side]
+
+
+def _random_window(square: np.ndarray, side: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Square -> [side, side, 3] -> a window of `size`, position uniform."""
+    top, left = (int(offset) for offset in rng.integers(0, side - size, size=2, endpoint=True))
+    if side > len(square):
+        return np.ascontiguousarray(_lanczos(square, side)[top : top + size, left : left + size])
+    return shrink_by_area(square, side, top=top, left=left, size=size)
+
+
+def _lanczos(square: np.ndarray, side: int) -> np.ndarray:
+    return np.array(Image.fromarray(np.ascontiguousarray(square)).resize((side, side), Image.Resampling.LANCZOS))

@@ -1,0 +1,207 @@
+"""Captions to text tokens: normalisation and a sentencepiece BPE vocabulary with byte fallback and BPE dropout.
+
+The vocabulary is one unknown piece, 256 byte pieces, then merges and characters; there is no start, end or padding
+piece, because the layout owns those. Every caption has an encoding: a character that the vocabulary lacks is spelled
+in UTF-8 bytes. Knows nothing of text slots, lengths or which captions are worth learning from.
+"""
+
+import collections
+import hashlib
+import io
+import logging
+import os
+import pathlib
+import unicodedata
+from collections.abc import Iterable
+
+import numpy as np
+import sentencepiece
+
+from dalle_jax.errors import UserError
+
+FILE_NAME = "tokenizer.model"
+RESERVED = 1 + 256  # the unknown piece and the byte pieces
+SPACE = "\u2581"  # how sentencepiece writes a space; as a character of a caption it is a space
+LONGEST_WORD = 256  # characters; dropout merges a longer word in parts, because its cost grows with the square
+KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners: they build emoji and spell Persian and Indic words
+
+_log = logging.getLogger(__name__)
+
+
+def normalise(caption: str) -> str:
+    """Lower-case NFKC text, single spaces, no control characters; idempotent. The tokenizer reads nothing else."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", caption).lower()).replace(SPACE, " ")
+    text = " ".join(text.split())
+    if not text.isprintable():
+        text = "".join(c for c in text if _is_text(c))
+    return unicodedata.normalize("NFKC", " ".join(text.split()))
+
+
+def _is_text(character: str) -> bool:
+    """Not a control character, a lone surrogate or an invisible formatting mark."""
+    return character in KEPT_FORMAT_CHARACTERS or unicodedata.category(character) not in ("Cc", "Cs", "Cf")
+
+
+class Tokenizer:
+    """A trained vocabulary; immutable, thread-safe, picklable.
+
+    Attributes:
+      vocab_size: number of pieces; ids are 0 .. vocab_size - 1.
+      longest_piece: characters that one token can stand for at most.
+      digest: SHA-256 (hex) of the model file, which tells two vocabularies apart.
+    """
+
+    def __init__(self, model: bytes):
+        """`model` is the content of a sentencepiece BPE model file; `load` and `train` are the usual ways in."""
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self._processor.vocab_size()
+        self.digest = hashlib.sha256(model).hexdigest()
+        self._id_of_byte, self._id_of_piece = {}, {}
+        for i in range(self.vocab_size):
+            if self._processor.is_byte(i):
+                self._id_of_byte[int(self._processor.id_to_piece(i)[1:-1], 16)] = i
+            elif not self._processor.is_unknown(i) and not self._processor.is_control(i):
+                self._id_of_piece[self._processor.id_to_piece(i)] = i
+        self.longest_piece = max(map(len, self._id_of_piece))
+        self._rank = {piece: -self._processor.get_score(i) for piece, i in self._id_of_piece.items()}
+
+    def __reduce__(self):
+        return Tokenizer, (self._model,)
+
+    @classmethod
+    def train(cls, captions: Iterable[str], *, vocab_size: int) -> "Tokenizer":
+        """Learns the merges from raw captions. Fewer distinct words than the vocabulary can hold make a smaller one.
+
+        Raises:
+          UserError: no caption has any text, or vocab_size has no room beside the byte pieces.
+        """
+        lines = [text for text in map(normalise, captions) if text]
+        if not lines:
+            raise UserError("expected captions to train a tokenizer on, got none with any text: check the source")
+        if vocab_size < RESERVED + 16:
+            raise UserError(
+                f"expected a vocabulary of at least {RESERVED + 16} entries (256 are bytes), got {vocab_size}"
+            )
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(_without_rare_characters(lines, room=(vocab_size - RESERVED) // 2)),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                hard_vocab_limit=False,
+                character_coverage=1.0,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                max_sentence_length=1 << 20,
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                num_threads=1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"sentencepiece could not learn {vocab_size} entries from these captions: {error}"
+            ) from error
+        tokenizer = cls(model.getvalue())
+        if tokenizer.vocab_size < vocab_size:
+            _log.warning(
+                "the captions hold only %d distinct pieces, so the vocabulary has %d entries instead of %d",
+                tokenizer.vocab_size - RESERVED,
+                tokenizer.vocab_size,
+                vocab_size,
+            )
+        return tokenizer
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Reads a model file, or `tokenizer.model` of a directory.
+
+        Raises:
+          UserError: nothing there, or not a BPE model with byte pieces and without start, end and padding pieces.
+        """
+        path = _file(path)
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"expected a tokenizer at {path}, got {error.strerror}: train one first") from error
+        try:
+            tokenizer = cls(model)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"expected a sentencepiece model at {path}, got something else: train it again") from error
+        processor = tokenizer._processor
+        if len(tokenizer._id_of_byte) != 256 or max(processor.bos_id(), processor.eos_id(), processor.pad_id()) >= 0:
+            raise UserError(
+                f"expected a tokenizer with byte pieces and without start, end and padding pieces at {path}: "
+                "train it with this program"
+            )
+        return tokenizer
+
+    def save(self, path: str | os.PathLike) -> pathlib.Path:
+        """Writes the model to a file, or as `tokenizer.model` into a directory; returns the file."""
+        path = _file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(self._model)
+        partial.replace(path)
+        return path
+
+    def encode(self, caption: str, *, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:
+        """Token ids of a caption, which is normalised first.
+
+        With `dropout`, every possible merge is skipped with that probability at every merge step (Provilkov et al.
+        2019), so the same caption is cut in many ways; all choices come from `rng`.
+        """
+        text = normalise(caption)
+        if dropout == 0.0:
+            return self._processor.encode(text)
+        if rng is None or not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout {dropout} must be in [0, 1] and needs a random generator")
+        return self._merge_with_dropout(text, dropout, rng)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The normalised caption of these ids; bytes that are no UTF-8 become the replacement character."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def _merge_with_dropout(self, text: str, dropout: float, rng: np.random.Generator) -> list[int]:
+        ids = []
+        for word in text.split(" ") if text else []:
+            word = SPACE + word
+            for start in range(0, len(word), LONGEST_WORD):
+                for piece in self._merge_word(word[start : start + LONGEST_WORD], dropout, rng):
+                    if piece in self._id_of_piece:
+                        ids.append(self._id_of_piece[piece])
+                    else:
+                        ids.extend(self._id_of_byte[byte] for byte in piece.encode())
+        return ids
+
+    def _merge_word(self, word: str, dropout: float, rng: np.random.Generator) -> list[str]:
+        """Greedy BPE of one word (pieces never cross a space): the best merge left over, until none is."""
+        pieces = list(word)
+        while True:
+            ranks = [self._rank.get(left + right) for left, right in zip(pieces, pieces[1:], strict=False)]
+            merges = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
+            merges = [merge for merge, draw in zip(merges, rng.random(len(merges)), strict=True) if draw >= dropout]
+            if not merges:
+                return pieces
+            _, i = min(merges)
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+def _file(path: str | os.PathLike) -> pathlib.Path:
+    path = pathlib.Path(path)
+    return path if path.suffix == ".model" else path / FILE_NAME
+
+
+def _without_rare_characters(lines: list[str], *, room: int) -> list[str]:
+    """The lines with spaces for all but their `room` most frequent characters, which will be spelled in bytes."""
+    counts = collections.Counter()
+    for line in lines:
+        counts.update(line.replace(" ", ""))
+    if len(counts) <= room:
+        return lines
+    rare = {ord(character): " " for character, _ in counts.most_common()[room:]}
+    return [line.translate(rare) for line in lines]

@@ -1,0 +1,143 @@
+"""The filters: each drops what it is for, keeps what it is not for, and is off unless asked."""
+
+import pytest
+
+from dalle_jax.data import filters
+from dalle_jax.data.filters import Filters, check
+
+GOOD = "two brown dogs playing in the snow"
+
+
+def test_everything_is_off_by_default():
+    for caption in ("x", "taken on 2008-05-12", "두 마리의 개가 눈밭에서 놀고 있다"):
+        assert check((caption,), 1, 5000, Filters()) is None
+
+
+def test_a_caption_without_text_is_always_too_short():
+    assert check((" \x00",), 10, 10, Filters()) == filters.TOO_SHORT
+
+
+@pytest.mark.parametrize(
+    ("limits", "short", "enough"),
+    [
+        ({"min_caption_words": 3}, "red apple", "a red apple"),
+        ({"min_caption_characters": 9}, " red appl\n", "red apple"),
+    ],
+)
+def test_too_short(limits, short, enough):
+    assert check((short,), 10, 10, Filters(**limits)) == filters.TOO_SHORT
+    assert check((enough,), 10, 10, Filters(**limits)) is None
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "Photographed on 12 May 2008",
+        "photographed on May 12th, 2008",
+        "Picture taken on Sunday, 12th of May 2008 at 10:23 am",
+        "taken on 2008-05-12",
+        "Image uploaded on 12/05/2008 10:23",
+        "photo taken in May 2008",
+        "12.05.2008",
+        "Sat Mar 3 2012",
+        "2008:05:12 10:11:12",
+        "2019-03-04T11:22:33Z",
+        "IMG_1234",
+        "IMG_20190304_112233.jpg",
+        "dsc00123.JPG",
+        "P1010023",
+        "Screenshot 2019-01-02 at 10.11.12",
+        "Untitled-3",
+        "photo",
+        "1984",
+    ],
+)
+def test_boilerplate_is_dropped(caption):
+    assert check((caption,), 10, 10, Filters(drop_boilerplate=True)) == filters.BOILERPLATE
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        GOOD,
+        "a dog photographed on 12 May 2008",
+        "march of the penguins",
+        "2 march hares",
+        "may",
+        "sunday roast",
+        "date palm",
+        "a picture of a cat",
+        "the number 7",
+        "clock showing 10:10",
+        "route 66",
+        "🙂",
+        "사진",
+    ],
+)
+def test_descriptions_are_no_boilerplate(caption):
+    assert check((caption,), 10, 10, Filters(drop_boilerplate=True)) is None
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "두 마리의 개가 눈밭에서 놀고 있다",
+        "雪の中で遊ぶ二匹の茶色い犬",
+        "две коричневые собаки играют в снегу",
+        "zwei braune Hunde spielen zusammen im Schnee vor dem Haus",
+        "deux chiens bruns jouent dans la neige devant la maison",
+        "dos perros marrones juegan en la nieve delante de la casa",
+        "كلبان بنيان يلعبان في الثلج",
+    ],
+)
+def test_other_languages_are_dropped(caption):
+    assert check((caption,), 10, 10, Filters(english_only=True)) == filters.NOT_ENGLISH
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        GOOD,
+        "a kaaba, emojitwo style",
+        "man (bro, adult), emojitwo style",
+        "a red circle above a blue square",
+        "small purple star",
+        "an espresso in a red cup on a wooden table",
+        "a bouquet",
+        "fog",
+    ],
+)
+def test_short_english_captions_stay(caption):
+    assert check((caption,), 10, 10, Filters(english_only=True)) is None
+
+
+def test_aspect_ratio_limits_are_inside():
+    paper = Filters(max_aspect_ratio=2.0)
+    assert [check((), *size, paper) for size in ((10, 20), (20, 10), (10, 10))] == [None] * 3
+    assert [check((), *size, paper) for size in ((10, 21), (21, 10))] == [filters.ASPECT_RATIO] * 2
+
+
+def test_image_too_small_is_about_the_shorter_side():
+    config = Filters(min_image_side=64)
+    assert check((), 64, 64, config) is None
+    assert check((), 500, 63, config) == check((), 63, 500, config) == filters.TOO_SMALL
+
+
+def test_one_good_caption_keeps_the_record():
+    config = Filters(min_caption_words=2, drop_boilerplate=True)
+    assert check(("dog", GOOD), 10, 10, config) is None
+    assert filters.good_captions(("dog", GOOD, "IMG_1234 1234"), config) == (GOOD,)
+    assert check(("IMG_1234 5", "dog"), 10, 10, config) == filters.BOILERPLATE  # the first caption gives the reason
+
+
+def test_every_reason_is_listed():
+    named = {
+        getattr(filters, name) for name in ("TOO_SHORT", "NOT_ENGLISH", "BOILERPLATE", "ASPECT_RATIO", "TOO_SMALL")
+    }
+    assert named == set(filters.REASONS)
+
+
+@pytest.mark.parametrize("limits", [{"min_caption_words": -1}, {"max_aspect_ratio": 0.5}, {"min_image_side": -1}])
+def test_impossible_limits(limits):
+    with pytest.raises(ValueError):
+        Filters(**limits)

@@ -1,0 +1,139 @@
+"""The augmentations against the formulas of the paper's two listings, and the area average against exact integrals."""
+
+import collections
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from dalle_jax.data import transforms
+
+
+def coordinates(height, width, *, step=1):
+    """A picture whose red is the row and green the column, so that a window can be found again."""
+    rows, columns = np.mgrid[0:height, 0:width] * step
+    return np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
+
+
+def exact_average(image, side):
+    """Integral of the piecewise constant picture over every output pixel, weights as fractions, edges repeated."""
+    length = len(image)
+    ratio = Fraction(length - 1, side - 1)
+    weights = np.zeros((side, length), object)
+    for i in range(side):
+        begin, end = i * ratio, (i + 1) * ratio
+        for pixel in range(int(begin), int(end) + 1):
+            weights[i, min(pixel, length - 1)] += max(Fraction(0), min(end, pixel + 1) - max(begin, pixel)) / ratio
+    assert (weights.sum(axis=1) == 1).all()
+    weights = weights.astype(np.float64)
+    return np.einsum("ir,rcx,jc->ijx", weights, image.astype(np.float64), weights, optimize=True)
+
+
+def assert_uniform(draws, support):
+    """Every value of the support within five standard errors of its share, and nothing else."""
+    counts = collections.Counter(draws)
+    assert set(counts) == set(support)
+    share = 1 / len(support)
+    tolerance = 5 * (share * (1 - share) / len(draws)) ** 0.5
+    assert max(abs(counts[value] / len(draws) - share) for value in support) <= tolerance
+
+
+@pytest.mark.parametrize(("length", "side"), [(9, 9), (10, 9), (16, 9), (23, 5), (40, 7), (64, 2)])
+def test_area_average_is_exact(length, side):
+    image = np.random.default_rng(length).integers(0, 256, (length, length, 3), np.uint8)
+    out = transforms.shrink_by_area(image, side)
+    assert out.dtype == np.uint8
+    assert np.abs(out - exact_average(image, side)).max() < 0.5 + 1e-3  # rounding to nearest, float32 sums
+
+
+def test_area_average_of_the_same_size_is_the_identity():
+    image = np.random.default_rng(0).integers(0, 256, (17, 17, 3), np.uint8)
+    np.testing.assert_array_equal(transforms.shrink_by_area(image, 17), image)
+
+
+def test_area_window_is_a_cut_of_the_whole():
+    image = np.random.default_rng(0).integers(0, 256, (31, 31, 3), np.uint8)
+    whole = transforms.shrink_by_area(image, 20)
+    np.testing.assert_array_equal(transforms.shrink_by_area(image, 20, top=3, left=5, size=12), whole[3:15, 5:17])
+
+
+@pytest.mark.parametrize("name", transforms.AUGMENTATIONS)
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (5, 40), (33, 21), (64, 64), (1, 1), (200, 31)])
+def test_shape_and_plain_pictures(name, height, width):
+    """A plain colour stays exactly that colour, whatever is cropped and resized."""
+    image = np.full((height, width, 3), (3, 128, 255), np.uint8)
+    out = transforms.AUGMENTATIONS[name](image, 16, np.random.default_rng(0))
+    assert out.shape == (16, 16, 3) and out.dtype == np.uint8 and out.flags.c_contiguous
+    assert (out == (3, 128, 255)).all()
+
+
+@pytest.mark.parametrize("name", transforms.AUGMENTATIONS)
+def test_same_generator_same_picture(name):
+    image = np.random.default_rng(1).integers(0, 256, (50, 70, 3), np.uint8)
+    first, second = (transforms.AUGMENTATIONS[name](image, 16, np.random.default_rng(5)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_dvae_square_is_uniform_and_flips_half():
+    """Listing 1 where nothing needs resizing: 8 x 20 pixels to 8 x 8, offsets 0 .. 12, both ends included."""
+    rng, image = np.random.default_rng(0), coordinates(8, 20)
+    crops = [transforms.augment_dvae(image, 8, rng) for _ in range(3000)]
+    flipped = [bool(crop[0, 0, 1] > crop[0, 7, 1]) for crop in crops]
+    assert_uniform([int(crop[0, :, 1].min()) for crop in crops], range(13))
+    assert_uniform(flipped, (False, True))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "offsets"), [(8, 28, range(7, 12)), (8, 9, [0]), (8, 8, [0]), (8, 16, range(3, 5))]
+)
+def test_transformer_square_is_central_and_never_flips(height, width, offsets):
+    """Listing 2: offsets from floor(3 slack / 8) up to max(first + 1, floor(5 slack / 8)), the end excluded."""
+    rng, image = np.random.default_rng(0), coordinates(height, width)
+    for picture, axis in ((image, 1), (image.transpose(1, 0, 2)[..., [1, 0, 2]], 0)):
+        crops = [transforms.augment_transformer(picture, 8, rng) for _ in range(1500)]
+        assert_uniform([int(crop[0, 0, axis]) for crop in crops], offsets)
+        assert all((np.diff(crop[:, :, axis].astype(int), axis=axis) == 1).all() for crop in crops)
+
+
+@pytest.mark.parametrize(("name", "sides"), [("dvae", range(18, 25)), ("transformer", range(16, 19))])
+def test_resized_side_and_window_are_uniform(name, sides):
+    """64 x 64 to 16: side t uniform in the listing's range, then the window uniform in 0 .. t - 16 on both axes."""
+    image = coordinates(64, 64, step=4)
+    window_of = {}
+    for side in sides:
+        whole = np.round(exact_average(image, side)).astype(int)
+        for top in range(side - 15):
+            for left in range(side - 15):
+                window_of[whole[top, left, 0], whole[top + 15, left, 0], whole[top, left, 1]] = side, top, left
+    rng, found = np.random.default_rng(0), []
+    for _ in range(3000):
+        crop = transforms.AUGMENTATIONS[name](image, 16, rng)
+        found.append(window_of[int(crop[0, 0, 0]), int(crop[15, 0, 0]), int(crop[0, :, 1].min())])
+    assert_uniform([side for side, _, _ in found], sides)
+    for axis in (1, 2):
+        assert_uniform([window[axis] for window in found if window[0] == sides[-1]], range(sides[-1] - 15))
+
+
+@pytest.mark.parametrize(("name", "shortest", "longest"), [("dvae", 288, 384), ("transformer", 256, 288)])
+def test_the_papers_sizes(monkeypatch, name, shortest, longest):
+    seen = []
+
+    def shrink(image, side, *, top, left, size):
+        seen.append(side)
+        return image[:size, :size]
+
+    monkeypatch.setattr(transforms, "shrink_by_area", shrink)
+    rng, image = np.random.default_rng(0), np.zeros((500, 600, 3), np.uint8)
+    for _ in range(3000):
+        transforms.AUGMENTATIONS[name](image, 256, rng)
+    assert (min(seen), max(seen)) == (shortest, longest)
+    seen.clear()
+    transforms.AUGMENTATIONS[name](image[:270, :270], 256, rng)
+    assert seen[0] == 270 if name == "dvae" else 256 <= seen[0] <= 270
+
+
+def test_centre_takes_the_middle():
+    out = transforms.centre(coordinates(8, 20), 8)
+    np.testing.assert_array_equal(out[0, :, 1], np.arange(6, 14))
+    out = transforms.centre(coordinates(60, 40, step=4), 10)
+    assert abs(int(out[:, :, 0].mean()) - 29.5 * 4) < 2 and abs(int(out[:, :, 1].mean()) - 19.5 * 4) < 2
