@@ -9,6 +9,7 @@ Dimensions: B batch, C captions, M candidates of a caption, S sequence, T text, 
 Q queries and K keys of a block, N heads, H head width.
 """
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def attend(q_BSNH, k_BSNH, v_BSNH, kind: str, *, text_len: int, grid: int):
     blocks = [to_blocks(x, grid) for x in (q_image, k_image, v_image)]
     k_local, v_local = (_with_previous(x, rows_back) for x in blocks[1:])
     out_blocks = _attend_blocks(blocks[0], k_text, v_text, k_local, v_local, mask_RQK)
-    return jnp.concatenate([out_text, from_blocks(out_blocks, grid)], axis=1)
+    return jnp.concatenate([out_text, from_blocks(out_blocks)], axis=1)
 
 
 def attend_text(q_BTNH, k_BTNH, v_BTNH):
@@ -73,28 +74,26 @@ def _scaled(q):
 
 
 def _rows(x_BINH, grid):
-    batch, _, heads, width = x_BINH.shape
-    return x_BINH.reshape(batch, grid, grid, heads, width)
+    return einops.rearrange(x_BINH, "b (row q) n h -> b row q n h", row=grid)
 
 
-def _from_rows(x_BRQNH, grid):
-    batch, _, _, heads, width = x_BRQNH.shape
-    return x_BRQNH.reshape(batch, grid * grid, heads, width)
+def _from_rows(x_BRQNH):
+    return einops.rearrange(x_BRQNH, "b row q n h -> b (row q) n h")
 
 
 def _columns(x_BINH, grid):
-    return _rows(x_BINH, grid).swapaxes(1, 2)
+    return einops.rearrange(x_BINH, "b (q column) n h -> b column q n h", column=grid)
 
 
-def _from_columns(x_BRQNH, grid):
-    return _from_rows(x_BRQNH.swapaxes(1, 2), grid)
+def _from_columns(x_BRQNH):
+    return einops.rearrange(x_BRQNH, "b column q n h -> b (q column) n h")
 
 
 def _one_block(x_BINH, grid):
     return x_BINH[:, None]
 
 
-def _from_one_block(x_BRQNH, grid):
+def _from_one_block(x_BRQNH):
     return x_BRQNH[:, 0]
 
 

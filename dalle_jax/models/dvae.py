@@ -107,14 +107,18 @@ class Conv(nnx.Module):
     def __call__(self, x_BHWC):
         # Where the paper asks for float32, an accelerator must not round the factors to bfloat16 or TF32.
         precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
-        y_BHWC = jax.lax.conv_general_dilated(
-            x_BHWC.astype(self.dtype),
-            self.weight[...].astype(self.dtype),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision,
-        )
+        x_BHWC, weight = x_BHWC.astype(self.dtype), self.weight[...].astype(self.dtype)
+        if weight.shape[:2] == (1, 1):  # a matrix product: its gradient is a third cheaper on CPU than a convolution's
+            y_BHWC = jnp.einsum("bhwi,io->bhwo", x_BHWC, weight[0, 0], precision=precision)
+        else:
+            y_BHWC = jax.lax.conv_general_dilated(
+                x_BHWC,
+                weight,
+                window_strides=(1, 1),
+                padding="SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=precision,
+            )
         return y_BHWC + self.bias[...].astype(self.dtype)
 
     def look_up(self, ids_BHW):

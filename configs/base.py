@@ -1,0 +1,64 @@
+"""What every training config has. A variant starts from `base(...)` and sets what differs.
+
+Defaults of a model, an objective or the data are those of its dataclass and are written there; the functions here
+only lay them out as config keys.
+"""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def fields(instance: Any) -> ConfigDict:
+    """The fields of a dataclass instance as config keys."""
+    return ConfigDict(dataclasses.asdict(instance))
+
+
+def base(name: str, *, model: Any, data: Any) -> ConfigDict:
+    """Every common key. name: 'dvae' or 'transformer'; model, data: dataclass instances."""
+    return ConfigDict(
+        {
+            "name": name,
+            "seed": 0,
+            "steps": 0,  # updates
+            "batch_size": 0,  # examples per update, all processes together
+            "accumulate": 1,  # microbatches per update
+            "mesh": {"replica": 1, "fsdp": -1, "tensor": 1},  # -1: the devices left over
+            "model": fields(model),
+            # Named sources, e.g. wds:PATTERN or folder:DIR; `validation` may be empty.
+            "data": {"train": "", "validation": "", **fields(data)},
+            "optimizer": optimizer(),
+            "ema": {"decay": 0.0, "every": 1},
+            # In updates; 0 is never. Training ends with a checkpoint in any case.
+            "log_every": 50,
+            "validate_every": 1_000,
+            "validation_batches": 16,
+            "picture_every": 1_000,
+            "checkpoint_every": 1_000,
+            "keep_checkpoints": 2,
+        }
+    )
+
+
+def optimizer() -> ConfigDict:
+    """AdamW without schedule or clipping; the keys are explained in `train/optimizer.py`."""
+    return ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 1e-3,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "clip_norm": 0.0,
+            "momentum": 0.95,
+            "schedule": {
+                "name": "warmup_constant",
+                "warmup_steps": 0,
+                "decay_steps": 0,
+                "end_learning_rate": 0.0,
+                "plateau": {"window": 1_000, "patience": 10, "min_improvement": 1e-3, "halvings": 5},
+            },
+        }
+    )

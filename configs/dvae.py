@@ -1,0 +1,88 @@
+"""Stage 1, the discrete VAE. Launch:
+
+    dalle-jax train --config configs/dvae.py:paper --config.data.train='wds:/data/pairs/*.tar' --workdir runs/dvae
+    dalle-jax train --config configs/dvae.py:emoji --config.data.train='wds:emoji/train-*.tar' --workdir runs/dvae
+    dalle-jax train --config configs/dvae.py:demo --workdir runs/dvae
+
+paper   Ramesh et al. 2021, appendix A.2: 97.6 million parameters, 256x256 pictures, 32x32 codes out of 8192
+emoji   64x64 real pictures (emoji, icons, thumbnails), 8x8 codes out of 1024
+demo    the 32x32 scenes of `dalle-jax demo`, 8x8 codes out of 128
+"""
+
+from ml_collections import ConfigDict
+
+from dalle_jax.configs.base import base, fields
+from dalle_jax.data.pipeline import DataConfig
+from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.train.dvae_task import Cosine, Objective
+
+
+def paper() -> ConfigDict:
+    config = base(
+        "dvae",
+        model=DVAEConfig(precision="bf16"),
+        data=DataConfig(image_size=256, augment="dvae", max_aspect_ratio=2.0),
+    )
+    config.objective = fields(Objective())
+    config.steps, config.batch_size = 3_000_000, 512
+    optimizer = config.optimizer
+    optimizer.learning_rate, optimizer.weight_decay = 1e-4, 1e-4
+    optimizer.schedule.update(name="cosine", decay_steps=1_200_000, end_learning_rate=1.25e-6)
+    config.ema.decay = 0.999
+    return config
+
+
+def emoji() -> ConfigDict:
+    config = base(
+        "dvae",
+        model=DVAEConfig(image_size=64, vocab=1024, width=64, groups=4, blocks_per_group=1, stem=128),
+        data=DataConfig(image_size=64, augment="dvae"),
+    )
+    config.objective = fields(Objective(beta=Cosine(0.0, 1.0, 2_000), temperature=Cosine(1.0, 1 / 16, 15_000)))
+    config.steps, config.batch_size = 20_000, 128
+    optimizer = config.optimizer
+    optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm = 3e-4, 1e-4, 1.0
+    optimizer.schedule.update(name="warmup_cosine", warmup_steps=500, end_learning_rate=3e-6)
+    config.ema.decay = 0.999
+    return config
+
+
+def demo() -> ConfigDict:
+    config = base(
+        "dvae",
+        model=DVAEConfig(
+            image_size=32,
+            vocab=128,
+            width=128,
+            groups=1,
+            blocks_per_group=1,
+            stem=128,
+            stem_kernel=1,
+            patch=4,
+            logits_norm=True,
+        ),
+        data=DataConfig(image_size=32, augment="centre", threads=1),
+    )
+    config.data.update(train="scenes:train", validation="scenes:val")
+    config.objective = fields(
+        Objective(
+            beta=Cosine(0.0, 0.3, 500),
+            temperature=Cosine(1.0, 1 / 16, 800),
+            likelihood="gaussian",
+            balance=0.1,
+        )
+    )
+    config.steps, config.batch_size = 1_000, 32
+    optimizer = config.optimizer
+    optimizer.learning_rate, optimizer.clip_norm = 3e-3, 1.0
+    optimizer.schedule.update(name="warmup_cosine", warmup_steps=50, end_learning_rate=3e-5)
+    config.ema.decay = 0.99
+    config.update(validate_every=500, picture_every=500, checkpoint_every=500)
+    return config
+
+
+VARIANTS = {"paper": paper, "emoji": emoji, "demo": demo}
+
+
+def get_config(variant: str = "paper") -> ConfigDict:
+    return VARIANTS[variant]()

@@ -1,0 +1,150 @@
+"""`dalle-jax train`: from a config and a workdir to a trained model, or on with the training that is there.
+
+Makes the workdir self-contained before the first update: config.json, the tokenizer and the frozen dVAE lie in it,
+so a run can be moved, resumed and sampled from without the files it was started with.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from dalle_jax import checkpoint, sharding
+from dalle_jax import config as configs
+from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.sources import open_source
+from dalle_jax.errors import UserError
+from dalle_jax.tokenizer import Tokenizer
+from dalle_jax.train import loop
+from dalle_jax.train.tasks import build_task
+
+DVAE, TOKENIZER = "dvae", "tokenizer.model"  # inside the workdir
+SOURCE_KEYS = ("train", "validation")  # of config.data; the others are DataConfig's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="e.g. configs/transformer.py:demo")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="everything is written here; again to resume")
+    parser.epilog = "--config.key=value changes a value of the config, e.g. --config.steps=1000"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0, or 128 + the signal that interrupted the run."""
+    result = train(configs.load(args.config, args.overrides), args.workdir)
+    return 128 + result.signal if result.signal else 0
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    hooks: Sequence[loop.Hook] = (),
+    progress: bool = True,
+) -> loop.Result:
+    """Train `config` in `workdir`, going on from its newest checkpoint; see `loop.run`.
+
+    Raises:
+      UserError: an impossible config, a missing source, dVAE or tokenizer, parts that do not fit each other, a workdir
+        that cannot be written or belongs to another config.
+    """
+    workdir = pathlib.Path(workdir)
+    config = ml_collections.ConfigDict(config.to_dict())
+    mesh = sharding.make_mesh(config.mesh)
+    _check_batch(config, mesh)
+    tokenizer = _tokenizer(config, workdir) if config.name == "transformer" else None
+    _check_workdir(config, workdir)
+    own = workdir / DVAE
+    if config.name == "transformer" and (own / checkpoint.CONFIG).exists():
+        task = build_task(ml_collections.ConfigDict({**config.to_dict(), "dvae": str(own)}))
+    else:
+        task = build_task(config)
+    layout = task.model.config.layout if tokenizer else None
+    batches, validation = _data(config, mesh, layout=layout, tokenizer=tokenizer)
+    _fill_workdir(config, workdir, task.frozen, tokenizer)
+    try:
+        return loop.run(
+            task, config, workdir, mesh=mesh, batches=batches, validation=validation, hooks=hooks, progress=progress
+        )
+    finally:
+        batches.close()
+
+
+def _check_batch(config: ml_collections.ConfigDict, mesh) -> None:
+    parts = sharding.batch_ways(mesh) * config.accumulate
+    if config.steps < 1 or config.accumulate < 1 or config.batch_size < 1 or config.batch_size % parts:
+        raise UserError(
+            f"expected config.steps of at least 1 and a config.batch_size that is a multiple of {parts} (devices that "
+            f"share a batch x accumulate), got {config.steps} and {config.batch_size}: change them or config.mesh"
+        )
+
+
+def _tokenizer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Tokenizer:
+    """The workdir's own tokenizer, else the one the config names; `model.text_vocab` 0 takes its size."""
+    own = workdir / TOKENIZER
+    if not own.exists() and not config.tokenizer:
+        raise UserError("a transformer needs a tokenizer: give its file as --config.tokenizer=FILE")
+    tokenizer = Tokenizer.load(own if own.exists() else config.tokenizer)
+    config.model.text_vocab = config.model.text_vocab or tokenizer.vocab_size
+    if tokenizer.vocab_size != config.model.text_vocab:
+        raise UserError(
+            f"expected a tokenizer of {config.model.text_vocab} entries (config.model.text_vocab), got "
+            f"{tokenizer.vocab_size} in {config.tokenizer}: use the one that belongs to the model or change the config"
+        )
+    return tokenizer
+
+
+def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    if (workdir / checkpoint.CONFIG).exists():
+        configs.refuse_other(checkpoint.read_config(workdir), config.to_dict(), where=str(workdir))
+    elif checkpoint.complete_steps(workdir):
+        raise UserError(f"expected {workdir / checkpoint.CONFIG} beside the checkpoints there, got none: restore it")
+
+
+def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer):
+    """The training batches, and a function that makes held-out ones (None without a validation source)."""
+    if not config.data.train:
+        raise UserError("a run needs data: name its source as --config.data.train=SOURCE, e.g. folder:DIR")
+    try:
+        data = DataConfig(**{key: value for key, value in config.data.items() if key not in SOURCE_KEYS})
+    except ValueError as error:
+        raise UserError(f"expected a possible config.data, got one where {error}") from error
+    common = {"layout": layout, "tokenizer": tokenizer, "seed": config.seed} | _processes()
+    count = jax.process_count()
+    source = open_source(config.data.train)
+    batches = Batches(source, data, batch_size=config.batch_size // count, shuffle=True, epochs=None, **common)
+    if not config.data.validation:
+        return batches, None
+    held_out, plain = open_source(config.data.validation), data.without_randomness()
+
+    def validation() -> Iterable[Mapping[str, np.ndarray]]:
+        size = config.batch_size // count
+        fresh = Batches(held_out, plain, batch_size=size, shuffle=False, epochs=1, **common)
+        try:
+            yield from fresh
+        finally:
+            fresh.close()
+
+    return batches, validation
+
+
+def _processes() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _fill_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, frozen, tokenizer) -> None:
+    """Write what a resumed run and a sampler need; config.json last, as it says that the rest is there."""
+    if jax.process_index() != 0:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None and not (workdir / TOKENIZER).exists():
+            tokenizer.save(workdir)
+        if config.name == "transformer" and not (workdir / DVAE / checkpoint.CONFIG).exists():
+            dvae_config = checkpoint.read_config(config.dvae)
+            checkpoint.save_params(workdir / DVAE, {key: dvae_config[key] for key in ("name", "model")}, frozen)
+        checkpoint.write_file(workdir / checkpoint.CONFIG, configs.to_json(config).encode())
+    except OSError as error:
+        raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error

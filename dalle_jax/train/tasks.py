@@ -1,0 +1,48 @@
+"""From a config to its `Task`: the only dispatch of training on a model's name, and the checks that its parts fit."""
+
+import ml_collections
+
+from dalle_jax import checkpoint
+from dalle_jax.errors import UserError
+from dalle_jax.models import build
+from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.train.dvae_task import dvae_task
+from dalle_jax.train.task import Task
+from dalle_jax.train.transformer_task import transformer_task
+
+
+def build_task(config: ml_collections.ConfigDict) -> Task:
+    """The task of `config.name`. A transformer loads the dVAE in `config.dvae`, a workdir or an exported model.
+
+    Raises:
+      UserError: an unknown name, impossible sizes, or a dVAE that is missing, damaged or of another grid, vocabulary
+        or picture size than the config's.
+    """
+    try:
+        if config.name == "dvae":
+            _check_sizes("config.data.image_size", config.data.image_size, "config.model", DVAEConfig(**config.model))
+            return dvae_task(config)
+        if config.name == "transformer":
+            return _transformer_task(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"expected a possible {config.name} in config.model, got one where {error}") from error
+    raise UserError(f"config.name must be dvae or transformer, got {config.name!r}")
+
+
+def _transformer_task(config: ml_collections.ConfigDict) -> Task:
+    if not config.dvae:
+        raise UserError("a transformer needs a trained dVAE: give its folder as --config.dvae=DIR")
+    dvae_config, params = checkpoint.load_model_dir(config.dvae, name="dvae")
+    model = build("dvae", dvae_config["model"])
+    checkpoint.check_params(params, model.abstract, where=config.dvae)
+    _check_sizes("config.model.grid", config.model.grid, config.dvae, model.config, field="grid")
+    _check_sizes("config.model.image_vocab", config.model.image_vocab, config.dvae, model.config, field="vocab")
+    _check_sizes("config.data.image_size", config.data.image_size, config.dvae, model.config)
+    return transformer_task(config, model, params)
+
+
+def _check_sizes(key: str, value: int, where: str, dvae: DVAEConfig, *, field: str = "image_size") -> None:
+    if value != getattr(dvae, field):
+        raise UserError(
+            f"expected {key} = {getattr(dvae, field)}, the dVAE's {field} in {where}, got {value}: set one of them"
+        )

@@ -1,0 +1,116 @@
+"""Configs: complete, locked, typos answered, and what a workdir accepts."""
+
+import math
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from dalle_jax import config as configs
+from dalle_jax import sharding
+from dalle_jax.data.pipeline import DataConfig
+from dalle_jax.errors import UserError
+from dalle_jax.models import build
+from dalle_jax.train import main, optimizer
+from dalle_jax.train.dvae_task import Objective
+
+SPECS = [f"configs/dvae.py:{v}" for v in ("paper", "emoji", "demo")] + [
+    f"configs/transformer.py:{v}" for v in ("12b", "emoji", "demo")
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_config_builds_what_it_configures(spec):
+    config = configs.load(spec)
+    model = build(config.name, config.model)
+    data = {key: value for key, value in config.data.items() if key not in main.SOURCE_KEYS}
+    assert DataConfig(**data).image_size == config.data.image_size
+    optimizer.build(config.optimizer, steps=config.steps, axes=model.axes)
+    if config.name == "dvae":
+        Objective(**config.objective)
+        assert model.config.image_size == config.data.image_size
+    assert config.steps > 0 and config.batch_size > 0
+    assert spec.rpartition(":")[2] in configs._module(configs._find(spec.partition(":")[0])).__doc__
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_parameter_dimension_has_a_known_name(spec):
+    config = configs.load(spec)
+    model = build(config.name, config.model)
+    mesh = AbstractMesh((8, 128, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    places = sharding.shardings(model.abstract, model.axes, mesh)
+    assert len(jax.tree.leaves(places)) == len(jax.tree.leaves(model.abstract))  # and no name was unknown
+
+
+def test_the_12b_parameters_are_really_cut_over_128_devices():
+    model = build("transformer", configs.load("configs/transformer.py:12b").model)
+    mesh = AbstractMesh((8, 128, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    places = sharding.shardings(model.abstract, model.axes, mesh)
+    sizes = jax.tree.map(lambda leaf, place: math.prod(place.shard_shape(leaf.shape)), model.abstract, places)
+    # All matrices have a dimension of 3968 = 128 * 31; only a few vectors (biases of heads) stay whole.
+    assert sum(jax.tree.leaves(sizes)) < 1.05 * model.num_params / 128
+
+
+def test_overrides_change_values_and_keep_types():
+    config = configs.load(
+        "configs/dvae.py:demo",
+        ["--config.model.width=64", "--config.data.train=folder:a b", "--config.optimizer.learning_rate=1"],
+    )
+    assert (config.model.width, config.data.train) == (64, "folder:a b")
+    assert isinstance(config.optimizer.learning_rate, float)
+    with pytest.raises(AttributeError):
+        config.modle = 1
+    assert configs.load("configs/dvae.py:demo").model.width != 64
+
+
+@pytest.mark.parametrize(
+    "spec, override, message",
+    [
+        ("configs/dvae.py:demo", "--config.model.widht=64", "nearest valid one is 'model.width'"),
+        ("configs/dvae.py:demo", "--config.model.width=wide", "wrong type"),
+        ("configs/dvae.py:demo", "--config.model.width", "join key and value"),
+        ("configs/dvae.py:tiny", "--config.steps=1", "one of paper, emoji, demo"),
+        ("configs/vae.py:demo", "--config.steps=1", "try configs/dvae.py or configs/transformer.py"),
+    ],
+)
+def test_mistakes_are_answered_in_one_sentence(spec, override, message):
+    with pytest.raises(UserError, match=message):
+        configs.load(spec, [override])
+
+
+def test_a_config_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dalle_jax.configs import dvae\n"
+        "def get_config(variant='demo'):\n"
+        "    config = dvae.get_config(variant)\n"
+        "    config.steps = 7\n"
+        "    return config\n"
+    )
+    assert configs.load(str(path)).steps == 7
+    path.write_text("x = 1\n")
+    with pytest.raises(UserError, match="get_config"):
+        configs.load(str(path))
+
+
+def test_json_gives_the_same_config_back():
+    config = configs.load("configs/transformer.py:demo")
+    assert not configs.differences(config, configs.from_json(configs.to_json(config)))
+
+
+def test_only_free_keys_may_change_in_a_workdir():
+    old = configs.load("configs/dvae.py:demo")
+    free = configs.load("configs/dvae.py:demo", ["--config.steps=9", "--config.mesh.tensor=2", "--config.log_every=1"])
+    assert set(configs.differences(old, free)) == {"steps", "mesh.tensor", "log_every"}
+    configs.refuse_other(old, free, where="runs/x")
+    other = configs.load("configs/dvae.py:demo", ["--config.model.width=64", "--config.seed=3", "--config.steps=9"])
+    with pytest.raises(
+        UserError, match=r"runs/x belongs to another config \(model.width was 128 and is 64, seed was 0"
+    ):
+        configs.refuse_other(old, other, where="runs/x")
+
+
+def test_free_keys_exist():
+    known = configs.flatten(configs.load("configs/dvae.py:demo"))
+    for free in configs.FREE_KEYS:
+        assert any(key == free or key.startswith(free) for key in known), free
