@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_transformer import TINY, random_batch, random_params
 
 from dalle_jax.models import transformer
 from dalle_jax.sample import engine
 from dalle_jax.sample.logits import draw, filter_logits
-from test_transformer import TINY, random_batch, random_params
 
 
 @pytest.mark.parametrize("pattern", ["paper", "full"])
@@ -35,9 +35,8 @@ def sample(config=TINY, captions=2, candidates=3, seed=0, params=None, text=None
     model = transformer.model(config)
     params = random_params(config) if params is None else params
     text = random_batch(config, batch=captions)[0] if text is None else text
-    return np.asarray(
-        engine.generate(model, params, text, engine.image_keys(seed, captions, candidates), **kwargs)
-    )
+    seeds = seed + np.arange(captions * candidates).reshape(captions, candidates)
+    return np.asarray(engine.generate(model, params, text, engine.image_keys(seeds), **kwargs))
 
 
 def test_greedy_sampling_takes_the_most_likely_token_of_the_uncached_model():

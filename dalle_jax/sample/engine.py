@@ -16,13 +16,12 @@ from dalle_jax.models import Model, Params
 from dalle_jax.sample.logits import draw, filter_logits
 
 
-def image_keys(seed: int, captions: int, candidates: int):
-    """Keys [C, M] of images seeded seed, seed + 1, ...: image (c, m) has the key of seed + c * candidates + m."""
-    first = jnp.uint32(seed) + jnp.arange(captions * candidates, dtype=jnp.uint32)
-    return jax.vmap(jax.random.key)(first).reshape(captions, candidates)
+def image_keys(seeds_CM):
+    """jax.random keys [C, M] from the seed of each image, integers in [0, 2**32)."""
+    return jax.vmap(jax.vmap(jax.random.key))(jnp.asarray(seeds_CM, jnp.uint32))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_given", "top_k", "top_p"))
+@functools.partial(jax.jit, static_argnames=("model", "top_k", "top_p"))
 def generate(
     model: Model,
     params: Params,
@@ -30,7 +29,7 @@ def generate(
     keys_CM,
     given_CMI=None,
     *,
-    num_given: int = 0,
+    num_given=0,
     temperature=1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -38,7 +37,8 @@ def generate(
     """Sample all image tokens.
 
     text_CT: int32 text slots. keys_CM: jax.random keys, one an image. given_CMI: int32 image ids whose first
-    `num_given` positions are kept as they are (the top rows of a picture to complete).
+    `num_given` positions are kept as they are (the top rows of a picture to complete). temperature, num_given: numbers
+    that may change from call to call; top_k, top_p: compiled in.
     Returns: int32 image ids [C, M, I].
     """
     layout = model.config.layout

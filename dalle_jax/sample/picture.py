@@ -1,0 +1,47 @@
+"""A sampled picture: a PIL image that knows how it was made and writes that into its PNG file."""
+
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+SOFTWARE = "dalle-jax"
+
+
+class Picture(Image.Image):
+    """An RGB image with `caption`, `seed` and `settings`; saved as PNG it carries them as text chunks.
+
+    settings: temperature, top_k, top_p, keep_rows and the digest of the checkpoint, as plain json values.
+    """
+
+    caption: str
+    seed: int
+    settings: dict[str, Any]
+
+    @classmethod
+    def from_array(cls, image_uint8: np.ndarray, *, caption: str, seed: int, settings: dict[str, Any]) -> "Picture":
+        """uint8 [H, W, 3] -> Picture."""
+        picture = cls()
+        picture.__dict__.update(Image.fromarray(image_uint8).__dict__)
+        picture.caption, picture.seed, picture.settings = caption, seed, settings
+        picture.info.update(picture.metadata())
+        return picture
+
+    def metadata(self) -> dict[str, str]:
+        """The PNG text chunks: caption, seed, settings (json) and software."""
+        return {
+            "caption": self.caption,
+            "seed": str(self.seed),
+            "settings": json.dumps(self.settings, sort_keys=True),
+            "software": SOFTWARE,
+        }
+
+    def save(self, fp, format=None, **params):
+        """As PIL's; a PNG gets the metadata unless the caller passes a `pnginfo` of his own."""
+        if "pnginfo" not in params:
+            params["pnginfo"] = PngInfo()
+            for key, value in self.metadata().items():
+                params["pnginfo"].add_itxt(key, value)
+        super().save(fp, format, **params)

@@ -1,0 +1,22 @@
+"""`dalle-jax train`: one run of any task, with samples drawn along the way where the task can draw them."""
+
+import argparse
+import pathlib
+
+from dalle_jax import config as configs
+from dalle_jax.hooks import sample_hook
+from dalle_jax.train.main import train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="e.g. configs/transformer.py:demo")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="everything is written here; again to resume")
+    parser.epilog = "--config.key=value changes a value of the config, e.g. --config.steps=1000"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0, or 128 + the signal that interrupted the run."""
+    config, workdir = configs.load(args.config, args.overrides), pathlib.Path(args.workdir)
+    hooks = [sample_hook(config, workdir)] if config.name == "transformer" else []
+    result = train(config, workdir, hooks=hooks)
+    return 128 + result.signal if result.signal else 0
