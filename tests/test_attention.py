@@ -89,9 +89,7 @@ def test_cached_steps_equal_whole_sequence(kind, text_len, grid):
         shared[:] = shared[:, :1]
     want = attention.attend(q, k, v, kind, text_len=text_len, grid=grid)[:, text_len:]
     by_caption = lambda x: x.reshape(captions, candidates, *x.shape[1:])  # noqa: E731
-    text = {
-        name: by_caption(x)[:, 0, :text_len].transpose(0, 2, 1, 3) for name, x in (("k", k), ("v", v))
-    }
+    text = {name: by_caption(x)[:, 0, :text_len].transpose(0, 2, 1, 3) for name, x in (("k", k), ("v", v))}
     cache = attention.empty_cache(
         kind,
         grid=grid,

@@ -1,0 +1,294 @@
+"""Training and sampling speed next to DALLE-pytorch, both at one shape, in turns, on two CPU threads, float32.
+
+    python benchmarks/compare.py --peer-python PEER/bin/python
+
+`peer_dalle_pytorch.py` says how to make that environment. Each round measures every work once, ours and theirs in
+turns, so that what else the machine does hits both; a ratio is the middle one of the rounds. `--slow-rounds` is for
+what takes the peer minutes (sampling as shipped). Writes the table and the raw seconds to `benchmarks/results/`.
+
+A training step is loss, gradients and AdamW on given image tokens; ours also keeps its moving average. A sample is
+captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder (the peer's default filter keeps half of
+text and image vocabulary together, which at this shape is nearly all image tokens).
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
+
+RESULTS = Path(__file__).parent / "results"
+FAST_PEER = ("train_dense", "train_sparse", "sample_dense_cached")
+SLOW_PEER = ("sample_dense_shipped", "sample_sparse_shipped")
+OURS = ("train_paper", "train_full", "sample_paper", "sample_full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One row of the table: our work against theirs; `least` is the ratio to reach, None if it is only reported."""
+
+    ours: str
+    peer: str
+    least: float | None
+
+
+BARS = (
+    Bar("train_paper", "train_dense", 1.0),
+    Bar("train_paper", "train_sparse", 1.5),
+    Bar("train_full", "train_dense", None),
+    Bar("sample_paper", "sample_dense_cached", 4.0),
+    Bar("sample_full", "sample_dense_cached", None),
+    Bar("sample_paper", "sample_dense_shipped", 50.0),
+    Bar("sample_paper", "sample_sparse_shipped", None),
+)
+
+
+class Ours:
+    """Our models, each compiled at its first use and kept."""
+
+    def __init__(self):
+        self.works = {}
+
+    def measure(self, work: str, repeats: int) -> list[float]:
+        """Seconds of each repeat."""
+        if work not in self.works:
+            verb, pattern = work.split("_")
+            self.works[work] = (trainer if verb == "train" else sampler)(pattern)
+            for _ in range(2):
+                self.works[work]()
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            self.works[work]()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+def transformer(pattern: str):
+    from dalle_jax.models import build
+
+    sizes = {key: value for key, value in SHAPE.items() if key not in ("layers", "image_size")}
+    return build(
+        "transformer",
+        {
+            **sizes,
+            "num_layers": SHAPE["layers"],
+            "pattern": pattern,
+            "remat": "none",
+            "scan": False,
+            "precision": "fp32",
+        },
+    )
+
+
+def captions():
+    """int32 [BATCH, text_len]: as many random tokens as there is room for."""
+    import numpy as np
+
+    from dalle_jax.layout import Layout
+
+    layout = Layout(SHAPE["text_len"], SHAPE["text_vocab"], SHAPE["grid"], SHAPE["image_vocab"])
+    tokens = np.random.default_rng(0).integers(layout.text_vocab, size=(BATCH, layout.caption_len))
+    return np.stack([layout.text_slots(row) for row in tokens])
+
+
+def trainer(pattern: str):
+    """A function that does one training step, as the training loop calls it."""
+    import jax
+    import numpy as np
+    import optax
+
+    from dalle_jax import sharding
+    from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT
+    from dalle_jax.train.step import init_state, make_update
+    from dalle_jax.train.task import Task
+    from dalle_jax.train.transformer_task import token_losses
+
+    model = transformer(pattern)
+
+    def loss(params, frozen, batch, *, key, step):
+        del frozen, key, step
+        text, image = token_losses(*model.apply(params, batch["text"], batch["image"]), batch["text"], batch["image"])
+        return TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image, {}
+
+    task = Task(name="transformer", model=model, loss=loss)
+    mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
+    optimizer = optax.with_extra_args_support(optax.adamw(LEARNING_RATE))
+    update = make_update(task, optimizer, mesh=mesh, ema_decay=0.99)
+    key = jax.random.key(0)
+    codes = np.random.default_rng(1).integers(SHAPE["image_vocab"], size=(BATCH, SHAPE["grid"] ** 2), dtype=np.int32)
+    batch = sharding.shard_batch({"text": captions(), "image": codes}, mesh)
+    state = [init_state(task, optimizer, key=key, mesh=mesh)]
+
+    def step():
+        state[0], metrics = update(state[0], {}, batch, key)
+        jax.block_until_ready((state[0], metrics))
+
+    return step
+
+
+def sampler(pattern: str):
+    """A function that draws one batch of pictures, pixels included."""
+    import jax
+    import numpy as np
+
+    from dalle_jax import pixels
+    from dalle_jax.models import build
+    from dalle_jax.sample import engine
+
+    model = transformer(pattern)
+    dvae = build("dvae", {"image_size": SHAPE["image_size"], "vocab": SHAPE["image_vocab"], "width": 32, "stem": 64})
+    assert dvae.config.grid == SHAPE["grid"]
+    params, dvae_params = jax.jit(model.init)(jax.random.key(0)), jax.jit(dvae.init)(jax.random.key(1))
+    text_CT, seed = captions(), iter(range(1_000_000))
+
+    @jax.jit
+    def to_pixels(dvae_params, ids):
+        mean = dvae.apply(dvae_params, ids, method="decode_ids")[..., :3]
+        return pixels.to_uint8(pixels.from_laplace(jax.nn.sigmoid(mean)))
+
+    def sample():
+        keys_CM = engine.image_keys(next(seed), BATCH, 1)
+        ids_CMI = engine.generate(model, params, text_CT, keys_CM)
+        np.asarray(to_pixels(dvae_params, ids_CMI.reshape(BATCH, SHAPE["grid"], SHAPE["grid"])))
+
+    return sample
+
+
+class PeerProcess:
+    """`peer_dalle_pytorch.py --serve` in its own environment; its models stay built between rounds."""
+
+    def __init__(self, python: str):
+        command = [python, "-W", "ignore", str(Path(__file__).with_name("peer_dalle_pytorch.py")), "--serve"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.torch = ""
+
+    def measure(self, work: str, repeats: int) -> list[float]:
+        print(work, repeats, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the peer ended while measuring {work}: its message is above")
+        answer = json.loads(line)
+        self.torch = answer["torch"]
+        return answer["seconds"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def run_rounds(peer: PeerProcess, args) -> dict[str, list[list[float]]]:
+    """work -> for each round, the seconds of its repeats. A work that has no round is missing."""
+    ours, seconds = Ours(), {}
+    for index in range(max(args.rounds, args.slow_rounds)):
+        theirs = FAST_PEER * (index < args.rounds) + SLOW_PEER * (index < args.slow_rounds)
+        turns = [(ours, work) for work in OURS] + [(peer, work) for work in theirs]
+        turns.sort(key=lambda turn: turn[1])  # sample_* and train_* of both sides next to each other
+        for side, work in turns:
+            repeats = args.train_steps if work.startswith("train") else 1
+            seconds.setdefault(work, []).append(side.measure(work, repeats))
+            print(
+                f"round {index + 1}: {work} {statistics.median(seconds[work][-1]):.3f} s", file=sys.stderr, flush=True
+            )
+    return seconds
+
+
+def summarise(seconds: dict[str, list[list[float]]]) -> dict:
+    """Rates of every work and the ratio of every bar whose works were measured."""
+    each = {"train": BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2), "sample": BATCH}
+    middles = {work: [statistics.median(round_) for round_ in rounds] for work, rounds in seconds.items()}
+    rates = {work: each[work.split("_")[0]] / statistics.median(middle) for work, middle in middles.items()}
+    bars = []
+    for bar in BARS:
+        if bar.peer in middles:
+            pairs = zip(middles[bar.peer], middles[bar.ours], strict=False)  # slow works have fewer rounds
+            ratios = [theirs / ours for theirs, ours in pairs]
+            ratio = statistics.median(ratios)
+            met = None if bar.least is None else ratio >= bar.least
+            bars.append(
+                {**dataclasses.asdict(bar), "ratio": ratio, "low": min(ratios), "high": max(ratios), "met": met}
+            )
+    return {"rates": rates, "bars": bars}
+
+
+def machine() -> dict:
+    import jax
+
+    model = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.processor() or platform.machine(),
+        "threads": THREADS,
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def table(result: dict) -> str:
+    """The result as markdown."""
+    about = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    lines = [
+        "# Speed next to DALLE-pytorch 1.6.6",
+        "",
+        f"{result['date']}; {about}.",
+        f"Shape: {', '.join(f'{key} {value}' for key, value in SHAPE.items())}, batch {BATCH}; float32.",
+        "",
+        f"    {result['command']}",
+        "",
+        "| ours | theirs | our rate | their rate | ratio (lowest and highest round) | bar |",
+        "|---|---|---|---|---|---|",
+    ]
+    for bar in result["bars"]:
+        unit, digits = ("tokens/s", 0) if bar["ours"].startswith("train") else ("images/s", 3)
+        ours, theirs = (f"{result['rates'][bar[side]]:,.{digits}f} {unit}" for side in ("ours", "peer"))
+        least = "" if bar["least"] is None else f"{bar['least']:g}x: {'met' if bar['met'] else 'not met'}"
+        ratio = f"{bar['ratio']:.2f}x ({bar['low']:.2f} to {bar['high']:.2f})"
+        lines.append(f"| {bar['ours']} | {bar['peer']} | {ours} | {theirs} | {ratio} | {least} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer-python", required=True, help="the interpreter of the peer's environment")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slow-rounds", type=int, default=1, help="rounds that include the peer as shipped")
+    parser.add_argument("--train-steps", type=int, default=5, help="training steps of each work in each round")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if hasattr(os, "sched_setaffinity"):  # both sides get the same cores; the peer's process inherits them
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    about = machine()
+    if about["load_before"] > 0.5:
+        print(f"warning: the machine is busy (load {about['load_before']}), which hurts both sides", file=sys.stderr)
+    peer = PeerProcess(args.peer_python)
+    seconds = run_rounds(peer, args)
+    peer.close()
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python benchmarks/compare.py --peer-python PEER/bin/python --rounds {args.rounds} "
+        f"--slow-rounds {args.slow_rounds} --train-steps {args.train_steps}",
+        "machine": {**about, "torch": peer.torch},
+        **summarise(seconds),
+        "seconds": seconds,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "dalle_pytorch.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "dalle_pytorch.md").write_text(table(result))
+    print(table(result))
+    return 0 if all(bar["met"] is not False for bar in result["bars"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""`dalle-jax demo`: the whole of DALL-E on built-in scenes, from nothing to pictures of captions it never saw.
+
+Trains a tokenizer, a dVAE and a transformer with the ordinary loop and the `demo` configs, chooses a sampling
+temperature on tuning captions, draws the report's captions once each, and lets the scene checker judge the pixels.
+Nothing of the report's captions is used before that.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+
+from dalle_jax import config as configs
+from dalle_jax.data import scenes
+from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate.scenes import accuracy, shows
+from dalle_jax.hooks import sample_hook
+from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.sample.sheet import contact_sheet
+from dalle_jax.tokenizer import Tokenizer
+from dalle_jax.train import metrics
+from dalle_jax.train.main import train
+
+REPORT_KEYS = {
+    "one_object_accuracy": "one_seen",
+    "one_object_unseen_accuracy": "one_unseen",
+    "two_object_unseen_accuracy": "two_unseen_combination",
+    "two_object_unseen_pair_accuracy": "two_unseen_pair",
+    "two_object_unseen_relation_accuracy": "two_unseen_relation",
+}
+TUNED_ON = ("one_seen", "one_unseen", "two_unseen_combination")
+TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.35)
+TOKENIZER_CAPTIONS = 5_000
+REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
+
+# A transformer update takes this many times a dVAE update on a CPU (benchmarks/results/demo.md); a slow machine makes
+# fewer updates, so that the demo keeps its time.
+UPDATE_RATIO = 2.2
+REST_SECONDS = 60.0  # compiling and sampling after the dVAE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo"), metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time to plan for (default 9)")
+    parser.add_argument("--captions", type=int, default=200, help="captions judged of each kind (default 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the report instead of a summary")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes DIR/report.json, DIR/samples.png and the two workdirs DIR/dvae and DIR/transformer. Returns 0."""
+    report = run(args.workdir, minutes=args.minutes, num_captions=args.captions, seed=args.seed)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    print(
+        f"right at first sample: one object {report['one_object_accuracy']:.0%}, "
+        f"of a colour and shape never seen together {report['one_object_unseen_accuracy']:.0%}, "
+        f"two objects in an unseen combination {report['two_object_unseen_accuracy']:.0%}; "
+        f"{report['seconds']:.0f} s: {args.workdir / 'samples.png'}"
+    )
+    return 0
+
+
+def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int) -> dict:
+    """The whole demo; returns what it writes to report.json. A workdir of an earlier demo goes on where it was."""
+    began = time.monotonic()
+    say(f"1/4 tokenizer from {TOKENIZER_CAPTIONS} captions")
+    tokenizer_file = make_tokenizer(workdir)
+
+    say("2/4 dVAE: pictures to codes and back")
+    dvae_config = configs.load("configs/dvae.py:demo", [f"--config.seed={seed}"])
+    train(dvae_config, workdir / "dvae")
+
+    overrides = {"seed": seed, "dvae": workdir / "dvae", "tokenizer": tokenizer_file}
+    config = configs.load("configs/transformer.py:demo", [f"--config.{k}={v}" for k, v in overrides.items()])
+    steps = affordable_steps(workdir, config.steps, minutes * 60 - (time.monotonic() - began))
+    if steps < config.steps:
+        say(f"    this machine makes {steps} of the {config.steps} transformer updates in the time that is left")
+    config = configs.load(
+        "configs/transformer.py:demo", [f"--config.{k}={v}" for k, v in {**overrides, "steps": steps}.items()]
+    )
+    say("3/4 transformer: captions and codes")
+    train(config, workdir / "transformer", hooks=[sample_hook(config, workdir / "transformer")])
+
+    say("4/4 pictures for captions it never saw")
+    pipe = Pipeline.load(workdir / "transformer")
+    temperature = choose_temperature(pipe)
+    report, drawn = judge(pipe, temperature, num_captions)
+    sheet(drawn, scale=max(1, 128 // pipe.image_size)).save(workdir / "samples.png")
+    report |= {
+        "dvae": judge_dvae(pipe, num_captions),
+        "captions_each": num_captions,
+        "seed": seed,
+        "steps": {"dvae": dvae_config.steps, "transformer": steps},
+        "bits_per_image_token": metrics.read(workdir / "transformer" / "metrics.jsonl")[-1].get(
+            "validation/bits_per_image_token"
+        ),
+        "parameters": {"dvae": pipe.dvae.num_params, "transformer": pipe.model.num_params},
+        "checkpoint": pipe.digest,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": time.monotonic() - began,
+    }
+    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
+    """Trains tokenizer.model on training captions unless it is there."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    config = configs.load("configs/transformer.py:demo")
+    source = open_source(config.data.train)
+    captions = (source[i].captions[0] for i in range(TOKENIZER_CAPTIONS))
+    file = workdir / "tokenizer.model"
+    if not file.exists():
+        Tokenizer.train(captions, vocab_size=config.model.text_vocab).save(file)
+    return file
+
+
+def affordable_steps(workdir: pathlib.Path, wanted: int, seconds: float) -> int:
+    """Transformer updates that fit into this time on a machine that trained the dVAE at the speed it did."""
+    if jax.default_backend() != "cpu":
+        return wanted
+    batch_size = configs.load("configs/dvae.py:demo").batch_size
+    log = metrics.read(workdir / "dvae" / "metrics.jsonl")
+    speeds = [line["train/images_per_second"] for line in log if "train/images_per_second" in line]
+    update_seconds = UPDATE_RATIO * batch_size / np.median(speeds[len(speeds) // 2 :])
+    return int(np.clip((seconds - REST_SECONDS) / update_seconds, wanted // 10, wanted))
+
+
+def choose_temperature(pipe: Pipeline, *, each: int = 64) -> float:
+    """The temperature with the best mean accuracy on the tuning captions."""
+    scores = {}
+    for temperature in TEMPERATURES:
+        drawn = [draw(pipe, name, "tune", each, temperature=temperature, seed=0) for name in TUNED_ON]
+        scores[temperature] = float(np.mean([accuracy(pictures, told) for _, told, pictures in drawn]))
+    say("    temperature: right on tuning captions " + ", ".join(f"{t}: {s:.0%}" for t, s in scores.items()))
+    return max(scores, key=scores.get)
+
+
+def draw(pipe: Pipeline, set_name: str, part: str, n: int, *, temperature: float, seed: int):
+    """First samples of n captions: captions, the scenes they tell of, and uint8 pictures."""
+    captions, told = zip(*scenes.captions(set_name, part, n), strict=True)
+    pictures = pipe(list(captions), temperature=temperature, seed=[seed + i for i in range(n)])
+    return captions, told, [np.asarray(row[0]) for row in pictures]
+
+
+def judge(pipe: Pipeline, temperature: float, num_captions: int):
+    """Accuracy on each of the report's sets, and what was drawn."""
+    report, drawn = {"temperature": temperature}, {}
+    for key, name in REPORT_KEYS.items():
+        captions, told, pictures = draw(pipe, name, "report", num_captions, temperature=temperature, seed=REPORT_SEED)
+        report[key] = accuracy(pictures, told)
+        drawn[name] = captions, told, pictures
+    return report, drawn
+
+
+def judge_dvae(pipe: Pipeline, num_pictures: int) -> dict[str, float]:
+    """How many true pictures still show their caption after encoding and decoding, and the share of codes in use."""
+    result, used = {}, set()
+    for key, name in (("seen_accuracy", "one_seen"), ("unseen_accuracy", "one_unseen"), ("two", TUNED_ON[-1])):
+        pictures = scenes.true_pictures(name, "report", num_pictures, image_size=pipe.image_size)
+        told = [scene for _, scene in scenes.captions(name, "report", num_pictures)]
+        codes = [pipe.encode(picture) for picture in pictures]
+        used.update(*(map(int, ids) for ids in codes))
+        result[key] = accuracy([pipe.decode(ids) for ids in codes], told)
+    return {
+        "seen_accuracy": result["seen_accuracy"],
+        "unseen_accuracy": result["unseen_accuracy"],
+        "two_object_unseen_accuracy": result["two"],
+        "codes_used_share": len(used) / pipe.model.config.image_vocab,
+    }
+
+
+def sheet(drawn, *, scale: int, columns: int = 8, rows_each: int = 2):
+    """The first pictures of the three main sets, framed green or red as the checker judges them."""
+    chosen = [(c, t, p) for name in TUNED_ON for c, t, p in list(zip(*drawn[name], strict=True))[: columns * rows_each]]
+    captions, told, pictures = zip(*chosen, strict=True)
+    marks = [shows(picture, scene).ok for picture, scene in zip(pictures, told, strict=True)]
+    return contact_sheet(pictures, captions, columns=columns, scale=scale, marks=marks)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

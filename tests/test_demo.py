@@ -1,0 +1,51 @@
+"""`dalle-jax demo` from end to end with a handful of updates: every part runs and the report is complete."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from dalle_jax import cli, demo
+from dalle_jax.data import scenes
+
+FEW = ["--config.steps=3", "--config.batch_size=16", "--config.validation_batches=1"]
+
+
+def test_demo_writes_report_sheet_and_two_workdirs(tmp_path, monkeypatch, capsys):
+    load = demo.configs.load
+    monkeypatch.setattr(demo.configs, "load", lambda spec, words=(): load(spec, [*words, *FEW]))
+    monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
+    monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.5))
+    monkeypatch.setattr(demo.choose_temperature, "__kwdefaults__", {"each": 2})
+    workdir = tmp_path / "demo"
+    assert cli.main(["demo", "--workdir", str(workdir), "--captions", "16", "--json"]) == 0
+    report = json.loads((workdir / "report.json").read_text())
+    assert report == json.loads(capsys.readouterr().out)
+    for key in demo.REPORT_KEYS:
+        assert 0 <= report[key] <= 1
+    assert report["one_object_accuracy"] < 0.5  # three updates cannot have learned it
+    assert report["temperature"] in (1.0, 0.5) and report["seconds"] > 0
+    assert Image.open(workdir / "samples.png").width > 500
+    for part in ("dvae", "transformer"):
+        assert (workdir / part / "curves.png").exists()
+        assert list((workdir / part / "pictures").glob("*.png"))
+
+
+def test_steps_follow_the_speed_of_the_machine(tmp_path):
+    log = tmp_path / "dvae" / "metrics.jsonl"
+    log.parent.mkdir()
+    log.write_text("".join(json.dumps({"step": i, "train/images_per_second": 640.0}) + "\n" for i in range(9)))
+    seconds = demo.REST_SECONDS + 100.0
+    batch_size = demo.configs.load("configs/dvae.py:demo").batch_size
+    fits = 100.0 / (demo.UPDATE_RATIO * batch_size / 640.0)
+    assert demo.affordable_steps(tmp_path, 10_000, seconds) == int(fits)
+    assert demo.affordable_steps(tmp_path, 50, seconds) == 50
+    assert demo.affordable_steps(tmp_path, 1_000, 0.0) == 100  # a demo that cannot keep its time still trains a little
+
+
+def test_tuning_and_report_captions_are_disjoint():
+    for name in demo.TUNED_ON:
+        tuned = {caption for caption, _ in scenes.captions(name, "tune", 64)}
+        reported = {caption for caption, _ in scenes.captions(name, "report", 200)}
+        assert not tuned & reported
+    assert len(np.unique(demo.TEMPERATURES)) == len(demo.TEMPERATURES)
