@@ -20,10 +20,11 @@ def test_cached_logits_equal_uncached_at_every_position(pattern):
     model, params, layout = transformer.model(config), random_params(config), config.layout
     text_CT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1]
     want = model.apply(params, np.repeat(text_CT, 2, axis=0), image)[1].reshape(2, 2, layout.image_len, -1)
-    stores = model.apply(params, text_CT, method="prefill")
+    layers = model.apply(params, method="layers")
+    stores = model.apply(params, layers, text_CT, method="prefill")
     cache = model.apply(params, 2, 2, method="empty_cache")
     image_CMI = image.reshape(2, 2, -1)
-    decode = jax.jit(lambda *args: model.apply(params, stores, *args, method="decode"))
+    decode = jax.jit(lambda *args: model.apply(params, layers, stores, *args, method="decode"))
     previous = np.full((2, 2), layout.start_of_image, np.int32)
     for position in range(layout.image_len):
         got, cache = decode(cache, previous, position)

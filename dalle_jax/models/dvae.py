@@ -27,8 +27,8 @@ class DVAEConfig:
     stem_kernel: side of the encoder's first convolution. precision: 'fp32' or 'bf16', see `layers.compute_dtype`.
 
     patch: pixels per side that are folded into channels before the first and unfolded after the last convolution, so
-    that a small model works on few positions; 1 is the paper's network. logits_norm: divide the features that make
-    the logits by their root mean square, which bounds how sure an untrained encoder can be.
+    that a small model works on few positions; 1 is the paper's network. logits_norm: root mean square that the features
+    before the logits are scaled to at every position, in effect how sure an untrained encoder is; 0 leaves them alone.
     """
 
     image_size: int = 256
@@ -40,7 +40,7 @@ class DVAEConfig:
     stem_kernel: int = 7
     precision: str = "fp32"
     patch: int = 1
-    logits_norm: bool = False
+    logits_norm: float = 0.0
 
     def __post_init__(self):
         for name in ("image_size", "vocab", "groups", "blocks_per_group", "stem", "patch"):
@@ -52,6 +52,8 @@ class DVAEConfig:
             raise ValueError(f"stem_kernel must be odd, got {self.stem_kernel}")
         if self.image_size % self.stride:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch * 2^(groups-1) = {self.stride}")
+        if self.logits_norm < 0:
+            raise ValueError(f"logits_norm must not be negative, got {self.logits_norm}")
         compute_dtype(self.precision)
 
     @property
@@ -186,7 +188,8 @@ class Encoder(nnx.Module):
         x_BGGC = self.tower(self.stem(_space_to_depth(x_BHWC, self.config.patch)))
         x_BGGC = jax.nn.relu(x_BGGC).astype(jnp.float32)
         if self.config.logits_norm:
-            x_BGGC = x_BGGC * jax.lax.rsqrt(jnp.square(x_BGGC).mean(-1, keepdims=True) + 1e-6)
+            mean_square = jnp.square(x_BGGC).mean(-1, keepdims=True)
+            x_BGGC = x_BGGC * self.config.logits_norm * jax.lax.rsqrt(mean_square + 1e-6)
         return self.head(x_BGGC)
 
 

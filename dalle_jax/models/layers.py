@@ -54,6 +54,35 @@ def quick_gelu(x):
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x, weight, inputs: int = 1):
+    """Contract the last `inputs` dimensions of x with the first of weight, in their own order.
+
+    The same numbers as an einsum, and a gradient of weight that transposes the smaller of its two factors: XLA's CPU
+    backend copies the transposed one, a sixth of the time of a layer where the output is wide.
+    """
+    return jnp.tensordot(x, weight, inputs)
+
+
+def _linear_forward(x, weight, inputs):
+    return linear(x, weight, inputs), (x, weight)
+
+
+def _linear_backward(inputs, saved, cotangent):
+    x, weight = saved
+    outputs = weight.ndim - inputs
+    over_outputs = tuple(range(cotangent.ndim - outputs, cotangent.ndim)), tuple(range(inputs, weight.ndim))
+    leading = (tuple(range(x.ndim - inputs)),) * 2
+    if x.size <= cotangent.size:
+        by_weight = jnp.tensordot(x, cotangent, leading)
+    else:
+        by_weight = jnp.moveaxis(jnp.tensordot(cotangent, x, leading), range(outputs, weight.ndim), range(inputs))
+    return jnp.tensordot(cotangent, weight, over_outputs), by_weight
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A definition as pure functions. `make(rngs)` builds the NNX module; nothing here holds parameters."""

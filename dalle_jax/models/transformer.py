@@ -17,7 +17,7 @@ from flax import nnx
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
 from dalle_jax.models import attention
-from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, quick_gelu
+from dalle_jax.models.layers import Model, compute_dtype, layer_norm, linear, param, quick_gelu
 from dalle_jax.sharding import constrain
 
 INIT = 0.125  # Child et al. 2019: standard deviation 0.125 / sqrt(fan in)
@@ -69,7 +69,7 @@ class TransformerConfig:
 
 
 def model(config: TransformerConfig) -> Model:
-    """The transformer as pure functions; methods `__call__`, `prefill`, `empty_cache` and `decode`."""
+    """The transformer as pure functions; methods `__call__`, `layers`, `prefill`, `empty_cache` and `decode`."""
     return Model(config, functools.partial(Transformer, config))
 
 
@@ -137,12 +137,16 @@ class Transformer(nnx.Module):
         text_D, image_D = x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
         return self._head(text_D, self.text_head), self._head(image_D, self.image_head)
 
-    def prefill(self, text_CT):
+    def layers(self):
+        """Each layer's own parameters in the compute dtype, cut out of the stack once before many `decode` steps."""
+        stacked = self._stacked(compute_dtype(self.config.precision))
+        return [{name: a[i] for name, a in stacked.items()} for i in range(self.config.num_layers)]
+
+    def prefill(self, layers, text_CT):
         """Keys and values of the text, once per caption: a list, one {'k', 'v'} of [C, N, T, H] a layer."""
-        dtype = compute_dtype(self.config.precision)
-        x = self._embed_text(text_CT).astype(dtype)
+        x = self._embed_text(text_CT).astype(compute_dtype(self.config.precision))
         stores = []
-        for block in self._layers(dtype):
+        for block in layers:
             q, k, v = _qkv(block, x)
             stores.append({"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)})
             mixed = attention.attend_text(q, k, v)
@@ -165,9 +169,10 @@ class Transformer(nnx.Module):
             for kind in config.kinds
         ]
 
-    def decode(self, text_stores, cache, previous_CM, position):
+    def decode(self, layers, text_stores, cache, previous_CM, position):
         """One image position for all candidates.
 
+        layers, text_stores: of `layers` and `prefill`; cache: of `empty_cache` or the step before.
         previous_CM: int32 codes at position - 1 (`Layout.start_of_image` at position 0). position: int32 scalar.
         Returns: float32 logits [C, M, image_vocab] of the code at `position`, and the new cache.
         """
@@ -178,7 +183,7 @@ class Transformer(nnx.Module):
             + self.column_position[...][position % config.grid]
         ).astype(dtype)
         new_cache = []
-        for block, kind, text, store in zip(self._layers(dtype), config.kinds, text_stores, cache, strict=True):
+        for block, kind, text, store in zip(layers, config.kinds, text_stores, cache, strict=True):
             q, k, v = _qkv(block, x_CMD)
             mixed, store = attention.attend_cached(q, k, v, text, store, kind, position=position, grid=config.grid)
             new_cache.append(store)
@@ -202,10 +207,6 @@ class Transformer(nnx.Module):
         """All layers' parameters; matrices in the compute dtype, norm gains and biases in float32."""
         arrays = nnx.to_pure_dict(nnx.state(self.blocks))
         return {name: a if name.startswith("norm") else a.astype(dtype) for name, a in arrays.items()}
-
-    def _layers(self, dtype):
-        stacked = self._stacked(dtype)
-        return [{name: a[i] for name, a in stacked.items()} for i in range(self.config.num_layers)]
 
 
 def run_layers(stacked, x_BSD, config: TransformerConfig):
@@ -247,15 +248,15 @@ def _attention(block, x_BSD, *, kind, config):
 def _qkv(block, x):
     """[..., D] -> queries, keys and values, each [..., N, H]."""
     x = layer_norm(x, block["norm1_gain"], block["norm1_bias"])
-    qkv = jnp.einsum("...d,dcnh->...cnh", x, block["qkv"]) + block["qkv_bias"]
+    qkv = linear(x, block["qkv"]) + block["qkv_bias"]
     return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
 
 
 def _project(block, mixed):
-    return jnp.einsum("...nh,nhd->...d", mixed, block["out"]) + block["out_bias"]
+    return linear(mixed, block["out"], 2) + block["out_bias"]
 
 
 def _mlp(block, x):
     hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
-    hidden = quick_gelu(jnp.einsum("...d,df->...f", hidden, block["up"]) + block["up_bias"])
-    return x + jnp.einsum("...f,fd->...d", hidden, block["down"]) + block["down_bias"]
+    hidden = quick_gelu(linear(hidden, block["up"]) + block["up_bias"])
+    return x + linear(hidden, block["down"]) + block["down_bias"]

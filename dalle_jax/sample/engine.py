@@ -43,13 +43,14 @@ def generate(
     """
     layout = model.config.layout
     captions, candidates = keys_CM.shape
-    text_stores = model.apply(params, text_CT, method="prefill")
+    layers = model.apply(params, method="layers")
+    text_stores = model.apply(params, layers, text_CT, method="prefill")
     ids_CMI = jnp.zeros((captions, candidates, layout.image_len), jnp.int32) if given_CMI is None else given_CMI
     previous_CM = jnp.full((captions, candidates), layout.start_of_image, jnp.int32)
 
     def one_position(position, carry):
         ids_CMI, previous_CM, cache = carry
-        logits_CMV, cache = model.apply(params, text_stores, cache, previous_CM, position, method="decode")
+        logits_CMV, cache = model.apply(params, layers, text_stores, cache, previous_CM, position, method="decode")
         logits_CMV = filter_logits(logits_CMV, temperature=temperature, top_k=top_k, top_p=top_p)
         keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, position)))(keys_CM)
         drawn_CM = jax.vmap(jax.vmap(draw))(keys, logits_CMV)

@@ -1,0 +1,51 @@
+"""The building blocks: gradients of the hand-written matrix product, norm and activation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.models.layers import Model, compute_dtype, layer_norm, linear, param, quick_gelu
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape", "inputs"),
+    [((3, 5, 4), (4, 7), 1), ((3, 5, 7), (7, 2), 1), ((6, 4), (4, 3, 2, 5), 1), ((3, 2, 4, 5), (4, 5, 3), 2)],
+)
+def test_linear_and_its_gradients_equal_einsum(x_shape, weight_shape, inputs):
+    """Both branches of the gradient: output wider and narrower than the input, one and several dimensions."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=x_shape), rng.normal(size=weight_shape)
+    letters = "abcdefgh"
+    of_x, rest = letters[: len(x_shape)], letters[len(x_shape) : len(x_shape) + len(weight_shape) - inputs]
+    formula = f"{of_x},{of_x[-inputs:]}{rest}->{of_x[:-inputs]}{rest}"
+    cotangent = rng.normal(size=np.einsum(formula, x, weight).shape)
+
+    def through(product):
+        return jax.vjp(product, x, weight)[1](jnp.asarray(cotangent, jnp.float32))
+
+    np.testing.assert_allclose(linear(x, weight, inputs), np.einsum(formula, x, weight), rtol=1e-5, atol=1e-5)
+    got, want = through(lambda x, w: linear(x, w, inputs)), through(lambda x, w: jnp.einsum(formula, x, w))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm_has_zero_mean_and_unit_variance_in_float32_statistics():
+    x = np.random.default_rng(0).normal(3.0, 5.0, size=(4, 64)).astype(np.float32)
+    y = layer_norm(x, jnp.ones(64), jnp.zeros(64))
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(y.std(-1), 1, atol=1e-4)
+    assert layer_norm(jnp.asarray(x, jnp.bfloat16), jnp.ones(64), jnp.zeros(64)).dtype == jnp.bfloat16
+
+
+def test_quick_gelu_is_the_stated_approximation():
+    x = np.linspace(-4, 4, 9)
+    np.testing.assert_allclose(quick_gelu(x), x / (1 + np.exp(-1.702 * x)), rtol=1e-5)
+
+
+def test_unknown_precision_and_missing_axes_are_refused():
+    with pytest.raises(ValueError, match="precision must be one of"):
+        compute_dtype("fp8")
+    with pytest.raises(ValueError, match="must name every dimension"):
+        param(None, (2, 3), axes=("embed",))
+    assert Model.__dataclass_params__.frozen
