@@ -6,7 +6,7 @@
 
 paper   Ramesh et al. 2021, appendix A.2: 97.6 million parameters, 256x256 pictures, 32x32 codes out of 8192
 emoji   64x64 real pictures (emoji, icons, thumbnails), 8x8 codes out of 1024
-demo    the 32x32 scenes of `dalle-jax demo`, 8x8 codes out of 128
+demo    the 64x64 scenes of `dalle-jax demo`, 8x8 codes out of 128
 """
 
 from ml_collections import ConfigDict
@@ -51,33 +51,33 @@ def demo() -> ConfigDict:
     config = base(
         "dvae",
         model=DVAEConfig(
-            image_size=32,
+            image_size=64,
             vocab=128,
             width=128,
             groups=1,
             blocks_per_group=1,
             stem=128,
             stem_kernel=1,
-            patch=4,
-            logits_norm=True,
+            patch=8,
+            logits_norm=3.0,
         ),
-        data=DataConfig(image_size=32, augment="centre", threads=1),
+        data=DataConfig(image_size=64, augment="centre", threads=1),
     )
-    config.data.update(train="scenes:train", validation="scenes:val")
+    config.data.update(train="scenes:train@64", validation="scenes:val@64")
     config.objective = fields(
         Objective(
-            beta=Cosine(0.0, 0.3, 500),
-            temperature=Cosine(1.0, 1 / 16, 800),
+            beta=Cosine(0.0, 0.05, 300),
+            temperature=Cosine(1.0, 0.3, 960),
             likelihood="gaussian",
             balance=0.1,
         )
     )
-    config.steps, config.batch_size = 1_000, 32
+    config.steps, config.batch_size = 1_200, 32
     optimizer = config.optimizer
-    optimizer.learning_rate, optimizer.clip_norm = 3e-3, 1.0
-    optimizer.schedule.update(name="warmup_cosine", warmup_steps=50, end_learning_rate=3e-5)
+    optimizer.update(learning_rate=6e-3, b2=0.99, weight_decay=1e-4, clip_norm=1.0)
+    optimizer.schedule.update(name="warmup_cosine", warmup_steps=50, end_learning_rate=1.2e-4)
     config.ema.decay = 0.99
-    config.update(validate_every=500, picture_every=500, checkpoint_every=500)
+    config.update(validate_every=1_200, picture_every=400, checkpoint_every=1_200)
     return config
 
 

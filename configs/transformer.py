@@ -9,7 +9,7 @@
 
 12b     Ramesh et al. 2021, appendix B: 64 layers x 3968, 256 text and 32x32 image tokens
 emoji   64x64 real pictures
-demo    the 32x32 scenes of `dalle-jax demo`
+demo    the 64x64 scenes of `dalle-jax demo`
 """
 
 from ml_collections import ConfigDict
@@ -74,25 +74,25 @@ def demo() -> ConfigDict:
         TransformerConfig(
             num_layers=4,
             width=128,
-            heads=4,
-            head_size=32,
-            text_len=24,
-            text_vocab=512,
+            heads=2,
+            head_size=64,
+            text_len=16,
+            text_vocab=384,
             grid=8,
             image_vocab=128,
             remat="none",
             scan=False,
             precision="fp32",
         ),
-        DataConfig(image_size=32, augment="centre", bpe_dropout=0.1, threads=1),
+        DataConfig(image_size=64, augment="centre", threads=1),
     )
-    config.data.update(train="scenes:train", validation="scenes:val")
-    config.steps, config.batch_size = 2_300, 32
+    config.data.update(train="scenes:train@64", validation="scenes:val@64")
+    config.steps, config.batch_size = 4_000, 16
     optimizer = config.optimizer
-    optimizer.update(learning_rate=4e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
-    optimizer.schedule.update(name="warmup_cosine", warmup_steps=100, end_learning_rate=4e-5)
+    optimizer.update(name="muon", learning_rate=7e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
+    optimizer.schedule.update(name="warmup_linear", warmup_steps=60)
     config.ema.decay = 0.99
-    config.update(validate_every=500, picture_every=500, checkpoint_every=500)
+    config.update(validate_every=1_000, picture_every=1_000, checkpoint_every=1_000)
     return config
 
 

@@ -24,7 +24,7 @@ from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.sheet import contact_sheet
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train import metrics
-from dalle_jax.train.main import train
+from dalle_jax.train.run import train
 
 REPORT_KEYS = {
     "one_object_accuracy": "one_seen",
@@ -40,7 +40,7 @@ REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
 
 # A transformer update takes this many times a dVAE update on a CPU (benchmarks/results/demo.md); a slow machine makes
 # fewer updates, so that the demo keeps its time.
-UPDATE_RATIO = 2.2
+UPDATE_RATIO = 2.4
 REST_SECONDS = 60.0  # compiling and sampling after the dVAE
 
 

@@ -5,7 +5,7 @@ import pathlib
 
 from dalle_jax import config as configs
 from dalle_jax.hooks import sample_hook
-from dalle_jax.train.main import train
+from dalle_jax.train.run import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from dalle_jax import sharding
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
-from dalle_jax.train import main, optimizer
+from dalle_jax.train import optimizer, run
 from dalle_jax.train.dvae_task import Objective
 
 SPECS = [f"configs/dvae.py:{v}" for v in ("paper", "emoji", "demo")] + [
@@ -23,7 +23,7 @@ SPECS = [f"configs/dvae.py:{v}" for v in ("paper", "emoji", "demo")] + [
 def test_every_config_builds_what_it_configures(spec):
     config = configs.load(spec)
     model = build(config.name, config.model)
-    data = {key: value for key, value in config.data.items() if key not in main.SOURCE_KEYS}
+    data = {key: value for key, value in config.data.items() if key not in run.SOURCE_KEYS}
     assert DataConfig(**data).image_size == config.data.image_size
     optimizer.build(config.optimizer, steps=config.steps, axes=model.axes)
     if config.name == "dvae":

@@ -20,7 +20,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.models.layers import Model, param
 from dalle_jax.tokenizer import Tokenizer
-from dalle_jax.train import loop, main, metrics, optimizer, step, tasks
+from dalle_jax.train import loop, metrics, optimizer, run, step, tasks
 from dalle_jax.train.dvae_task import dvae_task
 from dalle_jax.train.task import Task
 
@@ -220,7 +220,7 @@ def dvae_values(folder):
 def straight(dvae_values, tmp_path_factory):
     """A run of six updates that nothing stopped, on eight devices."""
     workdir = tmp_path_factory.mktemp("straight")
-    return workdir, main.train(tiny("dvae", dvae_values), workdir, progress=False)
+    return workdir, run.train(tiny("dvae", dvae_values), workdir, progress=False)
 
 
 def test_a_run_leaves_everything_behind(straight, folder):
@@ -254,17 +254,17 @@ def kill_at(n):
 
 def test_stopped_anywhere_it_goes_on_bit_for_bit(straight, dvae_values, tmp_path):
     with pytest.raises(Killed):
-        main.train(tiny("dvae", dvae_values), tmp_path, progress=False, hooks=[kill_at(3)])
+        run.train(tiny("dvae", dvae_values), tmp_path, progress=False, hooks=[kill_at(3)])
     assert checkpoint.complete_steps(tmp_path) == [2]
 
     def interrupt(step, state):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    stopped = main.train(tiny("dvae", dvae_values), tmp_path, progress=False, hooks=[(1, interrupt)])
+    stopped = run.train(tiny("dvae", dvae_values), tmp_path, progress=False, hooks=[(1, interrupt)])
     assert (stopped.signal, stopped.step) == (signal.SIGTERM, 5)
     assert checkpoint.complete_steps(tmp_path)[-1] == 5
-    done = main.train(tiny("dvae", dvae_values), tmp_path, progress=False)
+    done = run.train(tiny("dvae", dvae_values), tmp_path, progress=False)
     identical(done.state, straight[1].state)
     saved = [checkpoint.Checkpoints(path, keep=2) for path in (straight[0], tmp_path)]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), done.state)
@@ -284,14 +284,14 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit(straight, dvae_values, tmp_path
 
 def test_a_finished_run_is_left_as_it_is_and_more_steps_go_on(straight, dvae_values):
     workdir, result = straight
-    again = main.train(tiny("dvae", dvae_values), workdir, progress=False)
+    again = run.train(tiny("dvae", dvae_values), workdir, progress=False)
     identical(again.state, result.state)
     assert again.step == 6
 
 
 def test_another_config_is_refused_with_the_keys(straight, dvae_values):
     with pytest.raises(UserError, match=r"\(batch_size was 8 and is 16, model.width was 8 and is 12\)"):
-        main.train(tiny("dvae", dvae_values | {"model.width": 12, "batch_size": 16}), straight[0], progress=False)
+        run.train(tiny("dvae", dvae_values | {"model.width": 12, "batch_size": 16}), straight[0], progress=False)
 
 
 def test_real_models_give_the_same_losses_on_a_mesh(dvae_values):
@@ -323,12 +323,12 @@ def transformer_values(straight, folder, tokenizer):
 def test_a_transformers_workdir_needs_nothing_from_outside(transformer_values, tokenizer, tmp_path):
     config = tiny("transformer", transformer_values, checkpoint_every=1)
     with pytest.raises(Killed):
-        main.train(config, tmp_path, progress=False, hooks=[kill_at(2)])
+        run.train(config, tmp_path, progress=False, hooks=[kill_at(2)])
     assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     assert json.loads((tmp_path / "config.json").read_text())["model"]["text_vocab"] == 290
     hidden = tokenizer.rename(tokenizer.with_name("elsewhere"))
     try:
-        result = main.train(config, tmp_path, progress=False)
+        result = run.train(config, tmp_path, progress=False)
     finally:
         hidden.rename(tokenizer)
     assert result.step == 2 and np.isfinite(float(jnp.sum(result.state["params"]["image_head"])))
@@ -361,14 +361,14 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(
 ):
     config = tiny("transformer", transformer_values | {key: value})
     with pytest.raises(UserError, match=message):
-        main.train(config, tmp_path / "run", progress=False)
+        run.train(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(dvae_values, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="expected a workdir to write to"):
-        main.train(tiny("dvae", dvae_values), tmp_path / "file" / "run", progress=False)
+        run.train(tiny("dvae", dvae_values), tmp_path / "file" / "run", progress=False)
 
 
 def test_a_model_of_another_name_is_no_task(dvae_values):
@@ -398,7 +398,7 @@ def test_hopeless_training_stops_with_a_sentence(dvae_values, tmp_path):
 
 
 def test_warnings_and_lines_reach_the_terminal(dvae_values, tmp_path, capfd):
-    main.train(tiny("dvae", dvae_values | {"validate_every": 0, "picture_every": 0}, steps=2), tmp_path)
+    run.train(tiny("dvae", dvae_values | {"validate_every": 0, "picture_every": 0}, steps=2), tmp_path)
     text = capfd.readouterr().err
     assert "dvae step 2/2: loss" in text and "images/s" in text
     assert f"2 of 2 updates in {tmp_path}" in text

@@ -1,10 +1,10 @@
-"""`dalle-jax train`: from a config and a workdir to a trained model, or on with the training that is there.
+"""One training run: from a config and a workdir to a trained model, or on with the training that is there.
 
 Makes the workdir self-contained before the first update: config.json, the tokenizer and the frozen dVAE lie in it,
 so a run can be moved, resumed and sampled from without the files it was started with.
 """
 
-import argparse
+import functools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
+from dalle_jax.data import sources
 from dalle_jax.data.pipeline import Batches, DataConfig
-from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train import loop
@@ -23,18 +23,6 @@ from dalle_jax.train.tasks import build_task
 
 DVAE, TOKENIZER = "dvae", "tokenizer.model"  # inside the workdir
 SOURCE_KEYS = ("train", "validation")  # of config.data; the others are DataConfig's
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="e.g. configs/transformer.py:demo")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="everything is written here; again to resume")
-    parser.epilog = "--config.key=value changes a value of the config, e.g. --config.steps=1000"
-
-
-def main(args: argparse.Namespace) -> int:
-    """Returns 0, or 128 + the signal that interrupted the run."""
-    result = train(configs.load(args.config, args.overrides), args.workdir)
-    return 128 + result.signal if result.signal else 0
 
 
 def train(
@@ -113,6 +101,7 @@ def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer):
         raise UserError(f"expected a possible config.data, got one where {error}") from error
     common = {"layout": layout, "tokenizer": tokenizer, "seed": config.seed} | _processes()
     count = jax.process_count()
+    open_source = functools.partial(sources.open_source, captions_required=tokenizer is not None)
     source = open_source(config.data.train)
     batches = Batches(source, data, batch_size=config.batch_size // count, shuffle=True, epochs=None, **common)
     if not config.data.validation:
