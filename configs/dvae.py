@@ -5,7 +5,7 @@
     dalle-jax train --config configs/dvae.py:demo --workdir runs/dvae
 
 paper   Ramesh et al. 2021, appendix A.2: 97.6 million parameters, 256x256 pictures, 32x32 codes out of 8192
-emoji   64x64 real pictures (emoji, icons, thumbnails), 8x8 codes out of 1024
+emoji   64x64 real pictures (emoji, icons, thumbnails), 8x8 codes out of 512, minutes on a CPU
 demo    the 64x64 scenes of `dalle-jax demo`, 8x8 codes out of 128
 """
 
@@ -35,15 +35,33 @@ def paper() -> ConfigDict:
 def emoji() -> ConfigDict:
     config = base(
         "dvae",
-        model=DVAEConfig(image_size=64, vocab=1024, width=64, groups=4, blocks_per_group=1, stem=128),
+        model=DVAEConfig(
+            image_size=64,
+            vocab=512,
+            width=64,
+            groups=2,
+            blocks_per_group=1,
+            stem=128,
+            stem_kernel=3,
+            patch=4,
+            logits_norm=3.0,
+        ),
         data=DataConfig(image_size=64, augment="dvae"),
     )
-    config.objective = fields(Objective(beta=Cosine(0.0, 1.0, 2_000), temperature=Cosine(1.0, 1 / 16, 15_000)))
-    config.steps, config.batch_size = 20_000, 128
+    config.objective = fields(
+        Objective(
+            beta=Cosine(0.0, 0.05, 300),
+            temperature=Cosine(1.0, 0.3, 1_200),
+            likelihood="gaussian",
+            balance=0.1,
+        )
+    )
+    config.steps, config.batch_size = 1_500, 32
     optimizer = config.optimizer
-    optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm = 3e-4, 1e-4, 1.0
-    optimizer.schedule.update(name="warmup_cosine", warmup_steps=500, end_learning_rate=3e-6)
-    config.ema.decay = 0.999
+    optimizer.update(learning_rate=4e-3, b2=0.99, weight_decay=1e-4, clip_norm=1.0)
+    optimizer.schedule.update(name="warmup_cosine", warmup_steps=50, end_learning_rate=8e-5)
+    config.ema.decay = 0.99
+    config.update(validate_every=500, picture_every=500, checkpoint_every=500)
     return config
 
 

@@ -8,7 +8,7 @@
         --workdir runs/transformer
 
 12b     Ramesh et al. 2021, appendix B: 64 layers x 3968, 256 text and 32x32 image tokens
-emoji   64x64 real pictures
+emoji   64x64 real pictures, minutes on a CPU
 demo    the 64x64 scenes of `dalle-jax demo`
 """
 
@@ -49,23 +49,26 @@ def paper_12b() -> ConfigDict:
 def emoji() -> ConfigDict:
     config = _start(
         TransformerConfig(
-            num_layers=8,
-            width=512,
-            heads=8,
+            num_layers=4,
+            width=128,
+            heads=2,
             head_size=64,
-            text_len=32,
+            text_len=24,
             text_vocab=2_048,
             grid=8,
-            image_vocab=1_024,
+            image_vocab=512,
             remat="none",
+            scan=False,
+            precision="fp32",
         ),
         DataConfig(image_size=64, augment="transformer", bpe_dropout=0.1),
     )
-    config.steps, config.batch_size = 20_000, 128
+    config.steps, config.batch_size = 2_000, 16
     optimizer = config.optimizer
-    optimizer.update(learning_rate=6e-4, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
-    optimizer.schedule.update(name="warmup_cosine", warmup_steps=500, end_learning_rate=6e-6)
-    config.ema.decay = 0.999
+    optimizer.update(name="muon", learning_rate=4e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
+    optimizer.schedule.update(name="warmup_linear", warmup_steps=60)
+    config.ema.decay = 0.99
+    config.update(validate_every=500, picture_every=500, checkpoint_every=500)
     return config
 
 
