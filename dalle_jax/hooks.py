@@ -42,7 +42,7 @@ def sample_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hoo
         pipe = Pipeline(
             parts["model"], jax.device_get(state["ema"]), *parts["dvae"], parts["tokenizer"], digest=f"step {step}"
         )
-        pictures = [np.asarray(row[0]) for row in pipe(parts["captions"])]
+        pictures = [np.asarray(row[0]) for row in pipe(parts["captions"], seed=list(range(len(parts["captions"]))))]
         scale = max(1, SHEET_SIDE // pipe.image_size)
         (workdir / "pictures").mkdir(exist_ok=True)
         contact_sheet(pictures, parts["captions"], columns=8, scale=scale).save(

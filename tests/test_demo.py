@@ -8,7 +8,7 @@ from PIL import Image
 from dalle_jax import cli, demo
 from dalle_jax.data import scenes
 
-FEW = ["--config.steps=3", "--config.batch_size=16", "--config.validation_batches=1"]
+FEW = ["--config.steps=3", "--config.batch_size=16", "--config.validation_batches=1", "--config.picture_every=3"]
 
 
 def test_demo_writes_report_sheet_and_two_workdirs(tmp_path, monkeypatch, capsys):
