@@ -7,6 +7,7 @@ Both are written aside and appear whole or not at all; what a crash left half-wr
 nested dicts; which mesh they lie on is said by whoever restores them, so a run may go on on another number of devices.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -158,7 +160,7 @@ def _load_average(path: pathlib.Path) -> Any:
     """Only the moving average out of a checkpoint, as numpy arrays."""
     state = (path / "state").absolute()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with _without_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             ema = _plain(reader.metadata(state).item_metadata.tree)["ema"]
             restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), ema)
             wanted = ocp.args.PyTreeRestore(item={"ema": ema}, restore_args={"ema": restore}, partial_restore=True)
@@ -168,6 +170,17 @@ def _load_average(path: pathlib.Path) -> Any:
             f"expected a checkpoint in {path}, but it cannot be read ({_first_line(error)}): "
             "delete that folder to use the checkpoint before it"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings():
+    """Orbax warns that one item of a checkpoint, read alone, lacks the metadata that lies one folder up."""
+    before = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(before)
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import time
 import jax
 import numpy as np
 
+from dalle_jax import checkpoint
 from dalle_jax import config as configs
 from dalle_jax.data import scenes
 from dalle_jax.data.sources import open_source
@@ -46,15 +47,28 @@ REST_SECONDS = 60.0  # compiling and sampling after the dVAE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo"), metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time to plan for (default 9)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time to plan for (default 9.5)")
     parser.add_argument("--captions", type=int, default=200, help="captions judged of each kind (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the report instead of a summary")
 
 
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended a stage, which saved itself; `status` is the exit status."""
+
+    def __init__(self, signal: int):
+        self.status = 128 + signal
+
+
 def main(args: argparse.Namespace) -> int:
-    """Writes DIR/report.json, DIR/samples.png and the two workdirs DIR/dvae and DIR/transformer. Returns 0."""
-    report = run(args.workdir, minutes=args.minutes, num_captions=args.captions, seed=args.seed)
+    """Writes DIR/report.json, DIR/samples.png and the two workdirs DIR/dvae and DIR/transformer.
+
+    Returns 0, or 128 + the signal that interrupted it; the same command then goes on.
+    """
+    try:
+        report = run(args.workdir, minutes=args.minutes, num_captions=args.captions, seed=args.seed)
+    except Interrupted as interrupted:
+        return interrupted.status
     if args.json:
         print(json.dumps(report))
         return 0
@@ -75,18 +89,21 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int) 
 
     say("2/4 dVAE: pictures to codes and back")
     dvae_config = configs.load("configs/dvae.py:demo", [f"--config.seed={seed}"])
-    train(dvae_config, workdir / "dvae")
+    train_stage(dvae_config, workdir / "dvae")
 
     overrides = {"seed": seed, "dvae": workdir / "dvae", "tokenizer": tokenizer_file}
     config = configs.load("configs/transformer.py:demo", [f"--config.{k}={v}" for k, v in overrides.items()])
-    steps = affordable_steps(workdir, config.steps, minutes * 60 - (time.monotonic() - began))
+    if (workdir / "transformer" / checkpoint.CONFIG).exists():
+        steps = checkpoint.read_config(workdir / "transformer")["steps"]
+    else:
+        steps = affordable_steps(workdir, config.steps, minutes * 60 - (time.monotonic() - began))
     if steps < config.steps:
         say(f"    this machine makes {steps} of the {config.steps} transformer updates in the time that is left")
     config = configs.load(
         "configs/transformer.py:demo", [f"--config.{k}={v}" for k, v in {**overrides, "steps": steps}.items()]
     )
     say("3/4 transformer: captions and codes")
-    train(config, workdir / "transformer", hooks=[sample_hook(config, workdir / "transformer")])
+    train_stage(config, workdir / "transformer", hooks=[sample_hook(config, workdir / "transformer")])
 
     say("4/4 pictures for captions it never saw")
     pipe = Pipeline.load(workdir / "transformer")
@@ -110,6 +127,13 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int) 
     }
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def train_stage(config, workdir: pathlib.Path, **options) -> None:
+    """`train`, and no next stage if somebody stopped it."""
+    result = train(config, workdir, **options)
+    if result.signal:
+        raise Interrupted(result.signal)
 
 
 def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:

@@ -1,6 +1,7 @@
 """Configs: complete, locked, typos answered, and what a workdir accepts."""
 
 import math
+import pathlib
 
 import jax
 import pytest
@@ -114,3 +115,19 @@ def test_free_keys_exist():
     known = configs.flatten(configs.load("configs/dvae.py:demo"))
     for free in configs.FREE_KEYS:
         assert any(key == free or key.startswith(free) for key in known), free
+
+
+def test_readme_table_is_what_the_configs_say():
+    """Parameters of each config, and 16 bytes each in the unit that the table uses."""
+    units = {"GB": 1e9, "MB": 1e6}
+    rows = {}
+    for line in (pathlib.Path(__file__).parent.parent / "README.md").read_text().splitlines():
+        cells = [cell.strip().strip("`") for cell in line.split("|")]
+        if len(cells) == 6 and cells[1].startswith("configs/"):
+            rows[cells[1]] = int(cells[3].replace(",", "")), cells[4]
+    assert sorted(rows) == sorted(SPECS)
+    for spec, (parameters, memory) in rows.items():
+        config = configs.load(spec)
+        assert build(config.name, config.model).num_params == parameters
+        number, unit = memory.split()
+        assert float(number) == pytest.approx(parameters * 16 / units[unit], rel=0.15)

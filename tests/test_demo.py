@@ -49,3 +49,19 @@ def test_tuning_and_report_captions_are_disjoint():
         reported = {caption for caption, _ in scenes.captions(name, "report", 200)}
         assert not tuned & reported
     assert len(np.unique(demo.TEMPERATURES)) == len(demo.TEMPERATURES)
+
+
+def test_an_interrupted_stage_ends_the_demo(tmp_path, monkeypatch):
+    """SIGTERM while the dVAE trains: exit status 143, and no transformer is begun."""
+    load = demo.configs.load
+    monkeypatch.setattr(demo.configs, "load", lambda spec, words=(): load(spec, [*words, *FEW]))
+    monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
+    begun = []
+
+    def train(config, workdir, **options):
+        begun.append(config.name)
+        return type("Result", (), {"signal": 15})
+
+    monkeypatch.setattr(demo, "train", train)
+    assert cli.main(["demo", "--workdir", str(tmp_path)]) == 143
+    assert begun == ["dvae"]
