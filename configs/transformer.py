@@ -77,9 +77,9 @@ def demo() -> ConfigDict:
         TransformerConfig(
             num_layers=4,
             width=128,
-            heads=2,
-            head_size=64,
-            text_len=16,
+            heads=4,
+            head_size=32,
+            text_len=14,
             text_vocab=384,
             grid=8,
             image_vocab=128,
@@ -92,7 +92,7 @@ def demo() -> ConfigDict:
     config.data.update(train="scenes:train@64", validation="scenes:val@64")
     config.steps, config.batch_size = 4_000, 16
     optimizer = config.optimizer
-    optimizer.update(name="muon", learning_rate=7e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
+    optimizer.update(name="muon", learning_rate=8e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
     optimizer.schedule.update(name="warmup_linear", warmup_steps=60)
     config.ema.decay = 0.99
     config.update(validate_every=1_000, picture_every=1_000, checkpoint_every=1_000)

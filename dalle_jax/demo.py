@@ -41,7 +41,7 @@ REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
 
 # A transformer update takes this many times a dVAE update on a CPU (benchmarks/results/demo.md); a slow machine makes
 # fewer updates, so that the demo keeps its time.
-UPDATE_RATIO = 2.4
+UPDATE_RATIO = 2.1
 REST_SECONDS = 60.0  # compiling and sampling after the dVAE
 
 
