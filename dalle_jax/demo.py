@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from dalle_jax import checkpoint
+from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
 from dalle_jax.data import scenes
 from dalle_jax.data.sources import open_source
@@ -24,8 +24,10 @@ from dalle_jax.hooks import sample_hook
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.sheet import contact_sheet
 from dalle_jax.tokenizer import Tokenizer
-from dalle_jax.train import metrics
+from dalle_jax.train import metrics, step
+from dalle_jax.train import optimizer as optimizers
 from dalle_jax.train.run import train
+from dalle_jax.train.tasks import build_task
 
 REPORT_KEYS = {
     "one_object_accuracy": "one_seen",
@@ -39,10 +41,8 @@ TEMPERATURES = (1.1, 1.0, 0.9, 0.8, 0.65)
 TOKENIZER_CAPTIONS = 5_000
 REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
 
-# A transformer update takes this many times a dVAE update on a CPU (benchmarks/results/demo.md); a slow machine makes
-# fewer updates, so that the demo keeps its time.
-UPDATE_RATIO = 2.1
-REST_SECONDS = 60.0  # compiling and sampling after the dVAE
+REST_SECONDS = 75.0  # compiling the transformer's update and drawing everything after it, on a slow CPU
+PROBE_UPDATES = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,16 +92,12 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int) 
     train_stage(dvae_config, workdir / "dvae")
 
     overrides = {"seed": seed, "dvae": workdir / "dvae", "tokenizer": tokenizer_file}
-    config = configs.load("configs/transformer.py:demo", [f"--config.{k}={v}" for k, v in overrides.items()])
-    if (workdir / "transformer" / checkpoint.CONFIG).exists():
-        steps = checkpoint.read_config(workdir / "transformer")["steps"]
-    else:
-        steps = affordable_steps(workdir, config.steps, minutes * 60 - (time.monotonic() - began))
+    words = [f"--config.{key}={value}" for key, value in overrides.items()]
+    config = configs.load("configs/transformer.py:demo", words)
+    steps = planned_steps(config, workdir / "transformer", seconds=60 * minutes - (time.monotonic() - began))
     if steps < config.steps:
         say(f"    this machine makes {steps} of the {config.steps} transformer updates in the time that is left")
-    config = configs.load(
-        "configs/transformer.py:demo", [f"--config.{k}={v}" for k, v in {**overrides, "steps": steps}.items()]
-    )
+    config = configs.load("configs/transformer.py:demo", [*words, f"--config.steps={steps}"])
     say("3/4 transformer: captions and codes")
     train_stage(config, workdir / "transformer", hooks=[sample_hook(config, workdir / "transformer")])
 
@@ -148,15 +144,32 @@ def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
     return file
 
 
-def affordable_steps(workdir: pathlib.Path, wanted: int, seconds: float) -> int:
-    """Transformer updates that fit into this time on a machine that trained the dVAE at the speed it did."""
-    log = metrics.read(workdir / "dvae" / "metrics.jsonl")
-    speeds = [line["train/images_per_second"] for line in log if "train/images_per_second" in line]
-    if jax.default_backend() != "cpu" or not speeds:
-        return wanted
-    batch_size = configs.load("configs/dvae.py:demo").batch_size
-    update_seconds = UPDATE_RATIO * batch_size / np.median(speeds[len(speeds) // 2 :])
-    return int(np.clip((seconds - REST_SECONDS) / update_seconds, wanted // 10, wanted))
+def planned_steps(config, workdir: pathlib.Path, *, seconds: float) -> int:
+    """Updates that fit into this time, `config.steps` at most; a training that has begun keeps its number."""
+    if (workdir / checkpoint.CONFIG).exists():
+        return checkpoint.read_config(workdir)["steps"]
+    update_seconds = time_update(config)
+    return int(np.clip((seconds - REST_SECONDS) / update_seconds, config.steps // 10, config.steps))
+
+
+def time_update(config) -> float:
+    """Seconds of one transformer update on this machine, the middle of a few on made-up data after compiling."""
+    task, mesh = build_task(config), sharding.make_mesh(config.mesh)
+    optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
+    update = step.make_update(task, optimizer, mesh=mesh, ema_decay=config.ema.decay)
+    state = step.init_state(task, optimizer, key=jax.random.key(0), mesh=mesh)
+    frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
+    size = config.data.image_size
+    image_uint8 = np.random.default_rng(0).integers(256, size=(config.batch_size, size, size, 3), dtype=np.uint8)
+    text = np.tile(task.model.config.layout.text_slots([]), (config.batch_size, 1))
+    batch = sharding.shard_batch({"image": image_uint8, "text": text}, mesh)
+    seconds = []
+    for _ in range(PROBE_UPDATES):
+        began = time.perf_counter()
+        state, metrics = update(state, frozen, batch, jax.random.key(1))
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[2:]))
 
 
 def choose_temperature(pipe: Pipeline, *, each: int = 64) -> float:

@@ -31,16 +31,15 @@ def test_demo_writes_report_sheet_and_two_workdirs(tmp_path, monkeypatch, capsys
         assert list((workdir / part / "pictures").glob("*.png"))
 
 
-def test_steps_follow_the_speed_of_the_machine(tmp_path):
-    log = tmp_path / "dvae" / "metrics.jsonl"
-    log.parent.mkdir()
-    log.write_text("".join(json.dumps({"step": i, "train/images_per_second": 640.0}) + "\n" for i in range(9)))
-    seconds = demo.REST_SECONDS + 100.0
-    batch_size = demo.configs.load("configs/dvae.py:demo").batch_size
-    fits = 100.0 / (demo.UPDATE_RATIO * batch_size / 640.0)
-    assert demo.affordable_steps(tmp_path, 10_000, seconds) == int(fits)
-    assert demo.affordable_steps(tmp_path, 50, seconds) == 50
-    assert demo.affordable_steps(tmp_path, 1_000, 0.0) == 100  # a demo that cannot keep its time still trains a little
+def test_updates_follow_the_speed_of_the_machine(tmp_path, monkeypatch):
+    config = demo.configs.load("configs/transformer.py:demo", ["--config.steps=1000"])
+    monkeypatch.setattr(demo, "time_update", lambda config: 0.25)
+    plan = lambda seconds: demo.planned_steps(config, tmp_path, seconds=demo.REST_SECONDS + seconds)  # noqa: E731
+    assert plan(100.0) == 400
+    assert plan(1e6) == 1000
+    assert plan(-100.0) == 100  # a demo that cannot keep its time still trains a little
+    (tmp_path / "config.json").write_text(json.dumps({"name": "transformer", "model": {}, "steps": 77}))
+    assert plan(100.0) == 77  # a training that has begun keeps its number
 
 
 def test_tuning_and_report_captions_are_disjoint():

@@ -35,7 +35,7 @@ def decode_image(image: bytes | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> 
       image: an encoded file, or an array uint8 [H, W, 3] (returned as it is) or [H, W, 1].
       max_pixels: most pixels H * W; a larger one is refused from its header.
 
-    Returns: uint8 [H, W, 3], contiguous.
+    Returns: uint8 [H, W, 3], contiguous, to be read only.
 
     Raises:
       BadImage: 'zero bytes', 'not an image', 'truncated image', 'broken image', 'unsupported image' or
@@ -51,7 +51,8 @@ def decode_image(image: bytes | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> 
             if width * height > max_pixels:
                 raise BadImage("decompression bomb", f"{width}x{height} pixels, the limit is {max_pixels}")
             opened.load()
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _to_rgb(opened)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -103,4 +104,4 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
