@@ -85,17 +85,17 @@ def demo() -> ConfigDict:
     config.objective = fields(
         Objective(
             beta=Cosine(0.0, 0.05, 300),
-            temperature=Cosine(1.0, 0.3, 960),
+            temperature=Cosine(1.0, 0.3, 800),
             likelihood="gaussian",
             balance=0.1,
         )
     )
-    config.steps, config.batch_size = 1_200, 32
+    config.steps, config.batch_size = 1_000, 32
     optimizer = config.optimizer
     optimizer.update(learning_rate=6e-3, b2=0.99, weight_decay=1e-4, clip_norm=1.0)
     optimizer.schedule.update(name="warmup_cosine", warmup_steps=50, end_learning_rate=1.2e-4)
     config.ema.decay = 0.99
-    config.update(validate_every=1_200, picture_every=400, checkpoint_every=1_200)
+    config.update(validate_every=1_000, picture_every=500, checkpoint_every=1_000)
     return config
 
 

@@ -95,7 +95,7 @@ def demo() -> ConfigDict:
     optimizer.update(name="muon", learning_rate=8e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
     optimizer.schedule.update(name="warmup_linear", warmup_steps=60)
     config.ema.decay = 0.99
-    config.update(validate_every=1_000, picture_every=1_000, checkpoint_every=1_000)
+    config.update(validate_every=1_000, picture_every=2_000, checkpoint_every=1_000)
     return config
 
 
