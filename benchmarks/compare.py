@@ -156,7 +156,7 @@ def sampler(pattern: str):
         return pixels.to_uint8(pixels.from_laplace(jax.nn.sigmoid(mean)))
 
     def sample():
-        keys_CM = engine.image_keys(next(seed), BATCH, 1)
+        keys_CM = engine.image_keys(next(seed) + np.arange(BATCH)[:, None])
         ids_CMI = engine.generate(model, params, text_CT, keys_CM)
         np.asarray(to_pixels(dvae_params, ids_CMI.reshape(BATCH, SHAPE["grid"], SHAPE["grid"])))
 
