@@ -32,70 +32,59 @@ def paper() -> ConfigDict:
     return config
 
 
-def emoji() -> ConfigDict:
+def _small(
+    *, data: DataConfig, steps: int, cooling_steps: int, learning_rate: float, save_every: int, **model
+) -> ConfigDict:
+    """64x64 flat graphics on few positions: what the paper does not use is set here, by name."""
     config = base(
-        "dvae",
-        model=DVAEConfig(
-            image_size=64,
-            vocab=512,
-            width=64,
-            groups=2,
-            blocks_per_group=1,
-            stem=128,
-            stem_kernel=3,
-            patch=4,
-            logits_norm=3.0,
-        ),
-        data=DataConfig(image_size=64, augment="dvae"),
+        "dvae", model=DVAEConfig(image_size=64, stem=128, blocks_per_group=1, logits_norm=3.0, **model), data=data
     )
     config.objective = fields(
         Objective(
             beta=Cosine(0.0, 0.05, 300),
-            temperature=Cosine(1.0, 0.3, 1_200),
+            temperature=Cosine(1.0, 0.3, cooling_steps),
             likelihood="gaussian",
             balance=0.1,
         )
     )
-    config.steps, config.batch_size = 1_500, 32
+    config.steps, config.batch_size = steps, 32
     optimizer = config.optimizer
-    optimizer.update(learning_rate=4e-3, b2=0.99, weight_decay=1e-4, clip_norm=1.0)
-    optimizer.schedule.update(name="warmup_cosine", warmup_steps=50, end_learning_rate=8e-5)
+    optimizer.update(learning_rate=learning_rate, b2=0.99, weight_decay=1e-4, clip_norm=1.0)
+    optimizer.schedule.update(name="warmup_cosine", warmup_steps=50, end_learning_rate=learning_rate / 50)
     config.ema.decay = 0.99
-    config.update(validate_every=500, picture_every=500, checkpoint_every=500)
+    config.update(validate_every=save_every, picture_every=500, checkpoint_every=save_every)
     return config
 
 
+def emoji() -> ConfigDict:
+    return _small(
+        vocab=512,
+        width=64,
+        groups=2,
+        stem_kernel=3,
+        patch=4,
+        data=DataConfig(image_size=64, augment="dvae"),
+        steps=1_500,
+        cooling_steps=1_200,
+        learning_rate=4e-3,
+        save_every=500,
+    )
+
+
 def demo() -> ConfigDict:
-    config = base(
-        "dvae",
-        model=DVAEConfig(
-            image_size=64,
-            vocab=128,
-            width=128,
-            groups=1,
-            blocks_per_group=1,
-            stem=128,
-            stem_kernel=1,
-            patch=8,
-            logits_norm=3.0,
-        ),
+    config = _small(
+        vocab=128,
+        width=128,
+        groups=1,
+        stem_kernel=1,
+        patch=8,
         data=DataConfig(image_size=64, augment="centre", threads=1),
+        steps=1_000,
+        cooling_steps=800,
+        learning_rate=6e-3,
+        save_every=1_000,
     )
     config.data.update(train="scenes:train@64", validation="scenes:val@64")
-    config.objective = fields(
-        Objective(
-            beta=Cosine(0.0, 0.05, 300),
-            temperature=Cosine(1.0, 0.3, 800),
-            likelihood="gaussian",
-            balance=0.1,
-        )
-    )
-    config.steps, config.batch_size = 1_000, 32
-    optimizer = config.optimizer
-    optimizer.update(learning_rate=6e-3, b2=0.99, weight_decay=1e-4, clip_norm=1.0)
-    optimizer.schedule.update(name="warmup_cosine", warmup_steps=50, end_learning_rate=1.2e-4)
-    config.ema.decay = 0.99
-    config.update(validate_every=1_000, picture_every=500, checkpoint_every=1_000)
     return config
 
 
