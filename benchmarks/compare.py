@@ -140,8 +140,8 @@ def sampler(pattern: str):
     import jax
     import numpy as np
 
-    from dalle_jax import pixels
     from dalle_jax.models import build
+    from dalle_jax.models.dvae import decode_images
     from dalle_jax.sample import engine
 
     model = transformer(pattern)
@@ -150,15 +150,12 @@ def sampler(pattern: str):
     params, dvae_params = jax.jit(model.init)(jax.random.key(0)), jax.jit(dvae.init)(jax.random.key(1))
     text_CT, seed = captions(), iter(range(1_000_000))
 
-    @jax.jit
-    def to_pixels(dvae_params, ids):
-        mean = dvae.apply(dvae_params, ids, method="decode_ids")[..., :3]
-        return pixels.to_uint8(pixels.from_laplace(jax.nn.sigmoid(mean)))
+    to_pixels = jax.jit(decode_images, static_argnums=0)
 
     def sample():
         keys_CM = engine.image_keys(next(seed) + np.arange(BATCH)[:, None])
         ids_CMI = engine.generate(model, params, text_CT, keys_CM)
-        np.asarray(to_pixels(dvae_params, ids_CMI.reshape(BATCH, SHAPE["grid"], SHAPE["grid"])))
+        np.asarray(to_pixels(dvae, dvae_params, ids_CMI.reshape(BATCH, -1)))
 
     return sample
 

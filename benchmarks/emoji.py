@@ -30,12 +30,12 @@ import numpy as np
 from dalle_jax import checkpoint
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.sources import open_source
+from dalle_jax.models.dvae import encode_images
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.sheet import contact_sheet
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train.run import SOURCE_KEYS
 from dalle_jax.train.tasks import build_task
-from dalle_jax.train.transformer_task import encode_images
 
 SAMPLES, COLUMNS, BATCH = 32, 8, 16
 

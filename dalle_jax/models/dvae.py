@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dalle_jax.models.layers import Model, compute_dtype, param
+from dalle_jax import pixels
+from dalle_jax.models.layers import Model, Params, compute_dtype, param
 from dalle_jax.sharding import constrain
 
 OUTPUTS = 6  # per pixel: three means, then three log scales (appendix A.3)
@@ -75,6 +76,23 @@ class DVAEConfig:
 def model(config: DVAEConfig) -> Model:
     """The definition as pure functions; methods `encode`, `decode` and `decode_ids` of `DVAE`."""
     return Model(config, lambda rngs: DVAE(config, rngs))
+
+
+def encode_images(model: Model, params: Params, image_uint8):
+    """uint8 [B, H, W, 3] -> int32 codes [B, G * G] in raster order: the most likely code, no noise (footnote 6)."""
+    logits = model.apply(params, pixels.to_laplace(pixels.to_unit(image_uint8)), method="encode")
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32).reshape(image_uint8.shape[0], -1)
+
+
+def decode_images(model: Model, params: Params, ids_BI):
+    """Codes [B, G * G] in raster order -> uint8 [B, H, W, 3]."""
+    grid = model.config.grid
+    return pixels.to_uint8(to_unit(model.apply(params, ids_BI.reshape(-1, grid, grid), method="decode_ids")))
+
+
+def to_unit(pixel_BHWC):
+    """Decoder output [B, H, W, 6] -> means in [0, 1], [B, H, W, 3]; the scale is ignored (appendix A.3)."""
+    return pixels.from_laplace(jax.nn.sigmoid(pixel_BHWC[..., :3]))
 
 
 class DVAE(nnx.Module):

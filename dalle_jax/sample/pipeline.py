@@ -7,7 +7,6 @@ Ties a trained transformer, its tokenizer and its frozen dVAE together and check
 is `engine.py`; this file turns words into ids before it and ids into pixels after it.
 """
 
-import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
@@ -17,16 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dalle_jax import checkpoint, pixels
+from dalle_jax import checkpoint
 from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params, build
+from dalle_jax.models.dvae import decode_images, encode_images
 from dalle_jax.sample import engine
 from dalle_jax.sample.picture import Picture
 from dalle_jax.tokenizer import Tokenizer
 
 WAVE = 64  # images sampled at a time; more are split, so that memory does not grow with n
 MAX_SEED = 2**32
+
+# Compiled once a model, however many pipelines are made of it.
+_encode = jax.jit(encode_images, static_argnums=0)
+_decode = jax.jit(decode_images, static_argnums=0)
 
 
 class Pipeline:
@@ -37,8 +41,6 @@ class Pipeline:
     ):
         self.model, self.dvae, self.tokenizer, self.digest = transformer, dvae, tokenizer, digest
         self._params, self._dvae_params = jax.device_put((params, dvae_params))
-        self._decode = jax.jit(functools.partial(_decode_ids, dvae))
-        self._encode = jax.jit(functools.partial(_encode_images, dvae))
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> "Pipeline":
@@ -135,11 +137,11 @@ class Pipeline:
         array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
             raise UserError(f"image must be a PIL image or uint8 [H, W, 3], got {array.dtype} {array.shape}")
-        return np.asarray(self._encode(self._dvae_params, centre(array, self.image_size)[None]))[0]
+        return np.asarray(_encode(self.dvae, self._dvae_params, centre(array, self.image_size)[None]))[0]
 
     def decode(self, ids_I: np.ndarray) -> np.ndarray:
         """Codes [grid * grid] in raster order -> uint8 [image_size, image_size, 3]."""
-        return np.asarray(self._decode(self._dvae_params, np.asarray(ids_I)[None]))[0]
+        return np.asarray(_decode(self.dvae, self._dvae_params, np.asarray(ids_I)[None]))[0]
 
     def _sample(self, text_CT, seeds_CM, *, given_I, num_given, on_progress, **settings) -> np.ndarray:
         """int32 [C, M, I], in waves of at most WAVE images; a last, smaller wave is filled up, not recompiled."""
@@ -188,14 +190,3 @@ class Pipeline:
         if len(first) != len(words) or not all(0 <= s <= MAX_SEED - n for s in first):
             raise UserError(f"seed must be 0 .. 2**32 - n, one or one a caption, got {seed}")
         return np.asarray(first, np.int64)[:, None] + np.arange(n)
-
-
-def _decode_ids(dvae: Model, params: Params, ids_BI):
-    grid = dvae.config.grid
-    output = dvae.apply(params, ids_BI.reshape(-1, grid, grid), method="decode_ids")
-    return pixels.to_uint8(pixels.from_laplace(jax.nn.sigmoid(output[..., :3])))
-
-
-def _encode_images(dvae: Model, params: Params, image_uint8):
-    logits = dvae.apply(params, pixels.to_laplace(pixels.to_unit(image_uint8)), method="encode")
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32).reshape(len(image_uint8), -1)

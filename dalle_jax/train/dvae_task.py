@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from dalle_jax import pixels
 from dalle_jax.models import Model, Params, build
+from dalle_jax.models.dvae import decode_images, encode_images, to_unit
 from dalle_jax.train.task import Task
 
 LIKELIHOODS = ("logit_laplace", "gaussian")
@@ -146,8 +147,8 @@ def _loss(model: Model, objective: Objective, params: Params, frozen: Params, ba
         "elbo_nats_per_value": -(nll + kl),  # the true bound has beta = 1
         "beta": beta,
         "temperature": temperature,
-        "relaxed_error": jnp.square(_reconstruct(pixel_BHWC) - image_unit).mean(),  # squared, unit range
-        "hard_error": jnp.square(_reconstruct(hard_BHWC) - image_unit[::HARD_STRIDE]).mean(),
+        "relaxed_error": jnp.square(to_unit(pixel_BHWC) - image_unit).mean(),  # squared, unit range
+        "hard_error": jnp.square(to_unit(hard_BHWC) - image_unit[::HARD_STRIDE]).mean(),
         "codes_used": used_share * vocab,
         "codes_used_share": used_share,
         "codes_within_reach": jnp.float32(min(vocab, ids_BGG.size)),
@@ -170,15 +171,9 @@ def _imbalance(logits_BGGV, x_BHWC):
     return (mean_V * jnp.log(mean_V * V + 1e-6)).sum()
 
 
-def _reconstruct(pixel_BHWC):
-    """Decoder output -> unit range; the scale is ignored (appendix A.3)."""
-    return pixels.from_laplace(jax.nn.sigmoid(pixel_BHWC[..., :3]))
-
-
 def _pictures(model: Model, params: Params, frozen: Params, batch, key):
     """uint8 [2, n, H, W, 3]: a row of originals and a row of their hard reconstructions."""
     del frozen, key
     image_uint8 = batch["image"][:PICTURES]
-    logits = model.apply(params, pixels.to_laplace(pixels.to_unit(image_uint8)), method="encode")
-    output = model.apply(params, jnp.argmax(logits, axis=-1), method="decode_ids")
-    return jnp.stack([image_uint8, pixels.to_uint8(_reconstruct(output))])
+    ids_BI = encode_images(model, params, image_uint8)
+    return jnp.stack([image_uint8, decode_images(model, params, ids_BI)])

@@ -9,9 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dalle_jax import pixels
 from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT
 from dalle_jax.models import Model, Params, build
+from dalle_jax.models.dvae import encode_images
 from dalle_jax.train.task import Task
 
 
@@ -24,12 +24,6 @@ def transformer_task(config, dvae_model: Model, dvae_params: Params) -> Task:
         frozen=dvae_params,
         loss=functools.partial(_loss, model, dvae_model),
     )
-
-
-def encode_images(dvae_model: Model, dvae_params: Params, image_uint8):
-    """uint8 [B, H, W, 3] -> int32 codes [B, I] in raster order: the most likely code, no noise."""
-    logits = dvae_model.apply(dvae_params, pixels.to_laplace(pixels.to_unit(image_uint8)), method="encode")
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32).reshape(image_uint8.shape[0], -1)
 
 
 def token_losses(text_logits, image_logits, text_BT, image_BI):
