@@ -1,12 +1,12 @@
 """How each kind of attention is computed: whole sequences in blocks, and one position at a time from a cache.
 
 Scores exist only where the pattern allows them, plus the ragged edge of a block: image queries meet the text densely
-and the image in one small static block per row (row, conv) or per column (column, on transposed states), and one
-softmax spans both. Plain array code: exact, differentiable, the same on every backend. `attention_pattern.py` says
-what is allowed, this file how to get it.
+and the image in static blocks of whole rows, or of one column each (column, on transposed states), and one softmax
+spans both. Plain array code: exact, differentiable, the same on every backend. `attention_pattern.py` says what is
+allowed, this file how to get it.
 
-Dimensions: B batch, C captions, M candidates of a caption, S sequence, T text, I image = R rows x W columns,
-Q queries and K keys of a block, N heads, H head width.
+Dimensions: B batch, C captions, M candidates of a caption, S sequence, T text, I image, R blocks, Q queries and K keys
+of a block, N heads, H head width.
 """
 
 import einops
@@ -28,18 +28,15 @@ def attend(q_BSNH, k_BSNH, v_BSNH, kind: str, *, text_len: int, grid: int):
     k_text, k_image = k_BSNH[:, :text_len], k_BSNH[:, text_len:]
     v_text, v_image = v_BSNH[:, :text_len], v_BSNH[:, text_len:]
     out_text = attend_text(q_text, k_text, v_text)
-    if kind == "full":
-        to_blocks, from_blocks, rows_back = _one_block, _from_one_block, 0
-    elif kind == "column":
-        to_blocks, from_blocks, rows_back = _columns, _from_columns, 0
+    if kind == "column":
+        rows, before, mask_RQK = None, 0, _column_mask(grid)
     else:
-        to_blocks, from_blocks = _rows, _from_rows
-        rows_back = -(-attention_pattern.image_offsets(kind, grid=grid)[-1] // grid)
-    mask_RQK = _block_mask(kind, grid, rows_back)
-    blocks = [to_blocks(x, grid) for x in (q_image, k_image, v_image)]
-    k_local, v_local = (_with_previous(x, rows_back) for x in blocks[1:])
-    out_blocks = _attend_blocks(blocks[0], k_text, v_text, k_local, v_local, mask_RQK)
-    return jnp.concatenate([out_text, from_blocks(out_blocks)], axis=1)
+        rows, before = _block_rows(kind, grid)
+        mask_RQK = _row_mask(kind, grid, rows, before)
+    q_blocks, k_blocks, v_blocks = (_to_blocks(x, grid, rows) for x in (q_image, k_image, v_image))
+    k_local, v_local = (_with_previous(x, before * grid) for x in (k_blocks, v_blocks))
+    out_blocks = _attend_blocks(q_blocks, k_text, v_text, k_local, v_local, mask_RQK)
+    return jnp.concatenate([out_text, _from_blocks(out_blocks, columns=kind == "column")], axis=1)
 
 
 def attend_text(q_BTNH, k_BTNH, v_BTNH):
@@ -73,52 +70,47 @@ def _scaled(q):
     return q * q.shape[-1] ** -0.5
 
 
-def _rows(x_BINH, grid):
-    return einops.rearrange(x_BINH, "b (row q) n h -> b row q n h", row=grid)
+def _block_rows(kind: str, grid: int) -> tuple[int, int]:
+    """Rows of a block, and rows before it that its keys also come from; a block is never shorter than those.
+
+    Longer blocks compute scores that the mask throws away, shorter ones copy every key into many blocks: for the
+    convolution's reach of six rows, eight rows a block copy a key less than twice and one row would seven times.
+    """
+    before = -(-attention_pattern.image_offsets(kind, grid=grid)[-1] // grid)
+    rows = next(rows for rows in range(1, grid + 1) if grid % rows == 0 and rows >= min(before, grid))
+    return rows, 0 if rows == grid else before
 
 
-def _from_rows(x_BRQNH):
-    return einops.rearrange(x_BRQNH, "b row q n h -> b (row q) n h")
+def _to_blocks(x_BINH, grid: int, rows: int | None):
+    """Blocks of `rows` rows each, or of one column each where rows is None: [B, R, Q, N, H]."""
+    if rows is None:
+        return einops.rearrange(x_BINH, "b (q column) n h -> b column q n h", column=grid)
+    return einops.rearrange(x_BINH, "b (block q) n h -> b block q n h", block=grid // rows)
 
 
-def _columns(x_BINH, grid):
-    return einops.rearrange(x_BINH, "b (q column) n h -> b column q n h", column=grid)
+def _from_blocks(x_BRQNH, *, columns: bool):
+    return einops.rearrange(x_BRQNH, "b r q n h -> b (q r) n h" if columns else "b r q n h -> b (r q) n h")
 
 
-def _from_columns(x_BRQNH):
-    return einops.rearrange(x_BRQNH, "b column q n h -> b (q column) n h")
+def _with_previous(x_BRQNH, keys: int):
+    """Each block's keys: the last `keys` of the block before it, then its own; zeros before the first block."""
+    if not keys:
+        return x_BRQNH
+    previous = jnp.pad(x_BRQNH[:, :-1, -keys:], [(0, 0), (1, 0)] + [(0, 0)] * 3)
+    return jnp.concatenate([previous, x_BRQNH], axis=2)
 
 
-def _one_block(x_BINH, grid):
-    return x_BINH[:, None]
+def _row_mask(kind: str, grid: int, rows: int, before: int) -> np.ndarray:
+    """bool [R, Q, K] of blocks of rows, cut out of the pattern's own mask."""
+    allowed = np.pad(attention_pattern.allowed_image(kind, grid=grid), [(0, 0), (before * grid, 0)])
+    size = rows * grid
+    return np.stack([allowed[i : i + size, i : i + size + before * grid] for i in range(0, grid * grid, size)])
 
 
-def _from_one_block(x_BRQNH):
-    return x_BRQNH[:, 0]
-
-
-def _with_previous(x_BRWNH, rows_back: int):
-    """Each row's keys: the rows before it, oldest first, then its own; zeros above the first row."""
-    if not rows_back:
-        return x_BRWNH
-    rows = x_BRWNH.shape[1]
-    padded = jnp.pad(x_BRWNH, [(0, 0), (rows_back, 0)] + [(0, 0)] * 3)
-    return jnp.concatenate([padded[:, i : i + rows] for i in range(rows_back + 1)], axis=2)
-
-
-def _block_mask(kind: str, grid: int, rows_back: int) -> np.ndarray:
-    """bool [R, Q, K] of the blocks that `attend` makes, cut out of the pattern's own mask."""
-    allowed = attention_pattern.allowed_image(kind, grid=grid)
-    if kind == "full":
-        return allowed[None]
-    by_cell = allowed.reshape(grid, grid, grid, grid)  # query row, query column, key row, key column
-    if kind == "column":
-        return np.stack([by_cell[:, column, :, column] for column in range(grid)])
-    mask = np.zeros((grid, grid, rows_back + 1, grid), bool)
-    for row in range(grid):
-        for back in range(min(row, rows_back) + 1):
-            mask[row, :, rows_back - back] = by_cell[row, :, row - back]
-    return mask.reshape(grid, grid, -1)
+def _column_mask(grid: int) -> np.ndarray:
+    """bool [R, Q, K] of the columns."""
+    allowed = attention_pattern.allowed_image("column", grid=grid)
+    return np.stack([allowed[column::grid, column::grid] for column in range(grid)])
 
 
 def empty_cache(kind: str, *, grid: int, captions: int, candidates: int, heads: int, head_size: int, dtype):
