@@ -37,7 +37,8 @@ def sample_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hoo
             dvae_config, dvae_params = checkpoint.load_model_dir(workdir / "dvae", name="dvae")
             parts["dvae"] = build("dvae", dvae_config["model"]), dvae_params
             parts["tokenizer"] = Tokenizer.load(workdir)
-            parts["model"] = build("transformer", config.model)
+            # Of the workdir: there a text vocabulary of 0 has become the tokenizer's size.
+            parts["model"] = build("transformer", checkpoint.read_config(workdir)["model"])
             parts["captions"] = _first_captions(config.data.validation or config.data.train)
         pipe = Pipeline(
             parts["model"], jax.device_get(state["ema"]), *parts["dvae"], parts["tokenizer"], digest=f"step {step}"
