@@ -8,6 +8,7 @@ in UTF-8 bytes. Knows nothing of text slots, lengths or which captions are worth
 import collections
 import hashlib
 import io
+import itertools
 import logging
 import os
 import pathlib
@@ -181,14 +182,19 @@ class Tokenizer:
     def _merge_word(self, word: str, dropout: float, rng: np.random.Generator) -> list[str]:
         """Greedy BPE of one word (pieces never cross a space): the best merge left over, until none is."""
         pieces = list(word)
+        ranks = [self._rank.get(left + right) for left, right in itertools.pairwise(pieces)]
         while True:
-            ranks = [self._rank.get(left + right) for left, right in zip(pieces, pieces[1:], strict=False)]
             merges = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
-            merges = [merge for merge, draw in zip(merges, rng.random(len(merges)), strict=True) if draw >= dropout]
-            if not merges:
+            draws = rng.random(len(merges)).tolist()
+            kept = [merge for merge, draw in zip(merges, draws, strict=True) if draw >= dropout]
+            if not kept:
                 return pieces
-            _, i = min(merges)
+            _, i = min(kept)
             pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+            del ranks[i]
+            for left in (i - 1, i):  # only the merged piece has new neighbours
+                if 0 <= left < len(ranks):
+                    ranks[left] = self._rank.get(pieces[left] + pieces[left + 1])
 
 
 def _file(path: str | os.PathLike) -> pathlib.Path:
