@@ -36,7 +36,12 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "validation_batches": 16,
             "picture_every": 1_000,
             "checkpoint_every": 1_000,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the newest
+            "keep_every_hours": 0.0,  # and one in so many hours for ever; 0: none
+            "checkpoint_dir": "",  # e.g. gs://bucket/run; '': below the workdir
+            "rollback_after": 20,  # skipped updates in a row, then back to the last checkpoint; 0: never
+            "check_replicas_every": 0,  # and before each checkpoint: do devices that must agree hold the same bits?
+            "hang_seconds": 600,  # silence after which a process counts as hung and ends the job
         }
     )
 

@@ -2,8 +2,10 @@
 
 import argparse
 import pathlib
+import signal
 
 from dalle_jax import config as configs
+from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART
 from dalle_jax.hooks import sample_hook
 from dalle_jax.train.run import train
 
@@ -15,8 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns 0, or 128 + the signal that interrupted the run."""
+    """Returns 0, EXIT_INTERRUPTED after Ctrl-C, or EXIT_RESTART if a SIGTERM stopped the run before its end.
+
+    Schedulers send SIGTERM to take a machine away, so the launchers start the same command again on EXIT_RESTART.
+    """
     config, workdir = configs.load(args.config, args.overrides), pathlib.Path(args.workdir)
     hooks = [sample_hook(config, workdir)] if config.name == "transformer" else []
     result = train(config, workdir, hooks=hooks)
-    return 128 + result.signal if result.signal else 0
+    if not result.signal or result.step == config.steps:
+        return 0
+    return EXIT_INTERRUPTED if result.signal == signal.SIGINT else EXIT_RESTART

@@ -87,7 +87,7 @@ def _tokenizer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Toke
 def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if (workdir / checkpoint.CONFIG).exists():
         configs.refuse_other(checkpoint.read_config(workdir), config.to_dict(), where=str(workdir))
-    elif checkpoint.complete_steps(workdir):
+    elif checkpoint.complete_steps(workdir, config.checkpoint_dir):
         raise UserError(f"expected {workdir / checkpoint.CONFIG} beside the checkpoints there, got none: restore it")
 
 
