@@ -5,6 +5,7 @@ those that could not be written or were damaged since: training survives both.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -153,7 +154,7 @@ class Checkpoints:
         newest = max(checkpoint.steps_in(self._folder), default=None)
         left = "there is no earlier one" if newest is None else f"the newest complete one is that of update {newest}"
         self._warn(
-            f"WARNING: the checkpoint of update {step} could not be written ({checkpoint.first_line(error)}): "
+            f"WARNING: the checkpoint of update {step} could not be written ({_reason(error)}): "
             f"training goes on, {left}; make room or mend the storage before the next one"
         )
         with contextlib.suppress(OSError):
@@ -195,6 +196,12 @@ class Checkpoints:
         taken = {other.name for other in self._folder.iterdir()}
         number = next(i for i in range(1, len(taken) + 2) if f"{DAMAGED}-{path.name}-{i}" not in taken)
         return path.rename(self._folder / f"{DAMAGED}-{path.name}-{number}")
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, which libraries bury in paths."""
+    known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
+    return next((text for text in known if text in str(error)), None) or checkpoint.first_line(error)
 
 
 def _all_processes(name: str) -> None:

@@ -31,7 +31,7 @@ def write_manifest(folder: epath.Path, *, leave_out: Collection[str] = ()) -> No
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda name: _hash(folder / name), names))
     listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in zip(names, found, strict=True)}
-    (folder / MANIFEST).write_text(json.dumps(listed, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
 
 
 def damage(folder: epath.Path, *, part: int = 0, parts: int = 1) -> str | None:

@@ -22,7 +22,8 @@ WARM_UP = 0.1  # share of the steps in which a task's own warning is no news
 def to_terminal(line: str) -> None:
     """One line on stderr, in the first process, above a progress bar if there is one."""
     if jax.process_index() == 0:
-        tqdm.tqdm.write(line, file=sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
+            tqdm.tqdm.write(line, file=sys.stderr)
 
 
 class Report:

@@ -35,7 +35,7 @@ class Rollback:
             return False
         to = newest()
         possible = bool(self.after) and to is not None
-        if possible and streak < self.after:
+        if streak < (self.after if possible else max(self.patience, 1)):
             return False
         if possible:
             self._returns, self._to = (self._returns + 1 if to == self._to else 1), to
