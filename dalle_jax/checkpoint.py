@@ -165,7 +165,7 @@ def state_digests(path: epath.Path) -> dict[str, str]:
     Raises:
       UserError: the checkpoint is damaged.
     """
-    parts = {key: digest.of_tree({key: _read(path, key)}) for key in sorted(_parts(path))}
+    parts = {key: digest.of_tree(_read(path, key)) for key in sorted(_parts(path))}
     return parts | {"state": digest.of_parts(parts)}
 
 

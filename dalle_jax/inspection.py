@@ -32,7 +32,7 @@ def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
     """
     config = checkpoint.read_config(workdir)
     if (workdir / checkpoint.PARAMS).exists():
-        parameters = digest.of_tree({"params": checkpoint.load_params(workdir)[1]})
+        parameters = digest.of_tree(checkpoint.load_params(workdir)[1])
         return {"step": None, "data": None, "parameters_sha256": parameters, "checkpoints": [], "config": config}
     step, path = checkpoint.checkpoint_path(workdir, step)
     digests, ledger = checkpoint.state_digests(path), goodput.read(workdir)

@@ -1,4 +1,4 @@
-"""Faults, one at a time: damaged and unwritable checkpoints, updates that are not finite, a device with other bits."""
+"""Faults, one at a time: damaged and unwritable checkpoints, other meshes, updates that are not finite."""
 
 import errno
 import json
@@ -9,80 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from line_task import LINE, MODEL, Numbers, config, train
 
 from dalle_jax import checkpoint, checkpointer, digest, sharding
-from dalle_jax import config as configs
 from dalle_jax.errors import UserError
-from dalle_jax.models.layers import Model, param
-from dalle_jax.train import goodput, loop, metrics, optimizer, replicas, rollback, step
-from dalle_jax.train.task import Task
-
-WIDTH, BATCH = 8, 8
-
-
-class Line(nnx.Module):
-    def __init__(self, rngs):
-        self.matrix = param(rngs, (WIDTH, WIDTH), axes=("embed", "mlp"), std=0.3)
-        self.gain = param(rngs, (WIDTH,), axes=("embed",), fill=1.0)
-
-    def __call__(self, x):
-        return (x * self.gain[...]) @ self.matrix[...]
-
-
-MODEL = Model(types.SimpleNamespace(), Line)
-
-
-def line_loss(params, frozen, batch, *, key, step):
-    del frozen, key, step
-    return jnp.square(MODEL.apply(params, batch["x"]) - 1.0).mean(), {}
-
-
-LINE = Task("line", MODEL, line_loss)
-
-
-class Numbers:
-    """Batches that depend on their number alone; those in `poison` hold what makes every gradient not finite."""
-
-    def __init__(self, poison=(), value=np.nan):
-        self.position, self.poison, self.value, self.given = 0, poison, value, []
-
-    def __next__(self):
-        self.position += 1
-        self.given.append(self.position)
-        x = np.random.default_rng(self.position).normal(size=(BATCH, WIDTH)).astype(np.float32)
-        if self.position in self.poison:
-            x[0, 0] = self.value
-        return {"x": x}
-
-    def get_state(self):
-        return {"position": self.position}
-
-    def set_state(self, state):
-        self.position = state["position"]
-
-
-def config(**values):
-    result = ml_collections.ConfigDict(configs.load("configs/dvae.py:demo").to_dict())
-    defaults = {"steps": 12, "batch_size": BATCH, "log_every": 4, "validate_every": 0, "picture_every": 0}
-    result.update(defaults | {"checkpoint_every": 4, "rollback_after": 3} | values)
-    result.optimizer.update(name="adamw", learning_rate=0.05, b2=0.9)
-    result.optimizer.schedule.update(name="warmup_constant", warmup_steps=0)
-    return result
-
-
-def train(workdir, batches=None, *, mesh=None, hooks=(), **values):
-    mesh = mesh or sharding.make_mesh({}, devices=jax.devices()[:1])
-    batches = batches or Numbers()
-    return loop.run(LINE, config(**values), workdir, mesh=mesh, batches=batches, hooks=hooks, progress=False)
+from dalle_jax.train import goodput, metrics, optimizer, rollback, step
 
 
 def digest_of(workdir):
@@ -303,10 +239,7 @@ def test_a_state_comes_back_on_another_mesh_bit_for_bit(tmp_path, sizes):
     reader.close()
     assert digest_of(tmp_path) == before  # and the digest does not know the mesh
     whole = jax.device_get(state["params"])
-    assert (
-        digest.of_tree({"params": whole})
-        == checkpoint.state_digests(checkpoint.checkpoint_folder(tmp_path, "") / "4")["params"]
-    )
+    assert digest.of_tree(whole) == checkpoint.state_digests(checkpoint.checkpoint_folder(tmp_path, "") / "4")["params"]
 
 
 def test_a_digest_sees_every_bit_name_type_and_shape():
@@ -380,115 +313,6 @@ def test_rollback_counts():
         back.due(5, n=9, newest=lambda: None)
     with pytest.raises(UserError, match="got none in the last 5 updates"):
         rollback.Rollback(0, patience=5).due(5, n=9, newest=lambda: 4)
-
-
-# One device with other bits.
-
-
-def with_a_flipped_bit(array, device, *, bit=3, place=0):
-    """The same array, but that one device's own copy differs in one bit."""
-    pieces = []
-    for shard in array.addressable_shards:
-        data = bytearray(np.asarray(shard.data).tobytes())
-        if shard.device.id == device:
-            data[place] ^= 1 << bit
-        piece = np.frombuffer(data, shard.data.dtype).reshape(shard.data.shape)
-        pieces.append(jax.device_put(piece, shard.device))
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, pieces)
-
-
-def placed(tree, sizes, specs):
-    mesh = sharding.make_mesh(sizes)
-    places = {name: NamedSharding(mesh, PartitionSpec(*specs[name])) for name in tree}
-    state = {name: jax.device_put(value, places[name]) for name, value in tree.items()}
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    return state, replicas.make_check(abstract, mesh=mesh)
-
-
-TREE = {
-    "matrix": np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32),
-    "half": np.arange(6).astype(jnp.bfloat16),
-    "count": np.int32(7),
-}
-SPECS = {"matrix": ("fsdp", "tensor"), "half": (), "count": ()}
-
-
-@pytest.mark.parametrize(
-    "sizes", [{"replica": 4, "fsdp": 2}, {"replica": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}], ids=str
-)
-def test_a_flipped_bit_on_one_device_is_found_and_named(sizes):
-    state, check = placed(TREE, sizes, SPECS)
-    check(state, 5)
-    for name, bit, place in [("matrix", 0, 0), ("matrix", 7, 7), ("half", 6, 3), ("count", 5, 2)]:
-        if name == "matrix" and sizes.get("replica", 1) == 1:
-            continue  # every piece exists once
-        broken = state | {name: with_a_flipped_bit(state[name], 3, bit=bit, place=place)}
-        with pytest.raises(UserError, match=rf"copies of {name} after update 5, got other bits on .*device 3 of proce"):
-            check(broken, 5)
-
-
-def test_among_three_and_more_only_the_odd_one_is_named():
-    state, check = placed(TREE, {"replica": 4, "fsdp": 2}, SPECS)
-    with pytest.raises(UserError, match="got other bits on device 3 of process 0: "):
-        check(state | {"matrix": with_a_flipped_bit(state["matrix"], 3)}, 5)
-
-
-def test_a_run_stops_before_it_saves_what_differs(tmp_path):
-    mesh = sharding.make_mesh({"replica": 4, "fsdp": 2})
-
-    def corrupt(n, state):
-        if n == 7:
-            state["params"]["matrix"] = with_a_flipped_bit(state["params"]["matrix"], 5)
-
-    with pytest.raises(UserError, match="device 5 of process 0"):
-        train(tmp_path, mesh=mesh, hooks=[(1, corrupt)], check_replicas_every=100)
-    assert checkpoint.complete_steps(tmp_path) == [4]
-
-
-# The ledger.
-
-
-def test_the_ledger_books_every_second_once(tmp_path, monkeypatch):
-    now = types.SimpleNamespace(t=100.0)
-    clock = types.SimpleNamespace(monotonic=lambda: now.t, time=lambda: 1000 + now.t)
-    monkeypatch.setattr(goodput, "time", clock)
-
-    def passes(seconds):
-        now.t += seconds
-
-    ledger = goodput.Ledger(tmp_path)
-    passes(3)  # init
-    ledger.restored(0)
-    ledger.enter("compile")
-    passes(4)
-    ledger.enter("step")
-    passes(50)
-    with ledger.during("checkpoint"):
-        passes(2)
-        ledger.saved(10)
-    passes(21)
-    ledger.move("data", 1)
-    with ledger.during("look"):
-        passes(7)
-    ledger.write()  # and the process is killed
-    passes(9)
-
-    ledger = goodput.Ledger(tmp_path)
-    passes(1)
-    ledger.restored(10)
-    ledger.enter("step")
-    passes(20)
-    ledger.write(ended=True)
-    passes(10_000)  # the person comes back the next day
-    expected = {"init": 4, "compile": 4, "step": 70, "data": 1, "checkpoint": 2, "look": 7, "lost": 20, "down": 9}
-    assert goodput.Ledger(tmp_path).seconds == expected
-    found = goodput.read(tmp_path)
-    assert found["starts"] == 3 and found["goodput"] == pytest.approx(70 / 110)
-
-
-def test_a_ledger_that_cannot_be_read_begins_again(tmp_path):
-    (tmp_path / goodput.FILE).write_text("{")
-    assert goodput.Ledger(tmp_path).starts == 1
 
 
 def test_a_signal_that_comes_among_skipped_updates_saves_nothing_worse_than_what_is_there(tmp_path):
