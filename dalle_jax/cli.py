@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import dalle_jax
-from dalle_jax.errors import UserError
+from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 # verb -> (module, what --help says); a dict instead of a module has verbs below it.
 VERBS = {
@@ -26,7 +26,6 @@ VERBS = {
     ),
 }
 OVERRIDE = "--config."
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 class _Parser(argparse.ArgumentParser):

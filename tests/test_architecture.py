@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dalle_jax"
 LEVELS = (
     {"errors"},
     {"pixels", "attention_pattern", "layout"},
-    {"config", "tokenizer", "sharding", "checkpoint"},
+    {"config", "tokenizer", "sharding", "checkpoint", "distributed"},
     {"models", "data"},
     {"train", "sample", "convert"},
     {"evaluate"},
@@ -30,7 +30,18 @@ MAX_LINES = 420
 ONLY_IN = {
     "torch": {"convert"},
     "flax": {"models"},
-    "jax": {"sharding", "checkpoint", "models", "train", "sample", "convert", "evaluate", "hooks", "demo"},
+    "jax": {
+        "sharding",
+        "checkpoint",
+        "distributed",
+        "models",
+        "train",
+        "sample",
+        "convert",
+        "evaluate",
+        "hooks",
+        "demo",
+    },
     "grain": {"data"},
     "sentencepiece": {"tokenizer"},
     "orbax": {"checkpoint"},
