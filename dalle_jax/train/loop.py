@@ -22,9 +22,9 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from dalle_jax import sharding
+from dalle_jax import distributed, sharding
 from dalle_jax.checkpoint import Checkpoints
-from dalle_jax.data.pipeline import Batches
+from dalle_jax.data.lanes import Lanes
 from dalle_jax.errors import UserError
 from dalle_jax.train import metrics as metrics_files
 from dalle_jax.train import optimizer as optimizers
@@ -37,7 +37,8 @@ Hook = tuple[int, Callable[[int, steps.State], None]]  # (every, f): f(step, sta
 @dataclasses.dataclass(frozen=True)
 class Result:
     """How a run ended. step: updates made. seconds: of this call. metrics: the last written, 'train/...' and
-    'validation/...'. signal: what interrupted the run, 0 if it came to its end. state: the last one."""
+    'validation/...'. signal: what interrupted the run, 0 if it came to its end; SIGTERM where another process got it.
+    state: the last one."""
 
     step: int
     seconds: float
@@ -52,18 +53,21 @@ def run(
     workdir: pathlib.Path,
     *,
     mesh: Mesh,
-    batches: Batches,
+    batches: Lanes,
     validation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None,
     hooks: Sequence[Hook] = (),
     progress: bool = True,
+    beat: Callable[[int, str], None] = lambda step, phase: None,
 ) -> Result:
     """Train until `config.steps`, from the newest complete checkpoint in the workdir if there is one.
 
     batches: endless; gets the position of the checkpoint. validation: makes a fresh iterator over held-out batches.
     hooks: called between updates; they must not keep the state, which the next update overwrites. progress: show a
-    bar on a terminal, lines elsewhere; False is silent but for warnings.
+    bar on a terminal, lines elsewhere; False is silent but for warnings. beat: told the step and what begins in it, see
+    `distributed.Watchdog`.
 
-    On SIGTERM or Ctrl-C the update at work is finished and saved before this returns.
+    On SIGTERM or Ctrl-C the update at work is finished and saved before this returns; with many processes, whichever
+    of them got the signal, an update that all agree on.
 
     Raises:
       UserError: an unwritable workdir, a damaged checkpoint, unusable data, or only non-finite updates.
@@ -80,6 +84,7 @@ def run(
     init_key, update_key, look_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
     start = checkpoints.latest() or 0
+    beat(start, "restore" if start else "init")
     if start:
         abstract = steps.abstract_state(task, optimizer, mesh=mesh)
         state, position = checkpoints.restore(start, abstract)
@@ -90,42 +95,50 @@ def run(
     look = _Look(task, workdir, frozen, mesh=mesh, key=look_key, validation=validation, most=config.validation_batches)
     rate = optimizers.schedule(config.optimizer, steps=config.steps)
     report = _Report(task, config, workdir, start=start, rate=rate, progress=progress)
-    began, saved = time.monotonic(), start
+    began, saved, stop = time.monotonic(), start, False
 
     with _Signals() as interrupted:
         try:
             for n in range(start + 1, config.steps + 1):
+                beat(n, "data")
                 batch = sharding.shard_batch(next(batches), mesh)
+                beat(n, "update")
                 state, measured = update(state, frozen, batch, update_key)
                 report.update(n, measured)  # waits for update n - 1
                 last = n == config.steps
                 if validation is not None and _due(n, config.validate_every, last=last):
+                    beat(n, "validation")
                     with report.pause():
                         report.write(n, look.validate(state))
                 if _due(n, config.picture_every, last=last):
+                    beat(n, "pictures")
                     with report.pause():
                         look.draw(n, state, batch)
                         if not last:
                             report.draw_curves()
                 for every, hook in hooks:
                     if n % every == 0:
+                        beat(n, "hook")
                         with report.pause():
                             hook(n, state)
-                stop = bool(interrupted.signal)  # asked once: a later signal is for the next update
+                stop = distributed.stop_agreed(n, bool(interrupted.signal))  # asked once an update
                 if _due(n, config.checkpoint_every, last=last or stop):
+                    beat(n, "checkpoint")
                     with report.pause():
                         checkpoints.save(n, state, batches.get_state())
                     saved = n
                 if stop:
                     break
+            beat(saved, "end")
             report.finish()
             report.draw_curves()
         finally:
             report.close()
             checkpoints.close()
     seconds = time.monotonic() - began
-    report.summary(saved, seconds, start=start, workdir=workdir, interrupted=bool(interrupted.signal))
-    return Result(saved, seconds, report.latest, interrupted.signal, state)
+    ended_by = interrupted.signal or (int(signal.SIGTERM) if stop else 0)
+    report.summary(saved, seconds, start=start, workdir=workdir, interrupted=bool(ended_by))
+    return Result(saved, seconds, report.latest, ended_by, state)
 
 
 def _due(n: int, every: int, *, last: bool) -> bool:
@@ -167,7 +180,7 @@ class _Look:
 
     def _batches(self) -> Iterable[tuple[int, dict[str, jax.Array]]]:
         """Number of examples and device batch; a partial batch is cut to what the mesh divides."""
-        ways = sharding.batch_ways(self._mesh)
+        ways = sharding.batch_ways(self._mesh) // sharding.batch_reader(self._mesh)[1]
         for index, batch in enumerate(self._validation()):
             size = len(batch["image"]) // ways * ways
             if index == self._most or not size:
@@ -194,9 +207,10 @@ class _Look:
         if self._first is None:
             self._first = next(iter(self._batches()), (0, batch))[1] if self._validation is not None else batch
         pictures = self._task.pictures(state["ema"], self._frozen, self._first, self._key)
+        pictures = None if pictures is None else distributed.whole(pictures)
         if pictures is not None and jax.process_index() == 0:
             self._pictures.mkdir(exist_ok=True)
-            metrics_files.sheet(jax.device_get(pictures)).save(self._pictures / f"{n:07d}.png")
+            metrics_files.sheet(pictures).save(self._pictures / f"{n:07d}.png")
 
 
 class _Report:
