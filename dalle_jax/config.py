@@ -25,7 +25,8 @@ PACKAGE = "dalle_jax.configs"
 OVERRIDE = "--config."
 
 # A run that goes on in its workdir may change these, by exact key or by 'prefix.'. None of them changes what an update
-# computes, but for `steps` where a schedule ends with it, and `mesh`, which changes the order of sums.
+# computes, but for `steps` where a schedule ends with it, and `mesh`, which changes the order of sums. `data.lanes` is
+# checked against the checkpoint, which knows its own.
 FREE_KEYS = (
     "steps",
     "log_every",
@@ -37,8 +38,9 @@ FREE_KEYS = (
     "keep_every_hours",
     "checkpoint_dir",
     "check_replicas_every",
-    "hang_seconds",
     "mesh.",
+    "processes.",
+    "data.lanes",
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax import sharding
+from dalle_jax import distributed, sharding
 from dalle_jax.errors import UserError
 from dalle_jax.train import metrics as metrics_files
 from dalle_jax.train import step as steps
@@ -26,7 +26,7 @@ class Look:
 
     def _batches(self) -> Iterable[tuple[int, dict[str, jax.Array]]]:
         """Number of examples and device batch; a partial batch is cut to what the mesh divides."""
-        ways = sharding.batch_ways(self._mesh)
+        ways = sharding.batch_ways(self._mesh) // sharding.batch_reader(self._mesh)[1]
         for index, batch in enumerate(self._validation()):
             size = len(batch["image"]) // ways * ways
             if index == self._most or not size:
@@ -53,7 +53,8 @@ class Look:
         if self._first is None:
             self._first = next(iter(self._batches()), (0, batch))[1] if self._validation is not None else batch
         pictures = self._task.pictures(state["ema"], self._frozen, self._first, self._key)
+        pictures = None if pictures is None else distributed.whole(pictures)
         if pictures is not None and jax.process_index() == 0:
             with surviving_a_full_disk(f"pictures/{n:07d}.png"):
                 self._pictures.mkdir(exist_ok=True)
-                metrics_files.sheet(jax.device_get(pictures)).save(self._pictures / f"{n:07d}.png")
+                metrics_files.sheet(pictures).save(self._pictures / f"{n:07d}.png")

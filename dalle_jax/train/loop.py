@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from dalle_jax import distributed, sharding
 from dalle_jax.checkpointer import Checkpoints
-from dalle_jax.data.pipeline import Batches
+from dalle_jax.data.lanes import Lanes
 from dalle_jax.errors import UserError
 from dalle_jax.train import goodput, replicas
 from dalle_jax.train import optimizer as optimizers
@@ -37,7 +37,8 @@ Hook = tuple[int, Callable[[int, steps.State], None]]  # (every, f): f(step, sta
 @dataclasses.dataclass(frozen=True)
 class Result:
     """How a run ended. step: updates made. seconds: of this call. metrics: the last written, 'train/...' and
-    'validation/...'. signal: what interrupted the run, 0 if it came to its end. state: the last one."""
+    'validation/...'. signal: what interrupted the run, 0 if it came to its end; SIGTERM where another process got it.
+    state: the last one."""
 
     step: int
     seconds: float
@@ -52,16 +53,18 @@ def run(
     workdir: pathlib.Path,
     *,
     mesh: Mesh,
-    batches: Batches,
+    batches: Lanes,
     validation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None,
     hooks: Sequence[Hook] = (),
     progress: bool = True,
+    beat: Callable[[int, str], None] = lambda step, phase: None,
 ) -> Result:
     """Train until `config.steps`, from the newest complete checkpoint in the workdir if there is one.
 
     batches: endless; gets the position of the checkpoint. validation: makes a fresh iterator over held-out batches.
     hooks: called between updates; they must not keep the state, which the next update overwrites. progress: show a
-    bar on a terminal, lines elsewhere; False is silent but for warnings.
+    bar on a terminal, lines elsewhere; False is silent but for warnings. beat: told the step and what begins in it, see
+    `distributed.Watchdog`.
 
     On SIGTERM or Ctrl-C in any process the update that all of them agree on is finished and saved before this returns.
 
@@ -88,6 +91,7 @@ def run(
         warn=to_terminal,
     )
     abstract = steps.abstract_state(task, optimizer, mesh=mesh)
+    beat(0, "restore")
     if (restored := checkpoints.restore_latest(abstract)) is not None:
         start, state, position = restored
         batches.set_state(position)
@@ -103,16 +107,16 @@ def run(
     began, saved, save_due = time.monotonic(), start, False
     n, turn, stop = start, 0, False
 
-    with _Signals() as interrupted, distributed.Watchdog(config.hang_seconds) as watchdog:
+    with _Signals() as interrupted:
         try:
             while n < config.steps and not stop:
                 n, turn = n + 1, turn + 1
-                watchdog.beat(n, "data")
+                beat(n, "data")
                 waited = time.monotonic()
                 batch = sharding.shard_batch(next(batches), mesh)
                 if report.device_waits():
                     ledger.move("data", time.monotonic() - waited)
-                watchdog.beat(n, "update")
+                beat(n, "update")
                 ledger.enter("compile" if turn == 1 else "step")
                 state, measured = update(state, frozen, batch, update_key)
                 ledger.enter("step")
@@ -122,6 +126,7 @@ def run(
                     report.finish()
 
                 if rollback.due(report.streak, n=n, newest=checkpoints.latest):
+                    beat(n, "restore")
                     streak = report.streak
                     if (restored := checkpoints.restore_latest(abstract)) is None:
                         raise UserError("expected an undamaged checkpoint to go back to, got none: start a new run")
@@ -135,17 +140,19 @@ def run(
                     n, save_due = saved, False
                     continue
 
-                watchdog.beat(n, "looking")
                 if validation is not None and _due(n, config.validate_every, last=last):
+                    beat(n, "validation")
                     with report.pause(), ledger.during("look"):
                         report.write(n, look.validate(state))
                 if _due(n, config.picture_every, last=last):
+                    beat(n, "pictures")
                     with report.pause(), ledger.during("look"):
                         look.draw(n, state, batch)
                         if not last:
                             report.draw_curves()
                 for every, hook in hooks:
                     if n % every == 0:
+                        beat(n, "hook")
                         with report.pause(), ledger.during("look"), surviving_a_full_disk("what a hook writes"):
                             hook(n, state)
 
@@ -153,16 +160,18 @@ def run(
                 save_due |= _due(n, config.checkpoint_every, last=last or stop)
                 check = config.check_replicas_every
                 if check and (save_due or n % check == 0):  # what is saved was checked
+                    beat(n, "replicas")
                     with report.pause():
                         check_replicas(state, n)
                 if save_due:
-                    watchdog.beat(n, "checkpoint")
+                    beat(n, "checkpoint")
                     with report.pause(), ledger.during("checkpoint"):
                         if last or not report.streak:  # a checkpoint is something to go back to
                             checkpoints.save(n, state, batches.get_state())
                             ledger.saved(n)
                             saved, save_due = n, False
                 ledger.tick()
+            beat(saved, "end")
             report.finish()
             report.draw_curves()
         finally:
