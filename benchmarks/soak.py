@@ -33,12 +33,15 @@ import sys
 import time
 from collections.abc import Callable
 
-STEPS, EVERY = 3_000, 50
+STEPS, EVERY = 2_000, 50
+ALONE = 500  # updates between checkpoints of the straight run: one is complete before the next begins
+EXIT_RESTART = 75  # of a process whose peer was killed: the launchers start it again
 MOMENTS = ("in training", "in a write", "at any moment", "in a write")
 CONFIG = {
     "steps": STEPS, "batch_size": 8, "log_every": 50, "validate_every": 0, "picture_every": 0,
-    "checkpoint_every": EVERY, "model.image_size": 32, "model.vocab": 8, "model.width": 8, "model.stem": 4,
-    "model.patch": 4, "data.image_size": 32, "data.train": "scenes:train@32", "data.validation": "", "data.threads": 1,
+    "model.image_size": 32, "model.vocab": 8, "model.width": 8, "model.stem": 4,
+    "model.patch": 4, "processes.start_seconds": 30, "processes.hang_seconds": 15, "processes.compile_seconds": 60,
+    "data.image_size": 32, "data.train": "scenes:train@32", "data.validation": "", "data.threads": 1,
 }  # fmt: skip
 LIMIT = 600  # seconds that a single start may take
 
@@ -55,7 +58,7 @@ def main() -> int:
     soak = Soak(args)
     print(f"straight run of {args.steps} updates on {args.processes} process(es)", flush=True)
     start = time.monotonic()
-    soak.start("straight")
+    soak.start("straight", every=ALONE)
     if soak.wait() != 0:
         raise SystemExit(f"the straight run ended with {soak.codes()}: see {args.out}/straight.log")
     seconds = time.monotonic() - start
@@ -76,9 +79,9 @@ class Soak:
         cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
         self._environment = os.environ | cpu | cache
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *, every: int = EVERY) -> None:
         """All processes of one run, in the background."""
-        config = CONFIG | {"steps": self._args.steps}
+        config = CONFIG | {"steps": self._args.steps, "checkpoint_every": every}
         words = [sys.executable, "-m", "dalle_jax.cli", "train", "--config", "configs/dvae.py:demo"]
         words += [f"--config.{key}={value}" for key, value in config.items()]
         words += ["--workdir", str(self._args.out / name)]
@@ -113,8 +116,11 @@ class Soak:
             self.start(name)
             kind = MOMENTS[kills % len(MOMENTS)]
             if kills == self._args.kills or not self._wait_for(kind, folder, seconds / self._args.kills):
-                if self.wait() == 0:
+                code = self.wait()
+                if code == 0:
                     return kills
+                if code == EXIT_RESTART:
+                    continue
                 raise SystemExit(f"a start after {kills} kills ended with {self.codes()}: see {name}.log")
             chosen = self._processes if self._random.random() < 0.5 else [self._random.choice(self._processes)]
             for process in chosen:
@@ -156,7 +162,7 @@ class Soak:
         print(f"seconds by kind, straight: {straight['seconds']}")
         print(f"seconds by kind, killed:   {killed['seconds']}, {killed['starts']} starts")
         restart = sum(killed["seconds"][kind] for kind in ("down", "init", "compile")) / killed["starts"]
-        write = straight["seconds"]["checkpoint"] / (self._args.steps / EVERY)
+        write = straight["seconds"]["checkpoint"] / (self._args.steps / ALONE)
         for minutes in (3, 5, 10, 30):
             between = 60 * minutes
             every = math.sqrt(2 * write * between)

@@ -10,7 +10,7 @@
     down        from the last sign of life of a process that died to the next start
 
 Goodput is the share of `step` in everything but `look`, which was asked for and is neither gain nor loss. The first
-process writes, atomically and every few seconds; what a `kill -9` cuts off after that counts as `down`.
+process writes, atomically, with every checkpoint and every few seconds; what a `kill -9` cuts off after that counts as `down`.
 """
 
 import contextlib
@@ -70,6 +70,7 @@ class Ledger:
         """A checkpoint of this update is on its way: what came before is safe."""
         self.enter(self._kind)
         self._marks[step] = self.seconds["step"]
+        self.write()
 
     def restored(self, step: int) -> None:
         """The run goes on from this checkpoint: updates after it are lost."""
