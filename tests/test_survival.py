@@ -162,6 +162,19 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, tmp_path):
     assert {4, 12} <= {line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")}
 
 
+def test_a_run_whose_last_checkpoint_fails_does_not_end_well(tmp_path, monkeypatch):
+    whole = digest.write_manifest
+
+    def full(folder, **options):
+        if folder.name.startswith("12"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(folder, **options)
+
+    monkeypatch.setattr(digest, "write_manifest", full)
+    with pytest.raises(UserError, match="that of update 12, to be written, which failed: .* goes on from update 8"):
+        train(tmp_path)
+
+
 @pytest.mark.parametrize("where", ["at the start", "in the background"])
 def test_an_error_of_the_writer_is_a_warning(tmp_path, monkeypatch, where):
     said = []

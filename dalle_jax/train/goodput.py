@@ -10,7 +10,8 @@
     down        from the last sign of life of a process that died to the next start
 
 Goodput is the share of `step` in everything but `look`, which was asked for and is neither gain nor loss. The first
-process writes, atomically, with every checkpoint and every few seconds; what a `kill -9` cuts off after that counts as `down`.
+process writes, atomically, with every checkpoint and every few seconds; what a `kill -9` cuts off after that counts as
+`down`.
 """
 
 import contextlib

@@ -128,7 +128,10 @@ def run(
                 if rollback.due(report.streak, n=n, newest=checkpoints.latest):
                     beat(n, "restore")
                     streak = report.streak
-                    if (restored := checkpoints.restore_latest(abstract)) is None:
+                    del state  # before another one takes its place
+                    with ledger.during("lost"):
+                        restored = checkpoints.restore_latest(abstract)
+                    if restored is None:
                         raise UserError("expected an undamaged checkpoint to go back to, got none: start a new run")
                     saved, state, _ = restored
                     ledger.restored(saved)
@@ -174,6 +177,13 @@ def run(
             beat(saved, "end")
             report.finish()
             report.draw_curves()
+            with ledger.during("checkpoint"):
+                newest = checkpoints.latest() or 0
+            if newest != saved:
+                raise UserError(
+                    f"expected the last checkpoint, that of update {saved}, to be written, which failed: make room or "
+                    f"mend the storage, and give the command again, which goes on from update {newest}"
+                )
         finally:
             report.close()
             with ledger.during("checkpoint"):
