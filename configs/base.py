@@ -25,9 +25,13 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "batch_size": 0,  # examples per update, all processes together
             "accumulate": 1,  # microbatches per update
             "mesh": {"replica": 1, "fsdp": -1, "tensor": 1},  # -1: the devices left over
+            # How long processes wait for one another at the start, and how long one may be silent or stuck before the
+            # job ends, where programs are compiled and elsewhere (distributed/watchdog.py).
+            "processes": {"start_seconds": 300, "hang_seconds": 300, "compile_seconds": 3_600},
             "model": fields(model),
             # Named sources, e.g. wds:PATTERN or folder:DIR; `validation` may be empty.
-            "data": {"train": "", "validation": "", **fields(data)},
+            # `lanes` is the most processes that may ever read them, 0 those of the first start (data/lanes.py).
+            "data": {"train": "", "validation": "", "lanes": 0, **fields(data)},
             "optimizer": optimizer(),
             "ema": {"decay": 0.0, "every": 1},
             # In updates; 0 is never. Training ends with a checkpoint in any case.
@@ -36,7 +40,11 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "validation_batches": 16,
             "picture_every": 1_000,
             "checkpoint_every": 1_000,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the newest
+            "keep_every_hours": 0.0,  # and one in so many hours for ever; 0: none
+            "checkpoint_dir": "",  # e.g. gs://bucket/run; '': below the workdir
+            "rollback_after": 20,  # skipped updates in a row, then back to the last checkpoint; 0: never
+            "check_replicas_every": 0,  # and before each checkpoint: do devices that must agree hold the same bits?
         }
     )
 

@@ -1,17 +1,19 @@
 """Checkpoints of a run (Orbax) and exported models (safetensors): the only place that knows either format.
 
-    WORKDIR/config.json  checkpoints/STEP/{state,data}   a run: whole training state and the position in the data
-    DIR/config.json      params.safetensors              a model: parameters alone, flat keys joined by '/'
+    WORKDIR/config.json  checkpoints/STEP/{state,data,sha256.json}   a run: training state and position in the data
+    DIR/config.json      params.safetensors                          a model: parameters alone, keys joined by '/'
 
-Both are written aside and appear whole or not at all; what a crash left half-written is never read. Arrays are plain
-nested dicts; which mesh they lie on is said by whoever restores them, so a run may go on on another number of devices.
+Both are written aside and appear whole or not at all; what a crash left half-written is never read, and what a disk
+has changed since is noticed by its sha256. Arrays are plain nested dicts; which mesh they lie on is said by whoever
+restores them, so a run may go on on another number of devices. The checkpoints of a run may lie elsewhere, on gs://
+too: the config's `checkpoint_dir` names the place.
 """
 
 import contextlib
+import datetime
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,86 +22,61 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
+from etils import epath
 
+from dalle_jax import digest
 from dalle_jax.errors import UserError
 
 CONFIG, PARAMS, CHECKPOINTS = "config.json", "params.safetensors", "checkpoints"
+COMMITTED = "_CHECKPOINT_METADATA"  # Orbax dates it at the very end, so the manifest leaves it out
 
 
-class Checkpoints:
-    """The checkpoints of one run, for its training loop. Saving happens in the background."""
-
-    def __init__(self, workdir: str | os.PathLike, *, keep: int):
-        """keep: how many of the newest stay.
-
-        Raises:
-          UserError: the workdir cannot be written.
-        """
-        self._folder = (pathlib.Path(workdir) / CHECKPOINTS).absolute()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                _remove_incomplete(self._folder)
-        except OSError as error:
-            raise UserError(
-                f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another"
-            ) from error
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        )
-
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, None if there is none."""
-        return max(complete_steps(self._folder.parent), default=None)
-
-    def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
-        """Starts writing; the arrays may be donated as soon as this returns. Does nothing if the step is saved."""
-        if step not in self._manager.all_steps():
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
-            self._manager.save(step, args=items, force=True)
-
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """The state, laid out as `abstract` (ShapeDtypeStruct with shardings) says, and the position in the data.
-
-        Raises:
-          UserError: the checkpoint is damaged or holds other arrays.
-        """
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise UserError(
-                f"expected a checkpoint of this run in {self._folder / str(step)}, but it cannot be read "
-                f"({_first_line(error)}): delete that folder to go on from the checkpoint before it"
-            ) from error
-        return restored["state"], restored["data"]
-
-    def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+def complete_steps(workdir: str | os.PathLike, folder: str = "") -> list[int]:
+    """Steps of the checkpoints that were written to the end, ascending. folder: the config's `checkpoint_dir`."""
+    return steps_in(checkpoint_folder(workdir, folder))
 
 
-def complete_steps(workdir: str | os.PathLike) -> list[int]:
-    """Steps of the checkpoints that were written to the end, ascending."""
-    folder = pathlib.Path(workdir) / CHECKPOINTS
+def checkpoint_path(workdir: str | os.PathLike, step: int | None = None) -> tuple[int, epath.Path]:
+    """Step and folder of a run's newest complete checkpoint, or of the one of `step`.
+
+    Raises:
+      UserError: no run there, no complete checkpoint yet, or none of that step.
+    """
+    folder = checkpoint_folder(workdir, read_config(workdir).get("checkpoint_dir", ""))
+    steps = steps_in(folder)
+    if not steps:
+        raise UserError(f"expected a trained model in {workdir}, got a run without a checkpoint: train it first")
+    if step is not None and step not in steps:
+        listed = ", ".join(map(str, steps))
+        raise UserError(f"expected a checkpoint of update {step} in {folder}, got those of {listed}: take one of them")
+    step = steps[-1] if step is None else step
+    return step, folder / str(step)
+
+
+def checkpoint_folder(workdir: str | os.PathLike, folder: str) -> epath.Path:
+    """Where the checkpoints of a run lie; absolute, as Orbax wants it."""
+    place = epath.Path(folder or epath.Path(workdir) / CHECKPOINTS)
+    return place if is_remote(place) else epath.Path(os.path.abspath(place))
+
+
+def is_remote(path: epath.Path) -> bool:
+    """On an object store, where nothing can be renamed at no cost."""
+    return "://" in os.fspath(path)
+
+
+def steps_in(folder: epath.Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and _is_complete(path))
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and is_complete(path))
 
 
-def _is_complete(path: pathlib.Path) -> bool:
+def is_complete(path: epath.Path) -> bool:
     """Orbax dates its metadata when all arrays are on disk, whatever it does to make the folder appear."""
     try:
-        return bool(json.loads((path / "_CHECKPOINT_METADATA").read_text()).get("commit_timestamp_nsecs"))
-    except (OSError, ValueError):
+        return bool(json.loads((path / COMMITTED).read_text()).get("commit_timestamp_nsecs"))
+    except (OSError, ValueError, AttributeError):
         return False
-
-
-def _remove_incomplete(folder: pathlib.Path) -> None:
-    for path in folder.iterdir():
-        if path.name.isdigit() and not _is_complete(path):
-            shutil.rmtree(path)
 
 
 def save_params(folder: str | os.PathLike, config: Mapping[str, Any], params: Any) -> None:
@@ -131,15 +108,18 @@ def load_params(folder: str | os.PathLike) -> tuple[dict[str, Any], Any]:
         flat = safetensors.numpy.load_file(folder / PARAMS)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"expected the parameters of a model in {folder / PARAMS}, got {_first_line(error)}: export it again"
+            f"expected the parameters of a model in {folder / PARAMS}, got {first_line(error)}: export it again"
         ) from error
     return config, _nested({tuple(key.split("/")): value for key, value in flat.items()})
 
 
-def load_model_dir(folder: str | os.PathLike, *, name: str | None = None) -> tuple[dict[str, Any], Any]:
-    """Config and parameters of an exported model or of a run's newest complete checkpoint (its moving average).
+def load_model_dir(
+    folder: str | os.PathLike, *, name: str | None = None, step: int | None = None, average: bool = True
+) -> tuple[dict[str, Any], Any]:
+    """Config and parameters of an exported model or of a complete checkpoint of a run, the newest or that of `step`.
 
-    name: the model that is wanted, 'dvae' or 'transformer'; None takes any. The config has 'name' and 'model'.
+    name: the model that is wanted, 'dvae' or 'transformer'; None takes any. average: of a run the moving average of
+    the parameters, else the parameters themselves. The config has 'name' and 'model'.
 
     Raises:
       UserError: nothing there, no complete checkpoint yet, damaged files, or another model.
@@ -150,26 +130,77 @@ def load_model_dir(folder: str | os.PathLike, *, name: str | None = None) -> tup
         raise UserError(f"expected a {name} in {folder}, got a {config['name']}: give the folder of a {name}")
     if (folder / PARAMS).exists():
         return load_params(folder)
-    steps = complete_steps(folder)
-    if not steps:
-        raise UserError(f"expected a trained model in {folder}, got a run without a checkpoint: train it first")
-    return config, _load_average(folder / CHECKPOINTS / str(steps[-1]))
+    return config, _read(checkpoint_path(folder, step)[1], "ema" if average else "params")
 
 
-def _load_average(path: pathlib.Path) -> Any:
-    """Only the moving average out of a checkpoint, as numpy arrays."""
-    state = (path / "state").absolute()
+def data_position(path: epath.Path) -> dict[str, Any]:
+    """The position in the data that a checkpoint holds; plain json.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
     try:
-        with _without_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            ema = _plain(reader.metadata(state).item_metadata.tree)["ema"]
-            restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), ema)
-            wanted = ocp.args.PyTreeRestore(item={"ema": ema}, restore_args={"ema": restore}, partial_restore=True)
-            return reader.restore(state, args=wanted)["ema"]
+        with _without_warnings(), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return reader.restore(path / "data")
+    except Exception as error:  # Orbax raises many kinds
+        raise _unreadable(path, error) from error
+
+
+def describe(path: epath.Path) -> dict[str, Any]:
+    """step, bytes, written (ISO, UTC) and damage (None: the files are what was written) of a complete checkpoint."""
+    when = json.loads((path / COMMITTED).read_text())["commit_timestamp_nsecs"] / 1e9
+    return {
+        "step": int(path.name),
+        "bytes": digest.size(path),
+        "written": datetime.datetime.fromtimestamp(when, datetime.UTC).isoformat(),
+        "damage": digest.damage(path),
+    }
+
+
+def state_digests(path: epath.Path) -> dict[str, str]:
+    """sha256 of each part of the training state in a checkpoint, independent of mesh and layout; 'state' is the whole.
+
+    Holds one part at a time in memory; the largest is the optimizer's.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    parts = {key: digest.of_tree(_read(path, key)) for key in sorted(_parts(path))}
+    return parts | {"state": digest.of_parts(parts)}
+
+
+def _parts(path: epath.Path) -> dict[str, Any]:
+    """The tree of arrays in a checkpoint, without their values."""
+    try:
+        with _reading() as reader:
+            return dict(reader.metadata(path / "state").item_metadata.tree)
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise UserError(
-            f"expected a checkpoint in {path}, but it cannot be read ({_first_line(error)}): "
-            "delete that folder to use the checkpoint before it"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _read(path: epath.Path, key: str) -> Any:
+    """One part of the state in a checkpoint, as numpy arrays."""
+    part = _plain(_parts(path)[key])
+    restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+    wanted = ocp.args.PyTreeRestore(item={key: part}, restore_args={key: restore}, partial_restore=True)
+    try:
+        with _reading() as reader:
+            return reader.restore(path / "state", args=wanted)[key]
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise _unreadable(path, error) from error
+
+
+@contextlib.contextmanager
+def _reading():
+    with _without_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        yield reader
+
+
+def _unreadable(path: epath.Path, error: Exception) -> UserError:
+    return UserError(
+        f"expected a checkpoint in {path}, but it cannot be read ({first_line(error)}): "
+        "delete that folder to use the checkpoint before it"
+    )
 
 
 @contextlib.contextmanager
@@ -197,7 +228,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
             f"expected a model or a workdir, got {folder} without a readable {CONFIG}: check the path"
         ) from error
     except ValueError as error:
-        raise UserError(f"expected json in {path}, got {_first_line(error)}: mend or delete it") from error
+        raise UserError(f"expected json in {path}, got {first_line(error)}: mend or delete it") from error
     if not isinstance(config, dict) or "name" not in config or "model" not in config:
         raise UserError(f"expected the config of a model in {path}, got one without 'name' and 'model'")
     return config
@@ -250,5 +281,6 @@ def _plain(tree: Any) -> Any:
     return {key: _plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, short enough for a sentence."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__

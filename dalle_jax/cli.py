@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import dalle_jax
-from dalle_jax.errors import UserError
+from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 # verb -> (module, what --help says); a dict instead of a module has verbs below it.
 VERBS = {
@@ -19,6 +19,8 @@ VERBS = {
     "data": ("dalle_jax.data.report", "report what a source of captioned pictures holds and what would be dropped"),
     "tokenizer": ("dalle_jax.data.train_tokenizer", "train a BPE tokenizer on the captions of a source"),
     "train": ("dalle_jax.training", "train a model, or go on with the training in a workdir"),
+    "inspect": ("dalle_jax.inspection", "say where a run stands: step, data, digests, checkpoints, goodput"),
+    "export": ("dalle_jax.export", "write the parameters of a run as a model directory (safetensors)"),
     "sample": ("dalle_jax.sample.main", "draw pictures for captions"),
     "convert": (
         {"openai-dvae": ("dalle_jax.convert.openai_dvae", "the released dVAE of OpenAI as a model directory")},
@@ -26,7 +28,6 @@ VERBS = {
     ),
 }
 OVERRIDE = "--config."
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 class _Parser(argparse.ArgumentParser):

@@ -25,7 +25,8 @@ PACKAGE = "dalle_jax.configs"
 OVERRIDE = "--config."
 
 # A run that goes on in its workdir may change these, by exact key or by 'prefix.'. None of them changes what an update
-# computes, but for `steps` where a schedule ends with it, and `mesh`, which changes the order of sums.
+# computes, but for `steps` where a schedule ends with it, and `mesh`, which changes the order of sums. `data.lanes` is
+# checked against the checkpoint, which knows its own.
 FREE_KEYS = (
     "steps",
     "log_every",
@@ -34,7 +35,12 @@ FREE_KEYS = (
     "picture_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every_hours",
+    "checkpoint_dir",
+    "check_replicas_every",
     "mesh.",
+    "processes.",
+    "data.lanes",
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",

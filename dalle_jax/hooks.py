@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dalle_jax import checkpoint
+from dalle_jax import checkpoint, distributed
 from dalle_jax.data.record import Record
 from dalle_jax.data.sources import open_source
 from dalle_jax.models import build
@@ -31,6 +31,7 @@ def sample_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hoo
     parts = {}
 
     def draw(step: int, state) -> None:
+        ema = distributed.whole(state["ema"])
         if jax.process_index() != 0:
             return
         if not parts:
@@ -40,9 +41,7 @@ def sample_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hoo
             # Of the workdir: there a text vocabulary of 0 has become the tokenizer's size.
             parts["model"] = build("transformer", checkpoint.read_config(workdir)["model"])
             parts["captions"] = _first_captions(config.data.validation or config.data.train)
-        pipe = Pipeline(
-            parts["model"], jax.device_get(state["ema"]), *parts["dvae"], parts["tokenizer"], digest=f"step {step}"
-        )
+        pipe = Pipeline(parts["model"], ema, *parts["dvae"], parts["tokenizer"], digest=f"step {step}")
         pictures = [np.asarray(row[0]) for row in pipe(parts["captions"], seed=list(range(len(parts["captions"]))))]
         scale = max(1, SHEET_SIDE // pipe.image_size)
         (workdir / "pictures").mkdir(exist_ok=True)

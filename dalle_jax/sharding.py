@@ -131,6 +131,27 @@ def batch_ways(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in TABLE["batch"]]))
 
 
+def batch_reader(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch this process reads, and how many such parts there are.
+
+    Processes whose devices hold the same rows of a batch, as with a tensor axis across processes, read the same part.
+
+    Raises:
+      UserError: the rows of two processes overlap without being the same.
+    """
+    place = NamedSharding(mesh, PartitionSpec(TABLE["batch"]))
+    rows: dict[int, set[int]] = {}
+    for device, (cut,) in place.devices_indices_map((batch_ways(mesh),)).items():
+        rows.setdefault(device.process_index, set()).add(cut.start or 0)
+    parts = sorted({tuple(sorted(own)) for own in rows.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != batch_ways(mesh):
+        raise UserError(
+            f"expected a mesh whose {batch_ways(mesh)} pieces of a batch {len(rows)} processes can share evenly, got "
+            f"{dict(mesh.shape)}: choose a tensor size that divides the devices of a process, or the other way round"
+        )
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a batch -> global device arrays, cut along their first dimension."""
     place = NamedSharding(mesh, PartitionSpec(TABLE["batch"]))

@@ -2,8 +2,11 @@
 
 import argparse
 import pathlib
+import signal
 
 from dalle_jax import config as configs
+from dalle_jax import distributed
+from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART
 from dalle_jax.hooks import sample_hook
 from dalle_jax.train.run import train
 
@@ -11,12 +14,31 @@ from dalle_jax.train.run import train
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="e.g. configs/transformer.py:demo")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="everything is written here; again to resume")
+    several = parser.add_argument_group(
+        "several processes",
+        "found by themselves under SLURM, on TPU pods and in JobSets (docs/pods.md); else all three",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="0 .. N-1")
     parser.epilog = "--config.key=value changes a value of the config, e.g. --config.steps=1000"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns 0, or 128 + the signal that interrupted the run."""
+    """Returns 0, EXIT_INTERRUPTED after Ctrl-C, or EXIT_RESTART if a SIGTERM stopped the run before its end.
+
+    Schedulers send SIGTERM to take a machine away, so the launchers start the same command again on EXIT_RESTART.
+    """
     config, workdir = configs.load(args.config, args.overrides), pathlib.Path(args.workdir)
+    distributed.initialise(
+        coordinator=args.coordinator,
+        num_processes=args.num_processes,
+        process_id=args.process_id,
+        start_seconds=config.processes.start_seconds,
+        hang_seconds=config.processes.hang_seconds,
+    )
     hooks = [sample_hook(config, workdir)] if config.name == "transformer" else []
     result = train(config, workdir, hooks=hooks)
-    return 128 + result.signal if result.signal else 0
+    if not result.signal or result.step == config.steps:
+        return 0
+    return EXIT_INTERRUPTED if result.signal == signal.SIGINT else EXIT_RESTART

@@ -15,13 +15,15 @@ PACKAGE = ROOT / "dalle_jax"
 LEVELS = (
     {"errors"},
     {"pixels", "attention_pattern", "layout"},
-    {"config", "tokenizer", "sharding", "checkpoint"},
+    {"digest"},
+    {"config", "tokenizer", "sharding", "checkpoint", "distributed"},
+    {"checkpointer"},
     {"models", "data"},
     {"train", "sample", "convert"},
     {"evaluate"},
     {"configs"},  # a config reads the defaults of what it configures, and is loaded by its path
     {"hooks"},
-    {"demo", "training"},
+    {"demo", "training", "inspection", "export"},
     {"cli"},
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
@@ -30,10 +32,23 @@ MAX_LINES = 420
 ONLY_IN = {
     "torch": {"convert"},
     "flax": {"models"},
-    "jax": {"sharding", "checkpoint", "models", "train", "sample", "convert", "evaluate", "hooks", "demo"},
+    "jax": {
+        "sharding",
+        "checkpoint",
+        "checkpointer",
+        "distributed",
+        "models",
+        "train",
+        "sample",
+        "convert",
+        "evaluate",
+        "hooks",
+        "demo",
+    },
     "grain": {"data"},
     "sentencepiece": {"tokenizer"},
-    "orbax": {"checkpoint"},
+    "orbax": {"checkpoint", "checkpointer"},
+    "etils": {"checkpoint", "checkpointer", "digest"},
     "tensorflow_datasets": {"data"},
 }
 # NNX defines modules and nothing else: state is nested dicts, transforms are JAX's.
@@ -44,6 +59,7 @@ NNX_ALLOWED = {
 # Compiled where arrays are made, updated, drawn for the log or decoded; a jit anywhere else hides a compilation.
 MAY_JIT = {
     "train/step.py",
+    "train/replicas.py",
     "train/dvae_task.py",
     "train/transformer_task.py",
     "sample/engine.py",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import checkpoint, sharding
+from dalle_jax import checkpoint, checkpointer, sharding
 from dalle_jax.errors import UserError
 
 CONFIG = {"name": "dvae", "model": {"width": 4}}
@@ -35,7 +35,7 @@ def abstract(mesh=None):
 
 def save(workdir, steps, keep=5):
     (workdir / "config.json").write_text(json.dumps(CONFIG))
-    saver = checkpoint.Checkpoints(workdir, keep=keep)
+    saver = checkpointer.Checkpoints(workdir, keep=keep)
     for step in steps:
         saver.save(step, state(step), {"position": [step]})
     saver.close()
@@ -49,7 +49,7 @@ def test_the_state_comes_back_on_any_mesh_with_the_data_position(tmp_path):
     save(tmp_path, [1, 5, 9], keep=2)
     assert checkpoint.complete_steps(tmp_path) == [5, 9]
     mesh = sharding.make_mesh({"fsdp": -1})
-    reader = checkpoint.Checkpoints(tmp_path, keep=2)
+    reader = checkpointer.Checkpoints(tmp_path, keep=2)
     restored, position = reader.restore(reader.latest(), abstract(mesh))
     equal(restored, state(9))
     assert position == {"position": [9]}
@@ -59,12 +59,12 @@ def test_the_state_comes_back_on_any_mesh_with_the_data_position(tmp_path):
 
 def test_the_arrays_may_be_overwritten_as_soon_as_save_returns(tmp_path):
     change = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
-    before, saver = state(3), checkpoint.Checkpoints(tmp_path, keep=1)
+    before, saver = state(3), checkpointer.Checkpoints(tmp_path, keep=1)
     wanted = jax.tree.map(np.array, before)
     saver.save(3, before, {})
     jax.block_until_ready(change(before))
     saver.close()
-    reader = checkpoint.Checkpoints(tmp_path, keep=1)
+    reader = checkpointer.Checkpoints(tmp_path, keep=1)
     equal(reader.restore(3, abstract())[0], wanted)
 
 
@@ -80,7 +80,7 @@ def test_an_incomplete_checkpoint_is_never_read_and_does_not_block_its_step(tmp_
         metadata = json.loads((torn / "_CHECKPOINT_METADATA").read_text()) | {"commit_timestamp_nsecs": None}
         (torn / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
     equal(checkpoint.load_model_dir(tmp_path)[1], state(4)["ema"])
-    again = checkpoint.Checkpoints(tmp_path, keep=5)
+    again = checkpointer.Checkpoints(tmp_path, keep=5)
     assert again.latest() == 4
     again.save(8, state(8), {})
     again.close()
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_names_itself(tmp_path):
         if path.is_file() and "ocdbt" not in path.name:
             path.write_bytes(path.read_bytes()[:3])
     with pytest.raises(UserError, match="checkpoints/2.*cannot be read"):
-        checkpoint.Checkpoints(tmp_path, keep=1).restore(2, abstract())
+        checkpointer.Checkpoints(tmp_path, keep=1).restore(2, abstract())
     with pytest.raises(UserError, match="checkpoints/2.*cannot be read"):
         checkpoint.load_model_dir(tmp_path)
 
@@ -154,4 +154,4 @@ def test_parameters_of_another_model_are_refused():
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="expected a workdir to write to"):
-        checkpoint.Checkpoints(tmp_path / "file", keep=1)
+        checkpointer.Checkpoints(tmp_path / "file", keep=1)

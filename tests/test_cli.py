@@ -61,12 +61,12 @@ def test_version():
     assert (done.returncode, done.stdout) == (0, f"dalle-jax {dalle_jax.__version__}\n")
 
 
-@pytest.mark.parametrize("words", [("demo",), ("data",), ("tokenizer",), ("train",), ("sample",), ("convert",)])
-def test_help_of_every_verb(words, capsys):
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_every_verb(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main([*words, "--help"])
+        cli.main([verb, "--help"])
     assert exit_.value.code == 0
-    assert f"dalle-jax {words[0]}" in capsys.readouterr().out
+    assert f"dalle-jax {verb}" in capsys.readouterr().out
 
 
 def test_wrong_words_end_in_one_line_and_status_2():

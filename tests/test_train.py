@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from dalle_jax import checkpoint, sharding
+from dalle_jax import checkpoint, checkpointer, sharding
 from dalle_jax import config as configs
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
@@ -267,7 +267,7 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit(straight, dvae_values, tmp_path
     assert checkpoint.complete_steps(tmp_path)[-1] == 5
     done = run.train(tiny("dvae", dvae_values), tmp_path, progress=False)
     identical(done.state, straight[1].state)
-    saved = [checkpoint.Checkpoints(path, keep=2) for path in (straight[0], tmp_path)]
+    saved = [checkpointer.Checkpoints(path, keep=2) for path in (straight[0], tmp_path)]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), done.state)
     (a, position_a), (b, position_b) = (reader.restore(6, shapes) for reader in saved)
     identical(a, b)

@@ -141,7 +141,7 @@ class Batches:
             )
         self._identity = {"records": len(source), "seed": seed, "shuffle": shuffle, "processes": process_count}
         self._name, self._config, self._batch_size, self._keep_partial = source.name, config, batch_size, not shuffle
-        self._share = len(range(process_index, len(source), process_count))
+        self._records = len(source)
         records = grain.MapDataset.source(source).seed(seed)
         if shuffle:
             records = records.shuffle()
@@ -233,10 +233,10 @@ class Batches:
 
     def _stop_if_bad(self) -> None:
         seen = self.good + self.dropped.total()
-        if seen >= self._share and not self.good:
+        if seen >= self._records and not self.good:
             raise UserError(f"expected at least one usable record in {self._name}, got none:\n{self.table()}")
         bad = sum(count for reason, count in self.dropped.items() if reason not in filters.REASONS)
-        if seen % min(CHECK_EVERY, self._share) == 0 and bad > self._config.max_bad_share * seen:
+        if seen % min(CHECK_EVERY, self._records) == 0 and bad > self._config.max_bad_share * seen:
             raise UserError(
                 f"expected at most {self._config.max_bad_share:.0%} broken records in {self._name}, "
                 f"got {bad / seen:.0%}: mend the data or raise max_bad_share\n{self.table()}"

@@ -3,15 +3,19 @@
 Only the first process writes. Names are 'train/...' and 'validation/...'. Knows nothing of what is measured.
 """
 
+import contextlib
 import json
 import math
 import pathlib
+import threading
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 import tensorboardX
 from PIL import Image
+
+from dalle_jax.checkpoint import write_file
 
 COLUMNS = 8  # pictures a row where the task does not say
 LEAST_SIDE = 96  # smaller pictures are enlarged by a whole factor, in pixels
@@ -25,33 +29,48 @@ class MetricsLog:
         self.path = workdir / "metrics.jsonl"
         self._active = jax.process_index() == 0
         if self._active:
-            kept = [line for line in read(self.path) if line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.rewind(step)
+            before = set(threading.enumerate())
             self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=30)
+            self._writers = set(threading.enumerate()) - before
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines beyond `step`; TensorBoard shows the later ones that are written again."""
+        if self._active:
+            kept = [line for line in read(self.path) if line["step"] <= step]
+            write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line {"step": step, ...}; values that are not finite are left out."""
+        """One line {"step": step, ...}; values that are not finite are left out.
+
+        Raises:
+          OSError: the disk is full.
+        """
         if not self._active:
             return
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if self._board_lives():
+            for name, value in finite.items():
+                self._board.add_scalar(name, value, step)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in finite.items():
-            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self._active:
-            self._board.close()
+        if self._active and self._board_lives():
+            with contextlib.suppress(OSError):
+                self._board.close()
+
+    def _board_lives(self) -> bool:
+        """TensorBoard's thread dies of a full disk, and after that its queue blocks whoever writes."""
+        return all(thread.is_alive() for thread in self._writers)
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut off is left out."""
+    """The lines of a metrics.jsonl; one that a crash or a full disk cut off is left out."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            break
     return lines
 
 

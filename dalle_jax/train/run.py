@@ -12,9 +12,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from dalle_jax import checkpoint, sharding
+from dalle_jax import checkpoint, distributed, sharding
 from dalle_jax import config as configs
 from dalle_jax.data import sources
+from dalle_jax.data.lanes import Lanes
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.errors import UserError
 from dalle_jax.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from dalle_jax.train import loop
 from dalle_jax.train.tasks import build_task
 
 DVAE, TOKENIZER = "dvae", "tokenizer.model"  # inside the workdir
-SOURCE_KEYS = ("train", "validation")  # of config.data; the others are DataConfig's
+SOURCE_KEYS = ("train", "validation", "lanes")  # of config.data; the others are DataConfig's
 
 
 def train(
@@ -38,7 +39,12 @@ def train(
       UserError: an impossible config, a missing source, dVAE or tokenizer, parts that do not fit each other, a workdir
         that cannot be written or belongs to another config.
     """
-    workdir = pathlib.Path(workdir)
+    limits = config.processes
+    with distributed.Watchdog(limits.hang_seconds, first_seconds=limits.compile_seconds) as watchdog:
+        return _train(config, pathlib.Path(workdir), hooks=hooks, progress=progress, beat=watchdog.beat)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, progress, beat) -> loop.Result:
     config = ml_collections.ConfigDict(config.to_dict())
     mesh = sharding.make_mesh(config.mesh)
     _check_batch(config, mesh)
@@ -51,10 +57,19 @@ def train(
         task = build_task(config)
     layout = task.model.config.layout if tokenizer else None
     batches, validation = _data(config, mesh, layout=layout, tokenizer=tokenizer)
+    distributed.gather_json(None)  # nobody reads any more what the first process writes now
     _fill_workdir(config, workdir, task.frozen, tokenizer)
     try:
         return loop.run(
-            task, config, workdir, mesh=mesh, batches=batches, validation=validation, hooks=hooks, progress=progress
+            task,
+            config,
+            workdir,
+            mesh=mesh,
+            batches=batches,
+            validation=validation,
+            hooks=hooks,
+            progress=progress,
+            beat=beat,
         )
     finally:
         batches.close()
@@ -87,7 +102,7 @@ def _tokenizer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Toke
 def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if (workdir / checkpoint.CONFIG).exists():
         configs.refuse_other(checkpoint.read_config(workdir), config.to_dict(), where=str(workdir))
-    elif checkpoint.complete_steps(workdir):
+    elif checkpoint.complete_steps(workdir, config.checkpoint_dir):
         raise UserError(f"expected {workdir / checkpoint.CONFIG} beside the checkpoints there, got none: restore it")
 
 
@@ -99,28 +114,51 @@ def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer):
         data = DataConfig(**{key: value for key, value in config.data.items() if key not in SOURCE_KEYS})
     except ValueError as error:
         raise UserError(f"expected a possible config.data, got one where {error}") from error
-    common = {"layout": layout, "tokenizer": tokenizer, "seed": config.seed} | _processes()
-    count = jax.process_count()
+    common = {"layout": layout, "tokenizer": tokenizer, "seed": config.seed}
+    reader, readers = sharding.batch_reader(mesh)
     open_source = functools.partial(sources.open_source, captions_required=tokenizer is not None)
-    source = open_source(config.data.train)
-    batches = Batches(source, data, batch_size=config.batch_size // count, shuffle=True, epochs=None, **common)
+    batches = Lanes(
+        open_source(config.data.train),
+        data,
+        batch_size=config.batch_size,
+        lanes=config.data.lanes,
+        reader=reader,
+        readers=readers,
+        gather=distributed.gather_json,
+        **common,
+    )
     if not config.data.validation:
         return batches, None
     held_out, plain = open_source(config.data.validation), data.without_randomness()
 
     def validation() -> Iterable[Mapping[str, np.ndarray]]:
-        size = config.batch_size // count
-        fresh = Batches(held_out, plain, batch_size=size, shuffle=False, epochs=1, **common)
+        fresh = Batches(
+            held_out,
+            plain,
+            batch_size=config.batch_size // readers,
+            process_index=reader,
+            process_count=readers,
+            shuffle=False,
+            epochs=1,
+            **common,
+        )
         try:
-            yield from fresh
+            yield from _in_step(fresh)
         finally:
             fresh.close()
 
     return batches, validation
 
 
-def _processes() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _in_step(batches: Iterable[Mapping[str, np.ndarray]]) -> Iterable[Mapping[str, np.ndarray]]:
+    """As many batches of the same sizes on every process: to where the first of them ends."""
+    batches = iter(batches)
+    while True:
+        batch = next(batches, None)
+        size = min(distributed.gather_json(0 if batch is None else len(batch["image"])))
+        if not size:
+            return
+        yield {name: value[:size] for name, value in batch.items()}
 
 
 def _fill_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, frozen, tokenizer) -> None:

@@ -1,0 +1,183 @@
+"""Kill a training run at random moments, start it again, and see whether it ends as if nothing had happened.
+
+    python benchmarks/soak.py --out runs/soak                  # 20 kills -9 of one process
+    python benchmarks/soak.py --out runs/soak --processes 2    # of one or of all of two
+
+A straight run of a tiny dVAE on generated scenes gives the digest of its whole training state. A second one is killed
+with SIGKILL, in turns at a random moment of training, while a checkpoint is being written (its temporary folder is
+there), and at a random moment from the start of the process on; each time the same command goes on. With several
+processes one of them, or all, are killed; the survivors must end by themselves. Passes if the digests are the same.
+
+Goodput. A tiny model makes an update in milliseconds and writes a checkpoint a second, so its own goodput says nothing
+about a run whose updates take seconds. What a fault and a checkpoint cost is therefore measured, and the time between
+faults, T, is simulated:
+
+    R  seconds from the last sign of life of a killed process to the first update after it, compiled (the ledger's
+       down + init + compile, by start; programs come from JAX's compilation cache, as the launchers set it up)
+    d  seconds that the loop waits for a checkpoint
+    C  seconds between checkpoints, the best for these: sqrt(2 d T) (Young 1974)
+
+    goodput = T / (T + R + C / 2 + d T / C)        C / 2: the updates that a fault loses
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+STEPS, EVERY = 2_000, 50
+ALONE = 500  # updates between checkpoints of the straight run: one is complete before the next begins
+EXIT_RESTART = 75  # of a process whose peer was killed: the launchers start it again
+MOMENTS = ("in training", "in a write", "at any moment", "in a write")
+CONFIG = {
+    "steps": STEPS, "batch_size": 8, "log_every": 50, "validate_every": 0, "picture_every": 0,
+    "model.image_size": 32, "model.vocab": 8, "model.width": 8, "model.stem": 4,
+    "model.patch": 4, "processes.start_seconds": 30, "processes.hang_seconds": 15, "processes.compile_seconds": 60,
+    "data.image_size": 32, "data.train": "scenes:train@32", "data.validation": "", "data.threads": 1,
+}  # fmt: skip
+LIMIT = 600  # seconds that a single start may take
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=STEPS, help="updates of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True)
+    soak = Soak(args)
+    print(f"straight run of {args.steps} updates on {args.processes} process(es)", flush=True)
+    start = time.monotonic()
+    soak.start("straight", every=ALONE)
+    if soak.wait() != 0:
+        raise SystemExit(f"the straight run ended with {soak.codes()}: see {args.out}/straight.log")
+    seconds = time.monotonic() - start
+    wanted = soak.inspect("straight")
+    print(f"  {seconds:.0f} s, state sha256 {wanted['state_sha256']}", flush=True)
+    kills = soak.kill_and_resume("killed", wanted["goodput"]["seconds"]["step"])
+    found = soak.inspect("killed")
+    same = all(found[key] == wanted[key] for key in ("state_sha256", "parameters_sha256", "step", "data"))
+    print(f"{kills} kills, state sha256 {found['state_sha256']}: {'the same' if same else 'NOT THE SAME'}")
+    soak.print_goodput(wanted["goodput"], found["goodput"])
+    return 0 if same and kills == args.kills else 1
+
+
+class Soak:
+    def __init__(self, args: argparse.Namespace):
+        self._args, self._random, self._processes = args, random.Random(args.seed), []
+        cpu = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str((args.out / "programs").absolute())}
+        cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        self._environment = os.environ | cpu | cache
+
+    def start(self, name: str, *, every: int = EVERY) -> None:
+        """All processes of one run, in the background."""
+        config = CONFIG | {"steps": self._args.steps, "checkpoint_every": every}
+        words = [sys.executable, "-m", "dalle_jax.cli", "train", "--config", "configs/dvae.py:demo"]
+        words += [f"--config.{key}={value}" for key, value in config.items()]
+        words += ["--workdir", str(self._args.out / name)]
+        count, self._processes = self._args.processes, []
+        port = _free_port()
+        for index in range(count):
+            together = [f"--coordinator=localhost:{port}", f"--num-processes={count}", f"--process-id={index}"]
+            with (self._args.out / f"{name}.log").open("a") as log:
+                process = subprocess.Popen(
+                    words + together * (count > 1), env=self._environment, stdout=log, stderr=subprocess.STDOUT
+                )
+            self._processes.append(process)
+
+    def wait(self) -> int:
+        """Until all have ended; the first status that is not 0, or 0."""
+        until = time.monotonic() + LIMIT
+        for process in self._processes:
+            process.wait(max(1, until - time.monotonic()))
+        return next((code for code in self.codes() if code), 0)
+
+    def codes(self) -> list[int | None]:
+        return [process.poll() for process in self._processes]
+
+    def inspect(self, name: str) -> dict:
+        words = [sys.executable, "-m", "dalle_jax.cli", "inspect", str(self._args.out / name), "--json"]
+        return json.loads(subprocess.run(words, env=self._environment, check=True, capture_output=True).stdout)
+
+    def kill_and_resume(self, name: str, seconds: float) -> int:
+        """Kills until there were enough and lets the run end; how many there were. seconds: of all its updates."""
+        kills, folder = 0, self._args.out / name / "checkpoints"
+        while True:
+            self.start(name)
+            kind = MOMENTS[kills % len(MOMENTS)]
+            if kills == self._args.kills or not self._wait_for(kind, folder, seconds / self._args.kills):
+                code = self.wait()
+                if code == 0:
+                    return kills
+                if code == EXIT_RESTART:
+                    continue
+                raise SystemExit(f"a start after {kills} kills ended with {self.codes()}: see {name}.log")
+            chosen = self._processes if self._random.random() < 0.5 else [self._random.choice(self._processes)]
+            for process in chosen:
+                process.send_signal(signal.SIGKILL)
+            self.wait()
+            kills += 1
+            left = sorted(path.name for path in folder.glob("*tmp*")) if folder.is_dir() else []
+            print(
+                f"  kill {kills} of {len(chosen)} process(es) {kind}: update {self._newest(folder)} is safe, "
+                f"unfinished: {', '.join(left) or 'nothing'}",
+                flush=True,
+            )
+
+    def _wait_for(self, kind: str, folder: pathlib.Path, seconds: float) -> bool:
+        """Sleeps until it is time to kill; False if the run ended before. seconds: of training between two kills."""
+        if kind == "at any moment":
+            return self._sleep(lambda: False, self._random.uniform(0, 10))
+        newest = self._newest(folder)
+        alive = self._sleep(lambda: self._newest(folder) > newest, LIMIT)  # it has made its way
+        alive = alive and self._sleep(lambda: False, self._random.uniform(0, seconds / 2))
+        if kind == "in a write":
+            alive = alive and self._sleep(lambda: bool(list(folder.glob("*tmp*"))), LIMIT)
+            time.sleep(self._random.uniform(0, 0.1))
+        return alive
+
+    def _sleep(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Until the condition or the time; False if all processes ended before."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not condition():
+            if all(code is not None for code in self.codes()):
+                return False
+            time.sleep(0.001)
+        return True
+
+    def _newest(self, folder: pathlib.Path) -> int:
+        return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+
+    def print_goodput(self, straight: dict, killed: dict) -> None:
+        print(f"seconds by kind, straight: {straight['seconds']}")
+        print(f"seconds by kind, killed:   {killed['seconds']}, {killed['starts']} starts")
+        restart = sum(killed["seconds"][kind] for kind in ("down", "init", "compile")) / killed["starts"]
+        write = straight["seconds"]["checkpoint"] / (self._args.steps / ALONE)
+        for minutes in (3, 5, 10, 30):
+            between = 60 * minutes
+            every = math.sqrt(2 * write * between)
+            cost = restart + every / 2 + write * between / every
+            print(
+                f"a fault every {minutes:2d} min: {between} / ({between} + {restart:.1f} + {every / 2:.1f} + "
+                f"{write * between / every:.1f}) = {between / (between + cost):.1%}, a checkpoint every {every:.0f} s"
+            )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The checkpoints of a run while it trains: written in the background, kept by number and by age, checked before use.
+
+What a checkpoint is made of stands in `checkpoint.py`. Here is when one is complete, which stay, and what happens to
+those that could not be written or were damaged since: training survives both.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from dalle_jax import checkpoint, digest
+from dalle_jax.errors import UserError
+
+DAMAGED = "damaged"  # damaged-STEP-N beside the checkpoints
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Checkpoints:
+    """The checkpoints of one run, for its training loop. Saving happens in the background.
+
+    A save that fails (a full disk, a network file system that is away) is a warning and no more: nothing but complete
+    checkpoints is ever deleted to make room, and only after a newer one is complete.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        keep: int,
+        keep_every_hours: float = 0.0,
+        folder: str = "",
+        warn: Callable[[str], None] = _to_stderr,
+    ):
+        """keep: how many of the newest stay. keep_every_hours: besides, one in so many hours stays for ever; 0 none.
+
+        folder: where they lie, a local path or gs://...; '' is below the workdir. warn: gets one line at a time, in
+        the first process only.
+
+        Raises:
+          UserError: the place cannot be written.
+        """
+        self._folder = checkpoint.checkpoint_folder(workdir, folder)
+        self._warn = warn if jax.process_index() == 0 else (lambda line: None)
+        policies = [ocp.checkpoint_managers.LatestN(n=keep)]
+        if keep_every_hours:
+            policies.append(ocp.checkpoint_managers.EveryNSeconds(interval_secs=round(keep_every_hours * 3600)))
+        self._policy = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
+        self._writing: int | None = None  # step that is being saved
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._tidy()
+        except OSError as error:
+            raise UserError(
+                f"expected a workdir to write to, got {self._folder} ({error.strerror}): choose another"
+            ) from error
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, None if there is none; waits for one that is being written."""
+        self._finish()
+        return max(checkpoint.steps_in(self._folder), default=None)
+
+    def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
+        """Starts writing; the arrays may be donated as soon as this returns. Does nothing if the step is saved.
+
+        Waits for the save before, and warns if that one or the start of this one failed.
+        """
+        self._finish()
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
+        self._writing = step
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:  # Orbax, TensorStore and file systems raise many kinds
+            self._failed(error)
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """The state, laid out as `abstract` (ShapeDtypeStruct with shardings) says, and the position in the data.
+
+        Raises:
+          UserError: the checkpoint is damaged or holds other arrays.
+        """
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise UserError(
+                f"expected a checkpoint of this run in {self._folder / str(step)}, but it cannot be read "
+                f"({checkpoint.first_line(error)}): delete that folder to go on from the checkpoint before it"
+            ) from error
+        return restored["state"], restored["data"]
+
+    def restore_latest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Step, state and data position of the newest checkpoint whose files are what was written; None without one.
+
+        Damaged ones are set aside under another name, with a warning, and the one before is taken.
+
+        Raises:
+          UserError: an undamaged checkpoint holds other arrays than `abstract`.
+        """
+        self._finish()
+        for step in reversed(checkpoint.steps_in(self._folder)):
+            problem = self._damage(step)
+            if problem is None:
+                return step, *self.restore(step, abstract)
+            if jax.process_index() == 0:
+                aside = self._set_aside(self._folder / str(step))
+                self._warn(
+                    f"warning: the checkpoint of update {step} is damaged ({problem}): it now lies in {aside}, and "
+                    "the one before it is used"
+                )
+            _all_processes("set aside")
+            self._manager.reload()
+        return None
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._finish()
+        self._manager.close()
+
+    def _finish(self) -> None:
+        if self._writing is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # of the background threads
+            self._failed(error)
+        self._writing = None
+
+    def _failed(self, error: Exception) -> None:
+        step, self._writing = self._writing, None
+        newest = max(checkpoint.steps_in(self._folder), default=None)
+        left = "there is no earlier one" if newest is None else f"the newest complete one is that of update {newest}"
+        self._warn(
+            f"WARNING: the checkpoint of update {step} could not be written ({_reason(error)}): "
+            f"training goes on, {left}; make room or mend the storage before the next one"
+        )
+        with contextlib.suppress(OSError):
+            self._tidy(step)
+        self._manager = self._open()  # the old one has forgotten which checkpoints it did not delete
+
+    def _write_manifest(self) -> None:
+        """Called by Orbax in the background: all files are written, and the checkpoint does not count yet."""
+        for path in self._folder.iterdir():
+            if path.name.partition(".")[0] == str(self._writing):
+                digest.write_manifest(path, leave_out=[checkpoint.COMMITTED])
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint's files; every process reads a share of them and gets the same answer."""
+        parts = jax.process_count()
+        problem = digest.damage(self._folder / str(step), part=jax.process_index(), parts=parts)
+        if parts == 1:
+            return problem
+        wrong = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
+        return problem or (f"found by process {wrong[0]}" if len(wrong) else None)
+
+    def _tidy(self, step: int | None = None) -> None:
+        """Removes what a failed save left, and sets aside folders that look like checkpoints but are none.
+
+        On gs:// a checkpoint that is being written has its final name, and Orbax tells them apart itself.
+        """
+        if jax.process_index() != 0 or checkpoint.is_remote(self._folder):
+            return
+        for path in self._folder.iterdir():
+            if path.name.isdigit() and not checkpoint.is_complete(path):
+                if any(path.iterdir()):
+                    self._warn(f"warning: {path} is no complete checkpoint: it now lies in {self._set_aside(path)}")
+                else:
+                    path.rmdir()
+            elif step is not None and path.name.startswith(f"{step}."):
+                shutil.rmtree(path)
+
+    def _set_aside(self, path: epath.Path) -> epath.Path:
+        taken = {other.name for other in self._folder.iterdir()}
+        number = next(i for i in range(1, len(taken) + 2) if f"{DAMAGED}-{path.name}-{i}" not in taken)
+        return path.rename(self._folder / f"{DAMAGED}-{path.name}-{number}")
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, which libraries bury in paths."""
+    known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
+    return next((text for text in known if text in str(error)), None) or checkpoint.first_line(error)
+
+
+def _all_processes(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

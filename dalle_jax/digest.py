@@ -1,0 +1,118 @@
+"""Fingerprints: sha256 of every file of a folder, and of a tree of arrays whatever mesh it lived on.
+
+A manifest inside a checkpoint lets a reader tell a checkpoint that was cut or bit-flipped on disk from a good one
+before a single number of it is used: the formats below check parts of what they write, not all of it. Knows files and
+arrays; nothing of what they mean.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+MANIFEST = "sha256.json"
+THREADS = 8  # hashing releases the interpreter, so files are hashed side by side
+BLOCK = 1 << 22  # bytes read at a time
+
+
+def write_manifest(folder: epath.Path, *, leave_out: Collection[str] = ()) -> None:
+    """Write size and sha256 of every file below `folder` into its sha256.json.
+
+    leave_out: names of files at the top of the folder that may still change.
+
+    Raises:
+      OSError: a file cannot be read, or the manifest not be written.
+    """
+    names = [name for name in sorted(_files(folder)) if name not in (MANIFEST, *leave_out)]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda name: _hash(folder / name), names))
+    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in zip(names, found, strict=True)}
+    (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
+
+
+def damage(folder: epath.Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with the files of `folder` by its manifest, in a few words; None if nothing, or no manifest.
+
+    part, parts: check only every `parts`-th file, so that several processes share the reading.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return f"{MANIFEST} is unreadable"
+    by_size = sorted(listed, key=lambda name: (listed[name][0], name))
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for problem in pool.map(lambda name: _difference(folder / name, name, *listed[name]), by_size[part::parts]):
+            if problem:
+                return problem
+    return None
+
+
+def size(folder: epath.Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum((folder / name).stat().length for name in _files(folder))
+
+
+def of_tree(tree: Any) -> str:
+    """sha256 of a tree of arrays: the names, types, shapes and bits of its leaves in the order of their names.
+
+    tree: nested mappings and sequences of numpy arrays or of jax arrays that are wholly addressable.
+    """
+    total = hashlib.sha256()
+    for name, leaf in sorted(_leaves(tree), key=lambda item: item[0]):
+        array = np.asarray(leaf)
+        total.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return total.hexdigest()
+
+
+def of_parts(parts: Mapping[str, str]) -> str:
+    """One sha256 for several named ones."""
+    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list | tuple):
+        items = [(str(index), value) for index, value in enumerate(tree)]
+    elif tree is None:
+        return
+    else:
+        yield prefix, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{prefix}/{key}")
+
+
+def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path, f"{prefix}{path.name}/")
+        else:
+            yield prefix + path.name
+
+
+def _hash(path: epath.Path) -> tuple[int, str]:
+    size, digest = 0, hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            size += len(block)
+            digest.update(block)
+    return size, digest.hexdigest()
+
+
+def _difference(path: epath.Path, name: str, size: int, digest: str) -> str | None:
+    try:
+        found = _hash(path)
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    if found[0] != size:
+        return f"{name} has {found[0]} bytes instead of {size}"
+    return None if found[1] == digest else f"{name} is not what was written"

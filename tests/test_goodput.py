@@ -1,0 +1,50 @@
+"""The ledger of a run's time."""
+
+import types
+
+import pytest
+
+from dalle_jax.train import goodput
+
+
+def test_the_ledger_books_every_second_once(tmp_path, monkeypatch):
+    now = types.SimpleNamespace(t=100.0)
+    clock = types.SimpleNamespace(monotonic=lambda: now.t, time=lambda: 1000 + now.t)
+    monkeypatch.setattr(goodput, "time", clock)
+
+    def passes(seconds):
+        now.t += seconds
+
+    ledger = goodput.Ledger(tmp_path)
+    passes(3)  # init
+    ledger.restored(0)
+    ledger.enter("compile")
+    passes(4)
+    ledger.enter("step")
+    passes(50)
+    with ledger.during("checkpoint"):
+        passes(2)
+        ledger.saved(10)
+    passes(21)
+    ledger.move("data", 1)
+    with ledger.during("look"):
+        passes(7)
+    ledger.write()  # and the process is killed
+    passes(9)
+
+    ledger = goodput.Ledger(tmp_path)
+    passes(1)
+    ledger.restored(10)
+    ledger.enter("step")
+    passes(20)
+    ledger.write(ended=True)
+    passes(10_000)  # the person comes back the next day
+    expected = {"init": 4, "compile": 4, "step": 70, "data": 1, "checkpoint": 2, "look": 7, "lost": 20, "down": 9}
+    assert goodput.Ledger(tmp_path).seconds == expected
+    found = goodput.read(tmp_path)
+    assert found["starts"] == 3 and found["goodput"] == pytest.approx(70 / 110)
+
+
+def test_a_ledger_that_cannot_be_read_begins_again(tmp_path):
+    (tmp_path / goodput.FILE).write_text("{")
+    assert goodput.Ledger(tmp_path).starts == 1
