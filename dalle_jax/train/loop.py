@@ -83,7 +83,7 @@ def run(
     )
     init_key, update_key, look_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-    start = checkpoints.latest() or 0
+    start = distributed.gather_json(checkpoints.latest() or 0)[0]  # shared disks may show each process something else
     beat(start, "restore" if start else "init")
     if start:
         abstract = steps.abstract_state(task, optimizer, mesh=mesh)
