@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dalle_jax import checkpoint, digest
+from dalle_jax import checkpoint, digest, distributed
 from dalle_jax.errors import UserError
 
 DAMAGED = "damaged"  # damaged-STEP-N beside the checkpoints
@@ -121,7 +121,8 @@ class Checkpoints:
           UserError: an undamaged checkpoint holds other arrays than `abstract`.
         """
         self._finish()
-        for step in reversed(checkpoint.steps_in(self._folder)):
+        found = checkpoint.steps_in(self._folder)
+        for step in reversed(distributed.gather_json(found)[0]):  # a shared disk may show each process something else
             problem = self._damage(step)
             if problem is None:
                 return step, *self.restore(step, abstract)
