@@ -18,7 +18,7 @@ LEVELS = (
     {"config", "tokenizer", "sharding", "checkpoint"},
     {"models", "data"},
     {"train", "sample", "convert"},
-    {"evaluate"},
+    {"evaluate", "preflight"},
     {"configs"},  # a config reads the defaults of what it configures, and is loaded by its path
     {"hooks"},
     {"demo", "training"},
@@ -30,7 +30,7 @@ MAX_LINES = 420
 ONLY_IN = {
     "torch": {"convert"},
     "flax": {"models"},
-    "jax": {"sharding", "checkpoint", "models", "train", "sample", "convert", "evaluate", "hooks", "demo"},
+    "jax": {"sharding", "checkpoint", "models", "train", "sample", "convert", "evaluate", "preflight", "hooks", "demo"},
     "grain": {"data"},
     "sentencepiece": {"tokenizer"},
     "orbax": {"checkpoint"},
