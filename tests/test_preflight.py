@@ -21,9 +21,8 @@ from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import topology as topologies
 from dalle_jax.preflight.job import Job, mesh_ways, shard_bytes, wider_ways
 from dalle_jax.train import step as steps
-from dalle_jax.train.tasks import build_task
 
-SMALL = ("--config.batch_size=16", "--config.steps=100")
+SMALL = ("--config.batch_size=16", "--config.steps=100", "--config.model.num_layers=2")
 
 
 def emulated(chip="h100", shape=(1, 8)):
@@ -139,9 +138,8 @@ def test_traced_flops_see_loops_products_and_convolutions():
 
 
 def test_state_bytes_are_those_of_real_arrays():
-    config = configs.load("configs/dvae.py:demo", [*SMALL, "--config.mesh.fsdp=4", "--config.mesh.replica=2"])
-    job = Job(config, topologies.parse("gpu:h100:1x8"), tuple(jax.devices()))
-    state = steps.init_state(build_task(config), job.optimizer, key=jax.random.key(0), mesh=job.mesh)
+    job = emulated()
+    state = steps.init_state(job.task, job.optimizer, key=jax.random.key(0), mesh=job.mesh)
     for kind, part in (("parameters", "params"), ("optimizer", "opt_state"), ("ema", "ema")):
         first = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state[part])]
         assert memory.by_kind(job)[kind] == sum(first) == shard_bytes(job.state[part])
@@ -265,17 +263,21 @@ def test_report_says_the_verdict_and_the_change(result):
 
 
 def test_the_smallest_change_is_one_that_was_compiled(result, monkeypatch):
-    """On a chip a little too small for the batch, one more microbatch is enough and is confirmed."""
+    """The byte model proposes, the compiler decides: of all single changes only the one it accepts is reported."""
     lines, asked = [], result.job.changed({"model.remat": "full"})
-    need = memory.total(asked.changed({"accumulate": 2}))
-    chip = hardware.Chip("tiny", "gpu", need + 1, asked.topology.chip.peak_flops, 1e12, 1e11, 1e10)
+    size = memory.total(asked) - 1  # nearly fits: every single change is enough for the byte model
+    chip = hardware.Chip("tiny", "gpu", size, asked.topology.chip.peak_flops, 1e12, 1e11, 1e10)
     job = Job(asked.config, topologies.Topology(chip, (1, 8)), asked.devices)
-    fits = lambda job: compiled.Verdict(memory.total(job) <= need + 1, memory.total(job), collectives=[])  # noqa: E731
-    monkeypatch.setattr(search, "compile_update", fits)
+
+    def only_two_microbatches(job):
+        return compiled.Verdict(fits=job.config.accumulate == 2, total_bytes=size, collectives=[])
+
+    monkeypatch.setattr(search, "compile_update", only_two_microbatches)
     first = search.examine(job)
     assert not first.verdict.fits
     (found,) = search.smallest_changes(first, tell=lines.append)
-    assert dict(found.changed) == {"accumulate": 2} and found.verdict.fits and lines
+    assert dict(found.changed) == {"accumulate": 2} and found.verdict.fits
+    assert lines[-1] == "trying --config.accumulate=2" and len(lines) > 1
 
 
 def test_roofline_names_what_binds(result):

@@ -140,7 +140,10 @@ class Job:
         """The same job with other values of config keys, {'model.remat': 'full'}."""
         config = ml_collections.ConfigDict(self.config.to_dict())
         config.update_from_flattened_dict(dict(values))
-        return Job(config.lock(), self.topology, self.devices)
+        job = Job(config.lock(), self.topology, self.devices)
+        if not any(key.startswith(("name", "model.", "objective.", "data.", "dvae")) for key in values):
+            vars(job).update(helper=self.helper, task=self.task)  # the same, and slow to build
+        return job
 
 
 def _helper(config: ml_collections.ConfigDict) -> Model:

@@ -126,14 +126,10 @@ def _more_chips(job: Job) -> list[tuple[dict[str, Any], Job]]:
         pod = dataclasses.replace(job.topology, shape=tuple(shape))
         try:
             larger = Job(job.changed({"mesh.replica": 1, "mesh.fsdp": -1}).config, pod, tuple(topologies.devices(pod)))
-            options = [({}, larger), *_combinations(larger, 1)]
-            found += [
-                ({"topology": str(pod), **changed}, candidate)
-                for changed, candidate in options[:2]
-                if memory.total(candidate) <= pod.usable_bytes
-            ]
-        except UserError:
+            options = next(filter(None, (_combinations(larger, keys) for keys in (0, 1, 2))), [])
+        except UserError:  # a slice that does not exist, or a batch that does not divide
             continue
+        found += [({"topology": str(pod), **changed}, candidate) for changed, candidate in options[:1]]
     return found
 
 
