@@ -15,6 +15,8 @@ from dalle_jax.preflight.hardware import Chip, find_chip, gpu_target
 
 FORM = "tpu:CHIP:XxYxZ or gpu:CHIP:HOSTSxGPUS"
 
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}  # compilers' own warnings
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -78,14 +80,14 @@ def environment(topology: Topology) -> dict[str, str]:
                 "pip install -e '.[tpu]' (no TPU is needed)"
             )
         # The host is no TPU machine: do not ask the cloud's metadata service which one it is.
-        return {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled"}
+        return {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", **QUIET}
     if not installed("jax_cuda12_plugin") and not installed("jax_cuda13_plugin"):
         raise UserError(
             f"expected JAX's CUDA plugin to compile for {topology}, got none installed: "
             "pip install -e '.[preflight-gpu]' (5 GB; no GPU is needed)"
         )
     # With a platform named, JAX does not load the plugins of others; a GPU that is here must not be touched.
-    return {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "", **QUIET}
 
 
 def devices(topology: Topology) -> list[Any]:
