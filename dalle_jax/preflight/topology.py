@@ -15,6 +15,15 @@ from dalle_jax.preflight.hardware import Chip, find_chip, gpu_target
 
 FORM = "tpu:CHIP:XxYxZ or gpu:CHIP:HOSTSxGPUS"
 
+# This host is no TPU machine: the cloud's metadata service need not be asked which one, any answer does, and there is
+# no chip that a second process must be kept away from.
+NO_TPU_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}  # compilers' own warnings
 
 
@@ -79,8 +88,7 @@ def environment(topology: Topology) -> dict[str, str]:
                 f"expected libtpu to compile for {topology}, got none installed: "
                 "pip install -e '.[tpu]' (no TPU is needed)"
             )
-        # The host is no TPU machine: do not ask the cloud's metadata service which one it is.
-        return {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", **QUIET}
+        return {"JAX_PLATFORMS": "cpu", **NO_TPU_HOST, **QUIET}
     if not installed("jax_cuda12_plugin") and not installed("jax_cuda13_plugin"):
         raise UserError(
             f"expected JAX's CUDA plugin to compile for {topology}, got none installed: "
