@@ -20,6 +20,7 @@ VERBS = {
     "tokenizer": ("dalle_jax.data.train_tokenizer", "train a BPE tokenizer on the captions of a source"),
     "train": ("dalle_jax.training", "train a model, or go on with the training in a workdir"),
     "inspect": ("dalle_jax.inspection", "say where a run stands: step, data, digests, checkpoints, goodput"),
+    "preflight": ("dalle_jax.preflight.main", "say whether a config fits a pod that is not here, and how fast it is"),
     "export": ("dalle_jax.export", "write the parameters of a run as a model directory (safetensors)"),
     "sample": ("dalle_jax.sample.main", "draw pictures for captions"),
     "convert": (
@@ -28,6 +29,7 @@ VERBS = {
     ),
 }
 OVERRIDE = "--config."
+OVERRIDDEN = ("train", "preflight")  # verbs whose config can be changed on the command line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +57,8 @@ def _add_verbs(parser: argparse.ArgumentParser, verbs: dict, words: Sequence[str
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as a namespace: `main` is what to call with it.
 
-    `--config.key=value` words are no options of argparse: for `train`, `overrides` holds them in their order.
+    `--config.key=value` words are no options of argparse: for the verbs of OVERRIDDEN, `overrides` holds them in
+    their order.
 
     Raises:
       UserError: unknown verb or option, a missing or malformed value.
@@ -66,12 +69,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"dalle-jax {dalle_jax.__version__}")
     _add_verbs(parser, VERBS, words)
     args = parser.parse_args(words)
-    if overrides and words[0] != "train":
-        raise UserError(f"expected {OVERRIDE}key=value only after `train`, got {overrides[0]!r}: leave it out")
+    if overrides and words[0] not in OVERRIDDEN:
+        verbs = " or ".join(f"`{verb}`" for verb in OVERRIDDEN)
+        raise UserError(f"expected {OVERRIDE}key=value only after {verbs}, got {overrides[0]!r}: leave it out")
     for word in overrides:
         if "=" not in word:
             raise UserError(f"expected {OVERRIDE}key=value, got {word!r}: join key and value with =")
-    if words[0] == "train":
+    if words[0] in OVERRIDDEN:
         args.overrides = overrides
     return args
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.errors import UserError
@@ -59,9 +60,9 @@ def make_mesh(sizes: Mapping[str, int], *, devices: list[jax.Device] | None = No
             f"mesh {dict(sizes)} does not fit {len(devices)} device(s): "
             "the sizes must multiply to that number (-1 means what is left over)"
         )
-    return jax.make_mesh(
-        tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    # A mesh axis may take part of a dimension of a torus: 2 x 128 on a 16 x 16 slice.
+    grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> PartitionSpec:

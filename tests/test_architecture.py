@@ -20,7 +20,7 @@ LEVELS = (
     {"checkpointer"},
     {"models", "data"},
     {"train", "sample", "convert"},
-    {"evaluate"},
+    {"evaluate", "preflight"},
     {"configs"},  # a config reads the defaults of what it configures, and is loaded by its path
     {"hooks"},
     {"demo", "training", "inspection", "export"},
@@ -42,6 +42,7 @@ ONLY_IN = {
         "sample",
         "convert",
         "evaluate",
+        "preflight",
         "hooks",
         "demo",
     },

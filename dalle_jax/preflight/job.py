@@ -1,0 +1,180 @@
+"""One training job on one topology, abstractly: task, mesh and the arguments of its update, nothing allocated.
+
+The update is `train/step.py`'s own, the state's places are those it trains with; only the arrays are missing.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from dalle_jax import checkpoint, sharding
+from dalle_jax import config as configs
+from dalle_jax.errors import UserError
+from dalle_jax.models import Model, build
+from dalle_jax.preflight.topology import Topology
+from dalle_jax.train import optimizer as optimizers
+from dalle_jax.train import step as steps
+from dalle_jax.train.task import Task
+from dalle_jax.train.tasks import build_task
+from dalle_jax.train.transformer_task import transformer_task
+
+DVAES = ("configs/dvae.py:paper", "configs/dvae.py:emoji", "configs/dvae.py:demo")
+MOST_WAYS = 128  # of cutting parameters on one torus: longer rings gather in smaller, slower pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config on a topology. `devices` are the topology's, in the order of its islands."""
+
+    config: ml_collections.ConfigDict
+    topology: Topology
+    devices: tuple[Any, ...]
+
+    @functools.cached_property
+    def helper(self) -> Model | None:
+        """The frozen dVAE of a transformer."""
+        return _helper(self.config) if self.config.name == "transformer" else None
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """Raises UserError for impossible sizes."""
+        if self.helper is None:
+            return build_task(self.config)
+        try:
+            return transformer_task(self.config, self.helper, self.helper.abstract)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"expected a possible transformer in config.model, got one where {error}") from error
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh of `config.mesh`. Raises UserError for one that does not fit the chips or the batch."""
+        sizes = dict(self.config.mesh)
+        if sizes["fsdp"] == -1:  # not chosen: as `mesh_ways` allows, and copies of the model on the chips left over
+            sizes.update(replica=-1, fsdp=max(mesh_ways(self.topology, self.width)) // sizes["tensor"])
+        mesh = sharding.make_mesh(sizes, devices=list(self.devices))
+        parts = sharding.batch_ways(mesh) * self.config.accumulate
+        if self.config.batch_size < 1 or self.config.accumulate < 1 or self.config.batch_size % parts:
+            raise UserError(
+                f"expected a config.batch_size that is a multiple of {parts} (chips that share a batch x accumulate), "
+                f"got {self.config.batch_size}: change it, config.accumulate or config.mesh"
+            )
+        return mesh
+
+    @property
+    def width(self) -> int:
+        """Of the model's first dimension that is cut."""
+        return self.config.model.width
+
+    @functools.cached_property
+    def optimizer(self):
+        return optimizers.build(self.config.optimizer, steps=self.config.steps, axes=self.task.model.axes)
+
+    @property
+    def _storage(self) -> dict[str, Any]:
+        return {"storage": steps.Storage(**self.config.storage)} if "storage" in self.config else {}
+
+    @functools.cached_property
+    def state(self) -> steps.State:
+        """The training state as jax.ShapeDtypeStruct with shardings."""
+        return steps.abstract_state(self.task, self.optimizer, mesh=self.mesh, **self._storage)
+
+    @functools.cached_property
+    def frozen(self) -> Any:
+        """The helper's parameters, whole on every chip as the loop puts them."""
+        everywhere = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), self.task.frozen)
+
+    @functools.cached_property
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch as the pipeline makes it, cut along every axis that shares batches."""
+        place = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(sharding.TABLE["batch"]))
+        size, side = self.config.batch_size, self.config.data.image_size
+        arrays = {"image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=place)}
+        if self.helper is not None:
+            text_len = self.config.model.text_len
+            arrays["text"] = jax.ShapeDtypeStruct((size, text_len), jnp.int32, sharding=place)
+        return arrays
+
+    @property
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of one, without a place."""
+        return {name: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for name, a in self.batch.items()}
+
+    def loss(self, params: Any, example: Any) -> jax.Array:
+        """The task's loss where it has no frozen helper, to be traced."""
+        return self.task.loss(params, {}, example, key=jax.random.key(0), step=jnp.zeros([], jnp.int32))[0]
+
+    @property
+    def sequences(self) -> int:
+        """Examples that one chip has at once: of one microbatch, replicated along tensor."""
+        return self.config.batch_size // (sharding.batch_ways(self.mesh) * self.config.accumulate)
+
+    @property
+    def islands(self) -> list[int]:
+        """The island of each device, in the order of the mesh."""
+        place = {device: index // self.topology.island for index, device in enumerate(self.devices)}
+        return [place[device] for device in self.mesh.devices.flat]
+
+    def lower(self) -> jax.stages.Lowered:
+        """The real update, lowered for the topology's platform."""
+        update = steps.make_update(
+            self.task,
+            self.optimizer,
+            mesh=self.mesh,
+            accumulate=self.config.accumulate,
+            ema_decay=self.config.ema.decay,
+            ema_every=self.config.ema.every,
+            **self._storage,
+        )
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return update.lower(self.state, self.frozen, self.batch, key)
+
+    def changed(self, values: Mapping[str, Any]) -> "Job":
+        """The same job with other values of config keys, {'model.remat': 'full'}."""
+        config = ml_collections.ConfigDict(self.config.to_dict())
+        config.update_from_flattened_dict(dict(values))
+        job = Job(config.lock(), self.topology, self.devices)
+        if not any(key.startswith(("name", "model.", "objective.", "data.", "dvae")) for key in values):
+            vars(job).update(helper=self.helper, task=self.task)  # the same, and slow to build
+        return job
+
+
+def _helper(config: ml_collections.ConfigDict) -> Model:
+    """The definition of the dVAE in config.dvae, or of the first of DVAES that fits the transformer."""
+    wanted = config.model.grid, config.model.image_vocab, config.data.image_size
+    if config.dvae:
+        found = [build("dvae", checkpoint.read_config(config.dvae)["model"])]
+    else:
+        found = [build("dvae", configs.load(name).model) for name in DVAES]
+    for model in found:
+        if (model.config.grid, model.config.vocab, model.config.image_size) == wanted:
+            return model
+    raise UserError(
+        f"expected a dVAE with grid, codes and pixels per side of {wanted}, got none in "
+        f"{config.dvae or 'configs/dvae.py'}: name its folder as --config.dvae=DIR or change config.model"
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one chip holds of a tree of jax.ShapeDtypeStruct with shardings, without padding."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def mesh_ways(topology: Topology, width: int) -> list[int]:
+    """Sizes of the fsdp axis inside an island, ascending: they divide the island and the width."""
+    most = min(topology.island, MOST_WAYS)
+    return [n for n in range(1, most + 1) if topology.island % n == 0 and width % n == 0]
+
+
+def wider_ways(topology: Topology, width: int) -> list[int]:
+    """Sizes of the fsdp axis that spread over several whole islands, ascending."""
+    most = min(topology.count, MOST_WAYS)
+    sizes = range(2 * topology.island, most + 1, topology.island)
+    return [n for n in sizes if topology.count % n == 0 and width % n == 0]

@@ -1,0 +1,89 @@
+"""`dalle-jax preflight`: is a config's update too large for a pod that is not here, how fast would it be, and what
+would make it fit. Compiles the real training update with the pod's own compiler; needs no accelerator.
+
+Sets up JAX for the other platform before anything imports it, so this module and `topology.py` import it late.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+from dalle_jax.errors import UserError
+from dalle_jax.preflight import topology as topologies
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="e.g. configs/transformer.py:12b")
+    parser.add_argument(
+        "--topology", required=True, metavar="POD", help=f"{topologies.FORM}, e.g. tpu:v5p:8x8x16 or gpu:h100:128x8"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--sweep", action="store_true", help="compile meshes, remat and microbatches; fastest first")
+    parser.epilog = "--config.key=value changes a value of the config, e.g. --config.accumulate=8"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0 if the config fits, else 1; a sweep returns 0 if anything in it does."""
+    pod = topologies.parse(args.topology)
+    environment = topologies.environment(pod)
+    if "jax" in sys.modules:
+        raise UserError("expected a process that has not imported JAX yet, got one that has: call the command instead")
+    os.environ.update(environment)
+
+    from dalle_jax import config as configs
+    from dalle_jax.preflight import report, search
+    from dalle_jax.preflight.job import Job
+
+    job = Job(configs.load(args.config, args.overrides), pod, tuple(topologies.devices(pod)))
+    tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    if args.sweep:
+        results = search.sweep(job, tell=tell)
+        print(json.dumps([_json(r) for r in results]) if args.json else report.sweep_table(results))
+        return 0 if any(r.verdict.fits for r in results) else 1
+    result = search.examine(job)
+    changes = [] if result.verdict.fits else search.smallest_changes(result, tell=tell)
+    if args.json:
+        print(json.dumps({**_json(result), "changes": [_change(r) for r in changes]}, indent=2))
+    else:
+        print(report.table(result, changes))
+    return 0 if result.verdict.fits else 1
+
+
+def _json(result) -> dict[str, Any]:
+    """All figures of one result; bytes are of one chip, FLOPs and tokens of the whole job."""
+    job, verdict, guess = result.job, result.verdict, result.estimate
+    return {
+        "topology": str(job.topology),
+        "chips": job.topology.count,
+        "mesh": dict(job.mesh.shape),
+        "changed": dict(result.changed),
+        "parameters": job.task.model.num_params,
+        "fits": verdict.fits,
+        "bytes_per_chip": {**result.bytes, "total": sum(result.bytes.values())},
+        "compiler_bytes_per_chip": {
+            "arguments": verdict.argument_bytes,
+            "temporaries": verdict.temporary_bytes,
+            "code": verdict.code_bytes,
+            "total": verdict.total_bytes,
+        },
+        "chip_bytes": job.topology.chip.memory_bytes,
+        "usable_bytes": job.topology.usable_bytes,
+        "flops_per_sequence": guess.flops_per_sequence,
+        "executed_flops_per_sequence": guess.executed_flops_per_sequence,
+        "flops_per_step": guess.flops_per_sequence * job.config.batch_size,
+        "collectives": None if verdict.collectives is None else [dataclasses.asdict(c) for c in verdict.collectives],
+        "seconds_per_step": {**guess.seconds, "total": guess.step_seconds},
+        "binding": guess.binding,
+        "tokens_per_second": guess.tokens_per_second,
+        "days": guess.days,
+        "compile_seconds": verdict.seconds,
+    }
+
+
+def _change(result) -> dict[str, Any]:
+    figures = _json(result)
+    keys = ("topology", "changed", "fits", "bytes_per_chip", "compiler_bytes_per_chip", "tokens_per_second", "days")
+    return {key: figures[key] for key in keys}

@@ -1,0 +1,89 @@
+"""Bytes of one chip by kind, without compiling: what the job holds, and what its update needs on top.
+
+The training state is exact, from the shardings it trains with. Gradients, activations and temporaries are a formula
+of what is there at the fullest moment, the backward pass of the last layers, without the compiler's padding; the
+tests hold it to 15 % of what the compiler needs.
+"""
+
+import math
+
+from dalle_jax.models.layers import compute_dtype
+from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.preflight import flops
+from dalle_jax.preflight.job import Job, shard_bytes
+
+# Numbers of the width that the backward pass finds saved, per token and layer, by `model.remat`. 'full': what goes
+# into attention and into the MLP. 'dots': also q, k, v, the hidden layer and both results. 'attention': also what
+# lies between, but no scores. 'none' adds the scores, below.
+SAVED = {"full": 2, "dots": 2 + 3 + 4 + 2, "attention": 2 + 2 + 3 + 1 + 3 * 4 + 2, "none": 2 + 2 + 3 + 1 + 3 * 4 + 2}
+SCORE_COPIES = 2  # of the scores of a layer, saved without remat: the exponentials in float32 and in compute dtype
+LAYERS_GATHERED = 2  # layers whose whole weights are there at once: the one at work and the next one on its way
+LAYERS_REDUCED = 4  # layers whose whole gradients are there at once, before they are cut: one turn of the scan
+WORKING = 16  # numbers of the width per token of the layer at work, with its gradients
+
+
+def by_kind(job: Job) -> dict[str, int]:
+    """Bytes by kind: parameters, optimizer, ema, frozen, gradients, activations, temporaries."""
+    state = job.state
+    held = {
+        "parameters": shard_bytes(state["params"]),
+        "optimizer": shard_bytes(state["opt_state"]),
+        "ema": shard_bytes(state["ema"]),
+        "frozen": shard_bytes(job.frozen),
+    }
+    item = compute_dtype(job.config.model.precision)(0).dtype.itemsize
+    compute = held["parameters"] * item // 4  # the parameters, or their gradients, in the compute dtype
+    gradients = compute + (held["parameters"] if job.config.accumulate > 1 else 0)
+    if job.helper is None:
+        activations, working = _traced(job)
+    else:
+        model = job.task.model.config
+        activations = job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
+        working = compute + _whole(model, item, job.mesh) + job.sequences * _working(model, item, job.mesh)
+    return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
+
+
+def total(job: Job) -> int:
+    """Of all kinds together."""
+    return sum(by_kind(job).values())
+
+
+def _saved(model: TransformerConfig, item: int) -> int:
+    """Of one sequence."""
+    saved = model.num_layers * model.layout.length * model.width * item * SAVED[model.remat]
+    if model.remat == "none":
+        saved += flops.attention(model) // (4 * model.head_size) * (4 + item) * SCORE_COPIES // 2
+    return saved
+
+
+def _whole(model: TransformerConfig, item: int, mesh) -> int:
+    """Weights and gradients that are there uncut: of a few layers, and of the tables and output heads."""
+    layer = 12 * model.width**2 // mesh.shape["tensor"]
+    layout = model.layout
+    tables = (layout.text_ids + layout.image_ids) * model.width * 4 // mesh.shape["tensor"]
+    if mesh.shape["fsdp"] == 1:
+        return tables
+    return (LAYERS_GATHERED + LAYERS_REDUCED) * layer * item + 2 * tables
+
+
+def _working(model: TransformerConfig, item: int, mesh) -> int:
+    """Of one sequence in the layer at work: its wide activations and scores with their gradients, or the logits."""
+    layout = model.layout
+    scores = max(_scores(model, kind) for kind in set(model.kinds)) // mesh.shape["tensor"]
+    layer = WORKING * layout.length * model.width * item + 3 * 4 * scores
+    logits = 3 * 4 * (layout.text_len * layout.text_ids + layout.image_len * layout.image_vocab)
+    return max(layer, logits // mesh.shape["tensor"])
+
+
+def _scores(model: TransformerConfig, kind: str) -> int:
+    """Scores of a layer as it computes them: image queries against all text and their block's own keys."""
+    grid, text = model.grid, model.text_len
+    keys = {"row": 2 * grid, "column": grid, "conv": 14 * grid, "full": grid * grid}[kind]
+    return model.heads * (text * text + grid * grid * (text + keys))
+
+
+def _traced(job: Job) -> tuple[int, int]:
+    """For a model without a scan over layers: results of all products and what is computed from them, and of one."""
+    results = flops.products(job.loss, job.task.model.abstract, job.example)
+    sizes = [math.prod(r.shape) * r.dtype.itemsize for r in results]
+    return job.sequences * 2 * sum(sizes), job.sequences * 2 * max(sizes)

@@ -1,0 +1,85 @@
+"""The figures of a preflight as text for a person."""
+
+from collections.abc import Sequence
+
+from dalle_jax.preflight.search import Result, describe
+
+GB = 1e9
+NAMES = {"frozen": "frozen dVAE", "ema": "moving average"}
+
+
+def table(result: Result, changes: Sequence[Result]) -> str:
+    """Everything about one job, the verdict last."""
+    job, verdict, guess = result.job, result.verdict, result.estimate
+    chip, mesh = job.topology.chip, job.mesh.shape
+    total = sum(result.bytes.values())
+    lines = [
+        f"{job.config.name} of {job.task.model.num_params:,} parameters on {job.topology}, "
+        f"{job.topology.count} chips in islands of {job.topology.island}",
+        f"mesh replica {mesh['replica']} x fsdp {mesh['fsdp']} x tensor {mesh['tensor']}; batch "
+        f"{job.config.batch_size:,}, {job.sequences} a chip at once, {job.config.accumulate} microbatch(es)",
+        "",
+        "bytes per chip, GB",
+    ]
+    lines += [f"  {NAMES.get(kind, kind):<16}{size / GB:>9.3f}" for kind, size in result.bytes.items()]
+    lines += [f"  {'total':<16}{total / GB:>9.3f}   by our model"]
+    lines += [f"  {'':<16}{verdict.total_bytes / GB:>9.3f}   by the compiler{_parts(verdict)}"]
+    lines += [
+        f"  {'chip':<16}{chip.memory_bytes / GB:>9.3f}   a program may use {job.topology.usable_bytes / GB:.3f}",
+        "",
+        f"FLOPs per sequence {guess.flops_per_sequence:.4g}, with recomputation and the dVAE "
+        f"{guess.executed_flops_per_sequence:.4g}; per step {guess.flops_per_sequence * job.config.batch_size:.4g}",
+        "",
+        *_collectives(verdict),
+        "",
+        "estimated seconds per step: "
+        + ", ".join(f"{name} {seconds:.3g}" for name, seconds in guess.seconds.items())
+        + f"; bound by {guess.binding}",
+        f"estimated tokens per second {guess.tokens_per_second:,.0f}, "
+        f"{guess.tokens_per_second / job.topology.count:,.0f} a chip; {guess.days:,.1f} days for {guess.steps:,} steps",
+        "",
+        f"{'FITS' if verdict.fits else 'DOES NOT FIT'} (compiled in {verdict.seconds:.0f} s)",
+    ]
+    if not verdict.fits:
+        lines += _changes(changes)
+    return "\n".join(lines)
+
+
+def sweep_table(results: Sequence[Result]) -> str:
+    """One line a layout, fastest first, what does not fit last."""
+    head = f"{'tokens/s':>12} {'step s':>8} {'bound by':<9} {'GB':>8}  {'':<13} {'layout'}"
+    rows = [
+        f"{r.estimate.tokens_per_second:>12,.0f} {r.estimate.step_seconds:>8.3g} {r.estimate.binding:<9} "
+        f"{r.verdict.total_bytes / GB:>8.2f}  {'fits' if r.verdict.fits else 'does not fit':<13} {describe(r.changed)}"
+        for r in results
+    ]
+    return "\n".join([head, *rows]) if rows else "no layout of the sweep comes near to fitting: use more chips"
+
+
+def _parts(verdict) -> str:
+    if not verdict.argument_bytes:
+        return ", which gave up" if verdict.total_bytes else ", which gave up without a number"
+    return (
+        f": arguments {verdict.argument_bytes / GB:.3f}, temporaries {verdict.temporary_bytes / GB:.3f}, "
+        f"code {verdict.code_bytes / GB:.3f}"
+    )
+
+
+def _collectives(verdict) -> list[str]:
+    if verdict.collectives is None:
+        return ["collectives: the compiler gave no program to read; the network is left out of the estimate"]
+    lines = ["collectives per step        times  GB received by a chip"]
+    for c in verdict.collectives:
+        where = "" if c.inside else "  between islands"
+        lines.append(f"  {c.kind:<18} {c.count:>12,} {c.bytes / GB:>10.3f}  along {c.axis}{where}")
+    return lines
+
+
+def _changes(changes: Sequence[Result]) -> list[str]:
+    if not changes:
+        return ["no change that was tried makes it fit: use more chips or chips with more memory"]
+    return [
+        f"fits with {describe(r.changed)}: {r.verdict.total_bytes / GB:.3f} GB, "
+        f"{r.estimate.tokens_per_second:,.0f} tokens/s, {r.estimate.days:,.1f} days"
+        for r in changes
+    ]

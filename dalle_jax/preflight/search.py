@@ -1,0 +1,146 @@
+"""Looking for layouts: the figures of one job, the smallest changes that make a job fit, and a sweep.
+
+The byte model orders and prunes the candidates; whether one fits is only ever said by the compiler.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from dalle_jax.errors import UserError
+from dalle_jax.preflight import estimate as estimates
+from dalle_jax.preflight import memory
+from dalle_jax.preflight import topology as topologies
+from dalle_jax.preflight.compiled import Verdict, compile_update
+from dalle_jax.preflight.job import Job, mesh_ways, wider_ways
+
+MOST_COMPILED = 4  # candidates that a search for changes compiles
+MOST_SWEPT = 12  # candidates that a sweep compiles, the fastest by the byte model and the roofline
+MARGIN = 1.15  # the byte model is trusted to this factor when it prunes
+LADDER = ("none", "attention", "dots", "full")  # of model.remat, from the most memory to the least
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """changed: config keys that differ from what was asked for, or 'topology'. bytes: the byte model's, by kind."""
+
+    job: Job
+    changed: Mapping[str, Any]
+    bytes: Mapping[str, int]
+    verdict: Verdict
+    estimate: estimates.Estimate
+
+
+def examine(job: Job, changed: Mapping[str, Any] | None = None) -> Result:
+    """Compile one job and put all figures together. Raises UserError for an impossible mesh or batch."""
+    model_bytes = memory.by_kind(job)
+    verdict = compile_update(job)
+    return Result(job, changed or {}, model_bytes, verdict, estimates.estimate(job, verdict.collectives))
+
+
+def smallest_changes(result: Result, *, tell: Callable[[str], None]) -> list[Result]:
+    """Changes under which the job fits, confirmed by compiling: the fewest keys first, then the fastest.
+
+    One key is tried before two and more chips of the same kind last. Empty where nothing that was tried fits.
+    """
+    job = result.job
+    for keys in (1, 2, 3):
+        found = _confirmed(_combinations(job, keys), tell)
+        if found:
+            return found
+    return _confirmed(_more_chips(job), tell)
+
+
+def sweep(job: Job, *, tell: Callable[[str], None]) -> list[Result]:
+    """Meshes, remat policies and microbatches, compiled and sorted by estimated speed, what does not fit last."""
+    meshes = [{"mesh.replica": -1, "mesh.fsdp": n} for n in _ways(job)[-3:]]
+    remats = [{"model.remat": r} for r in _remats(job)]
+    counts = [{"accumulate": job.config.accumulate * 2**i} for i in range(8)]
+    candidates = [{**a, **b, **c} for a, b, c in itertools.product(meshes or [{}], remats or [{}], counts)]
+    ranked = _ranked(job, candidates, most_bytes=job.topology.usable_bytes * MARGIN)[:MOST_SWEPT]
+    results = []
+    for changed, candidate in ranked:
+        tell(f"compiling {describe(changed)}")
+        results.append(examine(candidate, changed))
+    return sorted(results, key=lambda r: (not r.verdict.fits, r.estimate.step_seconds))
+
+
+def describe(changed: Mapping[str, Any]) -> str:
+    """The changes as words of a command line."""
+    words = [f"--topology {v}" if k == "topology" else f"--config.{k}={v}" for k, v in changed.items()]
+    return " ".join(words) or "as asked"
+
+
+def _confirmed(candidates: Sequence[tuple[dict[str, Any], Job]], tell) -> list[Result]:
+    """The first candidate that really fits, as a list of one; [] if none of the first few does."""
+    for changed, candidate in candidates[:MOST_COMPILED]:
+        tell(f"trying {describe(changed)}")
+        result = examine(candidate, changed)
+        if result.verdict.fits:
+            return [result]
+    return []
+
+
+def _combinations(job: Job, keys: int) -> list[tuple[dict[str, Any], Job]]:
+    """Jobs with this many changes that the byte model lets fit, fastest first."""
+    options = [list(group) for group in _options(job) if group]
+    candidates = [
+        {key: value for change in chosen for key, value in change.items()}
+        for groups in itertools.combinations(options, keys)
+        for chosen in itertools.product(*groups)
+    ]
+    return _ranked(job, candidates, most_bytes=job.topology.usable_bytes)
+
+
+def _options(job: Job) -> Iterator[list[dict[str, Any]]]:
+    """Groups of changes of one thing each."""
+    config, fsdp = job.config, job.mesh.shape["fsdp"]
+    yield [{"accumulate": config.accumulate * 2**i} for i in range(1, 11) if job.sequences % 2**i == 0]
+    yield [{"model.remat": remat} for remat in _remats(job) if config.model.remat != remat]
+    yield [{"mesh.replica": -1, "mesh.fsdp": n} for n in _ways(job) if n > fsdp]
+    yield [{"optimizer.mu_dtype": "bf16", "optimizer.nu_dtype": "bf16"}] if "mu_dtype" in config.optimizer else []
+    yield [{"storage.params": "bf16"}] if "storage" in config else []
+
+
+def _ways(job: Job) -> list[int]:
+    return mesh_ways(job.topology, job.width) + wider_ways(job.topology, job.width)
+
+
+def _remats(job: Job) -> list[str]:
+    if "remat" not in job.config.model:
+        return []
+    from dalle_jax.models.transformer import REMAT
+
+    return [name for name in LADDER if name in REMAT]
+
+
+def _more_chips(job: Job) -> list[tuple[dict[str, Any], Job]]:
+    """The same config on 2, 4, 8 ... times the chips, as few as the byte model lets fit."""
+    found = []
+    for doubling in range(1, 6):
+        shape = list(job.topology.shape)
+        for _ in range(doubling):
+            smallest = 0 if job.topology.chip.platform == "gpu" else shape.index(min(shape))
+            shape[smallest] *= 2
+        pod = dataclasses.replace(job.topology, shape=tuple(shape))
+        try:
+            larger = Job(job.changed({"mesh.replica": 1, "mesh.fsdp": -1}).config, pod, tuple(topologies.devices(pod)))
+            options = next(filter(None, (_combinations(larger, keys) for keys in (0, 1, 2))), [])
+        except UserError:  # a slice that does not exist, or a batch that does not divide
+            continue
+        found += [({"topology": str(pod), **changed}, candidate) for changed, candidate in options[:1]]
+    return found
+
+
+def _ranked(job: Job, candidates, *, most_bytes: float) -> list[tuple[dict[str, Any], Job]]:
+    """The possible ones that the byte model puts below most_bytes, by the roofline without the network."""
+    ranked = []
+    for changed in candidates:
+        try:
+            candidate = job.changed(changed)
+            if memory.total(candidate) <= most_bytes:
+                ranked.append((estimates.estimate(candidate, None).step_seconds, len(ranked), changed, candidate))
+        except UserError:
+            continue
+    return [(changed, candidate) for _, _, changed, candidate in sorted(ranked, key=lambda r: r[:2])]

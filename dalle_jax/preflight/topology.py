@@ -1,0 +1,127 @@
+"""From `tpu:v5p:8x8x16` or `gpu:h100:128x8` to devices that can be compiled for, though none of them is here.
+
+Compiling for another platform needs that platform's compiler (libtpu, or JAX's CUDA plugin) but no chip, and a JAX
+that was told so before its first import: `environment`.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+from typing import Any
+
+from dalle_jax.errors import UserError
+from dalle_jax.preflight.hardware import Chip, find_chip, gpu_target
+
+FORM = "tpu:CHIP:XxYxZ or gpu:CHIP:HOSTSxGPUS"
+
+# This host is no TPU machine: the cloud's metadata service need not be asked which one, any answer does, and there is
+# no chip that a second process must be kept away from.
+NO_TPU_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}  # compilers' own warnings
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips and how they hang together.
+
+    shape: of a TPU slice in chips, (8, 8, 16); of a GPU cluster (hosts, GPUs of a host). An island is the set of chips
+    behind the fast interconnect: the slice, or one host's GPUs.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.chip.platform}:{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def count(self) -> int:
+        """Chips, which is JAX devices."""
+        return math.prod(self.shape)
+
+    @property
+    def island(self) -> int:
+        """Chips of one island; chip number i is in island i // island."""
+        return self.count if self.chip.platform == "tpu" else self.shape[1]
+
+    @property
+    def usable_bytes(self) -> int:
+        """Device memory of a chip that a program may take."""
+        return int(self.chip.memory_bytes * self.chip.usable_share)
+
+
+def parse(text: str) -> Topology:
+    """The topology that this text names.
+
+    Raises:
+      UserError: another form, an unknown chip, or a shape with the wrong number of dimensions.
+    """
+    match = re.fullmatch(r"(\w+):([\w-]+):(\d+(?:x\d+)*)", text)
+    if not match:
+        raise UserError(f"expected --topology {FORM}, such as tpu:v5p:8x8x16 or gpu:h100:128x8, got {text!r}")
+    chip = find_chip(match[1], match[2])
+    shape = tuple(map(int, match[3].split("x")))
+    wanted = 2 if chip.platform == "gpu" or chip.name in ("v5e", "v6e") else 3
+    if len(shape) != wanted or 0 in shape:
+        what = "HOSTSxGPUS" if chip.platform == "gpu" else f"{wanted} positive sizes joined by x"
+        raise UserError(f"expected {what} after {chip.platform}:{chip.name}:, got {match[3]!r}")
+    return Topology(chip, shape)
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """Variables that must be set before JAX is imported to compile for this topology.
+
+    Raises:
+      UserError: the platform's compiler is not installed.
+    """
+    installed = lambda name: importlib.util.find_spec(name) is not None  # noqa: E731
+    if topology.chip.platform == "tpu":
+        if not installed("libtpu"):
+            raise UserError(
+                f"expected libtpu to compile for {topology}, got none installed: "
+                "pip install -e '.[tpu]' (no TPU is needed)"
+            )
+        return {"JAX_PLATFORMS": "cpu", **NO_TPU_HOST, **QUIET}
+    if not installed("jax_cuda12_plugin") and not installed("jax_cuda13_plugin"):
+        raise UserError(
+            f"expected JAX's CUDA plugin to compile for {topology}, got none installed: "
+            "pip install -e '.[preflight-gpu]' (5 GB; no GPU is needed)"
+        )
+    # With a platform named, JAX does not load the plugins of others; a GPU that is here must not be touched.
+    return {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "", **QUIET}
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Devices to compile for, in the order of their islands.
+
+    Raises:
+      UserError: a slice of a shape that the compiler does not know.
+    """
+    from jax.experimental import topologies  # after `environment` has been set
+
+    chip = topology.chip
+    shape = "x".join(map(str, topology.shape))
+    try:
+        if chip.platform == "tpu":
+            # The two cores of a v4 or v5p chip act as one device, as they do on a real slice.
+            kwargs = {"chip_config_name": "megacore"} if chip.name in ("v4", "v5p") else {}
+            found = topologies.get_topology_desc(f"{chip.name}:{shape}", platform="tpu", **kwargs).devices
+        else:
+            found = topologies.get_topology_desc(
+                chip.name, platform="cuda", topology=f"1x{shape}", target_config=gpu_target(chip)
+            ).devices
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"expected a topology that its compiler knows, got {topology} ({first}): try another"
+        ) from error
+    if len(found) != topology.count:
+        raise UserError(f"expected {topology.count} devices in {topology}, got {len(found)}: update libtpu")
+    return list(found)

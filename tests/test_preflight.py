@@ -1,0 +1,308 @@
+"""Preflight without the pod's compiler: topologies, FLOPs, bytes, collectives and what the command prints."""
+
+import dataclasses
+import json
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dalle_jax import attention_pattern, cli
+from dalle_jax import config as configs
+from dalle_jax.errors import UserError
+from dalle_jax.models import build
+from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.preflight import collectives, compiled, flops, hardware, main, memory, report, search
+from dalle_jax.preflight import estimate as estimates
+from dalle_jax.preflight import topology as topologies
+from dalle_jax.preflight.job import Job, mesh_ways, shard_bytes, wider_ways
+from dalle_jax.train import step as steps
+
+SMALL = ("--config.batch_size=16", "--config.steps=100", "--config.model.num_layers=2")
+
+
+def emulated(chip="h100", shape=(1, 8)):
+    """A job of the demo transformer on the eight emulated devices, which stand for GPUs of a host."""
+    pod = topologies.Topology(hardware.find_chip("gpu", chip), shape)
+    config = configs.load("configs/transformer.py:demo", [*SMALL, "--config.mesh.fsdp=4", "--config.mesh.replica=2"])
+    return Job(config, pod, tuple(jax.devices()))
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "island"),
+    [
+        ("tpu:v5p:8x8x16", 1024, 1024),
+        ("tpu:v6e:16x16", 256, 256),
+        ("tpu:v4:8x8x8", 512, 512),
+        ("gpu:h100:128x8", 1024, 8),
+        ("gpu:h200:1x8", 8, 8),
+        ("gpu:a100-40:4x16", 64, 16),
+        ("gpu:v100-16:1x8", 8, 8),
+    ],
+)
+def test_topologies(text, count, island):
+    pod = topologies.parse(text)
+    assert (pod.count, pod.island, str(pod)) == (count, island, text)
+    assert 0 < pod.usable_bytes <= pod.chip.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("h100:8", "gpu:CHIP:HOSTSxGPUS"),
+        ("gpu:h100", "such as"),
+        ("xpu:h100:1x8", "tpu: or gpu:"),
+        ("gpu:h900:1x8", "a100-40"),
+        ("tpu:v5p:8x8", "3 positive sizes"),
+        ("tpu:v6e:4x4x4", "2 positive sizes"),
+        ("gpu:h100:8", "HOSTSxGPUS"),
+        ("gpu:h100:0x8", "HOSTSxGPUS"),
+    ],
+)
+def test_wrong_topologies_are_one_sentence(text, says):
+    with pytest.raises(UserError, match=says) as error:
+        topologies.parse(text)
+    assert "expected" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "extra"), [("tpu:v5p:2x2x1", "[tpu]"), ("gpu:h100:1x8", "[preflight-gpu]")])
+def test_a_missing_compiler_names_the_extra(text, extra, monkeypatch, capsys):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["preflight", "--config", "configs/transformer.py:12b", "--topology", text]) == 2
+    err = capsys.readouterr().err
+    assert extra in err and "pip install" in err and err.count("\n") == 1
+
+
+def test_every_gpu_has_a_target_description():
+    for chip in hardware.CHIPS["gpu"].values():
+        text = hardware.gpu_target(chip)
+        assert f"device_memory_size: {chip.memory_bytes}" in text and text.count("{") == text.count("}")
+
+
+def test_mesh_ways_divide_island_and_width():
+    tpu, gpu = topologies.parse("tpu:v5p:8x8x16"), topologies.parse("gpu:h100:128x8")
+    assert mesh_ways(tpu, 3968) == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert mesh_ways(gpu, 3968) == [1, 2, 4, 8] and wider_ways(gpu, 3968) == [16, 32, 64, 128]
+    assert wider_ways(tpu, 3968) == []
+
+
+def brute_force(config: TransformerConfig) -> int:
+    """Forward FLOPs by going over every layer, position, matrix and allowed pair, nothing factored out."""
+    model, length, total = build("transformer", dataclasses.asdict(config)), config.layout.length, 0
+    for name, weight in model.abstract["blocks"].items():
+        if name in ("qkv", "out", "up", "down"):
+            for _ in range(length):
+                total += 2 * weight.size
+    for kind in config.kinds:
+        mask = attention_pattern.allowed(kind, text_len=config.text_len, grid=config.grid)
+        for query in range(length):
+            for key in range(length):
+                total += 2 * 2 * config.heads * config.head_size * bool(mask[query, key])
+    for positions, head in ((config.text_len, "text_head"), (config.grid**2, "image_head")):
+        total += sum(2 * model.abstract[head].size for _ in range(positions))
+    return total
+
+
+@pytest.mark.parametrize("pattern", ["paper", "full"])
+def test_flops_equal_a_brute_force_count(pattern):
+    config = TransformerConfig(
+        num_layers=5, width=24, heads=3, head_size=8, text_len=6, text_vocab=11, grid=4, image_vocab=13, pattern=pattern
+    )
+    assert flops.transformer(config) == 3 * brute_force(config)
+    attention = flops.attention(config)
+    assert flops.transformer_layers(config) - attention == 2 * config.layout.length * 5 * 12 * 24**2
+
+
+def test_flops_of_12b():
+    """94.16 TFLOP a sequence, computed by hand from the paper's sizes; 6 x parameters x tokens gives 94.42."""
+    config = TransformerConfig()
+    assert flops.transformer(config) == pytest.approx(9.416e13, rel=0.001)
+    assert flops.recomputed(config) == flops.transformer_layers(config)
+
+
+def test_traced_flops_see_loops_products_and_convolutions():
+    x, w = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 5), jnp.float32)
+
+    def convolve(x, w):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert flops.traced(convolve, x, w) == 2 * 4 * 8 * 8 * 5 * 27
+    a = jax.ShapeDtypeStruct((6, 6), jnp.float32)
+    loop = jax.jit(lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=7)[0])
+    assert flops.traced(loop, a) == 7 * 2 * 6**3
+    assert [r.shape for r in flops.products(convolve, x, w)] == [(4, 8, 8, 5)]
+
+
+def test_state_bytes_are_those_of_real_arrays():
+    job = emulated()
+    state = steps.init_state(job.task, job.optimizer, key=jax.random.key(0), mesh=job.mesh)
+    for kind, part in (("parameters", "params"), ("optimizer", "opt_state"), ("ema", "ema")):
+        first = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state[part])]
+        assert memory.by_kind(job)[kind] == sum(first) == shard_bytes(job.state[part])
+    assert memory.by_kind(job)["parameters"] < 0.5 * 4 * job.task.model.num_params  # really cut
+
+
+def test_more_memory_is_asked_for_where_more_is_kept():
+    job = emulated()
+    total = lambda **changes: memory.total(job.changed({k.replace("__", "."): v for k, v in changes.items()}))  # noqa: E731
+    assert total(batch_size=64) > total(batch_size=32) > total()
+    assert total(model__remat="none") > total(model__remat="dots") > total(model__remat="full")
+    assert total(mesh__fsdp=2, mesh__replica=4) > total()
+
+
+@pytest.mark.parametrize("axis", ["replica", "fsdp", "replica+fsdp"])
+def test_collectives_of_a_real_program(axis):
+    """A sum over one mesh axis inside a loop of five: known kind, axis, count and bytes."""
+    mesh = jax.make_mesh((2, 4), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    axes = tuple(axis.split("+"))
+    size = math.prod(mesh.shape[a] for a in axes)
+
+    @jax.shard_map(mesh=mesh, in_specs=PartitionSpec(axes), out_specs=PartitionSpec(axes))
+    def summed(x):
+        return jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(jax.lax.psum(x, axes)) + x, x)
+
+    place = NamedSharding(mesh, PartitionSpec(axes))
+    text = jax.jit(summed).lower(jax.ShapeDtypeStruct((size * 6, 7), jnp.float32, sharding=place)).compile().as_text()
+    (found,) = collectives.read(text, mesh_shape=dict(mesh.shape), islands=[0, 0, 0, 0, 1, 1, 1, 1])
+    assert (found.kind, found.axis, found.count) == ("all-reduce", axis, 5)
+    assert found.bytes == 5 * 2 * (6 * 7 * 4) * (size - 1) // size
+    assert found.inside == (axis == "fsdp")
+
+
+def program(operation: str) -> str:
+    return f"HloModule m\n\nENTRY %main (p: f32[8]) -> f32[8] {{\n  %x = {operation}\n}}\n"
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind", "axis", "received"),
+    [
+        ("bf16[8,16]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}", "all-gather", "fsdp", 192),
+        ("f32[16]{0} all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", "all-gather", "replica", 32),
+        ("f32[4]{0} reduce-scatter(%p), replica_groups={{0,1,2,3},{4,5,6,7}}", "reduce-scatter", "fsdp", 48),
+        ("(f32[4]{0}, f32[16]{0:T(8,128)}) all-gather-start(%p), replica_groups=[2,4]<=[8]", "all-gather", "fsdp", 48),
+        ("((f32[16]{0}, f32[8]), (f32[4]{0}, f32[2])) reduce-scatter-start(%p), replica_groups=[2,4]<=[8]",
+         "reduce-scatter", "fsdp", 72),
+        ("(f32[4]{0}, bf16[2]{0}) all-reduce-start(%p), replica_groups={}", "all-reduce", "replica+fsdp", 35),
+        ("s8[8]{0} collective-permute(%p), source_target_pairs={{0,4},{4,0}}", "collective-permute", "replica", 8),
+        ("f32[8]{0} all-reduce(%p), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, x=1",
+         "all-reduce", "fsdp", 48),
+    ],
+)  # fmt: skip
+def test_forms_of_collectives(operation, kind, axis, received):
+    (found,) = collectives.read(program(operation), mesh_shape={"replica": 2, "fsdp": 4}, islands=[0] * 8)
+    assert (found.kind, found.axis, found.bytes) == (kind, axis, received)
+
+
+def test_loops_without_a_noted_trip_count_and_fused_reduce_scatters():
+    """As libtpu writes them: the bound stands in the condition, a reduce-scatter is a fused all-reduce and slice."""
+    text = """HloModule m
+
+%all-reduce-scatter.1 (i: f32[16]) -> f32[4] {
+  %all-reduce.1 = f32[16]{0:T(1024)} all-reduce(%i), replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%body (p: (s32[], f32[16])) -> (s32[], f32[16]) {
+  ROOT %f = f32[4]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="a"}
+}
+
+%cond (p: (s32[], f32[16])) -> pred[] {
+  %c = s32[]{:T(128)} constant(15)
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+ENTRY %main (p: f32[16]) -> f32[16] {
+  %w = (s32[]{:T(128)}, f32[16]{0:T(1024)}) while(%t), condition=%cond, body=%body, metadata={op_name="b"}
+}
+"""
+    (found,) = collectives.read(text, mesh_shape={"replica": 2, "fsdp": 4}, islands=[0] * 8)
+    assert (found.kind, found.axis, found.count, found.bytes) == ("reduce-scatter", "fsdp", 15, 15 * 48)
+
+
+def test_what_the_compiler_refuses_is_no_fit():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 130.50G of 95.74G hbm."
+    assert compiled._wanted(message) == int(130.5 * 2**30)
+    assert compiled._wanted("RESOURCE_EXHAUSTED: no number") == 0
+
+
+@pytest.fixture(scope="module")
+def result():
+    """The demo transformer, compiled for the eight emulated devices."""
+    return search.examine(emulated())
+
+
+def test_json_has_the_promised_keys(result):
+    figures = json.loads(json.dumps(main._json(result)))
+    assert figures["parameters"] == build("transformer", result.job.config.model).num_params
+    assert figures["fits"] is True and figures["chip_bytes"] == 84_942_979_072
+    kinds = dict(figures["bytes_per_chip"])
+    assert kinds.pop("total") == sum(kinds.values())
+    assert kinds.keys() >= {"parameters", "optimizer", "ema", "gradients", "activations", "temporaries"}
+    assert figures["flops_per_sequence"] == flops.transformer(result.job.task.model.config)
+    assert figures["tokens_per_second"] > 0
+    assert {"kind", "axis", "count", "bytes", "inside"} == figures["collectives"][0].keys()
+
+
+def test_the_compiled_update_gathers_and_reduces_along_its_mesh(result):
+    kinds = {(c.kind, c.axis) for c in result.verdict.collectives}
+    assert any(kind == "all-gather" and "fsdp" in axis for kind, axis in kinds)
+    assert any(kind in ("all-reduce", "reduce-scatter") for kind, _ in kinds)
+
+
+def test_report_says_the_verdict_and_the_change(result):
+    text = report.table(result, [])
+    assert text.splitlines()[-1].startswith("FITS") and "bound by" in text and "all-gather" in text
+    too_large = search.Result(**{**vars(result), "verdict": compiled.Verdict(fits=False, total_bytes=10**11)})
+    changed = search.Result(**{**vars(result), "changed": {"accumulate": 2}})
+    text = report.table(too_large, [changed])
+    assert "DOES NOT FIT" in text and "--config.accumulate=2" in text
+    assert "does not fit" in report.sweep_table([changed, too_large])
+
+
+def test_the_smallest_change_is_one_that_was_compiled(result, monkeypatch):
+    """The byte model proposes, the compiler decides: of all single changes only the one it accepts is reported."""
+    lines, asked = [], result.job.changed({"model.remat": "full"})
+    size = memory.total(asked) - 1  # nearly fits: every single change is enough for the byte model
+    chip = hardware.Chip("tiny", "gpu", size, asked.topology.chip.peak_flops, 1e12, 1e11, 1e10)
+    job = Job(asked.config, topologies.Topology(chip, (1, 8)), asked.devices)
+
+    def only_two_microbatches(job):
+        return compiled.Verdict(fits=job.config.accumulate == 2, total_bytes=size, collectives=[])
+
+    monkeypatch.setattr(search, "compile_update", only_two_microbatches)
+    first = search.examine(job)
+    assert not first.verdict.fits
+    (found,) = search.smallest_changes(first, tell=lines.append)
+    assert dict(found.changed) == {"accumulate": 2} and found.verdict.fits
+    assert lines[-1] == "trying --config.accumulate=2" and len(lines) > 1
+
+
+def test_roofline_names_what_binds(result):
+    job = result.job
+    slow = collectives.Collective("all-reduce", "replica", inside=False, count=1, bytes=10**12)
+    guess = estimates.estimate(job, [slow])
+    assert guess.binding == "outside" and guess.step_seconds == pytest.approx(10**12 / (50e9 * estimates.LINK_SHARE))
+    assert guess.tokens_per_second == pytest.approx(16 * job.task.model.config.layout.length / guess.step_seconds)
+    assert guess.days == pytest.approx(100 * guess.step_seconds / 86_400)
+
+
+def test_a_wrong_batch_or_dvae_is_the_users_error():
+    with pytest.raises(UserError, match="multiple of 8"):
+        _ = emulated().changed({"batch_size": 12}).mesh
+    with pytest.raises(UserError, match="grid, codes and pixels"):
+        _ = emulated().changed({"model.grid": 4}).task
+
+
+def test_a_process_with_jax_is_refused(monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
+    with pytest.raises(UserError, match="has not imported JAX"):
+        main.main(types.SimpleNamespace(topology="gpu:h100:1x8", config="", overrides=[], json=False, sweep=False))
+
+
+def test_array_bytes():
+    assert collectives.array_bytes("bf16[3,4]{1,0:T(8,128)(2,1)}") == 24
+    assert collectives.array_bytes("(f32[], pred[8], s4[3])") == 4 + 8 + 2
+    assert np.dtype("float32").itemsize == collectives.array_bytes("f32[1]")
