@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -323,3 +324,35 @@ def test_the_command_of_a_pod_parses(path):
     args = parse(words)
     if args.coordinator:  # on TPU JAX finds the others itself
         assert (args.coordinator, args.num_processes, args.process_id) == ("dalle-0-0.dalle:8476", pods, 3)
+
+
+TRAINS = ("launch/local.sh", "launch/slurm.sbatch", "run")  # what a config, a workdir and overrides follow
+
+
+def commands(text):
+    """argv of every dalle-jax line, and of what a launcher makes of its words, in a Markdown text's fenced blocks."""
+    found = []
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "dalle-jax" in words:
+                found.append(words[words.index("dalle-jax") + 1 :])
+            for word in words:
+                if word in TRAINS:
+                    config, workdir, *overrides = words[words.index(word) + 1 :]
+                    found.append(["train", "--config", config, "--workdir", workdir, *overrides])
+    return found
+
+
+def test_every_command_in_pods_md_parses():
+    found = commands((ROOT / "docs" / "pods.md").read_text())
+    assert {"convert", "data", "inspect", "preflight", "tokenizer", "train"} == {words[0] for words in found}
+    assert len(found) > 10
+    for words in found:
+        parse(words)
+
+
+def test_every_launcher_is_explained_in_pods_md():
+    text = (ROOT / "docs" / "pods.md").read_text()
+    for path in LAUNCHERS:
+        assert f"launch/{path.name}" in text, path.name
