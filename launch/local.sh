@@ -1,7 +1,38 @@
 #!/usr/bin/env bash
-# Train on all devices of this machine, or go on with a training:
-#   launch/local.sh configs/transformer.py:demo runs/transformer --config.dvae=runs/dvae --config.tokenizer=runs/tokenizer
+# Train on this machine, or go on with a training: one process with all devices,
+#   launch/local.sh configs/transformer.py:demo runs/transformer \
+#       --config.dvae=runs/dvae --config.tokenizer=runs/tokenizer
+# or N processes, each with one GPU or the CPU, which is a pod in small:
+#   PROCESSES=2 launch/local.sh configs/dvae.py:demo runs/dvae
 set -euo pipefail
 # JAX takes memory as it needs it, so that a data process or a second run finds some left.
 export XLA_PYTHON_CLIENT_PREALLOCATE="${XLA_PYTHON_CLIENT_PREALLOCATE:-false}"
-exec dalle-jax train --config "$1" --workdir "$2" "${@:3}"
+
+processes="${PROCESSES:-1}"
+train=(dalle-jax train --config "$1" --workdir "$2" "${@:3}")
+if ((processes == 1)); then
+  exec "${train[@]}"
+fi
+
+pids=()
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+for ((i = 0; i < processes; i++)); do
+  CUDA_VISIBLE_DEVICES="$i" "${train[@]}" \
+    --coordinator "localhost:${PORT:-8476}" --num-processes "$processes" --process-id "$i" &
+  pids+=("$!")
+done
+
+highest=0
+for pid in "${pids[@]}"; do
+  code=0
+  wait "$pid" || code=$?
+  # A signal to this script ends the wait, not the process.
+  while kill -0 "$pid" 2>/dev/null; do
+    code=0
+    wait "$pid" || code=$?
+  done
+  if ((code > highest)); then
+    highest=$code
+  fi
+done
+exit "$highest"

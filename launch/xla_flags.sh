@@ -1,0 +1,57 @@
+# shellcheck shell=bash
+# Flags of XLA, NCCL and libtpu: this file is the only place that has them. To be sourced by bash, with the device kind:
+#   source launch/xla_flags.sh gpu
+#   source launch/xla_flags.sh tpu
+# What the environment already holds in XLA_FLAGS or LIBTPU_INIT_ARGS comes last and therefore wins, so one flag can be
+# tried without an edit: XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false sbatch launch/slurm.sbatch ...
+# An unknown flag ends the process at its start; flags come and go between versions of jaxlib and libtpu.
+case "${1-}" in
+gpu)
+  flags=(
+    # Start a collective as soon as its operands are there and wait for it as late as possible: the gather of the next
+    # layer's parameters runs under this layer's matmuls.
+    --xla_gpu_enable_latency_hiding_scheduler=true
+    # Move the collectives of one turn of the scan over layers into the turn before or after. Without these three
+    # nothing overlaps across the loop's border, and almost all of the model is inside the loop.
+    --xla_gpu_enable_pipelined_all_gather=true
+    --xla_gpu_enable_pipelined_reduce_scatter=true
+    --xla_gpu_enable_pipelined_all_reduce=true
+    # Two turns of that loop with buffers of their own, so that pipelining needs no copies.
+    --xla_gpu_enable_while_loop_double_buffering=true
+    # One call for a whole layer instead of one a parameter: a layer of width 3968 is 378 MB in bf16, so 1 GiB holds
+    # its gather and 512 MiB the scatter of its gradients.
+    --xla_gpu_all_gather_combine_threshold_bytes=1073741824
+    --xla_gpu_reduce_scatter_combine_threshold_bytes=536870912
+    # No CUDA graphs: they keep collectives from overlapping and cost memory, and a training step is long enough for
+    # launches not to matter.
+    --xla_gpu_enable_command_buffer=
+  )
+  export XLA_FLAGS="${flags[*]} ${XLA_FLAGS-}"
+  # Share of the GPU's memory for JAX, taken at once; the rest is for NCCL and the CUDA context.
+  export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION-0.92}"
+  # NCCL names the host and the network card when a link fails; it prints nothing otherwise.
+  export NCCL_DEBUG="${NCCL_DEBUG-WARN}"
+  ;;
+tpu)
+  flags=(
+    # Gathers run beside the matmuls that need them, fused with them, over several steps of the fused loop.
+    --xla_enable_async_all_gather=true
+    --xla_tpu_enable_async_collective_fusion=true
+    --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
+    --xla_tpu_enable_async_collective_fusion_multiple_steps=true
+    # The tensor core computes while the interconnect carries the fused collective.
+    --xla_tpu_overlap_compute_collective_tc=true
+    # Point-to-point exchanges between neighbours run beside the computation too.
+    --xla_enable_async_collective_permute=true
+    # Reduce gradients over data-parallel axes during the backward pass, also where parameters differ in size.
+    --xla_tpu_enable_data_parallel_all_reduce_opt=true
+    --xla_tpu_data_parallel_opt_different_sized_ops=true
+  )
+  export LIBTPU_INIT_ARGS="${flags[*]} ${LIBTPU_INIT_ARGS-}"
+  ;;
+*)
+  echo "launch/xla_flags.sh: expected gpu or tpu, got '${1-}': source launch/xla_flags.sh gpu" >&2
+  exit 2
+  ;;
+esac
+unset flags
