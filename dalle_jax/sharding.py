@@ -5,7 +5,8 @@ The only place that knows the mesh: models and losses say 'embed' or 'batch', ne
 along replica; the batch is cut along replica and fsdp. Knows nothing of any model.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -131,10 +132,16 @@ def batch_ways(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in TABLE["batch"]]))
 
 
-def batch_reader(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a batch this process reads, and how many such parts there are.
+def batch_reader(
+    mesh: Mesh,
+    *,
+    process: int | None = None,
+    owner: Callable[[jax.Device], int] = operator.attrgetter("process_index"),
+) -> tuple[int, int]:
+    """Which part of a batch a process (default: this one) reads, and how many such parts there are.
 
     Processes whose devices hold the same rows of a batch, as with a tensor axis across processes, read the same part.
+    owner: the process of a device.
 
     Raises:
       UserError: the rows of two processes overlap without being the same.
@@ -142,14 +149,15 @@ def batch_reader(mesh: Mesh) -> tuple[int, int]:
     place = NamedSharding(mesh, PartitionSpec(TABLE["batch"]))
     rows: dict[int, set[int]] = {}
     for device, (cut,) in place.devices_indices_map((batch_ways(mesh),)).items():
-        rows.setdefault(device.process_index, set()).add(cut.start or 0)
+        rows.setdefault(owner(device), set()).add(cut.start or 0)
     parts = sorted({tuple(sorted(own)) for own in rows.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != batch_ways(mesh):
         raise UserError(
             f"expected a mesh whose {batch_ways(mesh)} pieces of a batch {len(rows)} processes can share evenly, got "
             f"{dict(mesh.shape)}: choose a tensor size that divides the devices of a process, or the other way round"
         )
-    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+    own = rows[jax.process_index() if process is None else process]
+    return parts.index(tuple(sorted(own))), len(parts)
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -4,13 +4,16 @@ import glob
 import importlib.util
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from dalle_jax.errors import UserError
+from dalle_jax.distributed import store
+from dalle_jax.errors import EXIT_RESTART, UserError
 
 DEFAULT_PORT = 8476  # of a coordinator that is given without one
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX reads
@@ -37,17 +40,19 @@ def initialise(
     start_seconds: how long to wait for the others. hang_seconds: as the `Watchdog`'s; JAX's own heartbeat ends the job
     after twice that, if the watchdog could not.
 
+    If some never come, this process says so and ends with `EXIT_RESTART`.
+
     Raises:
-      UserError: half of what is needed, impossible numbers, or processes that do not meet in time.
+      UserError: half of what is needed, impossible numbers, or nobody listens at the coordinator's address in time.
     """
-    seconds = {"initialization_timeout": start_seconds, "heartbeat_timeout_seconds": 2 * hang_seconds}
     found = _from_flags(coordinator, num_processes, process_id) or _from_environment(os.environ)
     if found is None and not _slurm_tasks(os.environ) and not _on_tpu(os.environ):
         return
     # Its SIGTERM handler swallows the signal; `stop_agreed` does the same and more.
     jax.config.update("jax_enable_preemption_service", False)
+    limit = {"heartbeat_timeout_seconds": 2 * hang_seconds}
     if found is None:
-        _join("the cluster that JAX found", seconds)
+        _join("the coordinator that JAX found", limit, seconds=start_seconds)
         return
     address, count, index = found
     if count == 1:
@@ -55,22 +60,34 @@ def initialise(
     if index != 0:
         _wait_for(address, start_seconds)
     arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    _join(address, arguments | {"cluster_detection_method": "deactivate"} | seconds)
+    _join(address, arguments | {"cluster_detection_method": "deactivate"} | limit, seconds=start_seconds)
 
 
-def _join(where: str, arguments: Mapping[str, Any]) -> None:
+def _join(where: str, arguments: Mapping[str, Any], *, seconds: float) -> None:
+    advice = "start every process with the same coordinator and number of processes, and see that they reach each other"
+    expected = f"expected all processes to meet at {where} within {seconds:g} s"
+
+    def give_up():  # JAX would abort, with a message that says nothing of all this
+        print(f"dalle-jax: error: {expected}, but some did not come: {advice}", file=sys.stderr, flush=True)
+        os._exit(EXIT_RESTART)  # a machine may only have been slow
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(initialization_timeout=int(seconds) + 60, **arguments)
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
             raise
         # TPU chips, but no cluster around them: one machine.
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"expected all processes to meet at {where} within {arguments['initialization_timeout']} s, got "
-            f"{str(error).strip().splitlines()[0][:300]}: start every process with the same coordinator and number of "
-            "processes, and see that they reach each other"
-        ) from error
+        raise UserError(f"{expected}, got {str(error).strip().splitlines()[0][:300]}: {advice}") from error
+    finally:
+        timer.cancel()
+    if store.client() is not None:  # says who is who, and whom JAX means if it loses its coordination service
+        index, count = store.place()
+        who = f"process {index} of {count} on {socket.gethostname()}; process 0 at {store.coordinator()}"
+        print(f"dalle-jax: {who} holds the coordination service", file=sys.stderr, flush=True)
 
 
 def _from_flags(coordinator, num_processes, process_id) -> tuple[str, int, int] | None:

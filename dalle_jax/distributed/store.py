@@ -21,6 +21,11 @@ def place() -> tuple[int, int]:
     return distributed.global_state.process_id, distributed.global_state.num_processes
 
 
+def coordinator() -> str:
+    """HOST:PORT of process 0."""
+    return distributed.global_state.coordinator_address
+
+
 def get(store, key: str) -> str | None:
     """The value of a key, None if nobody has set it."""
     try:

@@ -30,13 +30,14 @@ class Watchdog:
             watchdog.beat(step, "update")  # what begins now
 
     Every process publishes its last beat through the key-value store. Process 0 looks for one that has not published
-    for `timeout_seconds` (killed, frozen, its machine gone) and, if all still publish, at the one that has been in its
-    phase for longest: the others wait for it. If that is longer than `timeout_seconds`, it hangs; the first two times
-    of every phase, in which programs are compiled and connections made, may take `first_seconds`. The others watch for
-    the silence of process 0. Whoever finds something prints rank, host, step and phase on stderr, then its own Python
-    stacks, and ends with `EXIT_RESTART` by os._exit, because threads that wait in a collective never return. All end
-    within 1.5 x timeout_seconds. Only where process 0 is killed outright JAX is faster: it aborts the others at once
-    (SIGABRT), with a message that names the coordination service, which is process 0.
+    for `timeout_seconds` (killed, frozen, its machine gone) and, if all still publish, at the one with the fewest
+    beats, for which the others wait, as all go through the same phases. If it is in its phase for longer than
+    `timeout_seconds`, it hangs; the first two times of every phase, in which programs are compiled and connections
+    made, may take `first_seconds`. The others watch for the silence of process 0. Whoever finds something prints rank,
+    host, step and phase on stderr, then its own Python stacks, and ends with `EXIT_RESTART` by os._exit, because
+    threads that wait in a collective never return. All end within 1.5 x timeout_seconds. Only where process 0 is killed
+    outright JAX is faster: it aborts the others at once (SIGABRT), with a message that names the coordination service,
+    which is process 0.
 
     An exception that leaves the block ends the others at once, with the status that this process ends with. An error
     that may only say that the connection to a dead process was lost first waits for the watchdog. With one process
@@ -49,14 +50,16 @@ class Watchdog:
         self._first = max(timeout_seconds, first_seconds or 0.0)
         self._interval = min(max(timeout_seconds / 20, 0.05), 5.0)
         self._times_in: collections.Counter[str] = collections.Counter()
+        self._beats = 0
         self._client, self._ended, self._ending = None, threading.Event(), threading.Lock()
         self.beat(0, "start")
 
     def beat(self, step: int, phase: str) -> None:
         """Says that `phase` of update `step` begins here. Costs a microsecond: a thread of its own publishes it."""
         self._times_in[phase] += 1
+        self._beats += 1
         allowed = self._first if self._times_in[phase] <= 2 else self._timeout
-        self._beat = (time.monotonic(), step, phase, allowed)
+        self._beat = (time.monotonic(), self._beats, step, phase, allowed)
 
     def __enter__(self) -> "Watchdog":
         self._client = store.client()
@@ -115,9 +118,9 @@ class Watchdog:
             self._ended.wait(self._interval)
 
     def _publish(self, *, done: bool = False) -> None:
-        since, step, phase, allowed = self._beat
+        since, *place, allowed = self._beat
         self._published += 1
-        record = [self._published, socket.gethostname(), step, phase, time.monotonic() - since, allowed, done]
+        record = [self._published, socket.gethostname(), *place, time.monotonic() - since, allowed, done]
         self._client.key_value_set(f"{self._root}/beat/{self._rank}", json.dumps(record), allow_overwrite=True)
 
     def _read(self) -> None:
@@ -155,10 +158,10 @@ class Watchdog:
                 return f"{peer} has given no sign of life for {now - peer.heard:.1f} s"
         if self._rank != 0 or not peers:
             return None  # who hangs is said by process 0, which knows all of them
-        last = max(peers, key=lambda peer: peer.age(now))
+        last = min(peers, key=lambda peer: (peer.beats, -peer.age(now)))  # the others wait for it
         if last.age(now) <= last.allowed or any(now - peer.heard > self._timeout / 2 for peer in peers):
             return None  # within its time, or waiting for one that is on its way to be found silent
-        same = sum((peer.step, peer.phase) == (last.step, last.phase) for peer in peers) - 1
+        same = sum(peer.beats == last.beats for peer in peers) - 1
         others = f" ({same} of {len(peers) - 1} others are at the same place)" if len(peers) > 1 else ""
         return f"{last} has made no progress for {last.age(now):.1f} s{others}"
 
@@ -184,13 +187,13 @@ class _Peer:
 
     def __init__(self, rank: int, now: float, first_seconds: float):
         self.rank, self.heard, self._first = rank, now, first_seconds  # heard: of its last sign of life
-        self.published, self.host, self.step, self.phase = 0, "host unknown", 0, "start"
+        self.published, self.host, self.beats, self.step, self.phase = 0, "host unknown", 0, 0, "start"
         self._age, self.allowed, self.done = 0.0, first_seconds, False
 
     def note(self, record: list, now: float) -> None:
         if record[0] != self.published:
-            self.published, self.host, self.step, self.phase, self._age, self.allowed, self.done = record
-            self.heard = now
+            self.heard, (self.published, self.host, *place) = now, record
+            self.beats, self.step, self.phase, self._age, self.allowed, self.done = place
 
     def age(self, now: float) -> float:
         """Seconds since its last beat."""
