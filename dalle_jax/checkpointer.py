@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from dalle_jax import checkpoint, digest, distributed
 from dalle_jax.errors import UserError
@@ -77,9 +75,12 @@ class Checkpoints:
         return ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, None if there is none; waits for one that is being written."""
+        """Step of the newest complete checkpoint, None if there is none; waits for one that is being written.
+
+        All processes must call this at the same point, as all methods here.
+        """
         self._finish()
-        return max(checkpoint.steps_in(self._folder), default=None)
+        return max(self._steps(), default=None)
 
     def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
         """Starts writing; the arrays may be donated as soon as this returns. Does nothing if the step is saved.
@@ -121,8 +122,7 @@ class Checkpoints:
           UserError: an undamaged checkpoint holds other arrays than `abstract`.
         """
         self._finish()
-        found = checkpoint.steps_in(self._folder)
-        for step in reversed(distributed.gather_json(found)[0]):  # a shared disk may show each process something else
+        for step in reversed(self._steps()):
             problem = self._damage(step)
             if problem is None:
                 return step, *self.restore(step, abstract)
@@ -132,7 +132,7 @@ class Checkpoints:
                     f"warning: the checkpoint of update {step} is damaged ({problem}): it now lies in {aside}, and "
                     "the one before it is used"
                 )
-            _all_processes("set aside")
+            distributed.gather_json(None)  # nobody looks before it is done
             self._manager.reload()
         return None
 
@@ -162,6 +162,10 @@ class Checkpoints:
             self._tidy(step)
         self._manager = self._open()  # the old one has forgotten which checkpoints it did not delete
 
+    def _steps(self) -> list[int]:
+        """Complete checkpoints as the first process sees them: shared disks may show each something else."""
+        return distributed.gather_json(checkpoint.steps_in(self._folder))[0]
+
     def _write_manifest(self) -> None:
         """Called by Orbax in the background: all files are written, and the checkpoint does not count yet."""
         for path in self._folder.iterdir():
@@ -170,12 +174,8 @@ class Checkpoints:
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint's files; every process reads a share of them and gets the same answer."""
-        parts = jax.process_count()
-        problem = digest.damage(self._folder / str(step), part=jax.process_index(), parts=parts)
-        if parts == 1:
-            return problem
-        wrong = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
-        return problem or (f"found by process {wrong[0]}" if len(wrong) else None)
+        found = digest.damage(self._folder / str(step), part=jax.process_index(), parts=jax.process_count())
+        return next((problem for problem in distributed.gather_json(found) if problem), None)
 
     def _tidy(self, step: int | None = None) -> None:
         """Removes what a failed save left, and sets aside folders that look like checkpoints but are none.
@@ -203,8 +203,3 @@ def _reason(error: Exception) -> str:
     """What the system said, which libraries bury in paths."""
     known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
     return next((text for text in known if text in str(error)), None) or checkpoint.first_line(error)
-
-
-def _all_processes(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -37,6 +37,7 @@ FREE_KEYS = (
     "keep_checkpoints",
     "keep_every_hours",
     "checkpoint_dir",
+    "rollback_after",
     "check_replicas_every",
     "mesh.",
     "processes.",

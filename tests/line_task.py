@@ -67,7 +67,7 @@ def config(**values):
     return result
 
 
-def train(workdir, batches=None, *, mesh=None, hooks=(), **values):
+def train(workdir, batches=None, *, mesh=None, hooks=(), task=LINE, **values):
     mesh = mesh or sharding.make_mesh({}, devices=jax.devices()[:1])
     batches = batches or Numbers()
-    return loop.run(LINE, config(**values), workdir, mesh=mesh, batches=batches, hooks=hooks, progress=False)
+    return loop.run(task, config(**values), workdir, mesh=mesh, batches=batches, hooks=hooks, progress=False)

@@ -1,5 +1,6 @@
 """Faults, one at a time: damaged and unwritable checkpoints, other meshes, updates that are not finite."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -162,6 +163,23 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, tmp_path):
     assert {4, 12} <= {line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_that_ends_tensorboards_thread_blocks_nobody(tmp_path):
+    log = metrics.MetricsLog(tmp_path, step=0)
+    (writer,) = log._writers
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log._board.file_writer.event_writer._ev_writer.write_event = full
+    log.write(1, {"train/loss": 1.0})
+    writer.join(timeout=60)
+    for n in range(2, 100):  # its queue holds ten
+        log.write(n, {"train/loss": 1.0})
+    log.close()
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 99
+
+
 def test_a_run_whose_last_checkpoint_fails_does_not_end_well(tmp_path, monkeypatch):
     whole = digest.write_manifest
 
@@ -316,6 +334,14 @@ def test_no_checkpoint_is_written_while_updates_are_skipped(tmp_path):
 def test_poison_without_an_end_ends_the_run(tmp_path):
     with pytest.raises(UserError, match=r"none in the last 3 updates before \d+ after 3 returns to update 4"):
         train(tmp_path, Numbers(poison=range(6, 1000)))
+
+
+def test_a_tasks_warning_waits_for_the_warm_up_and_is_said_once_until_it_is_gone(tmp_path, capfd):
+    bad = iter([True] * 5 + [False] + [True] * 14)
+    task = dataclasses.replace(LINE, warn=lambda means: "something collapsed" if next(bad) else None)
+    train(tmp_path, task=task, steps=20, log_every=1)
+    said = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]
+    assert said == [f"warning: step {n}: something collapsed" for n in (3, 7)]
 
 
 def test_rollback_counts():

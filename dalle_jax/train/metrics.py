@@ -30,9 +30,9 @@ class MetricsLog:
         self._active = jax.process_index() == 0
         if self._active:
             self.rewind(step)
-            before = set(threading.enumerate())
+            before = _board_threads()
             self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=30)
-            self._writers = set(threading.enumerate()) - before
+            self._writers = _board_threads() - before
 
     def rewind(self, step: int) -> None:
         """Forget the lines beyond `step`; TensorBoard shows the later ones that are written again."""
@@ -63,6 +63,10 @@ class MetricsLog:
     def _board_lives(self) -> bool:
         """TensorBoard's thread dies of a full disk, and after that its queue blocks whoever writes."""
         return all(thread.is_alive() for thread in self._writers)
+
+
+def _board_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if type(thread).__module__.startswith("tensorboardX")}
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:

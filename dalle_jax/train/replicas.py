@@ -86,8 +86,9 @@ def _odd(sums: np.ndarray) -> np.ndarray:
 
 def _message(n: int, name: str, odd: list[jax.Device], copies: int) -> str:
     named = ", ".join(f"device {device.id} of process {device.process_index}" for device in odd)
+    bits = "different bits (which are right cannot be told)" if len(odd) == copies else "other bits"
     return (
-        f"expected {copies} identical copies of {name} after update {n}, got other bits on {named}: memory or a "
+        f"expected {copies} identical copies of {name} after update {n}, got {bits} on {named}: memory or a "
         "computation there is faulty; take that machine out and give the command again, which goes on from the last "
         "checkpoint"
     )
