@@ -17,8 +17,12 @@ from dalle_jax.preflight.job import Job, shard_bytes
 # lies between, but no scores. 'none' adds the scores, below.
 SAVED = {"full": 2, "dots": 2 + 3 + 4 + 2, "attention": 2 + 2 + 3 + 1 + 3 * 4 + 2, "none": 2 + 2 + 3 + 1 + 3 * 4 + 2}
 SCORE_COPIES = 2  # of the scores of a layer, saved without remat: the exponentials in float32 and in compute dtype
-LAYERS_GATHERED = 2  # layers whose whole weights are there at once: the one at work and the next one on its way
-LAYERS_REDUCED = 4  # layers whose whole gradients are there at once, before they are cut: one turn of the scan
+# Fitted to the compilers' temporaries of 12b (libtpu 0.0.42 on v4, v5p and v6e with 1, 2 and 4 sequences a chip, XLA of
+# jax 0.10.2 for H100 with 1, 4 and 16): how often what a scan saves is there, layers whose weights and gradients are
+# there uncut, and tables and output heads.
+COPIES = {"tpu": 3, "gpu": 1}
+WHOLE_LAYERS = {"tpu": 2, "gpu": 6}
+WHOLE_TABLES = {"tpu": 1, "gpu": 2}
 WORKING = 16  # numbers of the width per token of the layer at work, with its gradients
 
 
@@ -38,8 +42,9 @@ def by_kind(job: Job) -> dict[str, int]:
         activations, working = _traced(job)
     else:
         model = job.task.model.config
-        activations = job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
-        working = compute + _whole(model, item, job.mesh) + job.sequences * _working(model, item, job.mesh)
+        copies = COPIES[job.topology.chip.platform]
+        activations = copies * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
+        working = compute + _whole(model, item, job) + job.sequences * _working(model, item, job.mesh)
     return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
 
 
@@ -56,14 +61,15 @@ def _saved(model: TransformerConfig, item: int) -> int:
     return saved
 
 
-def _whole(model: TransformerConfig, item: int, mesh) -> int:
+def _whole(model: TransformerConfig, item: int, job: Job) -> int:
     """Weights and gradients that are there uncut: of a few layers, and of the tables and output heads."""
+    mesh, platform = job.mesh, job.topology.chip.platform
     layer = 12 * model.width**2 // mesh.shape["tensor"]
     layout = model.layout
     tables = (layout.text_ids + layout.image_ids) * model.width * 4 // mesh.shape["tensor"]
     if mesh.shape["fsdp"] == 1:
         return tables
-    return (LAYERS_GATHERED + LAYERS_REDUCED) * layer * item + 2 * tables
+    return WHOLE_LAYERS[platform] * layer * item + WHOLE_TABLES[platform] * tables
 
 
 def _working(model: TransformerConfig, item: int, mesh) -> int:
