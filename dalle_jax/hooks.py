@@ -38,7 +38,7 @@ def sample_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hoo
             dvae_config, dvae_params = checkpoint.load_model_dir(workdir / "dvae", name="dvae")
             parts["dvae"] = build("dvae", dvae_config["model"]), dvae_params
             parts["tokenizer"] = Tokenizer.load(workdir)
-            parts["model"] = build("transformer", config.model)
+            parts["model"] = build("transformer", checkpoint.read_config(workdir)["model"])  # text_vocab filled in
             parts["captions"] = _first_captions(config.data.validation or config.data.train)
         pipe = Pipeline(parts["model"], ema, *parts["dvae"], parts["tokenizer"], digest=f"step {step}")
         pictures = [np.asarray(row[0]) for row in pipe(parts["captions"], seed=list(range(len(parts["captions"]))))]
