@@ -16,13 +16,13 @@ from dalle_jax.preflight.job import Job, shard_bytes
 # into attention and into the MLP. 'dots': also q, k, v, the hidden layer and both results. 'attention': also what
 # lies between, but no scores. 'none' adds the scores, below.
 SAVED = {"full": 2, "dots": 2 + 3 + 4 + 2, "attention": 2 + 2 + 3 + 1 + 3 * 4 + 2, "none": 2 + 2 + 3 + 1 + 3 * 4 + 2}
-SCORE_COPIES = 2  # of the scores of a layer, saved without remat: the exponentials in float32 and in compute dtype
 # Fitted to the compilers' temporaries of 12b (libtpu 0.0.42 on v4, v5p and v6e with 1, 2 and 4 sequences a chip, XLA of
-# jax 0.10.2 for H100 with 1, 4 and 16): how often what a scan saves is there, layers whose weights and gradients are
-# there uncut, and tables and output heads.
-COPIES = {"tpu": 3, "gpu": 1}
-WHOLE_LAYERS = {"tpu": 2, "gpu": 6}
-WHOLE_TABLES = {"tpu": 1, "gpu": 2}
+# jax 0.10.2 for H100 with 1, 4 and 16): how often what a scan saves is there, copies of the parameters in the compute
+# dtype, and layers whose weights are there uncut.
+SAVED_COPIES = {"tpu": 3, "gpu": 1}
+PARAMETER_COPIES = {"tpu": 1, "gpu": 2}
+WHOLE_LAYERS = {"tpu": 2, "gpu": 1}
+SCORE_COPIES = 2  # of a layer's scores in float32, and what a layer without remat saves of them
 WORKING = 16  # numbers of the width per token of the layer at work, with its gradients
 
 
@@ -37,14 +37,15 @@ def by_kind(job: Job) -> dict[str, int]:
     }
     item = compute_dtype(job.config.model.precision)(0).dtype.itemsize
     compute = held["parameters"] * item // 4  # the parameters, or their gradients, in the compute dtype
-    gradients = compute + (held["parameters"] if job.config.accumulate > 1 else 0)
+    gradients = compute + (2 * held["parameters"] if job.config.accumulate > 1 else 0)
     if job.helper is None:
         activations, working = _traced(job)
     else:
         model = job.task.model.config
-        copies = COPIES[job.topology.chip.platform]
-        activations = copies * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
-        working = compute + _whole(model, item, job) + job.sequences * _working(model, item, job.mesh)
+        platform = job.topology.chip.platform
+        activations = SAVED_COPIES[platform] * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
+        working = PARAMETER_COPIES[platform] * compute + _whole(model, item, job)
+        working += job.sequences * _working(model, item, job.mesh)
     return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
 
 
@@ -69,14 +70,14 @@ def _whole(model: TransformerConfig, item: int, job: Job) -> int:
     tables = (layout.text_ids + layout.image_ids) * model.width * 4 // mesh.shape["tensor"]
     if mesh.shape["fsdp"] == 1:
         return tables
-    return WHOLE_LAYERS[platform] * layer * item + WHOLE_TABLES[platform] * tables
+    return WHOLE_LAYERS[platform] * layer * item + tables
 
 
 def _working(model: TransformerConfig, item: int, mesh) -> int:
     """Of one sequence in the layer at work: its wide activations and scores with their gradients, or the logits."""
     layout = model.layout
     scores = max(_scores(model, kind) for kind in set(model.kinds)) // mesh.shape["tensor"]
-    layer = WORKING * layout.length * model.width * item + 3 * 4 * scores
+    layer = WORKING * layout.length * model.width * item + SCORE_COPIES * 4 * scores
     logits = 3 * 4 * (layout.text_len * layout.text_ids + layout.image_len * layout.image_vocab)
     return max(layer, logits // mesh.shape["tensor"])
 
