@@ -86,6 +86,7 @@ await 120 "requeue" is "$job" Restarts 1
 took=$(((${EPOCHREALTIME/./} - began) / 1000))
 echo "SIGTERM: saved, ended and requeued after $took ms; checkpoints: $(kept stopped)"
 await 60 "waiting job" is "$job" JobState PENDING
+sleep 3 # in the second of its requeue a job can't start: "Job credential revoked"
 scontrol update jobid="$job" StartTime=now # SLURM would wait two minutes
 await 600 "checkpoint of update 60" saved stopped 60
 scancel "$job"
