@@ -24,7 +24,10 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "steps": 0,  # updates
             "batch_size": 0,  # examples per update, all processes together
             "accumulate": 1,  # microbatches per update
-            "mesh": {"replica": 1, "fsdp": -1, "tensor": 1},  # -1: the devices left over
+            # -1 is chosen: fsdp as much of an island of fast links as the model divides into, replica the rest.
+            "mesh": {"replica": -1, "fsdp": -1, "tensor": 1},
+            # Between updates: dtype of hidden matrices ('fp32', 'bf16'); the optimizer's moments in host memory or not.
+            "storage": {"params": "fp32", "offload": False},
             "model": fields(model),
             # Named sources, e.g. wds:PATTERN or folder:DIR; `validation` may be empty.
             "data": {"train": "", "validation": "", **fields(data)},
@@ -53,6 +56,8 @@ def optimizer() -> ConfigDict:
             "weight_decay": 0.0,
             "clip_norm": 0.0,
             "momentum": 0.95,
+            "mu_dtype": "fp32",
+            "nu_dtype": "fp32",
             "schedule": {
                 "name": "warmup_constant",
                 "warmup_steps": 0,

@@ -35,6 +35,7 @@ FREE_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
     "mesh.",
+    "storage.offload",
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",

@@ -69,6 +69,7 @@ def run(
       UserError: an unwritable workdir, a damaged checkpoint, unusable data, or only non-finite updates.
     """
     optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
+    storage = steps.Storage(**config.storage)
     update = steps.make_update(
         task,
         optimizer,
@@ -76,16 +77,17 @@ def run(
         accumulate=config.accumulate,
         ema_decay=config.ema.decay,
         ema_every=config.ema.every,
+        storage=storage,
     )
     init_key, update_key, look_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
     start = checkpoints.latest() or 0
     if start:
-        abstract = steps.abstract_state(task, optimizer, mesh=mesh)
+        abstract = steps.abstract_state(task, optimizer, mesh=mesh, storage=storage)
         state, position = checkpoints.restore(start, abstract)
         batches.set_state(position)
     else:
-        state = steps.init_state(task, optimizer, key=init_key, mesh=mesh)
+        state = steps.init_state(task, optimizer, key=init_key, mesh=mesh, storage=storage)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     look = _Look(task, workdir, frozen, mesh=mesh, key=look_key, validation=validation, most=config.validation_batches)
     rate = optimizers.schedule(config.optimizer, steps=config.steps)
