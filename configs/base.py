@@ -24,7 +24,10 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "steps": 0,  # updates
             "batch_size": 0,  # examples per update, all processes together
             "accumulate": 1,  # microbatches per update
-            "mesh": {"replica": 1, "fsdp": -1, "tensor": 1},  # -1: the devices left over
+            # -1 is chosen: fsdp as much of an island of fast links as the model divides into, replica the rest.
+            "mesh": {"replica": -1, "fsdp": -1, "tensor": 1},
+            # Between updates: dtype of hidden matrices ('fp32', 'bf16'); the optimizer's moments in host memory or not.
+            "storage": {"params": "fp32", "offload": False},
             # How long processes wait for one another at the start, and how long one may be silent or stuck before the
             # job ends, where programs are compiled and elsewhere (distributed/watchdog.py).
             "processes": {"start_seconds": 300, "hang_seconds": 300, "compile_seconds": 3_600},
@@ -61,6 +64,8 @@ def optimizer() -> ConfigDict:
             "weight_decay": 0.0,
             "clip_norm": 0.0,
             "momentum": 0.95,
+            "mu_dtype": "fp32",
+            "nu_dtype": "fp32",
             "schedule": {
                 "name": "warmup_constant",
                 "warmup_steps": 0,

@@ -8,8 +8,26 @@
         --workdir runs/transformer
 
 12b     Ramesh et al. 2021, appendix B: 64 layers x 3968, 256 text and 32x32 image tokens
+5b6     its smaller models of section 2.5 and Table 1: 64 layers x 2688
+2b8     64 layers x 1920
+1b3     24 layers x 2048, the size of ruDALL-E Malevich
+400m    24 layers x 1152
 emoji   64x64 real pictures, minutes on a CPU
 demo    the 64x64 scenes of `dalle-jax demo`
+
+12b to 400m have the paper's optimizer, schedule and batch of 1024, which it gives for 12b alone. Below, the mesh
+(replica x fsdp x tensor) that each is meant for, and gets without being asked for on islands of this many devices (a
+TPU slice of 1024, machines of 8 GPUs); and what a device then holds, in MB of 10^6 bytes: parameters, the optimizer's
+moments, the moving average, gradients, all in float32. Activations come on top.
+
+| config | mesh        | island |     parameters |   params |  moments |      ema |    grads |    total |
+|--------|-------------|--------|----------------|----------|----------|----------|----------|----------|
+| 12b    | 8 x 128 x 1 |   1024 | 12,293,828,224 |    391.2 |    782.5 |    391.2 |    391.2 |  1,956.2 |
+| 12b    | 128 x 8 x 1 |      8 | 12,293,828,224 |  6,153.1 | 12,306.3 |  6,153.1 |  6,153.1 | 30,765.7 |
+| 5b6    | 64 x 8 x 1  |      8 |  5,685,665,664 |  2,847.0 |  5,694.1 |  2,847.0 |  2,847.0 | 14,235.2 |
+| 2b8    | 32 x 8 x 1  |      8 |  2,928,727,680 |  1,467.4 |  2,934.7 |  1,467.4 |  1,467.4 |  7,336.9 |
+| 1b3    | 8 x 8 x 1   |      8 |  1,310,971,904 |    656.7 |  1,313.4 |    656.7 |    656.7 |  3,283.5 |
+| 400m   | 1 x 8 x 1   |      8 |    440,150,400 |    220.8 |    441.5 |    220.8 |    220.8 |  1,103.8 |
 """
 
 from ml_collections import ConfigDict
@@ -26,9 +44,10 @@ def _start(model: TransformerConfig, data: DataConfig) -> ConfigDict:
     return config
 
 
-def paper_12b() -> ConfigDict:
+def _paper(**sizes) -> ConfigDict:
+    """The paper's training of a model of these sizes; 12b's where nothing is said."""
     config = _start(
-        TransformerConfig(),
+        TransformerConfig(**sizes),
         DataConfig(
             image_size=256,
             augment="transformer",
@@ -94,7 +113,15 @@ def demo() -> ConfigDict:
     return config
 
 
-VARIANTS = {"12b": paper_12b, "emoji": emoji, "demo": demo}
+VARIANTS = {
+    "12b": _paper,
+    "5b6": lambda: _paper(width=2_688, heads=42),
+    "2b8": lambda: _paper(width=1_920, heads=30),
+    "1b3": lambda: _paper(num_layers=24, width=2_048, heads=32),
+    "400m": lambda: _paper(num_layers=24, width=1_152, heads=18),
+    "emoji": emoji,
+    "demo": demo,
+}
 
 
 def get_config(variant: str = "12b") -> ConfigDict:

@@ -42,6 +42,7 @@ FREE_KEYS = (
     "mesh.",
     "processes.",
     "data.lanes",
+    "storage.offload",
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",

@@ -16,7 +16,7 @@ from dalle_jax.train import optimizer, run
 from dalle_jax.train.dvae_task import Objective
 
 SPECS = [f"configs/dvae.py:{v}" for v in ("paper", "emoji", "demo")] + [
-    f"configs/transformer.py:{v}" for v in ("12b", "emoji", "demo")
+    f"configs/transformer.py:{v}" for v in ("12b", "5b6", "2b8", "1b3", "400m", "emoji", "demo")
 ]
 
 

@@ -21,7 +21,6 @@ from dalle_jax.models import build
 from dalle_jax.models.layers import Model, param
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train import loop, metrics, optimizer, run, step, tasks
-from dalle_jax.train.dvae_task import dvae_task
 from dalle_jax.train.task import Task
 
 VOCAB, WIDTH, LENGTH, BATCH = 16, 8, 9, 16
@@ -293,22 +292,6 @@ def test_a_finished_run_is_left_as_it_is_and_more_steps_go_on(straight, dvae_val
 def test_another_config_is_refused_with_the_keys(straight, dvae_values):
     with pytest.raises(UserError, match=r"\(batch_size was 8 and is 16, model.width was 8 and is 12\)"):
         run.train(tiny("dvae", dvae_values | {"model.width": 12, "batch_size": 16}), straight[0], progress=False)
-
-
-def test_real_models_give_the_same_losses_on_a_mesh(dvae_values):
-    batch = {"image": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)}
-    losses = []
-    for mesh in (one_device(), sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})):
-        # The paper's step size: a large one lets Adam blow rounding of near-zero gradients up to its own size.
-        config = tiny("dvae", dvae_values | {"optimizer.learning_rate": 1e-4})
-        task = dvae_task(config)
-        built = optimizer.build(config.optimizer, steps=6, axes=task.model.axes)
-        state = step.init_state(task, built, key=jax.random.key(0), mesh=mesh)
-        update = step.make_update(task, built, mesh=mesh)
-        for _ in range(3):
-            state, values = update(state, {}, sharding.shard_batch(batch, mesh), jax.random.key(1))
-        losses.append(float(values["loss"]))
-    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

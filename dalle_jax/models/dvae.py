@@ -127,7 +127,9 @@ class Conv(nnx.Module):
     def __call__(self, x_BHWC):
         # Where the paper asks for float32, an accelerator must not round the factors to bfloat16 or TF32.
         precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
-        x_BHWC, weight = x_BHWC.astype(self.dtype), self.weight[...].astype(self.dtype)
+        # Gathered before use: a convolution whose channels are cut over the mesh got wrong gradients from XLA's CPU
+        # backend (jax 0.10.2), and a network this small needs its storage cut, not its products.
+        x_BHWC, weight = x_BHWC.astype(self.dtype), constrain(self.weight[...].astype(self.dtype), (None,) * 4)
         if weight.shape[:2] == (1, 1):  # a matrix product: its gradient is a third cheaper on CPU than a convolution's
             y_BHWC = jnp.einsum("bhwi,io->bhwo", x_BHWC, weight[0, 0], precision=precision)
         else:
@@ -216,7 +218,7 @@ class Decoder(nnx.Module):
         dtype = compute_dtype(config.precision)
         widths = tuple(config.width * 2**group for group in reversed(range(config.groups)))
         self.config = config
-        self.stem = Conv(1, (config.vocab, config.stem), rngs, dtype=jnp.float32, axes=("vocab", "out"))
+        self.stem = Conv(1, (config.vocab, config.stem), rngs, dtype=jnp.float32, axes=("vocab", "embed"))
         self.tower = Tower((config.stem, *widths), (1, 3, 3, 3), _double, config, rngs, dtype=dtype)
         # Computed in `precision`, though the likelihood of the result is float32.
         self.head = Conv(1, (config.width, OUTPUTS * config.patch**2), rngs, dtype=dtype)

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
@@ -21,10 +22,16 @@ from dalle_jax.models.layers import Model, compute_dtype, layer_norm, linear, pa
 from dalle_jax.sharding import constrain
 
 INIT = 0.125  # Child et al. 2019: standard deviation 0.125 / sqrt(fan in)
+_NOTHING = jax.checkpoint_policies.nothing_saveable
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names("product")  # of `_qkv` and `_mlp`
+
+# What the backward pass computes again instead of keeping, from least to most: name -> part of a layer and what
+# survives in it. "attend" is the scores and the softmax, "attention" and "mlp" are the two residual blocks.
 REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": {},
+    "attention": {"attend": _NOTHING},
+    "dots": {"attention": _PRODUCTS, "mlp": _PRODUCTS},
+    "full": {"attention": _NOTHING, "mlp": _NOTHING},
 }
 
 
@@ -32,9 +39,9 @@ REMAT = {
 class TransformerConfig:
     """Sizes and ways of computing; the defaults are the paper's 12-billion-parameter model.
 
-    pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: what the backward pass recomputes inside
-    each residual block, 'full' as in the paper, 'dots' all but matrix products, 'none'. scan: run the layers as a
-    scan over the pattern's period (compile time independent of depth). precision: 'fp32' or 'bf16'.
+    pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: a step of the ladder REMAT (see
+    `run_layers`), 'full' as in the paper. scan: run the layers as a scan over the pattern's period (compile time
+    independent of depth). precision: 'fp32' or 'bf16'.
     """
 
     num_layers: int = 64
@@ -192,13 +199,13 @@ class Transformer(nnx.Module):
         return self._head(x_CMD, self.image_head), new_cache
 
     def _embed_text(self, text_BT):
-        return self.text_embedding[...][text_BT] + self.text_position[...]
+        return _look_up(self.text_embedding, text_BT, "vocab") + self.text_position[...]
 
     def _embed_image(self, image_BI):
         layout = self.config.layout
         previous = jnp.pad(image_BI[:, :-1], [(0, 0), (1, 0)], constant_values=layout.start_of_image)
         position_ID = (self.row_position[...][:, None] + self.column_position[...][None]).reshape(-1, self.config.width)
-        return self.image_embedding[...][previous] + position_ID
+        return _look_up(self.image_embedding, previous, "image_input") + position_ID
 
     def _head(self, x, head):
         return jnp.einsum("...d,dv->...v", x, head[...].astype(x.dtype), preferred_element_type=jnp.float32)
@@ -209,18 +216,33 @@ class Transformer(nnx.Module):
         return {name: a if name.startswith("norm") else a.astype(dtype) for name, a in arrays.items()}
 
 
+def _look_up(table, ids_BS, rows: str):
+    """Rows of a table. Its width is gathered first: the mesh axis that cuts it cuts the batch of the result."""
+    x_BSD = constrain(table[...], (rows, "embed_activation"))[ids_BS]
+    return constrain(x_BSD, ("batch", "sequence", "embed_activation"))
+
+
 def run_layers(stacked, x_BSD, config: TransformerConfig):
-    """All layers over a whole sequence, as a scan over groups of one period with the rest unrolled, or unrolled."""
+    """All layers over a whole sequence, as a scan over groups of one period with the rest unrolled, or unrolled.
+
+    What a row layer keeps of each token for the backward pass, in units of the width in bfloat16 (7.9 kB at 12b), and
+    what the backward pass computes again, by `config.remat`:
+
+        none          56   nothing again; attention's scores are a third of it (a column layer 52, the convolution 82)
+        attention     34   scores and softmax again
+        dots           9   everything but the products with qkv and up: norms, activations, attention, out
+        full           2   both residual blocks again from their inputs, as in the paper: a third more computing
+    """
+
+    def remat(part, function):
+        policy = REMAT[config.remat].get(part)
+        return jax.checkpoint(function, policy=policy) if policy else function
 
     def one_layer(x, block, kind):
-        policy = REMAT[config.remat]
-        attention_part = functools.partial(_attention, kind=kind, config=config)
-        if policy is not None:
-            attention_part, mlp = (jax.checkpoint(f, policy=policy) for f in (attention_part, _mlp))
-        else:
-            mlp = _mlp
-        x = constrain(attention_part(block, x), ("batch", "sequence", "embed_activation"))
-        return constrain(mlp(block, x), ("batch", "sequence", "embed_activation"))
+        attend = functools.partial(attention.attend, kind=kind, text_len=config.text_len, grid=config.grid)
+        mix = functools.partial(_attention, attend=remat("attend", attend))
+        x = constrain(remat("attention", mix)(block, x), ("batch", "sequence", "embed_activation"))
+        return constrain(remat("mlp", _mlp)(block, x), ("batch", "sequence", "embed_activation"))
 
     kinds = config.kinds
     period = len(attention_pattern.PERIOD) if config.pattern == "paper" else 1
@@ -240,15 +262,14 @@ def run_layers(stacked, x_BSD, config: TransformerConfig):
     return x_BSD
 
 
-def _attention(block, x_BSD, *, kind, config):
-    q, k, v = _qkv(block, x_BSD)
-    return x_BSD + _project(block, attention.attend(q, k, v, kind, text_len=config.text_len, grid=config.grid))
+def _attention(block, x_BSD, *, attend):
+    return x_BSD + _project(block, attend(*_qkv(block, x_BSD)))
 
 
 def _qkv(block, x):
     """[..., D] -> queries, keys and values, each [..., N, H]."""
     x = layer_norm(x, block["norm1_gain"], block["norm1_bias"])
-    qkv = linear(x, block["qkv"]) + block["qkv_bias"]
+    qkv = checkpoint_name(linear(x, block["qkv"]) + block["qkv_bias"], "product")
     return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
 
 
@@ -258,5 +279,5 @@ def _project(block, mixed):
 
 def _mlp(block, x):
     hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
-    hidden = quick_gelu(linear(hidden, block["up"]) + block["up_bias"])
+    hidden = quick_gelu(checkpoint_name(linear(hidden, block["up"]) + block["up_bias"], "product"))
     return x + linear(hidden, block["down"]) + block["down_bias"]

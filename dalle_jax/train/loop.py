@@ -74,6 +74,7 @@ def run(
     """
     ledger = goodput.Ledger(workdir)
     optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
+    storage = steps.Storage(**config.storage)
     update = steps.make_update(
         task,
         optimizer,
@@ -81,6 +82,7 @@ def run(
         accumulate=config.accumulate,
         ema_decay=config.ema.decay,
         ema_every=config.ema.every,
+        storage=storage,
     )
     init_key, update_key, look_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(
@@ -90,13 +92,13 @@ def run(
         folder=config.checkpoint_dir,
         warn=to_terminal,
     )
-    abstract = steps.abstract_state(task, optimizer, mesh=mesh)
+    abstract = steps.abstract_state(task, optimizer, mesh=mesh, storage=storage)
     beat(0, "restore")
     if (restored := checkpoints.restore_latest(abstract)) is not None:
         start, state, position = restored
         batches.set_state(position)
     else:
-        start, state = 0, steps.init_state(task, optimizer, key=init_key, mesh=mesh)
+        start, state = 0, steps.init_state(task, optimizer, key=init_key, mesh=mesh, storage=storage)
     ledger.restored(start)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     look = Look(task, workdir, frozen, mesh=mesh, key=look_key, validation=validation, most=config.validation_batches)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from dalle_jax.errors import UserError
+from dalle_jax.train import moments
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "warmup_constant", "warmup_cosine", "warmup_linear", "plateau")
@@ -72,29 +73,29 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
 
     config: name, learning_rate, schedule, b1, b2, eps, weight_decay (times the step size), clip_norm (global norm, 0
     for none), momentum (Muon's) and plateau with window (updates averaged into one value), patience (windows without
-    improvement before a halving), min_improvement (relative) and halvings (most of them).
+    improvement before a halving), min_improvement (relative) and halvings (most of them). mu_dtype, nu_dtype: how the
+    first and second moments of hidden matrices are kept, 'fp32' or 'bf16' (`moments.py`).
     axes: the model's nested dict of dimension names.
 
     Raises:
-      UserError: an unknown optimizer or schedule.
+      UserError: an unknown optimizer, schedule or dtype.
     """
     rate = schedule(config, steps=steps)
     if config["name"] not in OPTIMIZERS:
         raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {config['name']!r}")
     parts = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
     if config["name"] == "adamw":
-        parts.append(
-            optax.adamw(
-                rate,
-                b1=config["b1"],
-                b2=config["b2"],
-                eps=config["eps"],
-                weight_decay=config["weight_decay"],
-                mask=decay_mask(axes),
-            )
+        core = optax.adamw(
+            rate,
+            b1=config["b1"],
+            b2=config["b2"],
+            eps=config["eps"],
+            weight_decay=config["weight_decay"],
+            mask=decay_mask(axes),
         )
     else:
-        parts.append(_muon(config, rate, axes))
+        core = _muon(config, rate, axes)
+    parts.append(moments.stored(core, matrices=hidden_mask(axes), mu=config["mu_dtype"], nu=config["nu_dtype"]))
     if config["schedule"]["name"] == "plateau":
         plateau = config["schedule"]["plateau"]
         parts.append(
@@ -112,8 +113,7 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
 def _muon(config: Mapping[str, Any], rate: optax.Schedule, axes: Any) -> optax.GradientTransformation:
     """Muon for hidden matrices, AdamW for the rest, of which only decayed parameters decay (the output heads)."""
     dimensions = jax.tree.map(matrix_dimensions, axes, is_leaf=_is_names)
-    hidden = jax.tree.map(lambda d: d is not None, dimensions, is_leaf=_is_dimensions)
-    head_mask = jax.tree.map(lambda decays, muon: decays and not muon, decay_mask(axes), hidden)
+    head_mask = jax.tree.map(lambda decays, muon: decays and not muon, decay_mask(axes), hidden_mask(axes))
     return optax.chain(
         optax.contrib.muon(
             rate,
@@ -143,6 +143,11 @@ def _decay(mask: Any, rate: optax.Schedule, weight_decay: float) -> optax.Gradie
 def decay_mask(axes: Any) -> Any:
     """Nested dict of bool: does this parameter get weight decay? See the top of the file."""
     return jax.tree.map(_decays, axes, is_leaf=_is_names)
+
+
+def hidden_mask(axes: Any) -> Any:
+    """Nested dict of bool: is this parameter a hidden matrix? See the top of the file."""
+    return jax.tree.map(lambda names: matrix_dimensions(names) is not None, axes, is_leaf=_is_names)
 
 
 def _decays(names: tuple[str | None, ...]) -> bool:
@@ -184,7 +189,3 @@ def plateau_scale(opt_state: Any) -> jax.Array | float:
 
 def _is_names(leaf: Any) -> bool:
     return isinstance(leaf, tuple)
-
-
-def _is_dimensions(leaf: Any) -> bool:
-    return leaf is None or isinstance(leaf, optax.contrib.MuonDimensionNumbers)

@@ -6,11 +6,13 @@ so a run can be moved, resumed and sampled from without the files it was started
 
 import functools
 import pathlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from dalle_jax import checkpoint, distributed, sharding
 from dalle_jax import config as configs
@@ -18,6 +20,7 @@ from dalle_jax.data import sources
 from dalle_jax.data.lanes import Lanes
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.errors import UserError
+from dalle_jax.models import Model
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train import loop
 from dalle_jax.train.tasks import build_task
@@ -46,8 +49,7 @@ def train(
 
 def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, progress, beat) -> loop.Result:
     config = ml_collections.ConfigDict(config.to_dict())
-    mesh = sharding.make_mesh(config.mesh)
-    _check_batch(config, mesh)
+    _check_values(config)
     tokenizer = _tokenizer(config, workdir) if config.name == "transformer" else None
     _check_workdir(config, workdir)
     own = workdir / DVAE
@@ -55,6 +57,9 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
         task = build_task(ml_collections.ConfigDict({**config.to_dict(), "dvae": str(own)}))
     else:
         task = build_task(config)
+    mesh = make_mesh(config, task.model)
+    if progress and jax.process_index() == 0:
+        print(sharding.describe(mesh), file=sys.stderr)
     layout = task.model.config.layout if tokenizer else None
     batches, validation = _data(config, mesh, layout=layout, tokenizer=tokenizer)
     distributed.gather_json(None)  # nobody reads any more what the first process writes now
@@ -75,12 +80,24 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
         batches.close()
 
 
-def _check_batch(config: ml_collections.ConfigDict, mesh) -> None:
-    parts = sharding.batch_ways(mesh) * config.accumulate
-    if config.steps < 1 or config.accumulate < 1 or config.batch_size < 1 or config.batch_size % parts:
+def make_mesh(config: ml_collections.ConfigDict, model: Model, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` over `devices` (default: all), with every -1 chosen so that model and batch fit.
+
+    Raises:
+      UserError: no such mesh, with the nearest possible ones; see `sharding.make_mesh` and `sharding.demand`.
+    """
+    ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
+    return sharding.make_mesh(config.mesh, devices=devices, unfit=ask)
+
+
+def _check_values(config: ml_collections.ConfigDict) -> None:
+    for name in ("steps", "batch_size", "accumulate"):
+        if config[name] < 1:
+            raise UserError(f"expected config.{name} of at least 1, got {config[name]}: set --config.{name}=N")
+    if config.storage.offload and config.optimizer.name != "adamw":
         raise UserError(
-            f"expected config.steps of at least 1 and a config.batch_size that is a multiple of {parts} (devices that "
-            f"share a batch x accumulate), got {config.steps} and {config.batch_size}: change them or config.mesh"
+            f"expected config.optimizer.name = adamw with config.storage.offload, got {config.optimizer.name}: Muon "
+            "needs whole matrices, so leave one of them out"
         )
 
 

@@ -10,6 +10,7 @@ Everything random in update number t comes from fold_in(key, t), so a resumed ru
 lives here and nowhere else.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +20,39 @@ import optax
 from jax.sharding import Mesh
 
 from dalle_jax import sharding
+from dalle_jax.train import moments
 from dalle_jax.train import optimizer as optimizers
 from dalle_jax.train.task import Batch, Metrics, Task
 
 State = dict[str, Any]
 Update = Callable[[State, Any, Batch, jax.Array], tuple[State, Metrics]]
+ROUNDING = 2**31 - 1  # folded into an update's key for rounding, a number that no microbatch has
 
 
-def _fresh(task: Task, optimizer: optax.GradientTransformationExtraArgs, key: jax.Array) -> State:
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """How the state is kept between updates; what an update computes stays float32 or the model's `precision`.
+
+    params: dtype of the hidden matrices, 'fp32' or 'bf16', rounded at random after every update (`moments.py`). Then
+      their gradients are bfloat16 too; the moving average, embeddings, heads, gains and biases stay float32.
+    offload: the optimizer's moments (AdamW's alone) live in the hosts' memory; each update takes them through the
+      device, one stacked layer at a time. The device then holds the moments' bytes less at all times; during the
+      update the changes of all parameters come on top, 4 bytes each, so it pays where activations make the peak.
+    """
+
+    params: str = "fp32"
+    offload: bool = False
+
+    def __post_init__(self):
+        moments.dtype(self.params, key="config.storage.params")
+
+
+def _fresh(task: Task, optimizer: optax.GradientTransformationExtraArgs, key: jax.Array, storage: Storage) -> State:
     params = task.model.init(key)
+    kept = moments.dtype(storage.params, key="storage.params")
+    is_matrix = optimizers.hidden_mask(task.model.axes)
     return {
-        "params": params,
+        "params": jax.tree.map(lambda p, matrix: p.astype(kept) if matrix else p, params, is_matrix),
         "ema": jax.tree.map(jnp.copy, params),
         "opt_state": optimizer.init(params),
         "step": jnp.zeros([], jnp.int32),
@@ -37,9 +60,11 @@ def _fresh(task: Task, optimizer: optax.GradientTransformationExtraArgs, key: ja
     }
 
 
-def abstract_state(task: Task, optimizer: optax.GradientTransformationExtraArgs, *, mesh: Mesh) -> State:
+def abstract_state(
+    task: Task, optimizer: optax.GradientTransformationExtraArgs, *, mesh: Mesh, storage: Storage = Storage()
+) -> State:
     """The state as jax.ShapeDtypeStruct with shardings: nothing is allocated."""
-    shapes = jax.eval_shape(lambda key: _fresh(task, optimizer, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: _fresh(task, optimizer, key, storage), jax.random.key(0))
     params = sharding.shardings(task.model.abstract, task.model.axes, mesh)
     places = {
         "params": params,
@@ -48,13 +73,23 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformationExtraArgs,
         "step": sharding.replicated(mesh),
         "skipped": sharding.replicated(mesh),
     }
+    if storage.offload:
+        move = lambda s, place: sharding.on_host(place) if s.ndim else place  # noqa: E731
+        places["opt_state"] = jax.tree.map(move, shapes["opt_state"], places["opt_state"])
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformationExtraArgs, *, key: jax.Array, mesh: Mesh) -> State:
+def init_state(
+    task: Task,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    key: jax.Array,
+    mesh: Mesh,
+    storage: Storage = Storage(),
+) -> State:
     """A fresh state, built in place on the mesh: no array is ever whole on one device unless it is so small."""
-    places = jax.tree.map(lambda s: s.sharding, abstract_state(task, optimizer, mesh=mesh))
-    return jax.jit(lambda k: _fresh(task, optimizer, k), out_shardings=places)(key)
+    places = jax.tree.map(lambda s: s.sharding, abstract_state(task, optimizer, mesh=mesh, storage=storage))
+    return jax.jit(lambda k: _fresh(task, optimizer, k, storage), out_shardings=places)(key)
 
 
 def make_update(
@@ -65,17 +100,19 @@ def make_update(
     accumulate: int = 1,
     ema_decay: float = 0.0,
     ema_every: int = 1,
+    storage: Storage = Storage(),
 ) -> Update:
     """The jitted `update(state, frozen, batch, key) -> (state, metrics)`; the old state is donated.
 
-    accumulate: microbatches per batch; their gradients are averaged, so the batch size must be a multiple of it.
+    accumulate: microbatches per batch; their gradients are averaged in float32, so the batch size must be a multiple
+      of it.
     ema_decay: decay of the moving average, applied every `ema_every` updates; 0 keeps the average equal to the
       parameters. The transformer's paper value is 0.99 every 25 (appendix E), the dVAE's 0.999 every one (A.2).
 
     The metrics are the task's own, averaged over microbatches, and `loss`, `grad_norm` (before clipping), `skipped`
     (updates so far) and `plateau_scale` (what halving on plateaus has made of the step size).
     """
-    places = jax.tree.map(lambda s: s.sharding, abstract_state(task, optimizer, mesh=mesh))
+    places = jax.tree.map(lambda s: s.sharding, abstract_state(task, optimizer, mesh=mesh, storage=storage))
 
     def grads_of(params, frozen, batch, key, step):
         def loss(params):
@@ -95,25 +132,35 @@ def make_update(
             index, microbatch = part
             microbatch = jax.tree.map(lambda x: sharding.constrain(x, ("batch",) + (None,) * (x.ndim - 1)), microbatch)
             new = grads_of(params, frozen, microbatch, jax.random.fold_in(key, index), step)
-            return jax.tree.map(lambda a, b: a + b / accumulate, total, new), None
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / accumulate, total, new), None
 
         microbatch = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(lambda: grads_of(params, frozen, microbatch, key, step))
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
         return jax.lax.scan(one, zero, (jnp.arange(accumulate), parts))[0]
 
     def update(state, frozen, batch, key):
         with sharding.use(mesh):
-            params, step = state["params"], state["step"]
-            grads, metrics = accumulated(params, frozen, batch, jax.random.fold_in(key, step), step)
+            params, step, opt_state = state["params"], state["step"], state["opt_state"]
+            key = jax.random.fold_in(key, step)
+            grads, metrics = accumulated(params, frozen, batch, key, step)
+            grads, wide = moments.widened(grads), moments.widened(params)
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-            changes, opt_state = optimizer.update(grads, state["opt_state"], params, value=metrics["loss"])
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-            params = keep(optax.apply_updates(params, changes), params)
-            opt_state = keep(opt_state, state["opt_state"])
+            if storage.offload:
+                changes, opt_state = moments.update_from_host(
+                    optimizer, grads, opt_state, wide, value=metrics["loss"], keep=keep, axes=task.model.axes
+                )
+            else:
+                changes, new_opt_state = optimizer.update(grads, opt_state, wide, value=metrics["loss"])
+                opt_state = keep(new_opt_state, opt_state)
+            wide = optax.apply_updates(wide, changes)
+            new_params = moments.narrowed_like(wide, params, jax.random.fold_in(key, ROUNDING))
+            params = keep(new_params, params)
             decay = jnp.where((step + 1) % ema_every == 0, ema_decay, 1.0 if ema_decay else 0.0)
-            ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state["ema"], params)
+            average = lambda old, new: decay * old + (1.0 - decay) * new.astype(old.dtype)  # noqa: E731
+            ema = jax.tree.map(average, state["ema"], params)
             skipped = state["skipped"] + jnp.where(finite, 0, 1)
             state = {"params": params, "ema": ema, "opt_state": opt_state, "step": step + 1, "skipped": skipped}
             measured = {"grad_norm": grad_norm, "skipped": skipped}

@@ -1,0 +1,182 @@
+"""Parameters and moments in 16 bits: what is kept between updates is rounded, every update computes in float32.
+
+Only hidden matrices are ever kept in 16 bits; embeddings, output heads, gains and biases stay float32, as in the paper
+(section 2.4, guideline 2). bfloat16 has float32's range and 8 bits of significand: neighbours lie 0.4 to 0.8 % apart,
+and a change of less than half of that is lost by rounding to the nearest. So what moves slowly is rounded up or down
+at random with the right mean:
+
+    second moment    moves by 1 - b2 of itself, 4 % with b2 = 0.96 but 0.1 % with 0.999: nearest would freeze it
+    parameters       move by about step size / size of the weight, 0.1 % late in a run: nearest would freeze them
+    first moment     moves by 1 - b1 = 10 %: rounded to the nearest, as Optax does with mu_dtype
+
+The random bits depend on the number of the update alone, so a resumed run repeats them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dalle_jax.errors import UserError
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+class Stored(NamedTuple):
+    """State of `stored`: updates made, and the wrapped optimizer's state with its moments in 16 bits."""
+
+    count: jax.Array
+    inner: Any
+
+
+def dtype(name: str, *, key: str):
+    """The dtype of a config value.
+
+    Raises:
+      UserError: not one of DTYPES.
+    """
+    if name not in DTYPES:
+        raise UserError(f"{key} must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def round_at_random(x, key):
+    """float32 -> bfloat16: the neighbour below or above with the probabilities that make the mean x.
+
+    Infinities and NaN stay what they are, and so does what bfloat16 holds exactly.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # what is cut off, rounded up this often
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def widened(tree: Any) -> Any:
+    """The same tree with bfloat16 leaves as float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+def narrowed_like(tree: Any, like: Any, key) -> Any:
+    """float32 leaves rounded at random where `like` holds bfloat16; each leaf has its own random bits."""
+    leaves, structure = jax.tree.flatten(tree)
+    kept = structure.flatten_up_to(like)
+    return structure.unflatten(
+        round_at_random(x, jax.random.fold_in(key, index)) if old.dtype == jnp.bfloat16 else x
+        for index, (x, old) in enumerate(zip(leaves, kept, strict=True))
+    )
+
+
+def stored(
+    inner: optax.GradientTransformation, *, matrices: Any, mu: str, nu: str
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that keeps its first (`mu`) and second (`nu`) moments of the hidden matrices in these dtypes.
+
+    inner: one whose moments are called mu and nu, each a nested dict like the parameters (AdamW, Muon).
+    matrices: nested dict of bool, the parameters that count as hidden matrices.
+    mu, nu: 'fp32' or 'bf16'; with both 'fp32' it is `inner` itself.
+
+    Raises:
+      UserError: another dtype.
+    """
+    wanted = {
+        "mu": dtype(mu, key="config.optimizer.mu_dtype"),
+        "nu": dtype(nu, key="config.optimizer.nu_dtype"),
+    }
+    inner = optax.with_extra_args_support(inner)
+    if set(wanted.values()) == {jnp.float32}:
+        return inner
+    hidden = {_keys(path) for path, is_matrix in jax.tree_util.tree_leaves_with_path(matrices) if is_matrix}
+
+    def narrowed(state, key):
+        leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+        new = []
+        for index, (path, x) in enumerate(leaves):
+            moment = _moment(path)
+            if _keys(path) not in hidden or wanted.get(moment) != jnp.bfloat16:
+                new.append(x)
+            elif moment == "nu":
+                new.append(round_at_random(x, jax.random.fold_in(key, index)))
+            else:
+                new.append(x.astype(jnp.bfloat16))
+        return structure.unflatten(new)
+
+    def init(params):
+        return Stored(jnp.zeros([], jnp.int32), narrowed(inner.init(params), jax.random.key(0)))
+
+    def update(updates, state, params=None, **extra):
+        updates, new = inner.update(updates, widened(state.inner), params, **extra)
+        key = jax.random.fold_in(jax.random.key(0), state.count)
+        return updates, Stored(optax.safe_increment(state.count), narrowed(new, key))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def update_from_host(optimizer, grads, state, params, *, value, keep, axes):
+    """`optimizer.update` and keep(new state, old state) for a state whose arrays lie in host memory, and stay there.
+
+    The moments of stacked layers pass through the device one layer at a time, in a loop; those of the rest at once.
+    What is not at hand is stood in for by scalars: other gradients by their norms, so that clipping by the global norm
+    does not notice. So the optimizer must treat parameters element by element but for that norm: AdamW does, Muon
+    does not.
+
+    Returns: the changes of the parameters, on the device, and the new state.
+    """
+    stacked = {
+        _keys(path): names[0] == "layers"
+        for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    }
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+
+    def choose(tree, layers: bool):
+        """Arrays that are or are not stacked; None for the others and for counters."""
+        pick = lambda path, x: x if x.ndim and stacked[_keys(path)] == layers else None  # noqa: E731
+        return jax.tree_util.tree_map_with_path(pick, tree)
+
+    def filled(part, like, scalar):
+        return jax.tree.map(
+            lambda x, full: x if x is not None else full if not full.ndim else scalar.astype(full.dtype),
+            part,
+            like,
+            is_leaf=lambda x: x is None,
+        )
+
+    def update(grads_part, state_part, params_part):
+        here = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), state_part)
+        rest = jnp.sqrt(jnp.maximum(norm**2 - sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads_part)), 0.0))
+        others = sum(g is None for g in jax.tree.leaves(grads_part, is_leaf=lambda x: x is None))
+        old = filled(here, state, jnp.float32(0))
+        g = filled(grads_part, grads, rest / max(others, 1) ** 0.5)
+        changes, new = optimizer.update(g, old, filled(params_part, params, jnp.float32(0)), value=value)
+        new = keep(new, old)
+        back = jax.tree.map(
+            lambda x, part: None if part is None else jax.device_put(x, jax.memory.Space.Host),
+            new,
+            state_part,
+            is_leaf=lambda x: x is None,
+        )
+        picked = jax.tree.map(lambda c, g: None if g is None else c, changes, grads_part, is_leaf=lambda x: x is None)
+        return picked, back, new
+
+    parts = [tuple(choose(tree, layers) for tree in (grads, state, params)) for layers in (True, False)]
+    _, (layer_changes, layer_state) = jax.lax.scan(lambda _, xs: (None, update(*xs)[:2]), None, parts[0])
+    changes, rest_state, new = update(*parts[1])
+    join = lambda a, b: jax.tree.map(  # noqa: E731
+        lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None
+    )
+    counters = jax.tree.map(lambda old, x: None if old.ndim else x, state, new)
+    return join(layer_changes, changes), join(join(layer_state, rest_state), counters)
+
+
+def _moment(path) -> str | None:
+    """'mu' or 'nu' of .mu['blocks']['up']; another field's name or None for anything else."""
+    fields = [step.name for step in path if isinstance(step, jax.tree_util.GetAttrKey)]
+    return fields[-1] if fields else None
+
+
+def _keys(path) -> tuple[str, ...]:
+    """The nested dict's keys after the last field: the path of a parameter."""
+    keys: list[str] = []
+    for step in path:
+        keys = [*keys, step.key] if isinstance(step, jax.tree_util.DictKey) else []
+    return tuple(keys)

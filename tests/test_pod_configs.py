@@ -1,0 +1,55 @@
+"""The configs for pods: the sizes and bytes that their files promise, from abstract shapes; nothing is allocated."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from dalle_jax import config as configs
+from dalle_jax import sharding
+from dalle_jax.models import build
+from dalle_jax.train import optimizer, step
+from dalle_jax.train.task import Task
+
+
+def promised():
+    """Rows of the tables in the docstrings: config, mesh, island, parameters, MB a device of each kind and in total."""
+    for file in ("dvae", "transformer"):
+        for line in configs._module(configs._find(f"configs/{file}.py")).__doc__.splitlines():
+            cells = [cell.strip() for cell in line.split("|")][1:-1]
+            if len(cells) == 9 and " x " in cells[1]:
+                mesh = tuple(int(size) for size in cells[1].split(" x "))
+                island, parameters, *megabytes = [float(cell.replace(",", "")) for cell in cells[2:]]
+                yield pytest.param(f"configs/{file}.py:{cells[0]}", mesh, int(island), int(parameters), megabytes)
+
+
+def bytes_a_device(tree):
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def abstract_state(config, mesh):
+    model = build(config.name, config.model)
+    built = optimizer.build(config.optimizer, steps=config.steps, axes=model.axes)
+    storage = step.Storage(**config.storage)
+    return step.abstract_state(Task(config.name, model, loss=None), built, mesh=mesh, storage=storage)
+
+
+@pytest.mark.parametrize("spec, shape, island, parameters, megabytes", list(promised()))
+def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, island, parameters, megabytes):
+    config = configs.load(spec)
+    model = build(config.name, config.model)
+    assert model.num_params == parameters
+    ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
+    assert sharding.choose(config.mesh, math.prod(shape), island, unfit=ask) == shape
+    state = abstract_state(config, AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3))
+    # A gradient has its parameter's shape, dtype and place.
+    trees = [state["params"], state["opt_state"], state["ema"], state["params"]]
+    found = [bytes_a_device(tree) / 1e6 for tree in trees]
+    assert [f"{x:.1f}" for x in (*found, sum(found))] == [f"{x:.1f}" for x in megabytes]
+    ideal = 20 * parameters / (shape[1] * shape[2]) / 1e6
+    assert sum(found) < 1.02 * ideal  # everything large is cut
