@@ -265,19 +265,19 @@ def test_report_says_the_verdict_and_the_change(result):
 def test_the_smallest_change_is_one_that_was_compiled(result, monkeypatch):
     """The byte model proposes, the compiler decides: of all single changes only the one it accepts is reported."""
     lines, asked = [], result.job.changed({"model.remat": "full"})
-    size = memory.total(asked) - 1  # nearly fits: every single change is enough for the byte model
+    size = memory.total(asked) - 1  # nearly fits: most single changes are enough for the byte model
     chip = hardware.Chip("tiny", "gpu", size, asked.topology.chip.peak_flops, 1e12, 1e11, 1e10)
     job = Job(asked.config, topologies.Topology(chip, (1, 8)), asked.devices)
 
-    def only_two_microbatches(job):
-        return compiled.Verdict(fits=job.config.accumulate == 2, total_bytes=size, collectives=[])
+    def only_16_bits(job):
+        return compiled.Verdict(fits=job.config.storage.params == "bf16", total_bytes=size, collectives=[])
 
-    monkeypatch.setattr(search, "compile_update", only_two_microbatches)
+    monkeypatch.setattr(search, "compile_update", only_16_bits)
     first = search.examine(job)
     assert not first.verdict.fits
     (found,) = search.smallest_changes(first, tell=lines.append)
-    assert dict(found.changed) == {"accumulate": 2} and found.verdict.fits
-    assert lines[-1] == "trying --config.accumulate=2" and len(lines) > 1
+    assert dict(found.changed) == {"storage.params": "bf16"} and found.verdict.fits
+    assert lines[-1] == "trying --config.storage.params=bf16" and len(lines) > 1
 
 
 def test_roofline_names_what_binds(result):
