@@ -1,6 +1,6 @@
 """How long a training loop stands still for a checkpoint, and how long the checkpoint takes in the background.
 
-    python benchmarks/checkpoint.py --out /tmp/checkpoint --gigabytes 20.8      # 1.3 billion parameters x 16 bytes
+    python benchmarks/checkpoint.py --out DIR --gigabytes 20.8      # 1.3 billion parameters x 16 bytes
 
 The state is synthetic: parameters, their average and two moments in float32, cut along fsdp over all devices, in
 arrays like those of 24 layers of width 2048. "blocking" is the time until `save` returns; "next update" is what the
