@@ -77,13 +77,13 @@ class Job:
         return optimizers.build(self.config.optimizer, steps=self.config.steps, axes=self.task.model.axes)
 
     @property
-    def _storage(self) -> dict[str, Any]:
-        return {"storage": steps.Storage(**self.config.storage)} if "storage" in self.config else {}
+    def _storage(self) -> steps.Storage:
+        return steps.Storage(**self.config.storage)
 
     @functools.cached_property
     def state(self) -> steps.State:
         """The training state as jax.ShapeDtypeStruct with shardings."""
-        return steps.abstract_state(self.task, self.optimizer, mesh=self.mesh, **self._storage)
+        return steps.abstract_state(self.task, self.optimizer, mesh=self.mesh, storage=self._storage)
 
     @functools.cached_property
     def frozen(self) -> Any:
@@ -131,7 +131,7 @@ class Job:
             accumulate=self.config.accumulate,
             ema_decay=self.config.ema.decay,
             ema_every=self.config.ema.every,
-            **self._storage,
+            storage=self._storage,
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
         return update.lower(self.state, self.frozen, self.batch, key)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dalle_jax.errors import UserError
+from dalle_jax.models.transformer import REMAT
 from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import memory
 from dalle_jax.preflight import topology as topologies
@@ -18,7 +19,6 @@ from dalle_jax.preflight.job import Job, mesh_ways, wider_ways
 MOST_COMPILED = 4  # candidates that a search for changes compiles
 MOST_SWEPT = 12  # candidates that a sweep compiles, the fastest by the byte model and the roofline
 MARGIN = 1.15  # the byte model is trusted to this factor when it prunes
-LADDER = ("none", "attention", "dots", "full")  # of model.remat, from the most memory to the least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _options(job: Job) -> Iterator[list[dict[str, Any]]]:
     yield [{"accumulate": config.accumulate * 2**i} for i in range(1, 11) if job.sequences % 2**i == 0]
     yield [{"model.remat": remat} for remat in _remats(job) if config.model.remat != remat]
     yield [{"mesh.replica": -1, "mesh.fsdp": n} for n in _ways(job) if n > fsdp]
-    yield [{"optimizer.mu_dtype": "bf16", "optimizer.nu_dtype": "bf16"}] if "mu_dtype" in config.optimizer else []
-    yield [{"storage.params": "bf16"}] if "storage" in config else []
+    yield [{"optimizer.mu_dtype": "bf16", "optimizer.nu_dtype": "bf16"}]
+    yield [{"storage.params": "bf16"}]
 
 
 def _ways(job: Job) -> list[int]:
@@ -108,11 +108,7 @@ def _ways(job: Job) -> list[int]:
 
 
 def _remats(job: Job) -> list[str]:
-    if "remat" not in job.config.model:
-        return []
-    from dalle_jax.models.transformer import REMAT
-
-    return [name for name in LADDER if name in REMAT]
+    return list(REMAT) if "remat" in job.config.model else []
 
 
 def _more_chips(job: Job) -> list[tuple[dict[str, Any], Job]]:
