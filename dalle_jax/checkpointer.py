@@ -6,6 +6,7 @@ those that could not be written or were damaged since: training survives both.
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -57,6 +59,7 @@ class Checkpoints:
             policies.append(ocp.checkpoint_managers.EveryNSeconds(interval_secs=round(keep_every_hours * 3600)))
         self._policy = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
         self._writing: int | None = None  # step that is being saved
+        self._apart: Any = None  # the copy of the state that is written, see `_set_apart`
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
@@ -90,12 +93,27 @@ class Checkpoints:
         self._finish()
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
         self._writing = step
         try:
+            state = self._set_apart(state)
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
             self._manager.save(step, args=items, force=True)
         except Exception as error:  # Orbax, TensorStore and file systems raise many kinds
             self._failed(error)
+
+    def _set_apart(self, state: Any) -> Any:
+        """What may be written while the next update overwrites the state.
+
+        Orbax copies from the device to the host before `save` returns. Where the device is the host it copies nothing
+        and writes out of the arrays themselves, so that the next update could not overwrite them and would take new
+        memory for all of them, in the worst case slowly: while every core is busy writing. Hence a copy here, into the
+        memory of the copy before, as new memory costs several times as much as the copy itself.
+        """
+        if jax.default_backend() != "cpu":
+            return state
+        before, self._apart = self._apart, None
+        self._apart = jax.block_until_ready(_copy(state) if before is None else _copy_into(before, state))
+        return self._apart
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The state, laid out as `abstract` (ShapeDtypeStruct with shardings) says, and the position in the data.
@@ -122,6 +140,7 @@ class Checkpoints:
           UserError: an undamaged checkpoint holds other arrays than `abstract`.
         """
         self._finish()
+        self._apart = None  # its memory may be needed
         for step in reversed(self._steps()):
             problem = self._damage(step)
             if problem is None:
@@ -152,6 +171,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> None:
         step, self._writing = self._writing, None
+        self._apart = None  # whoever failed may still hold it
         newest = max(checkpoint.steps_in(self._folder), default=None)
         left = "there is no earlier one" if newest is None else f"the newest complete one is that of update {newest}"
         self._warn(
@@ -197,6 +217,18 @@ class Checkpoints:
         taken = {other.name for other in self._folder.iterdir()}
         number = next(i for i in range(1, len(taken) + 2) if f"{DAMAGED}-{path.name}-{i}" not in taken)
         return path.rename(self._folder / f"{DAMAGED}-{path.name}-{number}")
+
+
+@jax.jit
+def _copy(state: Any) -> Any:
+    return jax.tree.map(jnp.copy, state)
+
+
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _copy_into(memory: Any, state: Any) -> Any:
+    """The copy takes the place of `memory`, a tree like `state`."""
+    del memory
+    return jax.tree.map(jnp.copy, state)
 
 
 def _reason(error: Exception) -> str:

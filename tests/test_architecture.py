@@ -59,6 +59,7 @@ NNX_ALLOWED = {
 }  # fmt: skip
 # Compiled where arrays are made, updated, drawn for the log or decoded; a jit anywhere else hides a compilation.
 MAY_JIT = {
+    "checkpointer.py",  # the copy that is written
     "train/step.py",
     "train/replicas.py",
     "train/dvae_task.py",

@@ -1,12 +1,15 @@
 """Checkpoints and exported models: what comes back, and what is never read."""
 
+import asyncio
 import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import jax_array_handlers
 
 from dalle_jax import checkpoint, checkpointer, sharding
 from dalle_jax.errors import UserError
@@ -66,6 +69,35 @@ def test_the_arrays_may_be_overwritten_as_soon_as_save_returns(tmp_path):
     saver.close()
     reader = checkpointer.Checkpoints(tmp_path, keep=1)
     equal(reader.restore(3, abstract())[0], wanted)
+
+
+def test_an_update_in_place_stays_in_place_while_a_checkpoint_is_written(tmp_path, monkeypatch, request):
+    """The storage takes nothing until the gate opens; whoever still held the arrays would make the update copy them."""
+    change = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    gate, write = threading.Event(), jax_array_handlers._async_serialize_replica_slices
+
+    request.addfinalizer(gate.set)
+
+    async def held(*args, **options):
+        await asyncio.to_thread(gate.wait)
+        return await write(*args, **options)
+
+    monkeypatch.setattr(jax_array_handlers, "_async_serialize_replica_slices", held)
+    saver = checkpointer.Checkpoints(tmp_path, keep=9)
+    for step in (3, 4, 5):
+        now = state(step)
+        places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(now)]
+        saver.save(step, now, {})
+        after = jax.block_until_ready(change(now))
+        assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after)] == places
+        assert checkpoint.complete_steps(tmp_path) == list(range(3, step))
+        gate.set()
+        assert saver.latest() == step
+        gate.clear()
+    saver.close()
+    reader = checkpointer.Checkpoints(tmp_path, keep=9)
+    for step in (3, 4, 5):
+        equal(reader.restore(step, abstract())[0], state(step))
 
 
 @pytest.mark.parametrize("kind", ["empty", "temporary", "not committed"])

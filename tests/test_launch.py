@@ -232,8 +232,6 @@ def script(*words, **environment):
     )
 
 
-
-
 @pytest.mark.parametrize(
     ("status", "restarts", "requeued"),
     [(0, "", False), (2, "", False), (75, "", True), (75, "49", True), (75, "50", False), (137, "3", True)],
