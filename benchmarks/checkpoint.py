@@ -88,8 +88,8 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "command": f"python benchmarks/checkpoint.py --gigabytes {args.gigabytes:g} --saves {args.saves} --out DIR",
-        "machine": f"{len(jax.devices())} device(s) of kind {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, "
-        f"load average {load} before the saves, Python {platform.python_version()}, JAX {jax.__version__}",
+        "machine": f"{len(jax.devices())} device(s) of kind {jax.devices()[0].device_kind}, {os.cpu_count()} CPU "
+        f"cores, load average {load} before the saves, Python {platform.python_version()}, JAX {jax.__version__}",
         "gigabytes": round(size / 1e9, 2),
         "update_alone": round(alone, 3),
         "saves": saves,

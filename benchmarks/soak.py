@@ -12,29 +12,35 @@ Goodput. A tiny model makes an update in milliseconds and writes a checkpoint a 
 about a run whose updates take seconds. What a fault and a checkpoint cost is therefore measured, and the time between
 faults, T, is simulated:
 
-    R  seconds from the last sign of life of a killed process to the first update after it, compiled (the ledger's
-       down + init + compile, by start; programs come from JAX's compilation cache, as the launchers set it up)
-    d  seconds that the loop waits for a checkpoint
+    R  seconds from a kill to the end of the first update after it (the ledger's down + init + compile, without what
+       the killed process did after its last entry), the mean over the restarts that no further kill cut off; programs
+       come from JAX's compilation cache, as the launchers set it up
+    d  seconds that the loop waits for a checkpoint, of the straight run; its wait for the last one's end is in it
     C  seconds between checkpoints, the best for these: sqrt(2 d T) (Young 1974)
 
     goodput = T / (T + R + C / 2 + d T / C)        C / 2: the updates that a fault loses
+
+The figures go into benchmarks/results/soak.md and .json, one row for each number of processes.
 """
 
 import argparse
+import datetime
 import json
 import math
 import os
 import pathlib
+import platform
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 STEPS, EVERY = 2_000, 50
-ALONE = 500  # updates between checkpoints of the straight run: one is complete before the next begins
+ALONE = 200  # updates between checkpoints of the straight run: one is complete before the next begins
 EXIT_RESTART = 75  # of a process whose peer was killed: the launchers start it again
 MOMENTS = ("in training", "in a write", "at any moment", "in a write")
 CONFIG = {
@@ -43,6 +49,8 @@ CONFIG = {
     "model.patch": 4, "processes.start_seconds": 30, "processes.hang_seconds": 15, "processes.compile_seconds": 60,
     "data.image_size": 32, "data.train": "scenes:train@32", "data.validation": "", "data.threads": 1,
 }  # fmt: skip
+FAULTS = (3, 5, 10, 30)  # minutes between two
+RESULTS = pathlib.Path(__file__).parent / "results"
 LIMIT = 600  # seconds that a single start may take
 
 
@@ -53,8 +61,10 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=STEPS, help="updates of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     args.out.mkdir(parents=True)
+    load = os.getloadavg()[0]
     soak = Soak(args)
     print(f"straight run of {args.steps} updates on {args.processes} process(es)", flush=True)
     start = time.monotonic()
@@ -68,7 +78,26 @@ def main() -> int:
     found = soak.inspect("killed")
     same = all(found[key] == wanted[key] for key in ("state_sha256", "parameters_sha256", "step", "data"))
     print(f"{kills} kills, state sha256 {found['state_sha256']}: {'the same' if same else 'NOT THE SAME'}")
-    soak.print_goodput(wanted["goodput"], found["goodput"])
+    restart = statistics.mean(soak.restarts)
+    write = wanted["goodput"]["seconds"]["checkpoint"] / math.ceil(args.steps / ALONE)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python benchmarks/soak.py --processes {args.processes} --kills {args.kills} --steps {args.steps} "
+        f"--seed {args.seed} --out DIR",
+        "machine": f"{os.cpu_count()} CPU cores, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after, "
+        f"Python {platform.python_version()}",
+        "kills": kills,
+        "same": same,
+        "state_sha256": [wanted["state_sha256"], found["state_sha256"]],
+        "seconds_straight": wanted["goodput"]["seconds"],
+        "seconds_killed": found["goodput"]["seconds"],
+        "restarts": [round(seconds, 2) for seconds in soak.restarts],
+        "restart_cpu": round(statistics.mean(soak.cpu), 2),
+        "R": round(restart, 2),
+        "d": round(write, 3),
+        "goodput": {str(minutes): goodput(60 * minutes, restart, write) for minutes in FAULTS},
+    }
+    write_results(args.results, args.processes, result)
     return 0 if same and kills == args.kills else 1
 
 
@@ -78,6 +107,7 @@ class Soak:
         cpu = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str((args.out / "programs").absolute())}
         cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
         self._environment = os.environ | cpu | cache
+        self.restarts, self.cpu = [], []  # seconds of those that could be measured
 
     def start(self, name: str, *, every: int = EVERY) -> None:
         """All processes of one run, in the background."""
@@ -111,22 +141,26 @@ class Soak:
 
     def kill_and_resume(self, name: str, seconds: float) -> int:
         """Kills until there were enough and lets the run end; how many there were. seconds: of all its updates."""
-        kills, folder = 0, self._args.out / name / "checkpoints"
+        kills, folder, before = 0, self._args.out / name / "checkpoints", None
         while True:
             self.start(name)
-            kind = MOMENTS[kills % len(MOMENTS)]
+            kind, newest = MOMENTS[kills % len(MOMENTS)], self._newest(folder)
             if kills == self._args.kills or not self._wait_for(kind, folder, seconds / self._args.kills):
                 code = self.wait()
                 if code == 0:
                     return kills
                 if code == EXIT_RESTART:
+                    before = None
                     continue
                 raise SystemExit(f"a start after {kills} kills ended with {self.codes()}: see {name}.log")
             chosen = self._processes if self._random.random() < 0.5 else [self._random.choice(self._processes)]
+            killed = time.time()
             for process in chosen:
                 process.send_signal(signal.SIGKILL)
             self.wait()
             kills += 1
+            trained = kind != "at any moment" and self._newest(folder) > newest
+            before = self._measure(self._args.out / name, killed, before) if trained else None
             left = sorted(path.name for path in folder.glob("*tmp*")) if folder.is_dir() else []
             print(
                 f"  kill {kills} of {len(chosen)} process(es) {kind}: update {self._newest(folder)} is safe, "
@@ -134,12 +168,24 @@ class Soak:
                 flush=True,
             )
 
+    def _measure(self, workdir: pathlib.Path, killed: float, before: tuple[float, float] | None) -> tuple[float, float]:
+        """Notes what the start that was just killed took until it trained, if the kill before it is known too.
+
+        Returns the ledger's seconds of restarting, and those of this process that it doesn't have.
+        """
+        ledger = json.loads((workdir / "goodput.json").read_text())
+        spent = sum(ledger["seconds"][kind] for kind in ("down", "init", "compile"))
+        if before is not None:
+            self.restarts.append(spent - before[0] - before[1])
+        return spent, max(0.0, killed - ledger["time"])
+
     def _wait_for(self, kind: str, folder: pathlib.Path, seconds: float) -> bool:
         """Sleeps until it is time to kill; False if the run ended before. seconds: of training between two kills."""
         if kind == "at any moment":
             return self._sleep(lambda: False, self._random.uniform(0, 10))
         newest = self._newest(folder)
         alive = self._sleep(lambda: self._newest(folder) > newest, LIMIT)  # it has made its way
+        self.cpu += [_cpu_seconds(process.pid) for process in self._processes[:1] if alive]
         alive = alive and self._sleep(lambda: False, self._random.uniform(0, seconds / 2))
         if kind == "in a write":
             alive = alive and self._sleep(lambda: bool(list(folder.glob("*tmp*"))), LIMIT)
@@ -158,19 +204,55 @@ class Soak:
     def _newest(self, folder: pathlib.Path) -> int:
         return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 
-    def print_goodput(self, straight: dict, killed: dict) -> None:
-        print(f"seconds by kind, straight: {straight['seconds']}")
-        print(f"seconds by kind, killed:   {killed['seconds']}, {killed['starts']} starts")
-        restart = sum(killed["seconds"][kind] for kind in ("down", "init", "compile")) / killed["starts"]
-        write = straight["seconds"]["checkpoint"] / (self._args.steps / ALONE)
-        for minutes in (3, 5, 10, 30):
-            between = 60 * minutes
-            every = math.sqrt(2 * write * between)
-            cost = restart + every / 2 + write * between / every
-            print(
-                f"a fault every {minutes:2d} min: {between} / ({between} + {restart:.1f} + {every / 2:.1f} + "
-                f"{write * between / every:.1f}) = {between / (between + cost):.1%}, a checkpoint every {every:.0f} s"
-            )
+
+def goodput(between: float, restart: float, write: float) -> dict[str, float]:
+    """Of a run with a fault every `between` seconds; the terms of the docstring above."""
+    every = math.sqrt(2 * write * between)
+    share = between / (between + restart + every / 2 + write * between / every)
+    return {"checkpoint_every": round(every, 1), "goodput": round(share, 4)}
+
+
+def write_results(folder: pathlib.Path, processes: int, result: dict) -> None:
+    """soak.json keeps the newest result of each number of processes; soak.md shows them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "soak.json"
+    results = (json.loads(path.read_text()) if path.exists() else {}) | {str(processes): result}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    lines = ["# Killed and started again", ""]
+    for count, found in sorted(results.items()):
+        lines += [f"{count} process(es), {found['date']}; {found['machine']}.", "", f"    {found['command']}", ""]
+    lines += [
+        "| processes | kills | state sha256 | restarts measured | R, s (lowest to highest) | CPU s of one | d, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for count, found in sorted(results.items()):
+        same = "the same" if found["same"] else "NOT THE SAME"
+        low, high = min(found["restarts"]), max(found["restarts"])
+        lines.append(
+            f"| {count} | {found['kills']} | {same} | {len(found['restarts'])} | {found['R']:.1f} ({low:.1f} to "
+            f"{high:.1f}) | {found['restart_cpu']:.1f} | {found['d']:.3f} |"
+        )
+    lines += [
+        "",
+        "CPU seconds: from the start of the process to its first new checkpoint.",
+        "",
+        "| processes | a fault every | T / (T + R + C / 2 + d T / C) | goodput | checkpoint every C |",
+        "|---|---|---|---|---|",
+    ]
+    for count, found in sorted(results.items()):
+        for minutes, row in found["goodput"].items():
+            between, every = 60 * int(minutes), row["checkpoint_every"]
+            terms = f"{found['R']:.1f} + {every / 2:.1f} + {found['d'] * between / every:.1f}"
+            cells = f"{between} / ({between} + {terms}) | {row['goodput']:.1%} | {every:.0f} s"
+            lines.append(f"| {count} | {minutes} min | {cells} |")
+    (folder / "soak.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process that runs, by Linux; its threads included."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _free_port() -> int:

@@ -4,6 +4,7 @@ What a checkpoint is made of stands in `checkpoint.py`. Here is when one is comp
 those that could not be written or were damaged since: training survives both.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -60,6 +61,8 @@ class Checkpoints:
         self._policy = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
         self._writing: int | None = None  # step that is being saved
         self._apart: Any = None  # the copy of the state that is written, see `_set_apart`
+        self._starter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._started: concurrent.futures.Future | None = None  # Orbax's `save`, where it runs in the background
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
@@ -97,7 +100,11 @@ class Checkpoints:
         try:
             state = self._set_apart(state)
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
-            self._manager.save(step, args=items, force=True)
+            start = functools.partial(self._manager.save, step, args=items, force=True)
+            if self._apart is not None and jax.process_count() == 1:  # several agree in it, in their main threads
+                self._started = self._starter.submit(start)
+            else:
+                start()
         except Exception as error:  # Orbax, TensorStore and file systems raise many kinds
             self._failed(error)
 
@@ -158,16 +165,19 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._finish()
+        self._starter.shutdown()
         self._manager.close()
 
     def _finish(self) -> None:
         if self._writing is None:
             return
         try:
+            if self._started is not None:
+                self._started.result()
             self._manager.wait_until_finished()
         except Exception as error:  # of the background threads
             self._failed(error)
-        self._writing = None
+        self._writing, self._started = None, None
 
     def _failed(self, error: Exception) -> None:
         step, self._writing = self._writing, None

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -19,7 +20,7 @@ from line_task import LINE, MODEL, Numbers, config, train
 
 from dalle_jax import checkpoint, checkpointer, digest, sharding
 from dalle_jax.errors import UserError
-from dalle_jax.train import goodput, metrics, optimizer, rollback, step
+from dalle_jax.train import goodput, loop, metrics, optimizer, rollback, step
 
 
 def digest_of(workdir):
@@ -132,11 +133,23 @@ def wait_for(condition, *, seconds=60):
 
 def train_on_a_disk_that_is_full_for_a_while(workdir):
     """The kernel refuses files above a size during updates 7 to 9, as it refuses all on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, made = resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    class Noted(checkpointer.Checkpoints):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    def tried():
+        return made[0]._started.done() and all(thread.name != "save_finalize" for thread in threading.enumerate())
+
+    loop.Checkpoints = Noted
 
     def full(n, state):
         if n == 7:
             wait_for(lambda: checkpoint.complete_steps(workdir) == [4])
+        if n == 9:
+            wait_for(tried)
         if n in (7, 9):
             resource.setrlimit(resource.RLIMIT_FSIZE, (64 if n == 7 else before[0], before[1]))
 
