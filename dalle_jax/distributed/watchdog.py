@@ -2,6 +2,7 @@
 
 import atexit
 import collections
+import contextlib
 import faulthandler
 import itertools
 import json
@@ -14,7 +15,7 @@ import time
 
 import jax
 
-from dalle_jax.distributed import store
+from dalle_jax.distributed import lines, store
 from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART, EXIT_USER_ERROR, UserError
 
 # How an error begins that may only say that the connection to a process was lost.
@@ -33,25 +34,34 @@ class Watchdog:
     for `timeout_seconds` (killed, frozen, its machine gone) and, if all still publish, at the one with the fewest
     beats, for which the others wait, as all go through the same phases. If it is in its phase for longer than
     `timeout_seconds`, it hangs; the first two times of every phase, in which programs are compiled and connections
-    made, may take `first_seconds`. The others watch for the silence of process 0. Whoever finds something prints rank,
-    host, step and phase on stderr, then its own Python stacks, and ends with `EXIT_RESTART` by os._exit, because
-    threads that wait in a collective never return. All end within 1.5 x timeout_seconds. Only where process 0 is killed
-    outright JAX is faster: it aborts the others at once (SIGABRT), with a message that names the coordination service,
-    which is process 0.
+    made, may take `first_seconds`, and the time before the first other phase `start_seconds`. The others watch for the
+    silence of process 0. Whoever finds something prints rank, host, step and phase on stderr, then its own Python
+    stacks, and ends with `EXIT_RESTART` by os._exit, because threads that wait in a collective never return. A process
+    that dies is found sooner, as its connection to process 0 closes (`lines.py`); all others end within 1.5 x
+    timeout_seconds. Only where process 0 is killed outright JAX is faster: it aborts the others at once (SIGABRT), with
+    a message that names the coordination service, which is process 0.
 
     An exception that leaves the block ends the others at once, with the status that this process ends with. An error
     that may only say that the connection to a dead process was lost first waits for the watchdog. With one process
     nothing is watched.
     """
 
-    def __init__(self, timeout_seconds: float, *, first_seconds: float | None = None):
-        """timeout_seconds: more than twice the longest update. first_seconds: at least as long, the default."""
+    def __init__(
+        self, timeout_seconds: float, *, first_seconds: float | None = None, start_seconds: float | None = None
+    ):
+        """timeout_seconds: more than twice the longest update. first_seconds: at least as long, the default.
+
+        start_seconds: of the phase 'start', in which the processes connect; default first_seconds.
+        """
         self._timeout = timeout_seconds
         self._first = max(timeout_seconds, first_seconds or 0.0)
+        self._start = start_seconds or self._first
         self._interval = min(max(timeout_seconds / 20, 0.05), 5.0)
         self._times_in: collections.Counter[str] = collections.Counter()
         self._beats = 0
         self._client, self._ended, self._ending = None, threading.Event(), threading.Lock()
+        self._switchboard: lines.Switchboard | None = None
+        self._line: lines.Line | None = None
         self.beat(0, "start")
 
     def beat(self, step: int, phase: str) -> None:
@@ -59,6 +69,8 @@ class Watchdog:
         self._times_in[phase] += 1
         self._beats += 1
         allowed = self._first if self._times_in[phase] <= 2 else self._timeout
+        if phase == "start":
+            allowed = self._start
         self._beat = (time.monotonic(), self._beats, step, phase, allowed)
 
     def __enter__(self) -> "Watchdog":
@@ -68,8 +80,11 @@ class Watchdog:
         self._rank, self._count = store.place()
         self._root, self._published = f"{store.ROOT}/watchdog/{next(_watchdogs)}", 0
         watched = range(self._count) if self._rank == 0 else (0,)
-        self._peers = {rank: _Peer(rank, time.monotonic(), self._first) for rank in watched}
+        self._peers = {rank: _Peer(rank, time.monotonic(), self._start) for rank in watched}
         self._answered = time.monotonic()  # when process 0 last answered
+        if self._rank == 0:
+            self._switchboard = lines.Switchboard(store.coordinator().rsplit(":", 1)[0].strip("[]"), self._gone)
+            self._client.key_value_set(f"{self._root}/lines", self._switchboard.address)
         self._threads = [
             threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
             for work in (self._talk, self._judge)
@@ -88,6 +103,8 @@ class Watchdog:
             thread.join(self._timeout)
         if error is None:
             self._publish(done=True)
+            if self._line is not None:
+                self._line.close()
 
     def _fail(self, error: BaseException) -> None:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -95,12 +112,12 @@ class Watchdog:
         if LOST.match(line) and not isinstance(error, UserError):
             self._say(f"{message}; looking for a process that is gone")
             time.sleep(1.5 * self._timeout)  # the watchdog's threads may end this process meanwhile
-        store.put_first(self._client, f"{self._root}/verdict", json.dumps([code, message]))
+        self._decide(code, message)
         atexit.register(self._leave, code)  # before JAX's own, which would wait for processes that are gone
 
     def _leave(self, code: int) -> None:
-        if self._rank == 0:
-            time.sleep(3 * self._interval)  # the others learn of it through process 0
+        if self._rank == 0:  # the others learn of it through process 0
+            time.sleep(min(1.0, self._interval) if self._told_all() else 3 * self._interval)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -108,6 +125,8 @@ class Watchdog:
     # One thread talks to process 0, which may never answer; another one judges by what is known.
 
     def _talk(self) -> None:
+        if self._rank != 0:
+            self._connect()
         while not self._ended.is_set():
             try:
                 self._publish()
@@ -116,6 +135,21 @@ class Watchdog:
             except jax.errors.JaxRuntimeError:
                 pass  # counts as no answer
             self._ended.wait(self._interval)
+
+    def _connect(self) -> None:
+        until, address = time.monotonic() + self._start, None
+        with contextlib.suppress(jax.errors.JaxRuntimeError, OSError):  # without a connection the beats must do
+            while address is None and time.monotonic() < until and not self._ended.wait(self._interval):
+                address = store.get(self._client, f"{self._root}/lines")
+            self._line = lines.Line(address, self._rank, self._end) if address else None
+
+    def _gone(self, rank: int) -> None:
+        """Called in process 0 when the connection of a process has closed without a goodbye."""
+        verdict = store.get(self._client, f"{self._root}/verdict")  # it may have left with one
+        if verdict is not None:
+            self._end(*json.loads(verdict))
+        elif not self._ended.is_set():
+            self._end(EXIT_RESTART, f"{self._peers[rank]} is gone: its connection has closed")
 
     def _publish(self, *, done: bool = False) -> None:
         since, *place, allowed = self._beat
@@ -172,8 +206,17 @@ class Watchdog:
         if code == EXIT_RESTART:  # nobody knows why: where is everybody?
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         if self._rank == 0:
-            store.put_first(self._client, f"{self._root}/verdict", json.dumps([code, message]))
+            self._decide(code, message)
         self._leave(code)
+
+    def _decide(self, code: int, message: str) -> None:
+        """The verdict for everybody, in the store and over the connections."""
+        store.put_first(self._client, f"{self._root}/verdict", json.dumps([code, message]))
+        if self._switchboard is not None:
+            self._switchboard.tell(code, message)
+
+    def _told_all(self) -> bool:
+        return self._switchboard is not None and self._switchboard.joined == self._count - 1
 
     def _name(self) -> str:
         return f"process {self._rank} of {self._count} ({socket.gethostname()})"

@@ -43,7 +43,11 @@ def train(
         that cannot be written or belongs to another config.
     """
     limits = config.processes
-    with distributed.Watchdog(limits.hang_seconds, first_seconds=limits.compile_seconds) as watchdog:
+    with distributed.Watchdog(
+        limits.hang_seconds, first_seconds=limits.compile_seconds, start_seconds=limits.start_seconds
+    ) as watchdog:
+        distributed.gather_json(None)  # the first collective connects all; until it is done the job is starting
+        watchdog.beat(0, "prepare")
         return _train(config, pathlib.Path(workdir), hooks=hooks, progress=progress, beat=watchdog.beat)
 
 
