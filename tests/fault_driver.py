@@ -15,9 +15,13 @@ HANG_SECONDS = 4.0
 def work(folder: pathlib.Path, count: int, rank: int, what: str, who: int) -> None:
     """Updates that are nothing but a collective, until `what` happens to process `who` in the fifth.
 
-    With 'nothing', `who` wants to stop after the eighth.
+    With 'nothing', `who` wants to stop after the eighth; with 'stall' it never begins.
     """
-    with distributed.Watchdog(HANG_SECONDS, first_seconds=60) as watchdog:
+    if what == "stall" and rank == who:
+        (folder / "began").write_text(str(time.time()))
+        time.sleep(600)
+    start_seconds = HANG_SECONDS if what == "stall" else 60
+    with distributed.Watchdog(HANG_SECONDS, first_seconds=60, start_seconds=start_seconds) as watchdog:
         for step in range(1, 2000):
             watchdog.beat(step, "update")
             values = [{"step": step, "rank": r, "text": "x" * step} for r in range(count)]

@@ -20,6 +20,7 @@ FAULTS = {
     ("freeze", 1): (EXIT_RESTART, "process 1 (HOST), last seen in step"),
     ("freeze", 0): (EXIT_RESTART, "process 0 (HOST), last seen in step"),
     ("hang", 1): (EXIT_RESTART, "process 1 (HOST), last seen in step 5, phase 'update', has made no progress"),
+    ("stall", 1): (EXIT_RESTART, "process 1 (host unknown), last seen in step 0, phase 'start', has given no sign of"),
     ("wrong", 1): (EXIT_USER_ERROR, "process 1 of 2 (HOST) failed: expected a usable record, got none"),
     # JAX ends the others at once: they have lost the coordination service, which is process 0.
     ("kill", 0): (-signal.SIGABRT, "Polled an error from coordination service"),  # and see the test

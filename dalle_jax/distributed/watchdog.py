@@ -87,7 +87,7 @@ class Watchdog:
             self._client.key_value_set(f"{self._root}/lines", self._switchboard.address)
         self._threads = [
             threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
-            for work in (self._talk, self._judge)
+            for work in (self._talk, self._judge, *([self._connect] if self._rank else []))
         ]
         for thread in self._threads:
             thread.start()
@@ -122,11 +122,9 @@ class Watchdog:
         sys.stderr.flush()
         os._exit(code)
 
-    # One thread talks to process 0, which may never answer; another one judges by what is known.
+    # One thread talks to process 0, which may never answer; another one judges by what is known; a third connects.
 
     def _talk(self) -> None:
-        if self._rank != 0:
-            self._connect()
         while not self._ended.is_set():
             try:
                 self._publish()
