@@ -1,8 +1,11 @@
 """How processes find each other, agree, and end when one of them is gone: two real ones on this machine."""
 
 import itertools
+import json
 import os
+import queue
 import signal
+import socket
 import time
 
 import fault_driver
@@ -11,7 +14,7 @@ import processes
 import pytest
 
 from dalle_jax import cli, distributed, sharding
-from dalle_jax.distributed import agreement, meeting, store, watchdog
+from dalle_jax.distributed import agreement, lines, meeting, store, watchdog
 from dalle_jax.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
 
 # What happens to which process -> status of the other one, and what that says of the first.
@@ -170,6 +173,24 @@ def watching(*beats, timeout=10.0, first=100.0):
         if beat is not None:
             dog._peers[rank].note([1, f"host{rank}", *beat, False], 0.0)
     return dog
+
+
+def test_a_connection_tells_a_death_from_a_goodbye_and_carries_the_verdict():
+    gone, heard = queue.Queue(), queue.Queue()
+    board = lines.Switchboard("localhost", gone.put)
+    one, two = (lines.Line(board.address, rank, lambda *verdict: heard.put(verdict)) for rank in (1, 2))
+    host, port, key = json.loads(board.address)
+    stranger = lines.Line(json.dumps([host, port, key[::-1]]), 3, lambda *verdict: heard.put("a stranger"))
+    until = time.monotonic() + 30
+    while board.joined < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    board.tell(75, "process 4 is gone")
+    assert [heard.get(timeout=30) for _ in range(2)] == [(75, "process 4 is gone")] * 2
+    stranger.close()
+    one.close()
+    two._line.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that died
+    assert gone.get(timeout=30) == 2
+    assert board.joined == 2 and gone.empty() and heard.empty()
 
 
 def test_what_hangs_at_the_start_has_the_time_of_the_start():

@@ -178,7 +178,8 @@ def run(
                 ledger.tick()
             beat(saved, "end")
             report.finish()
-            report.draw_curves()
+            with ledger.during("look"):
+                report.draw_curves()
             with ledger.during("checkpoint"):
                 newest = checkpoints.latest() or 0
             if newest != saved:
