@@ -7,16 +7,19 @@ through), nothing is lost but time: the watchdog's beats find the same.
 
 import contextlib
 import json
+import resource
 import secrets
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 KEY_BYTES = 16
 GOODBYE = b"goodbye\n"
 CONNECT_SECONDS = 10.0
 LINE = 4096  # bytes; a verdict is shorter
+IDLE_SECONDS = 60  # then the kernel asks whether the other end is there, which also keeps firewalls from forgetting it
 
 
 class Switchboard:
@@ -27,7 +30,12 @@ class Switchboard:
     """
 
     def __init__(self, host: str, on_gone: Callable[[int], None]):
-        """host: a name of this machine that the others can resolve."""
+        """host: a name of this machine that the others can resolve.
+
+        Raises:
+          OSError: nothing can listen here.
+        """
+        _allow_many_files()
         self._on_gone, self._key = on_gone, secrets.token_hex(KEY_BYTES)
         self._listening = socket.create_server(("", 0), backlog=1024)
         self.address = json.dumps([host, self._listening.getsockname()[1], self._key])
@@ -48,13 +56,16 @@ class Switchboard:
         while True:
             for ready, _ in self._selector.select():
                 if ready.fileobj is self._listening:
-                    with contextlib.suppress(OSError):
+                    try:
                         self._accept(self._listening.accept()[0])
+                    except OSError:
+                        time.sleep(1)  # the next one may find room
                 else:
                     self._read(ready.fileobj)
 
     def _accept(self, line: socket.socket) -> None:
         line.settimeout(CONNECT_SECONDS)
+        _keep_alive(line)
         key, _, rank = line.recv(LINE).decode(errors="replace").strip().partition(" ")
         if secrets.compare_digest(key.encode(), self._key.encode()) and rank.isdigit():
             with self._lock:
@@ -88,6 +99,7 @@ class Line:
         self._line = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
         self._line.sendall(f"{key} {rank}\n".encode())
         self._line.settimeout(None)
+        _keep_alive(self._line)
         self._on_verdict = on_verdict
         threading.Thread(target=self._listen, name="watchdog line", daemon=True).start()
 
@@ -102,3 +114,16 @@ class Line:
         with contextlib.suppress(OSError):
             self._line.sendall(GOODBYE)
             self._line.shutdown(socket.SHUT_RDWR)
+
+
+def _keep_alive(line: socket.socket) -> None:
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_SECONDS)
+
+
+def _allow_many_files() -> None:
+    """A thousand processes are two thousand connections in process 0, JAX's own included; the usual limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

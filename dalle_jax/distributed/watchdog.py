@@ -83,8 +83,9 @@ class Watchdog:
         self._peers = {rank: _Peer(rank, time.monotonic(), self._start) for rank in watched}
         self._answered = time.monotonic()  # when process 0 last answered
         if self._rank == 0:
-            self._switchboard = lines.Switchboard(store.coordinator().rsplit(":", 1)[0].strip("[]"), self._gone)
-            self._client.key_value_set(f"{self._root}/lines", self._switchboard.address)
+            with contextlib.suppress(OSError):  # without connections the beats must do
+                self._switchboard = lines.Switchboard(store.coordinator().rsplit(":", 1)[0].strip("[]"), self._gone)
+                self._client.key_value_set(f"{self._root}/lines", self._switchboard.address)
         self._threads = [
             threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
             for work in (self._talk, self._judge, *([self._connect] if self._rank else []))
@@ -136,7 +137,7 @@ class Watchdog:
 
     def _connect(self) -> None:
         until, address = time.monotonic() + self._start, None
-        with contextlib.suppress(jax.errors.JaxRuntimeError, OSError):  # without a connection the beats must do
+        with contextlib.suppress(jax.errors.JaxRuntimeError, OSError):
             while address is None and time.monotonic() < until and not self._ended.wait(self._interval):
                 address = store.get(self._client, f"{self._root}/lines")
             self._line = lines.Line(address, self._rank, self._end) if address else None
