@@ -7,6 +7,7 @@ machine): fsdp inside islands and replica across them is the hybrid layout, fsdp
 Knows nothing of any model.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +69,7 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = choose(sizes, len(devices), island_size(devices), unfit=unfit)
-    return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_arranged(shape, tuple(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def choose(
@@ -168,6 +169,11 @@ def _inside(shape: Shape, island: int) -> Shape:
 
 def _along_islands(shape: Shape, island: int) -> bool:
     return shape[0] % _inside(shape, island)[0] == 0
+
+
+@functools.lru_cache(maxsize=64)  # seconds for a thousand devices, and preflight asks for the same shapes again
+def _arranged(shape: Shape, devices: tuple[jax.Device, ...]) -> np.ndarray:
+    return _arrange(shape, devices)
 
 
 def _arrange(shape: Shape, devices: Sequence[jax.Device]) -> np.ndarray:
