@@ -19,7 +19,7 @@ gradients, all in float32. Activations come on top.
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configs.base import base, fields
+from dalle_jax.configs.base import base, fields, watch
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.train.dvae_task import Cosine, Objective
@@ -37,6 +37,7 @@ def paper() -> ConfigDict:
     optimizer.learning_rate, optimizer.weight_decay = 1e-4, 1e-4
     optimizer.schedule.update(name="cosine", decay_steps=1_200_000, end_learning_rate=1.25e-6)
     config.ema.decay = 0.999
+    watch(config)
     return config
 
 

@@ -32,7 +32,7 @@ moments, the moving average, gradients, all in float32. Activations come on top.
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configs.base import base
+from dalle_jax.configs.base import base, watch
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.transformer import TransformerConfig
 
@@ -62,6 +62,7 @@ def _paper(**sizes) -> ConfigDict:
     optimizer.update(learning_rate=4.5e-4, b2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     optimizer.schedule.update(name="plateau", warmup_steps=5_000)
     config.ema.update(decay=0.99, every=25)
+    watch(config)
     return config
 
 

@@ -76,7 +76,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._write_manifest, barrier_sync_fn=distributed.SaveBarrier()
+            ),
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
@@ -97,6 +99,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self._writing = step
+        if full := _anywhere(self._unwritable()):  # where process 0 cannot make a folder the others wait for it long
+            return self._failed(full)
         try:
             state = self._set_apart(state)
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
@@ -106,7 +110,7 @@ class Checkpoints:
             else:
                 start()
         except Exception as error:  # Orbax, TensorStore and file systems raise many kinds
-            self._failed(error)
+            self._failed(_reason(error))
 
     def _set_apart(self, state: Any) -> Any:
         """What may be written while the next update overwrites the state.
@@ -175,22 +179,37 @@ class Checkpoints:
             if self._started is not None:
                 self._started.result()
             self._manager.wait_until_finished()
-        except Exception as error:  # of the background threads
-            self._failed(error)
+        except Exception as error:  # of the background threads, in all processes or in none
+            elsewhere = isinstance(error, distributed.OtherProcessFailed)
+            self._failed(_anywhere(None if elsewhere else _reason(error)) or _reason(error))
         self._writing, self._started = None, None
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, reason: str) -> None:
         step, self._writing = self._writing, None
         self._apart = None  # whoever failed may still hold it
         newest = max(checkpoint.steps_in(self._folder), default=None)
         left = "there is no earlier one" if newest is None else f"the newest complete one is that of update {newest}"
         self._warn(
-            f"WARNING: the checkpoint of update {step} could not be written ({_reason(error)}): "
+            f"WARNING: the checkpoint of update {step} could not be written ({reason}): "
             f"training goes on, {left}; make room or mend the storage before the next one"
         )
         with contextlib.suppress(OSError):
             self._tidy(step)
         self._manager = self._open()  # the old one has forgotten which checkpoints it did not delete
+
+    def _unwritable(self) -> str | None:
+        """Why this process can write nothing, None if it can."""
+        if checkpoint.is_remote(self._folder):
+            return None
+        probe = self._folder / f".room-{jax.process_index()}"
+        try:
+            probe.write_bytes(b"?")
+        except OSError as error:
+            return _reason(error)
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+        return None
 
     def _steps(self) -> list[int]:
         """Complete checkpoints as the first process sees them: shared disks may show each something else."""
@@ -239,6 +258,13 @@ def _copy_into(memory: Any, state: Any) -> Any:
     """The copy takes the place of `memory`, a tree like `state`."""
     del memory
     return jax.tree.map(jnp.copy, state)
+
+
+def _anywhere(problem: str | None) -> str | None:
+    """The first process's problem of all that have one, with its number; all must call this at the same point."""
+    found = distributed.gather_json(problem)
+    named = (f"process {rank}: {text}" if len(found) > 1 else text for rank, text in enumerate(found) if text)
+    return next(named, None)
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ machine): fsdp inside islands and replica across them is the hybrid layout, fsdp
 Knows nothing of any model.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from dalle_jax.errors import UserError
 
 MESH_AXES = ("replica", "fsdp", "tensor")
+HOST = "pinned_host"  # kind of memory
 CHOOSE = -1  # a size that is left to `make_mesh`
 WHOLE_SHARE = 0.05  # a mesh axis that fails to cut more of the parameters than this is refused
 NEAREST = 3  # possible layouts that a refusal names
@@ -67,7 +69,7 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = choose(sizes, len(devices), island_size(devices), unfit=unfit)
-    return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_arranged(shape, tuple(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def choose(
@@ -79,17 +81,20 @@ def choose(
         raise UserError(
             f"mesh must give {', '.join(MESH_AXES)} positive sizes, or {CHOOSE} to choose one, got {dict(sizes)}"
         )
-    shapes = [shape for shape in _shapes(count) if _along_islands(shape, island)]
+    shapes = _layouts(count, island)
     matching = [s for s in shapes if all(w in (CHOOSE, size) for w, size in zip(wanted, s, strict=True))]
-    # Best first: the least tensor parallelism, then the most of an island, then the least of what exceeds it.
-    matching.sort(key=lambda s: (s[2], (0, -s[1]) if s[1] * s[2] <= island else (1, s[1])))
     for shape in matching:
         if unfit(shape) is None:
             return shape
     reason = unfit(matching[0]) if matching else f"the sizes must multiply to {count}, along islands of {island}"
-    near = sorted((s for s in shapes if unfit(s) is None), key=lambda s: _distance(wanted, s))[:NEAREST]
+    near = sorted(possible(count, island, unfit=unfit), key=lambda s: (round(_distance(wanted, s), 6), s[1]))[:NEAREST]
     offer = f"the nearest possible: {', or '.join(map(_text, near))}" if near else "no other layout is possible either"
     raise UserError(f"mesh {_text(wanted)} does not fit {count} device(s): {reason}; {offer}")
+
+
+def possible(count: int, island: int, *, unfit: Callable[[Shape], str | None]) -> list[Shape]:
+    """Every shape that `choose` accepts for this number of devices in islands of `island`, the best first."""
+    return [shape for shape in _layouts(count, island) if unfit(shape) is None]
 
 
 def demand(abstract: Any, axes: Any, *, batch_size: int, accumulate: int = 1) -> Callable[[Shape], str | None]:
@@ -146,10 +151,13 @@ def _slice(device: jax.Device) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
-def _shapes(count: int) -> list[Shape]:
-    """All sizes that multiply to this number of devices."""
+def _layouts(count: int, island: int) -> list[Shape]:
+    """All sizes that multiply to this number of devices and lie along the islands, the best first: the least tensor
+    parallelism, then the most of an island, then the least of what exceeds it."""
     divisors = [n for n in range(1, count + 1) if count % n == 0]
-    return [(count // f // t, f, t) for f in divisors for t in divisors if count % (f * t) == 0]
+    shapes = [(count // f // t, f, t) for f in divisors for t in divisors if count % (f * t) == 0]
+    along = [shape for shape in shapes if _along_islands(shape, island)]
+    return sorted(along, key=lambda s: (s[2], (0, -s[1]) if s[1] * s[2] <= island else (1, s[1])))
 
 
 def _inside(shape: Shape, island: int) -> Shape:
@@ -161,6 +169,11 @@ def _inside(shape: Shape, island: int) -> Shape:
 
 def _along_islands(shape: Shape, island: int) -> bool:
     return shape[0] % _inside(shape, island)[0] == 0
+
+
+@functools.lru_cache(maxsize=64)  # seconds for a thousand devices, and preflight asks for the same shapes again
+def _arranged(shape: Shape, devices: tuple[jax.Device, ...]) -> np.ndarray:
+    return _arrange(shape, devices)
 
 
 def _arrange(shape: Shape, devices: Sequence[jax.Device]) -> np.ndarray:
@@ -241,7 +254,7 @@ def like_params(tree: Any, param_shardings: Any, mesh: Mesh) -> Any:
 
 def on_host(place: NamedSharding) -> NamedSharding:
     """The same cut, in the hosts' memory."""
-    return place.with_memory_kind("pinned_host")
+    return place.with_memory_kind(HOST)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -255,6 +268,40 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(x.shape, names, mesh))
+
+
+def kept_part(
+    shape: tuple[int, ...], names: tuple[str | None, ...], *, batch: int
+) -> tuple[int, tuple[str, ...]] | None:
+    """The dimension of a parameter that is cut along axes which also cut a batch of this size, and those axes.
+
+    Its gradient is summed over the devices, and each of them keeps one part (`sum_by_parts`). None where nothing is
+    cut so, no mesh is in use (`use`), or a tensor axis cuts the gradient too: those sums are left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(size > 1 for axis, size in mesh.shape.items() if axis not in TABLE["batch"]):
+        return None
+    if batch % math.prod(mesh.shape[axis] for axis in TABLE["batch"]):
+        return None
+    cuts = enumerate(spec(shape, names, mesh))
+    return next(((i, (cut,) if isinstance(cut, str) else cut) for i, cut in cuts if cut), None)
+
+
+def sum_by_parts(product: Callable[..., jax.Array], *factors: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """product(*factors, parts), a sum over the first dimension of the factors, the batch: each device sums its rows,
+    then all of them together, and of the result, whose first dimension has `parts` entries, each receives one.
+
+    axes: of `kept_part`; parts is how many devices lie along them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    copies = tuple(axis for axis in TABLE["batch"] if axis not in axes)
+
+    def own_part(*pieces):
+        return jax.lax.psum(jax.lax.psum_scatter(product(*pieces, parts), axes, tiled=True), copies)
+
+    rows, part = PartitionSpec(TABLE["batch"]), PartitionSpec(axes)
+    return jax.shard_map(own_part, mesh=mesh, in_specs=(rows,) * len(factors), out_specs=part)(*factors)
 
 
 def use(mesh: Mesh):

@@ -67,7 +67,7 @@ def config(**values):
     return result
 
 
-def train(workdir, batches=None, *, mesh=None, hooks=(), task=LINE, **values):
+def train(workdir, batches=None, *, mesh=None, hooks=(), task=LINE, beat=lambda step, phase: None, **values):
     mesh = mesh or sharding.make_mesh({}, devices=jax.devices()[:1])
     batches = batches or Numbers()
-    return loop.run(task, config(**values), workdir, mesh=mesh, batches=batches, hooks=hooks, progress=False)
+    return loop.run(task, config(**values), workdir, mesh=mesh, batches=batches, hooks=hooks, progress=False, beat=beat)

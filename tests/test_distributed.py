@@ -249,3 +249,16 @@ def test_processes_that_hold_unlike_parts_are_refused():
     mesh = sharding.make_mesh({"fsdp": 4}, devices=jax.devices()[:4])
     with pytest.raises(UserError, match="pieces of a batch 2 processes can share evenly"):
         sharding.batch_reader(mesh, process=0, owner=lambda device: int(device.id > 0))
+
+
+def test_a_disk_that_is_full_for_one_process_costs_a_checkpoint_and_not_the_job(tmp_path):
+    ended = processes.statuses(processes.start("disk_driver.py", tmp_path, 2))
+    logs = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
+    assert ended == [0, 0], "\n".join(logs)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found == [{"step": 20, "checkpoints": [12, 20]}] * 2
+    for update, who, newest in ((8, 1, 4), (16, 0, 12)):
+        line = f"WARNING: the checkpoint of update {update} could not be written (process {who}: File too large)"
+        assert logs[0].count(line) == 1 and f"is that of update {newest};" in logs[0]
+    assert "WARNING" not in logs[1]
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name[:1] in "8."]

@@ -53,3 +53,5 @@ def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, islan
     assert [f"{x:.1f}" for x in (*found, sum(found))] == [f"{x:.1f}" for x in megabytes]
     ideal = 20 * parameters / (shape[1] * shape[2]) / 1e6
     assert sum(found) < 1.02 * ideal  # everything large is cut
+    # What is saved was checked, and something older than the newest checkpoints stays.
+    assert config.check_replicas_every == config.checkpoint_every > 0 and config.keep_every_hours == 12.0

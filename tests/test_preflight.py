@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dalle_jax import attention_pattern, cli
+from dalle_jax import attention_pattern, cli, sharding
 from dalle_jax import config as configs
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
@@ -19,7 +19,7 @@ from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.preflight import collectives, compiled, flops, hardware, main, memory, report, search
 from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import topology as topologies
-from dalle_jax.preflight.job import Job, mesh_ways, shard_bytes, wider_ways
+from dalle_jax.preflight.job import Job, shard_bytes
 from dalle_jax.train import step as steps
 
 SMALL = ("--config.batch_size=16", "--config.steps=100", "--config.model.num_layers=2")
@@ -83,11 +83,36 @@ def test_every_gpu_has_a_target_description():
         assert f"device_memory_size: {chip.memory_bytes}" in text and text.count("{") == text.count("}")
 
 
-def test_mesh_ways_divide_island_and_width():
-    tpu, gpu = topologies.parse("tpu:v5p:8x8x16"), topologies.parse("gpu:h100:128x8")
-    assert mesh_ways(tpu, 3968) == [1, 2, 4, 8, 16, 32, 64, 128]
-    assert mesh_ways(gpu, 3968) == [1, 2, 4, 8] and wider_ways(gpu, 3968) == [16, 32, 64, 128]
-    assert wider_ways(tpu, 3968) == []
+def test_layouts_are_those_that_the_training_accepts():
+    """The search for changes and the sweep try these; the one that is taken unasked is the best of them."""
+    job = emulated()
+    layouts = job.layouts
+    assert job.changed({"mesh.replica": -1, "mesh.fsdp": -1}).mesh.devices.shape == layouts[0] == (1, 8, 1)
+    divisors = (1, 2, 4, 8)
+    for shape in [(r, f, 8 // r // f) for r in divisors for f in divisors if 8 % (r * f) == 0]:
+        changed = job.changed({f"mesh.{axis}": n for axis, n in zip(sharding.MESH_AXES, shape, strict=True)})
+        if shape in layouts:
+            assert changed.mesh.devices.shape == shape
+        else:
+            assert shape[2] > 2  # 398 text ids, and four heads
+            with pytest.raises(UserError, match=f"tensor {shape[2]} does not divide .* nearest possible"):
+                _ = changed.mesh
+
+
+def test_what_a_mesh_must_exchange():
+    """Weights of 4 bytes twice, gradients once, their quarters between the two copies; nothing along tensor."""
+    job = emulated()
+    weights = 4 * job.task.model.num_params
+    found = {(c.kind, c.axis): c.bytes for c in estimates.expected(job)}
+    assert found == {
+        ("all-gather", "fsdp"): 2 * weights * 3 // 4,
+        ("reduce-scatter", "fsdp"): weights * 3 // 4,
+        ("all-reduce", "replica"): 2 * weights // 4 // 2,
+        ("all-reduce", "tensor"): 0,
+    }
+    assert all(c.inside for c in estimates.expected(job))
+    twice = estimates.expected(job.changed({"accumulate": 2}))
+    assert {(c.kind, c.axis): c.bytes for c in twice} == {key: 2 * size for key, size in found.items()}
 
 
 def brute_force(config: TransformerConfig) -> int:
@@ -144,6 +169,13 @@ def test_state_bytes_are_those_of_real_arrays():
         first = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state[part])]
         assert memory.by_kind(job)[kind] == sum(first) == shard_bytes(job.state[part])
     assert memory.by_kind(job)["parameters"] < 0.5 * 4 * job.task.model.num_params  # really cut
+
+
+def test_moments_in_host_memory_are_not_counted():
+    job, offloaded = emulated(), emulated().changed({"storage.offload": True, "optimizer.name": "adamw"})
+    bytes_here, fewer = memory.by_kind(job.changed({"optimizer.name": "adamw"})), memory.by_kind(offloaded)
+    assert fewer["optimizer"] < 100 < 2 * bytes_here["parameters"] < bytes_here["optimizer"] + 100  # counters alone
+    assert fewer["temporaries"] - bytes_here["temporaries"] == bytes_here["parameters"]  # the changes of an update
 
 
 def test_more_memory_is_asked_for_where_more_is_kept():

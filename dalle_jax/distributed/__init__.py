@@ -7,7 +7,8 @@ the launchers start the job again. JAX's own distributed runtime does the work: 
 """
 
 from dalle_jax.distributed.agreement import gather_json, stop_agreed, whole
+from dalle_jax.distributed.barrier import OtherProcessFailed, SaveBarrier
 from dalle_jax.distributed.meeting import initialise
 from dalle_jax.distributed.watchdog import Watchdog
 
-__all__ = ["Watchdog", "gather_json", "initialise", "stop_agreed", "whole"]
+__all__ = ["OtherProcessFailed", "SaveBarrier", "Watchdog", "gather_json", "initialise", "stop_agreed", "whole"]

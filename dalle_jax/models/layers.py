@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dalle_jax import sharding
+
 Params = dict[str, Any]  # nested dict of arrays
 PRECISIONS = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -54,30 +56,57 @@ def quick_gelu(x):
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x, weight, inputs: int = 1):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def linear(x, weight, inputs: int = 1, axes: tuple[str | None, ...] | None = None):
     """Contract the last `inputs` dimensions of x with the first of weight, in their own order.
 
-    The same numbers as an einsum, and a gradient of weight that transposes the smaller of its two factors: XLA's CPU
-    backend copies the transposed one, a sixth of the time of a layer where the output is wide.
+    The same numbers as an einsum, and a gradient of weight that suits the machine. On one device it transposes the
+    smaller of its two factors: XLA's CPU backend copies the transposed one, a sixth of the time of a layer where the
+    output is wide. On a mesh `axes`, the logical names of weight's dimensions, say which part of it a device keeps.
     """
     return jnp.tensordot(x, weight, inputs)
 
 
-def _linear_forward(x, weight, inputs):
-    return linear(x, weight, inputs), (x, weight)
+def _linear_forward(x, weight, inputs, axes):
+    return linear(x, weight, inputs, axes), (x, weight)
 
 
-def _linear_backward(inputs, saved, cotangent):
+def _linear_backward(inputs, axes, saved, cotangent):
     x, weight = saved
     outputs = weight.ndim - inputs
     over_outputs = tuple(range(cotangent.ndim - outputs, cotangent.ndim)), tuple(range(inputs, weight.ndim))
+    by_x = jnp.tensordot(cotangent, weight, over_outputs)
+    if axes and (kept := sharding.kept_part(weight.shape, axes, batch=len(x))):
+        return by_x, _gradient_by_parts(x, cotangent, weight.shape, inputs, *kept)
     leading = (tuple(range(x.ndim - inputs)),) * 2
     if x.size <= cotangent.size:
-        by_weight = jnp.tensordot(x, cotangent, leading)
-    else:
-        by_weight = jnp.moveaxis(jnp.tensordot(cotangent, x, leading), range(outputs, weight.ndim), range(inputs))
-    return jnp.tensordot(cotangent, weight, over_outputs), by_weight
+        return by_x, jnp.tensordot(x, cotangent, leading)
+    by_weight = jnp.tensordot(cotangent, x, leading)
+    return by_x, jnp.moveaxis(by_weight, range(outputs, weight.ndim), range(inputs))
+
+
+def _gradient_by_parts(x, cotangent, shape, inputs, cut, mesh_axes):
+    """Gradient of a weight of which each device along these axes keeps one part of dimension `cut`.
+
+    The parts are an outermost dimension of their own while the devices' shares are summed, and that sum is written
+    out (`sharding.sum_by_parts`). Left alone, libtpu sums the whole gradient on every device: parts of, say, 31 rows
+    do not fit the tiles in which a TPU lays out the two innermost dimensions.
+    """
+    leading = x.ndim - inputs
+    factors = [(x, list(range(inputs))), (cotangent, list(range(inputs, len(shape))))]  # and their dimensions of weight
+    if cut >= inputs:
+        factors.reverse()
+    (first, firsts), (second, seconds) = factors
+    place = firsts.index(cut)
+
+    def product(first, second, parts):
+        dimension = leading + place
+        split = first.reshape(*first.shape[:dimension], parts, -1, *first.shape[dimension + 1 :])
+        return jnp.tensordot(jnp.moveaxis(split, dimension, leading), second, (tuple(range(leading)),) * 2)
+
+    joined = jnp.moveaxis(sharding.sum_by_parts(product, first, second, axes=mesh_axes), 0, place)
+    joined = joined.reshape([shape[i] for i in (*firsts, *seconds)])
+    return jnp.moveaxis(joined, range(len(shape)), (*firsts, *seconds))
 
 
 linear.defvjp(_linear_forward, _linear_backward)

@@ -80,34 +80,45 @@ def model(config: TransformerConfig) -> Model:
     return Model(config, functools.partial(Transformer, config))
 
 
+# Meaning of the dimensions of one layer's parameters.
+LAYER_AXES = {
+    "norm1_gain": ("embed",),
+    "norm1_bias": ("embed",),
+    "qkv": ("embed", "qkv", "heads", "head"),
+    "qkv_bias": ("qkv", "heads", "head"),
+    "out": ("heads", "head", "embed"),
+    "out_bias": ("embed",),
+    "norm2_gain": ("embed",),
+    "norm2_bias": ("embed",),
+    "up": ("embed", "mlp"),
+    "up_bias": ("mlp",),
+    "down": ("mlp", "embed"),
+    "down_bias": ("embed",),
+}
+
+
 class Blocks(nnx.Module):
     """Parameters of all layers, each with a leading layer dimension. The functions below compute with one layer."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        layers, width, heads, head = config.num_layers, config.width, config.heads, config.head_size
-        hidden, inner = 4 * width, heads * head
-        residual = (2 * layers) ** -0.5  # the branches' last matrices, Child et al. 2019
-        stacked = functools.partial(param, rngs)
-        self.norm1_gain = stacked((layers, width), axes=("layers", "embed"), fill=1.0)
-        self.norm1_bias = stacked((layers, width), axes=("layers", "embed"))
-        self.qkv = stacked(
-            (layers, width, 3, heads, head), axes=("layers", "embed", "qkv", "heads", "head"), std=INIT * width**-0.5
-        )
-        self.qkv_bias = stacked((layers, 3, heads, head), axes=("layers", "qkv", "heads", "head"))
-        self.out = stacked(
-            (layers, heads, head, width),
-            axes=("layers", "heads", "head", "embed"),
-            std=INIT * inner**-0.5 * residual,
-        )
-        self.out_bias = stacked((layers, width), axes=("layers", "embed"))
-        self.norm2_gain = stacked((layers, width), axes=("layers", "embed"), fill=1.0)
-        self.norm2_bias = stacked((layers, width), axes=("layers", "embed"))
-        self.up = stacked((layers, width, hidden), axes=("layers", "embed", "mlp"), std=INIT * width**-0.5)
-        self.up_bias = stacked((layers, hidden), axes=("layers", "mlp"))
-        self.down = stacked(
-            (layers, hidden, width), axes=("layers", "mlp", "embed"), std=INIT * hidden**-0.5 * residual
-        )
-        self.down_bias = stacked((layers, width), axes=("layers", "embed"))
+        width, heads, head, hidden = config.width, config.heads, config.head_size, 4 * config.width
+        residual = (2 * config.num_layers) ** -0.5  # the branches' last matrices, Child et al. 2019
+
+        def stacked(name, *shape, **start):
+            return param(rngs, (config.num_layers, *shape), axes=("layers", *LAYER_AXES[name]), **start)
+
+        self.norm1_gain = stacked("norm1_gain", width, fill=1.0)
+        self.norm1_bias = stacked("norm1_bias", width)
+        self.qkv = stacked("qkv", width, 3, heads, head, std=INIT * width**-0.5)
+        self.qkv_bias = stacked("qkv_bias", 3, heads, head)
+        self.out = stacked("out", heads, head, width, std=INIT * (heads * head) ** -0.5 * residual)
+        self.out_bias = stacked("out_bias", width)
+        self.norm2_gain = stacked("norm2_gain", width, fill=1.0)
+        self.norm2_bias = stacked("norm2_bias", width)
+        self.up = stacked("up", width, hidden, std=INIT * width**-0.5)
+        self.up_bias = stacked("up_bias", hidden)
+        self.down = stacked("down", hidden, width, std=INIT * hidden**-0.5 * residual)
+        self.down_bias = stacked("down_bias", width)
 
 
 class Transformer(nnx.Module):
@@ -269,15 +280,19 @@ def _attention(block, x_BSD, *, attend):
 def _qkv(block, x):
     """[..., D] -> queries, keys and values, each [..., N, H]."""
     x = layer_norm(x, block["norm1_gain"], block["norm1_bias"])
-    qkv = checkpoint_name(linear(x, block["qkv"]) + block["qkv_bias"], "product")
+    qkv = checkpoint_name(_linear(x, block, "qkv") + block["qkv_bias"], "product")
     return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
 
 
 def _project(block, mixed):
-    return linear(mixed, block["out"], 2) + block["out_bias"]
+    return _linear(mixed, block, "out", 2) + block["out_bias"]
+
+
+def _linear(x, block, name, inputs=1):
+    return linear(x, block[name], inputs, LAYER_AXES[name])
 
 
 def _mlp(block, x):
     hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
-    hidden = quick_gelu(checkpoint_name(linear(hidden, block["up"]) + block["up_bias"], "product"))
-    return x + linear(hidden, block["down"]) + block["down_bias"]
+    hidden = quick_gelu(checkpoint_name(_linear(hidden, block, "up") + block["up_bias"], "product"))
+    return x + _linear(hidden, block, "down") + block["down_bias"]

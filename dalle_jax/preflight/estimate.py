@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from dalle_jax.models.dvae import encode_images
+from dalle_jax.models.layers import compute_dtype
 from dalle_jax.preflight import flops
 from dalle_jax.preflight.collectives import Collective
 from dalle_jax.preflight.job import Job, shard_bytes
@@ -73,6 +74,32 @@ def estimate(job: Job, found: Sequence[Collective] | None) -> Estimate:
     if outside:
         seconds["outside"] = outside / (chip.outside_bandwidth * LINK_SHARE)
     return Estimate(seconds, model_flops, executed, tokens * config.batch_size, config.steps)
+
+
+def expected(job: Job) -> list[Collective]:
+    """The bytes that an update must exchange by its mesh alone, to rank layouts before any of them is compiled.
+
+    For each microbatch weights are gathered forward and backward, gradients are reduced along fsdp, and what is left
+    of them along replica; a tensor axis sums two results of each layer, forward and backward and computed again.
+    """
+    (replica, fsdp, tensor), island = job.mesh.devices.shape, job.topology.island
+    model, times = job.task.model, job.config.accumulate
+    item = compute_dtype(job.config.model.precision)(0).dtype.itemsize
+    weights = model.num_params * item // tensor
+    amounts = {
+        ("all-gather", "fsdp", fsdp): 2 * weights,
+        ("reduce-scatter", "fsdp", fsdp): weights,
+        ("all-reduce", "replica", replica): 2 * weights // fsdp,
+    }
+    if job.helper is not None:
+        passes = 3 if model.config.remat == "full" else 2
+        sums = 2 * passes * 2 * model.config.num_layers * job.sequences
+        amounts["all-reduce", "tensor", tensor] = sums * model.config.layout.length * model.config.width * item
+    inside = {"tensor": tensor <= island, "fsdp": fsdp * tensor <= island, "replica": job.topology.count == island}
+    return [
+        Collective(kind, axis, inside=inside[axis], count=times, bytes=times * size * (ways - 1) // ways)
+        for (kind, axis, ways), size in amounts.items()
+    ]
 
 
 def _work(job: Job) -> tuple[int, int, int, float]:

@@ -20,13 +20,13 @@ from dalle_jax.errors import UserError
 from dalle_jax.models import Model, build
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import optimizer as optimizers
+from dalle_jax.train import run
 from dalle_jax.train import step as steps
 from dalle_jax.train.task import Task
 from dalle_jax.train.tasks import build_task
 from dalle_jax.train.transformer_task import transformer_task
 
 DVAES = ("configs/dvae.py:paper", "configs/dvae.py:emoji", "configs/dvae.py:demo")
-MOST_WAYS = 128  # of cutting parameters on one torus: longer rings gather in smaller, slower pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +54,16 @@ class Job:
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The mesh of `config.mesh`. Raises UserError for one that does not fit the chips or the batch."""
-        sizes = dict(self.config.mesh)
-        if sizes["fsdp"] == -1:  # not chosen: as `mesh_ways` allows, and copies of the model on the chips left over
-            sizes.update(replica=-1, fsdp=max(mesh_ways(self.topology, self.width)) // sizes["tensor"])
-        mesh = sharding.make_mesh(sizes, devices=list(self.devices))
-        parts = sharding.batch_ways(mesh) * self.config.accumulate
-        if self.config.batch_size < 1 or self.config.accumulate < 1 or self.config.batch_size % parts:
-            raise UserError(
-                f"expected a config.batch_size that is a multiple of {parts} (chips that share a batch x accumulate), "
-                f"got {self.config.batch_size}: change it, config.accumulate or config.mesh"
-            )
-        return mesh
+        """The mesh that the training would take. Raises UserError for one that does not fit the chips or the batch."""
+        run.check_values(self.config)
+        return run.make_mesh(self.config, self.task.model, devices=self.devices)
 
     @property
-    def width(self) -> int:
-        """Of the model's first dimension that is cut."""
-        return self.config.model.width
+    def layouts(self) -> list[sharding.Shape]:
+        """Shapes of all meshes that the training would accept on these chips, the best first."""
+        model, config = self.task.model, self.config
+        ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
+        return sharding.possible(self.topology.count, self.topology.island, unfit=ask)
 
     @functools.cached_property
     def optimizer(self):
@@ -163,18 +156,7 @@ def _helper(config: ml_collections.ConfigDict) -> Model:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one chip holds of a tree of jax.ShapeDtypeStruct with shardings, without padding."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def mesh_ways(topology: Topology, width: int) -> list[int]:
-    """Sizes of the fsdp axis inside an island, ascending: they divide the island and the width."""
-    most = min(topology.island, MOST_WAYS)
-    return [n for n in range(1, most + 1) if topology.island % n == 0 and width % n == 0]
-
-
-def wider_ways(topology: Topology, width: int) -> list[int]:
-    """Sizes of the fsdp axis that spread over several whole islands, ascending."""
-    most = min(topology.count, MOST_WAYS)
-    sizes = range(2 * topology.island, most + 1, topology.island)
-    return [n for n in sizes if topology.count % n == 0 and width % n == 0]
+    """Bytes that one chip holds of a tree of jax.ShapeDtypeStruct with shardings, without padding and without what
+    lies in its host's memory."""
+    here = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != sharding.HOST]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in here)

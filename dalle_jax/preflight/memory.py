@@ -36,7 +36,7 @@ def by_kind(job: Job) -> dict[str, int]:
         "frozen": shard_bytes(job.frozen),
     }
     item = compute_dtype(job.config.model.precision)(0).dtype.itemsize
-    compute = held["parameters"] * item // 4  # the parameters, or their gradients, in the compute dtype
+    compute = held["ema"] * item // 4  # the parameters, or their gradients, in the compute dtype
     gradients = compute + (2 * held["parameters"] if job.config.accumulate > 1 else 0)
     if job.helper is None:
         activations, working = _traced(job)
@@ -46,6 +46,8 @@ def by_kind(job: Job) -> dict[str, int]:
         activations = SAVED_COPIES[platform] * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
         working = PARAMETER_COPIES[platform] * compute + _whole(model, item, job)
         working += job.sequences * _working(model, item, job.mesh)
+    if job.config.storage.offload:
+        working += held["ema"]  # the changes of all parameters, in float32 too
     return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
 
 

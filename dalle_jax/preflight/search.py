@@ -3,8 +3,10 @@
 The byte model orders and prunes the candidates; whether one fits is only ever said by the compiler.
 """
 
+import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +16,12 @@ from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import memory
 from dalle_jax.preflight import topology as topologies
 from dalle_jax.preflight.compiled import Verdict, compile_update
-from dalle_jax.preflight.job import Job, mesh_ways, wider_ways
+from dalle_jax.preflight.job import Job
+from dalle_jax.sharding import CHOOSE, MESH_AXES
 
 MOST_COMPILED = 4  # candidates that a search for changes compiles
 MOST_SWEPT = 12  # candidates that a sweep compiles, the fastest by the byte model and the roofline
+MOST_OF_A_MESH = 3  # of them with one mesh
 MARGIN = 1.15  # the byte model is trusted to this factor when it prunes
 
 
@@ -53,17 +57,22 @@ def smallest_changes(result: Result, *, tell: Callable[[str], None]) -> list[Res
 
 
 def sweep(job: Job, *, tell: Callable[[str], None]) -> list[Result]:
-    """Meshes, remat policies and microbatches, compiled and sorted by estimated speed, what does not fit last."""
-    meshes = [{"mesh.replica": -1, "mesh.fsdp": n} for n in _ways(job)[-3:]]
+    """Meshes, remat policies, batch sizes and microbatches, compiled and sorted by speed, what does not fit last."""
+    config = job.config
     remats = [{"model.remat": r} for r in _remats(job)]
-    counts = [{"accumulate": job.config.accumulate * 2**i} for i in range(8)]
-    candidates = [{**a, **b, **c} for a, b, c in itertools.product(meshes or [{}], remats or [{}], counts)]
-    ranked = _ranked(job, candidates, most_bytes=job.topology.usable_bytes * MARGIN)[:MOST_SWEPT]
-    results = []
-    for changed, candidate in ranked:
+    batches = [{"batch_size": config.batch_size * factor} for factor in (1, 2)]
+    counts = [{"accumulate": config.accumulate * 2**i} for i in range(8)]
+    rest = itertools.product(remats or [{}], batches, counts)
+    candidates = [{**a, **b, **c, **d} for b, c, d in rest for a in _meshes(job)]
+    results, compiled = [], collections.Counter()
+    for changed, candidate in _ranked(job, candidates, most_bytes=job.topology.usable_bytes * MARGIN):
+        mesh = candidate.mesh.devices.shape
+        if compiled[mesh] == MOST_OF_A_MESH or compiled.total() == MOST_SWEPT:
+            continue
+        compiled[mesh] += 1
         tell(f"compiling {describe(changed)}")
         results.append(examine(candidate, changed))
-    return sorted(results, key=lambda r: (not r.verdict.fits, r.estimate.step_seconds))
+    return sorted(results, key=lambda r: (not r.verdict.fits, -r.estimate.tokens_per_second))
 
 
 def describe(changed: Mapping[str, Any]) -> str:
@@ -95,16 +104,17 @@ def _combinations(job: Job, keys: int) -> list[tuple[dict[str, Any], Job]]:
 
 def _options(job: Job) -> Iterator[list[dict[str, Any]]]:
     """Groups of changes of one thing each."""
-    config, fsdp = job.config, job.mesh.shape["fsdp"]
+    config, cut = job.config, math.prod(job.mesh.devices.shape[1:])
     yield [{"accumulate": config.accumulate * 2**i} for i in range(1, 11) if job.sequences % 2**i == 0]
     yield [{"model.remat": remat} for remat in _remats(job) if config.model.remat != remat]
-    yield [{"mesh.replica": -1, "mesh.fsdp": n} for n in _ways(job) if n > fsdp]
+    yield [mesh for mesh in _meshes(job) if mesh["mesh.fsdp"] * mesh["mesh.tensor"] > cut]
     yield [{"optimizer.mu_dtype": "bf16", "optimizer.nu_dtype": "bf16"}]
     yield [{"storage.params": "bf16"}]
 
 
-def _ways(job: Job) -> list[int]:
-    return mesh_ways(job.topology, job.width) + wider_ways(job.topology, job.width)
+def _meshes(job: Job) -> list[dict[str, int]]:
+    """Every layout that the training would accept."""
+    return [{f"mesh.{axis}": n for axis, n in zip(MESH_AXES, shape, strict=True)} for shape in job.layouts]
 
 
 def _remats(job: Job) -> list[str]:
@@ -113,6 +123,8 @@ def _remats(job: Job) -> list[str]:
 
 def _more_chips(job: Job) -> list[tuple[dict[str, Any], Job]]:
     """The same config on 2, 4, 8 ... times the chips, as few as the byte model lets fit."""
+    chosen = {"mesh.replica": CHOOSE, "mesh.fsdp": CHOOSE}  # sizes for these chips say nothing about more
+    asked = {key: size for key, size in chosen.items() if job.config.mesh[key.removeprefix("mesh.")] != size}
     found = []
     for doubling in range(1, 6):
         shape = list(job.topology.shape)
@@ -121,22 +133,25 @@ def _more_chips(job: Job) -> list[tuple[dict[str, Any], Job]]:
             shape[smallest] *= 2
         pod = dataclasses.replace(job.topology, shape=tuple(shape))
         try:
-            larger = Job(job.changed({"mesh.replica": 1, "mesh.fsdp": -1}).config, pod, tuple(topologies.devices(pod)))
+            larger = Job(job.changed(chosen).config, pod, tuple(topologies.devices(pod)))
             options = next(filter(None, (_combinations(larger, keys) for keys in (0, 1, 2))), [])
         except UserError:  # a slice that does not exist, or a batch that does not divide
             continue
-        found += [({"topology": str(pod), **changed}, candidate) for changed, candidate in options[:1]]
+        found += [({"topology": str(pod), **asked, **changed}, candidate) for changed, candidate in options[:1]]
     return found
 
 
 def _ranked(job: Job, candidates, *, most_bytes: float) -> list[tuple[dict[str, Any], Job]]:
-    """The possible ones that the byte model puts below most_bytes, by the roofline without the network."""
+    """The possible ones that the byte model puts below most_bytes, by the roofline of what they need to exchange."""
     ranked = []
     for changed in candidates:
         try:
             candidate = job.changed(changed)
             if memory.total(candidate) <= most_bytes:
-                ranked.append((estimates.estimate(candidate, None).step_seconds, len(ranked), changed, candidate))
+                guess = estimates.estimate(candidate, estimates.expected(candidate))
+                # Of two that are bound by the same, the one that leaves the other resources more slack.
+                order = -guess.tokens_per_second, sum(guess.seconds.values()) / guess.tokens, len(ranked)
+                ranked.append((order, changed, candidate))
         except UserError:
             continue
-    return [(changed, candidate) for _, _, changed, candidate in sorted(ranked, key=lambda r: r[:2])]
+    return [(changed, candidate) for _, changed, candidate in sorted(ranked, key=lambda r: r[0])]

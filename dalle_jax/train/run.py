@@ -53,7 +53,7 @@ def train(
 
 def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, progress, beat) -> loop.Result:
     config = ml_collections.ConfigDict(config.to_dict())
-    _check_values(config)
+    check_values(config)
     tokenizer = _tokenizer(config, workdir) if config.name == "transformer" else None
     _check_workdir(config, workdir)
     own = workdir / DVAE
@@ -94,7 +94,8 @@ def make_mesh(config: ml_collections.ConfigDict, model: Model, *, devices: Seque
     return sharding.make_mesh(config.mesh, devices=devices, unfit=ask)
 
 
-def _check_values(config: ml_collections.ConfigDict) -> None:
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for values that no model, mesh or data can make good."""
     for name in ("steps", "batch_size", "accumulate"):
         if config[name] < 1:
             raise UserError(f"expected config.{name} of at least 1, got {config[name]}: set --config.{name}=N")
