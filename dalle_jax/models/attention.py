@@ -41,9 +41,19 @@ def attend(q_BSNH, k_BSNH, v_BSNH, kind: str, *, text_len: int, grid: int):
 
 def attend_text(q_BTNH, k_BTNH, v_BTNH):
     """Causal attention of the text to itself, every kind alike."""
-    scores = jnp.einsum("bqnh,bknh->bnqk", _scaled(q_BTNH), k_BTNH, preferred_element_type=jnp.float32)
-    scores = jnp.where(np.tri(q_BTNH.shape[1], dtype=bool), scores, MASKED)
-    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores).astype(v_BTNH.dtype), v_BTNH)
+    return _attend_densely(q_BTNH, k_BTNH, v_BTNH, np.tri(q_BTNH.shape[1], dtype=bool))
+
+
+def attend_all(q_BSNH, k_BSNH, v_BSNH):
+    """Attention of everything to everything."""
+    return _attend_densely(q_BSNH, k_BSNH, v_BSNH, None)
+
+
+def _attend_densely(q_BSNH, k_BSNH, v_BSNH, allowed_SS):
+    scores = jnp.einsum("bqnh,bknh->bnqk", _scaled(q_BSNH), k_BSNH, preferred_element_type=jnp.float32)
+    if allowed_SS is not None:
+        scores = jnp.where(allowed_SS, scores, MASKED)
+    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores).astype(v_BSNH.dtype), v_BSNH)
 
 
 def _attend_blocks(q_BRQNH, k_BTNH, v_BTNH, k_BRKNH, v_BRKNH, mask_RQK):
