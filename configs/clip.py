@@ -14,8 +14,13 @@ b32 to l14 have the paper's batch of 32,768, AdamW and schedule: 32 epochs of 40
 Half precision is bfloat16 here, gradients are checkpointed as in the paper. `config.accumulate` stays 1: a batch in
 parts would have other negatives.
 
+What a device holds on 32 machines of 8 GPUs, in MB of 10^6 bytes as in configs/transformer.py:
+
 | config | mesh        | island |     parameters |   params |  moments |      ema |    grads |    total |
 |--------|-------------|--------|----------------|----------|----------|----------|----------|----------|
+| b32    | 32 x 8 x 1  |      8 |    151,277,313 |     76.0 |    152.0 |     76.0 |     76.0 |    380.1 |
+| b16    | 32 x 8 x 1  |      8 |    149,620,737 |     75.2 |    150.4 |     75.2 |     75.2 |    375.9 |
+| l14    | 32 x 8 x 1  |      8 |    427,616,513 |    214.6 |    429.3 |    214.6 |    214.6 |  1,073.2 |
 """
 
 from ml_collections import ConfigDict
@@ -76,12 +81,12 @@ def demo() -> ConfigDict:
         ),
         DataConfig(image_size=64, augment="centre", threads=1),
     )
-    config.steps, config.batch_size = 500, 128
+    config.steps, config.batch_size = 250, 128
     optimizer = config.optimizer
     optimizer.update(name="muon", learning_rate=8e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
     optimizer.schedule.update(name="warmup_linear", warmup_steps=30)
     config.ema.decay = 0.98
-    config.update(validate_every=500, validation_batches=4, picture_every=0, checkpoint_every=500)
+    config.update(validate_every=250, validation_batches=4, picture_every=0, checkpoint_every=250)
     config.data.update(train="scenes:train@64", validation="scenes:val@64")
     return config
 

@@ -39,7 +39,7 @@ TINY = CLIPConfig(
 
 def random_params(config, seed=0):
     """Fresh parameters, all of them moved, so that nothing is hidden by zeros."""
-    params = clip.model(config).init(jax.random.key(seed))
+    params = jax.jit(clip.model(config).init)(jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32), params)
 
@@ -57,9 +57,7 @@ def tiny_config(*words, batch_size=8):
     return configs.load("configs/clip.py:demo", [*(f"--config.{key}={value}" for key, value in values.items()), *words])
 
 
-@pytest.mark.parametrize(
-    ("variant", "parameters"), [("b32", 151_277_313), ("b16", 149_620_737), ("l14", 427_616_513)]
-)
+@pytest.mark.parametrize(("variant", "parameters"), [("b32", 151_277_313), ("b16", 149_620_737), ("l14", 427_616_513)])
 def test_parameter_counts_are_those_of_the_released_models(variant, parameters):
     assert build("clip", configs.load(f"configs/clip.py:{variant}").model).num_params == parameters
 
@@ -139,7 +137,7 @@ def test_loss_and_gradient_are_those_of_the_pseudo_code():
 def test_accuracies_count_nearest_partners():
     image, text = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)[[0, 1, 1]]
     _, image_right, text_right = clip_task.contrastive_loss(image, text, 5.0)
-    assert float(image_right) == pytest.approx(1.0) or float(image_right) == pytest.approx(2 / 3)
+    assert float(image_right) == 1.0  # the third picture is as far from every caption: nothing is nearer than its own
     assert float(text_right) == pytest.approx(2 / 3)  # the third caption is nearer to the second picture
 
 

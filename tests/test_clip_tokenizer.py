@@ -21,7 +21,9 @@ from dalle_jax.clip_tokenizer import MARKS, MERGES, VOCAB, CLIPTokenizer
 from dalle_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "clip_tokenizer.json"
-WORDS = "a photo of the red circle above blue square it's don't we'll they're i've i'm he'd naïve über 日本 слово".split()
+WORDS = (
+    "a photo of the red circle above blue square it's don't we'll they're i've i'm he'd naïve über 日本 слово".split()
+)
 CAPTIONS = [
     "a photo of the red circle",
     "A Red  circle\tabove\n a BLUE square.",
@@ -127,7 +129,27 @@ def test_the_slow_tokenizer_agrees_on_many_strings(golden, tmp_path):
     for item in golden["captions"]:
         assert slow_ids(slow, item["caption"]) == item["ids"]
     rng = random.Random(0)
-    parts = [*WORDS, "  ", "\n", "'", "'s", "7", "½", "é", "日", "🎨", "!", "?!", "-", "ß", "А", "\u00a0", "ﬁ", "<", "É"]
+    parts = [
+        *WORDS,
+        "  ",
+        "\n",
+        "'",
+        "'s",
+        "7",
+        "½",
+        "é",
+        "日",
+        "🎨",
+        "!",
+        "?!",
+        "-",
+        "ß",
+        "А",
+        "\u00a0",
+        "ﬁ",
+        "<",
+        "É",
+    ]
     for _ in range(2_000):
         text = "".join(rng.choice(parts) for _ in range(rng.randrange(12)))
         assert ours.encode(text) == slow_ids(slow, text), text

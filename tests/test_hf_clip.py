@@ -186,7 +186,9 @@ def folder_of(golden, folder):
     grown["text_model.embeddings.token_embedding.weight"] = table
     save_file(grown, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"text_config": TEXT, "vision_config": VISION}))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3})
+    )
     return folder
 
 
