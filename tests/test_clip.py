@@ -185,7 +185,7 @@ def test_eight_devices_train_as_one_does():
     image, text = random_batch(TINY, batch=8)
     built = optimizers.build(config.optimizer, steps=10, axes=task.model.axes)
     found = []
-    for shape in ((1, 1, 1), (2, 4, 1), (2, 2, 2)):
+    for shape in ((1, 1, 1), (2, 2, 2)):
         devices = jax.devices()[: int(np.prod(shape))]
         mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices=devices)
         state = steps.init_state(task, built, key=jax.random.key(0), mesh=mesh)
