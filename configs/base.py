@@ -16,7 +16,7 @@ def fields(instance: Any) -> ConfigDict:
 
 
 def base(name: str, *, model: Any, data: Any) -> ConfigDict:
-    """Every common key. name: 'dvae' or 'transformer'; model, data: dataclass instances."""
+    """Every common key. name: 'dvae', 'transformer' or 'clip'; model, data: dataclass instances."""
     return ConfigDict(
         {
             "name": name,
@@ -73,6 +73,7 @@ def optimizer() -> ConfigDict:
             "b2": 0.999,
             "eps": 1e-8,
             "weight_decay": 0.0,
+            "decay_tables": False,
             "clip_norm": 0.0,
             "momentum": 0.95,
             "mu_dtype": "fp32",

@@ -118,8 +118,8 @@ def load_model_dir(
 ) -> tuple[dict[str, Any], Any]:
     """Config and parameters of an exported model or of a complete checkpoint of a run, the newest or that of `step`.
 
-    name: the model that is wanted, 'dvae' or 'transformer'; None takes any. average: of a run the moving average of
-    the parameters, else the parameters themselves. The config has 'name' and 'model'.
+    name: the model that is wanted, 'dvae', 'transformer' or 'clip'; None takes any. average: of a run the moving
+    average of the parameters, else the parameters themselves. The config has 'name' and 'model'.
 
     Raises:
       UserError: nothing there, no complete checkpoint yet, damaged files, or another model.

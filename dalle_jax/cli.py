@@ -24,7 +24,10 @@ VERBS = {
     "export": ("dalle_jax.export", "write the parameters of a run as a model directory (safetensors)"),
     "sample": ("dalle_jax.sample.main", "draw pictures for captions"),
     "convert": (
-        {"openai-dvae": ("dalle_jax.convert.openai_dvae", "the released dVAE of OpenAI as a model directory")},
+        {
+            "openai-dvae": ("dalle_jax.convert.openai_dvae", "the released dVAE of OpenAI as a model directory"),
+            "hf-clip": ("dalle_jax.convert.hf_clip", "a CLIP of OpenAI or Hugging Face as a model directory"),
+        },
         "turn published weights into a model directory",
     ),
 }

@@ -9,6 +9,8 @@ stream shifted right by one (the reading of figure 10 chosen here):
 Text slot p predicts what text slot p + 1 reads (padding included), image slot p predicts image token p, and the last
 text slot predicts nothing. Every text slot has a padding vector of its own (section 2.2); slot 0 never pads, so its
 vector is the start of text. Text and image have separate vocabularies, embeddings and output heads.
+
+CLIP reads captions in a layout of its own, `CaptionLayout`.
 """
 
 import dataclasses
@@ -75,12 +77,7 @@ class Layout:
         Raises:
           ValueError: a token outside [0, text_vocab).
         """
-        tokens = np.asarray(tokens, np.int32)[: self.caption_len]
-        if tokens.size and not (0 <= tokens.min() and tokens.max() < self.text_vocab):
-            raise ValueError(
-                f"text tokens must be in [0, {self.text_vocab}), got {tokens.min()} .. {tokens.max()}: "
-                "the tokenizer does not belong to this model"
-            )
+        tokens = _checked(tokens, self.caption_len, self.text_vocab)
         slots = self.text_vocab + np.arange(self.text_len, dtype=np.int32)
         slots[1 : 1 + tokens.size] = tokens
         return slots
@@ -88,3 +85,61 @@ class Layout:
     def caption_tokens(self, text_slots) -> list[int]:
         """The inverse of `text_slots`: the tokens of one caption without start and padding."""
         return [int(i) for i in np.asarray(text_slots)[1:] if i < self.text_vocab]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionLayout:
+    """The text that CLIP reads: start mark, tokens, end mark, zeros (Radford et al. 2021, section 2.4).
+
+    text_len: slots, both marks included. text_vocab: entries of the BPE vocabulary without the marks; CLIP's own has
+    256 bytes, 256 bytes that end a word and 48,894 merges.
+    """
+
+    text_len: int = 77
+    text_vocab: int = 49_406
+
+    def __post_init__(self):
+        for field, least in (("text_len", 3), ("text_vocab", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field} must be at least {least}, got {getattr(self, field)}")
+
+    @property
+    def caption_len(self) -> int:
+        """Most tokens of a caption that are kept."""
+        return self.text_len - 2
+
+    @property
+    def text_ids(self) -> int:
+        """Rows of the text embedding: BPE entries and the two marks."""
+        return self.text_vocab + 2
+
+    @property
+    def start_of_text(self) -> int:
+        return self.text_vocab
+
+    @property
+    def end_of_text(self) -> int:
+        """The highest id, at whose first place the caption's feature is read; what follows it is seen by nothing."""
+        return self.text_vocab + 1
+
+    def text_slots(self, tokens) -> np.ndarray:
+        """Caption tokens -> int32 [text_len]; what does not fit is cut off, the end mark stays.
+
+        Raises:
+          ValueError: a token outside [0, text_vocab).
+        """
+        tokens = _checked(tokens, self.caption_len, self.text_vocab)
+        slots = np.zeros(self.text_len, np.int32)
+        slots[: tokens.size + 2] = [self.start_of_text, *tokens, self.end_of_text]
+        return slots
+
+
+def _checked(tokens, most: int, vocab: int) -> np.ndarray:
+    """The first `most` tokens as int32; ValueError for one outside [0, vocab)."""
+    tokens = np.asarray(tokens, np.int32)[:most]
+    if tokens.size and not (0 <= tokens.min() and tokens.max() < vocab):
+        raise ValueError(
+            f"text tokens must be in [0, {vocab}), got {tokens.min()} .. {tokens.max()}: "
+            "the tokenizer does not belong to this model"
+        )
+    return tokens

@@ -16,7 +16,7 @@ LEVELS = (
     {"errors"},
     {"pixels", "attention_pattern", "layout"},
     {"digest"},
-    {"config", "tokenizer", "sharding", "checkpoint", "distributed"},
+    {"config", "tokenizer", "clip_tokenizer", "sharding", "checkpoint", "distributed"},
     {"checkpointer"},
     {"models", "data"},
     {"train", "sample", "convert"},
@@ -48,6 +48,8 @@ ONLY_IN = {
     },
     "grain": {"data"},
     "sentencepiece": {"tokenizer"},
+    "tokenizers": {"clip_tokenizer"},
+    "ftfy": {"clip_tokenizer"},
     "orbax": {"checkpoint", "checkpointer"},
     "etils": {"checkpoint", "checkpointer", "digest"},
     "tensorflow_datasets": {"data"},
@@ -66,6 +68,7 @@ MAY_JIT = {
     "train/transformer_task.py",
     "sample/engine.py",
     "sample/pipeline.py",
+    "sample/rerank.py",
 }
 
 
@@ -221,7 +224,8 @@ def test_every_package_is_installed():
 
 def test_dependencies_are_what_is_imported():
     """Nothing is imported that the metadata does not ask for, and nothing is asked for that is not used."""
-    package_of = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint", "torch": None}  # torch: an extra
+    package_of = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
+    package_of |= dict.fromkeys(("torch", "ftfy", "tokenizers"))  # in extras
     ours = {"dalle_jax"} | sys.stdlib_module_names
     libraries = {name.partition(".")[0] for path in PACKAGE_SOURCES for name, _ in imported(parse(path))} - ours
     needed = {package_of.get(library, library.replace("_", "-")) for library in libraries} - {None}
@@ -234,7 +238,7 @@ def test_constraints_satisfy_the_metadata():
     pattern = re.compile(r"^([\w-]+)==([\d.]+)", re.MULTILINE)
     tested = {name.lower(): version for name, version in pattern.findall((ROOT / "constraints.txt").read_text())}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for name in ("test", "convert") for line in project["optional-dependencies"][name]]
+    extras = [line for name in ("test", "clip", "convert") for line in project["optional-dependencies"][name]]
     for line in project["dependencies"] + extras:
         name, _, bound = line.lower().partition(">=")
         number = [[int(part) for part in version.split(".")] for version in (tested[name], bound)]

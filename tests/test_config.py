@@ -18,6 +18,7 @@ from dalle_jax.train.dvae_task import Objective
 SPECS = [f"configs/dvae.py:{v}" for v in ("paper", "emoji", "demo")] + [
     f"configs/transformer.py:{v}" for v in ("12b", "5b6", "2b8", "1b3", "400m", "emoji", "demo")
 ]
+SPECS += [f"configs/clip.py:{v}" for v in ("b32", "b16", "l14", "demo")]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -29,6 +30,7 @@ def test_every_config_builds_what_it_configures(spec):
     optimizer.build(config.optimizer, steps=config.steps, axes=model.axes)
     if config.name == "dvae":
         Objective(**config.objective)
+    if config.name in ("dvae", "clip"):
         assert model.config.image_size == config.data.image_size
     assert config.steps > 0 and config.batch_size > 0
     assert spec.rpartition(":")[2] in configs._module(configs._find(spec.partition(":")[0])).__doc__
@@ -71,7 +73,7 @@ def test_overrides_change_values_and_keep_types():
         ("configs/dvae.py:demo", "--config.model.width=wide", "wrong type"),
         ("configs/dvae.py:demo", "--config.model.width", "join key and value"),
         ("configs/dvae.py:tiny", "--config.steps=1", "one of paper, emoji, demo"),
-        ("configs/vae.py:demo", "--config.steps=1", "try configs/dvae.py or configs/transformer.py"),
+        ("configs/vae.py:demo", "--config.steps=1", "try configs/clip.py or configs/dvae.py or configs/transformer.py"),
     ],
 )
 def test_mistakes_are_answered_in_one_sentence(spec, override, message):

@@ -19,8 +19,9 @@ from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
 from dalle_jax.models import transformer
+from dalle_jax.models.blocks import REMAT
 from dalle_jax.models.layers import Model, param
-from dalle_jax.models.transformer import REMAT, TransformerConfig
+from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.train import moments, optimizer, step
 from dalle_jax.train.task import Task
 

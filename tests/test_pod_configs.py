@@ -16,7 +16,7 @@ from dalle_jax.train.task import Task
 
 def promised():
     """Rows of the tables in the docstrings: config, mesh, island, parameters, MB a device of each kind and in total."""
-    for file in ("dvae", "transformer"):
+    for file in ("dvae", "transformer", "clip"):
         for line in configs._module(configs._find(f"configs/{file}.py")).__doc__.splitlines():
             cells = [cell.strip() for cell in line.split("|")][1:-1]
             if len(cells) == 9 and " x " in cells[1]:

@@ -29,7 +29,8 @@ CHECK_EVERY = 1000  # records between two looks at the share of broken ones; a s
 class DataConfig(filters.Filters):
     """How records become examples; the filters' switches are inherited.
 
-    image_size: pixels per side. augment: 'dvae' (listing 1), 'transformer' (listing 2) or 'centre' (no randomness).
+    image_size: pixels per side. augment: 'dvae' (listing 1), 'transformer' (listing 2), 'clip' or 'centre' (nothing
+    random).
     bpe_dropout: probability of skipping a merge, 0.1 in the paper, 0 outside training.
     max_pixels: larger pictures are refused before they are decoded.
     max_bad_share: a run stops when more of the records than this are broken (filtered ones do not count).

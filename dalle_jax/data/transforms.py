@@ -1,11 +1,12 @@
-"""Picture to square: the paper's two augmentations and the deterministic centre crop.
+"""Picture to square: the paper's two augmentations, CLIP's and the deterministic centre crop.
 
 Each takes uint8 [H, W, 3] and returns uint8 [size, size, 3]; the paper's listings are for size 256 and their constants
 scale with the size. Randomness comes from the generator that is handed in and from nowhere else.
 
 Shrinking averages areas as the listings ask, in numpy: Pillow's BOX filter counts border pixels wholly or not at all,
 which is no area average unless the ratio is an integer. A picture smaller than the size has to grow, which the
-listings never do; that, and `centre`, use Pillow's Lanczos filter as the released notebook does.
+listings never do; that, and `centre`, use Pillow's Lanczos filter as the released notebook does. CLIP's filter is
+bicubic.
 """
 
 import math
@@ -38,6 +39,12 @@ def augment_transformer(image_uint8: np.ndarray, size: int, rng: np.random.Gener
     return _random_window(square, int(rng.integers(size, longest, endpoint=True)), size, rng)
 
 
+def augment_clip(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """CLIP's: any of the largest squares, bicubic to the size (Radford et al. 2021, section 2.3)."""
+    square = _crop(image_uint8, rng, low=Fraction(0), high=Fraction(1), end_included=True)
+    return _resized(square, size, Image.Resampling.BICUBIC)
+
+
 def centre(image_uint8: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """Shorter side to `size` (Lanczos), then the middle square; `rng` is not used."""
     height, width = image_uint8.shape[:2]
@@ -46,7 +53,7 @@ def centre(image_uint8: np.ndarray, size: int, rng: np.random.Generator | None =
     return _lanczos(image_uint8[top : top + side, left : left + side], size)
 
 
-AUGMENTATIONS = {"dvae": augment_dvae, "transformer": augment_transformer, "centre": centre}
+AUGMENTATIONS = {"dvae": augment_dvae, "transformer": augment_transformer, "clip": augment_clip, "centre": centre}
 
 
 def shrink_by_area(
@@ -108,4 +115,8 @@ def _random_window(square: np.ndarray, side: int, size: int, rng: np.random.Gene
 
 
 def _lanczos(square: np.ndarray, side: int) -> np.ndarray:
-    return np.array(Image.fromarray(np.ascontiguousarray(square)).resize((side, side), Image.Resampling.LANCZOS))
+    return _resized(square, side, Image.Resampling.LANCZOS)
+
+
+def _resized(square: np.ndarray, side: int, filter_: Image.Resampling) -> np.ndarray:
+    return np.array(Image.fromarray(np.ascontiguousarray(square)).resize((side, side), filter_))

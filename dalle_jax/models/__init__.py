@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 
-from dalle_jax.models import dvae, transformer
+from dalle_jax.models import clip, dvae, transformer
 from dalle_jax.models.layers import Model, Params
 
 __all__ = ["Model", "Params", "build"]
 
-_MODELS = {"dvae": (dvae.DVAEConfig, dvae.model), "transformer": (transformer.TransformerConfig, transformer.model)}
+_MODELS = {
+    "dvae": (dvae.DVAEConfig, dvae.model),
+    "transformer": (transformer.TransformerConfig, transformer.model),
+    "clip": (clip.CLIPConfig, clip.model),
+}
 
 
 def build(name: str, config: Mapping) -> Model:

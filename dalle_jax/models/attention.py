@@ -6,7 +6,7 @@ spans both. Plain array code: exact, differentiable, the same on every backend. 
 allowed, this file how to get it.
 
 Dimensions: B batch, C captions, M candidates of a caption, S sequence, T text, I image, R blocks, Q queries and K keys
-of a block, N heads, H head width.
+of a block, N heads, H head width. When decoding, B counts images, C x M.
 """
 
 import einops
@@ -41,9 +41,19 @@ def attend(q_BSNH, k_BSNH, v_BSNH, kind: str, *, text_len: int, grid: int):
 
 def attend_text(q_BTNH, k_BTNH, v_BTNH):
     """Causal attention of the text to itself, every kind alike."""
-    scores = jnp.einsum("bqnh,bknh->bnqk", _scaled(q_BTNH), k_BTNH, preferred_element_type=jnp.float32)
-    scores = jnp.where(np.tri(q_BTNH.shape[1], dtype=bool), scores, MASKED)
-    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores).astype(v_BTNH.dtype), v_BTNH)
+    return _attend_densely(q_BTNH, k_BTNH, v_BTNH, np.tri(q_BTNH.shape[1], dtype=bool))
+
+
+def attend_all(q_BSNH, k_BSNH, v_BSNH):
+    """Attention of everything to everything."""
+    return _attend_densely(q_BSNH, k_BSNH, v_BSNH, None)
+
+
+def _attend_densely(q_BSNH, k_BSNH, v_BSNH, allowed_SS):
+    scores = jnp.einsum("bqnh,bknh->bnqk", _scaled(q_BSNH), k_BSNH, preferred_element_type=jnp.float32)
+    if allowed_SS is not None:
+        scores = jnp.where(allowed_SS, scores, MASKED)
+    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores).astype(v_BSNH.dtype), v_BSNH)
 
 
 def _attend_blocks(q_BRQNH, k_BTNH, v_BTNH, k_BRKNH, v_BRKNH, mask_RQK):
@@ -113,32 +123,38 @@ def _column_mask(grid: int) -> np.ndarray:
     return np.stack([allowed[column::grid, column::grid] for column in range(grid)])
 
 
-def empty_cache(kind: str, *, grid: int, captions: int, candidates: int, heads: int, head_size: int, dtype):
-    """Keys and values of the image positions of one layer, zeros: {'k', 'v'} of [C, M, N, slots, H]."""
-    shape = (captions, candidates, heads, attention_pattern.cache_slots(kind, grid=grid), head_size)
+def empty_cache(kind: str, *, grid: int, images: int, heads: int, head_size: int, dtype):
+    """Keys and values of the image positions of one layer, zeros: {'k', 'v'} of [B, N, slots, H]."""
+    shape = (images, heads, attention_pattern.cache_slots(kind, grid=grid), head_size)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
-def attend_cached(q_CMNH, k_CMNH, v_CMNH, text, cache, kind: str, *, position, grid: int):
+def attend_cached(q_BNH, k_BNH, v_BNH, text, cache, kind: str, *, position, grid: int):
     """Attention of the image slot `position` (a traced int32), which is also written to the cache.
 
+    The B images are the candidates of C captions, those of a caption side by side.
     text: {'k', 'v'} of [C, N, T, H], stored once per caption and read by all its candidates.
-    Returns: output [C, M, N, H] and the new cache. Equal to `attend` at that position.
+    Stores may be of another dtype than the queries, which they are read in.
+    Returns: output [B, N, H] and the new cache. Equal to `attend` at that position.
     """
+    B, N, H = q_BNH.shape
+    dtype = q_BNH.dtype
     slot, start, size, visible_K = _cache_view(kind, position, grid)
     cache = {
-        "k": jax.lax.dynamic_update_slice_in_dim(cache["k"], k_CMNH[..., None, :], slot, axis=3),
-        "v": jax.lax.dynamic_update_slice_in_dim(cache["v"], v_CMNH[..., None, :], slot, axis=3),
+        name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[:, :, None].astype(cache[name].dtype), slot, axis=2)
+        for name, new in (("k", k_BNH), ("v", v_BNH))
     }
-    k_local, v_local = (jax.lax.dynamic_slice_in_dim(cache[x], start, size, axis=3) for x in ("k", "v"))
-    q_CMNH = _scaled(q_CMNH)
-    from_text = jnp.einsum("cmnh,cnkh->cmnk", q_CMNH, text["k"], preferred_element_type=jnp.float32)
-    local = jnp.einsum("cmnh,cmnkh->cmnk", q_CMNH, k_local, preferred_element_type=jnp.float32)
+    k_local, v_local = (jax.lax.dynamic_slice_in_dim(cache[x], start, size, axis=2).astype(dtype) for x in ("k", "v"))
+    k_text, v_text = text["k"].astype(dtype), text["v"].astype(dtype)
+    q_CMNH = _scaled(q_BNH).reshape(len(k_text), -1, N, H)
+    from_text = jnp.einsum("cmnh,cnkh->cmnk", q_CMNH, k_text, preferred_element_type=jnp.float32).reshape(B, N, -1)
+    local = jnp.einsum("bnh,bnkh->bnk", _scaled(q_BNH), k_local, preferred_element_type=jnp.float32)
     local = jnp.where(visible_K, local, MASKED)
-    weights_text, weights_local, total_CMN = _joint_softmax(from_text, local)
-    out = jnp.einsum("cmnk,cnkh->cmnh", weights_text.astype(v_CMNH.dtype), text["v"])
-    out += jnp.einsum("cmnk,cmnkh->cmnh", weights_local.astype(v_CMNH.dtype), v_local)
-    return (out / total_CMN[..., None]).astype(q_CMNH.dtype), cache
+    weights_text, weights_local, total_BN = _joint_softmax(from_text, local)
+    weights_text = weights_text.astype(dtype).reshape(*q_CMNH.shape[:3], -1)
+    out = jnp.einsum("cmnk,cnkh->cmnh", weights_text, v_text, preferred_element_type=jnp.float32).reshape(B, N, H)
+    out += jnp.einsum("bnk,bnkh->bnh", weights_local.astype(dtype), v_local, preferred_element_type=jnp.float32)
+    return (out / total_BN[..., None]).astype(dtype), cache
 
 
 def _cache_view(kind: str, position, grid: int):

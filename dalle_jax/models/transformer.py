@@ -2,9 +2,10 @@
 
 Pre-activation blocks as in Child et al. 2019, whose configuration the paper inherits (section 2.2, appendix B.1): norm
 before attention and before the MLP, approximate GELU, zero-initialised output heads. Parameters of all layers are
-stacked; layers run as a scan over the pattern's period or as a plain loop. No loss, no sampling, no I/O.
+stacked; layers run as a scan over the pattern's period or as a plain loop. No loss, no sampling, no I/O; the same model
+from a cache, one position at a time, is `decoding.py`.
 
-Dimensions: B batch, C captions, M candidates, S sequence, T text, I image, L layers, D width, N heads, H head width.
+Dimensions: B batch, S sequence, T text, I image, L layers, D width, N heads, H head width.
 """
 
 import dataclasses
@@ -13,33 +14,22 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
 from dalle_jax.models import attention
-from dalle_jax.models.layers import Model, compute_dtype, layer_norm, linear, param, quick_gelu
+from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
+from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param
 from dalle_jax.sharding import constrain
 
 INIT = 0.125  # Child et al. 2019: standard deviation 0.125 / sqrt(fan in)
-_NOTHING = jax.checkpoint_policies.nothing_saveable
-_PRODUCTS = jax.checkpoint_policies.save_only_these_names("product")  # of `_qkv` and `_mlp`
-
-# What the backward pass computes again instead of keeping, from least to most: name -> part of a layer and what
-# survives in it. "attend" is the scores and the softmax, "attention" and "mlp" are the two residual blocks.
-REMAT = {
-    "none": {},
-    "attention": {"attend": _NOTHING},
-    "dots": {"attention": _PRODUCTS, "mlp": _PRODUCTS},
-    "full": {"attention": _NOTHING, "mlp": _NOTHING},
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and ways of computing; the defaults are the paper's 12-billion-parameter model.
 
-    pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: a step of the ladder REMAT (see
+    pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: a step of the ladder `blocks.REMAT` (see
     `run_layers`), 'full' as in the paper. scan: run the layers as a scan over the pattern's period (compile time
     independent of depth). precision: 'fp32' or 'bf16'.
     """
@@ -61,8 +51,7 @@ class TransformerConfig:
         for name in ("num_layers", "width", "heads", "head_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.remat not in REMAT:
-            raise ValueError(f"remat must be one of {tuple(REMAT)}, got {self.remat!r}")
+        check_remat(self.remat)
         compute_dtype(self.precision)
         _ = self.layout, self.kinds
 
@@ -76,49 +65,8 @@ class TransformerConfig:
 
 
 def model(config: TransformerConfig) -> Model:
-    """The transformer as pure functions; methods `__call__`, `layers`, `prefill`, `empty_cache` and `decode`."""
+    """The transformer as pure functions."""
     return Model(config, functools.partial(Transformer, config))
-
-
-# Meaning of the dimensions of one layer's parameters.
-LAYER_AXES = {
-    "norm1_gain": ("embed",),
-    "norm1_bias": ("embed",),
-    "qkv": ("embed", "qkv", "heads", "head"),
-    "qkv_bias": ("qkv", "heads", "head"),
-    "out": ("heads", "head", "embed"),
-    "out_bias": ("embed",),
-    "norm2_gain": ("embed",),
-    "norm2_bias": ("embed",),
-    "up": ("embed", "mlp"),
-    "up_bias": ("mlp",),
-    "down": ("mlp", "embed"),
-    "down_bias": ("embed",),
-}
-
-
-class Blocks(nnx.Module):
-    """Parameters of all layers, each with a leading layer dimension. The functions below compute with one layer."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        width, heads, head, hidden = config.width, config.heads, config.head_size, 4 * config.width
-        residual = (2 * config.num_layers) ** -0.5  # the branches' last matrices, Child et al. 2019
-
-        def stacked(name, *shape, **start):
-            return param(rngs, (config.num_layers, *shape), axes=("layers", *LAYER_AXES[name]), **start)
-
-        self.norm1_gain = stacked("norm1_gain", width, fill=1.0)
-        self.norm1_bias = stacked("norm1_bias", width)
-        self.qkv = stacked("qkv", width, 3, heads, head, std=INIT * width**-0.5)
-        self.qkv_bias = stacked("qkv_bias", 3, heads, head)
-        self.out = stacked("out", heads, head, width, std=INIT * (heads * head) ** -0.5 * residual)
-        self.out_bias = stacked("out_bias", width)
-        self.norm2_gain = stacked("norm2_gain", width, fill=1.0)
-        self.norm2_bias = stacked("norm2_bias", width)
-        self.up = stacked("up", width, hidden, std=INIT * width**-0.5)
-        self.up_bias = stacked("up_bias", hidden)
-        self.down = stacked("down", hidden, width, std=INIT * hidden**-0.5 * residual)
-        self.down_bias = stacked("down_bias", width)
 
 
 class Transformer(nnx.Module):
@@ -134,7 +82,14 @@ class Transformer(nnx.Module):
         self.image_embedding = param(rngs, (layout.image_ids, width), axes=("image_input", "embed"), std=token)
         self.row_position = param(rngs, (layout.grid, width), axes=("position", "embed"), std=image_position)
         self.column_position = param(rngs, (layout.grid, width), axes=("position", "embed"), std=image_position)
-        self.blocks = Blocks(config, rngs)
+        self.blocks = Blocks(
+            rngs,
+            layers=config.num_layers,
+            width=width,
+            heads=config.heads,
+            head_size=config.head_size,
+            std=_deviations(config),
+        )
         self.norm_gain = param(rngs, (width,), axes=("embed",), fill=1.0)
         self.norm_bias = param(rngs, (width,), axes=("embed",))
         self.text_head = param(rngs, (width, layout.text_ids), axes=("embed", "vocab"))
@@ -150,64 +105,10 @@ class Transformer(nnx.Module):
         config, dtype = self.config, compute_dtype(self.config.precision)
         x_BSD = jnp.concatenate([self._embed_text(text_BT), self._embed_image(image_BI)], axis=1).astype(dtype)
         x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
-        x_BSD = run_layers(self._stacked(dtype), x_BSD, config)
+        x_BSD = run_layers(self.blocks.stacked(dtype), x_BSD, config)
         x_BSD = layer_norm(x_BSD, self.norm_gain[...], self.norm_bias[...])
         text_D, image_D = x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
         return self._head(text_D, self.text_head), self._head(image_D, self.image_head)
-
-    def layers(self):
-        """Each layer's own parameters in the compute dtype, cut out of the stack once before many `decode` steps."""
-        stacked = self._stacked(compute_dtype(self.config.precision))
-        return [{name: a[i] for name, a in stacked.items()} for i in range(self.config.num_layers)]
-
-    def prefill(self, layers, text_CT):
-        """Keys and values of the text, once per caption: a list, one {'k', 'v'} of [C, N, T, H] a layer."""
-        x = self._embed_text(text_CT).astype(compute_dtype(self.config.precision))
-        stores = []
-        for block in layers:
-            q, k, v = _qkv(block, x)
-            stores.append({"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)})
-            mixed = attention.attend_text(q, k, v)
-            x = _mlp(block, x + _project(block, mixed))
-        return stores
-
-    def empty_cache(self, captions: int, candidates: int):
-        """Image keys and values before the first position: a list, one {'k', 'v'} of [C, M, N, slots, H] a layer."""
-        config = self.config
-        return [
-            attention.empty_cache(
-                kind,
-                grid=config.grid,
-                captions=captions,
-                candidates=candidates,
-                heads=config.heads,
-                head_size=config.head_size,
-                dtype=compute_dtype(config.precision),
-            )
-            for kind in config.kinds
-        ]
-
-    def decode(self, layers, text_stores, cache, previous_CM, position):
-        """One image position for all candidates.
-
-        layers, text_stores: of `layers` and `prefill`; cache: of `empty_cache` or the step before.
-        previous_CM: int32 codes at position - 1 (`Layout.start_of_image` at position 0). position: int32 scalar.
-        Returns: float32 logits [C, M, image_vocab] of the code at `position`, and the new cache.
-        """
-        config, dtype = self.config, compute_dtype(self.config.precision)
-        x_CMD = (
-            self.image_embedding[...][previous_CM]
-            + self.row_position[...][position // config.grid]
-            + self.column_position[...][position % config.grid]
-        ).astype(dtype)
-        new_cache = []
-        for block, kind, text, store in zip(layers, config.kinds, text_stores, cache, strict=True):
-            q, k, v = _qkv(block, x_CMD)
-            mixed, store = attention.attend_cached(q, k, v, text, store, kind, position=position, grid=config.grid)
-            new_cache.append(store)
-            x_CMD = _mlp(block, x_CMD + _project(block, mixed))
-        x_CMD = layer_norm(x_CMD, self.norm_gain[...], self.norm_bias[...])
-        return self._head(x_CMD, self.image_head), new_cache
 
     def _embed_text(self, text_BT):
         return _look_up(self.text_embedding, text_BT, "vocab") + self.text_position[...]
@@ -221,10 +122,15 @@ class Transformer(nnx.Module):
     def _head(self, x, head):
         return jnp.einsum("...d,dv->...v", x, head[...].astype(x.dtype), preferred_element_type=jnp.float32)
 
-    def _stacked(self, dtype):
-        """All layers' parameters; matrices in the compute dtype, norm gains and biases in float32."""
-        arrays = nnx.to_pure_dict(nnx.state(self.blocks))
-        return {name: a if name.startswith("norm") else a.astype(dtype) for name, a in arrays.items()}
+
+def _deviations(config: TransformerConfig) -> Deviations:
+    width, residual = config.width, (2 * config.num_layers) ** -0.5  # of the branches' last matrices, Child et al. 2019
+    return Deviations(
+        qkv=INIT * width**-0.5,
+        out=INIT * (config.heads * config.head_size) ** -0.5 * residual,
+        up=INIT * width**-0.5,
+        down=INIT * (4 * width) ** -0.5 * residual,
+    )
 
 
 def _look_up(table, ids_BS, rows: str):
@@ -245,15 +151,9 @@ def run_layers(stacked, x_BSD, config: TransformerConfig):
         full           2   both residual blocks again from their inputs, as in the paper: a third more computing
     """
 
-    def remat(part, function):
-        policy = REMAT[config.remat].get(part)
-        return jax.checkpoint(function, policy=policy) if policy else function
-
     def one_layer(x, block, kind):
         attend = functools.partial(attention.attend, kind=kind, text_len=config.text_len, grid=config.grid)
-        mix = functools.partial(_attention, attend=remat("attend", attend))
-        x = constrain(remat("attention", mix)(block, x), ("batch", "sequence", "embed_activation"))
-        return constrain(remat("mlp", _mlp)(block, x), ("batch", "sequence", "embed_activation"))
+        return layer(block, x, attend=attend, remat=config.remat)
 
     kinds = config.kinds
     period = len(attention_pattern.PERIOD) if config.pattern == "paper" else 1
@@ -271,28 +171,3 @@ def run_layers(stacked, x_BSD, config: TransformerConfig):
     for i in range(first, config.num_layers):
         x_BSD = one_layer(x_BSD, {name: a[i] for name, a in stacked.items()}, kinds[i])
     return x_BSD
-
-
-def _attention(block, x_BSD, *, attend):
-    return x_BSD + _project(block, attend(*_qkv(block, x_BSD)))
-
-
-def _qkv(block, x):
-    """[..., D] -> queries, keys and values, each [..., N, H]."""
-    x = layer_norm(x, block["norm1_gain"], block["norm1_bias"])
-    qkv = checkpoint_name(_linear(x, block, "qkv") + block["qkv_bias"], "product")
-    return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
-
-
-def _project(block, mixed):
-    return _linear(mixed, block, "out", 2) + block["out_bias"]
-
-
-def _linear(x, block, name, inputs=1):
-    return linear(x, block[name], inputs, LAYER_AXES[name])
-
-
-def _mlp(block, x):
-    hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
-    hidden = quick_gelu(checkpoint_name(_linear(hidden, block, "up") + block["up_bias"], "product"))
-    return x + _linear(hidden, block, "down") + block["down_bias"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dalle_jax.errors import UserError
-from dalle_jax.models.transformer import REMAT
+from dalle_jax.models.blocks import REMAT
 from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import memory
 from dalle_jax.preflight import topology as topologies

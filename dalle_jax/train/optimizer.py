@@ -5,7 +5,8 @@ Leaving out STACKED ones, and counting a run of HEADS as one:
 
     decayed         two dimensions or more, and not a lookup table (first of them in TABLES). So projections,
                     convolutions and output heads decay; gains, biases and embeddings do not. The paper does not say
-                    which parameters it excludes; this is the usual choice.
+                    which parameters it excludes; this is the usual choice. With `decay_tables`, lookup tables decay
+                    too, as CLIP's (Radford et al. 2021, section 2.5).
     hidden matrix   decayed, and no dimension in TABLES at all: neither an embedding nor an output head.
 
 The moving average of the parameters is part of the step, not of the optimizer.
@@ -73,7 +74,8 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
 
     config: name, learning_rate, schedule, b1, b2, eps, weight_decay (times the step size), clip_norm (global norm, 0
     for none), momentum (Muon's) and plateau with window (updates averaged into one value), patience (windows without
-    improvement before a halving), min_improvement (relative) and halvings (most of them). mu_dtype, nu_dtype: how the
+    improvement before a halving), min_improvement (relative) and halvings (most of them). decay_tables: lookup tables
+    decay too. mu_dtype, nu_dtype: how the
     first and second moments of hidden matrices are kept, 'fp32' or 'bf16' (`moments.py`).
     axes: the model's nested dict of dimension names.
 
@@ -91,7 +93,7 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
             b2=config["b2"],
             eps=config["eps"],
             weight_decay=config["weight_decay"],
-            mask=decay_mask(axes),
+            mask=decay_mask(axes, tables=config["decay_tables"]),
         )
     else:
         core = _muon(config, rate, axes)
@@ -111,9 +113,10 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
 
 
 def _muon(config: Mapping[str, Any], rate: optax.Schedule, axes: Any) -> optax.GradientTransformation:
-    """Muon for hidden matrices, AdamW for the rest, of which only decayed parameters decay (the output heads)."""
+    """Muon for hidden matrices, AdamW for the rest, of which only decayed parameters decay (e.g. output heads)."""
     dimensions = jax.tree.map(matrix_dimensions, axes, is_leaf=_is_names)
-    head_mask = jax.tree.map(lambda decays, muon: decays and not muon, decay_mask(axes), hidden_mask(axes))
+    decays = decay_mask(axes, tables=config["decay_tables"])
+    rest_mask = jax.tree.map(lambda decays, muon: decays and not muon, decays, hidden_mask(axes))
     return optax.chain(
         optax.contrib.muon(
             rate,
@@ -125,7 +128,7 @@ def _muon(config: Mapping[str, Any], rate: optax.Schedule, axes: Any) -> optax.G
             muon_weight_dimension_numbers=dimensions,
             consistent_rms=CONSISTENT_RMS,
         ),
-        _decay(head_mask, rate, config["weight_decay"]),
+        _decay(rest_mask, rate, config["weight_decay"]),
     )
 
 
@@ -140,9 +143,10 @@ def _decay(mask: Any, rate: optax.Schedule, weight_decay: float) -> optax.Gradie
     return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
 
 
-def decay_mask(axes: Any) -> Any:
-    """Nested dict of bool: does this parameter get weight decay? See the top of the file."""
-    return jax.tree.map(_decays, axes, is_leaf=_is_names)
+def decay_mask(axes: Any, *, tables: bool = False) -> Any:
+    """Nested dict of bool: does this parameter get weight decay? See the top of the file. tables: lookup tables too."""
+    decays = lambda names: _decays(names) or (tables and len(_sides(names)) >= 2)  # noqa: E731
+    return jax.tree.map(decays, axes, is_leaf=_is_names)
 
 
 def hidden_mask(axes: Any) -> Any:

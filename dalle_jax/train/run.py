@@ -54,7 +54,7 @@ def train(
 def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, progress, beat) -> loop.Result:
     config = ml_collections.ConfigDict(config.to_dict())
     check_values(config)
-    tokenizer = _tokenizer(config, workdir) if config.name == "transformer" else None
+    tokenizer = _tokenizer(config, workdir) if "tokenizer" in config else None
     _check_workdir(config, workdir)
     own = workdir / DVAE
     if config.name == "transformer" and (own / checkpoint.CONFIG).exists():
@@ -110,7 +110,7 @@ def _tokenizer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Toke
     """The workdir's own tokenizer, else the one the config names; `model.text_vocab` 0 takes its size."""
     own = workdir / TOKENIZER
     if not own.exists() and not config.tokenizer:
-        raise UserError("a transformer needs a tokenizer: give its file as --config.tokenizer=FILE")
+        raise UserError(f"a {config.name} needs a tokenizer: give its file as --config.tokenizer=FILE")
     tokenizer = Tokenizer.load(own if own.exists() else config.tokenizer)
     config.model.text_vocab = config.model.text_vocab or tokenizer.vocab_size
     if tokenizer.vocab_size != config.model.text_vocab:

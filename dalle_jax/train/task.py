@@ -1,7 +1,7 @@
 """What the loop knows about a model: a `Task` is a loss, some pictures and the helper parameters that stay fixed.
 
-Everything that differs between the dVAE and the transformer is behind these few fields; the step, the loop and the
-metrics never ask which model they train.
+Everything that differs between the dVAE, the transformer and CLIP is behind these few fields; the step, the loop and
+the metrics never ask which model they train.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def _no_warning(metrics: Mapping[str, float]) -> None:
 class Task:
     """One thing to train.
 
-    name: 'dvae' or 'transformer', as `models.build` knows it.
+    name: 'dvae', 'transformer' or 'clip', as `models.build` knows it.
     model: its definition; `model.init` makes the parameters, `model.axes` names their dimensions.
     loss: (params, frozen, batch, *, key, step) -> (loss, metrics). Pure and traced inside the update. The loss is a
       float32 scalar, the mean over the batch, so that equal microbatches average to the whole batch; the metrics are

@@ -5,7 +5,9 @@ import ml_collections
 from dalle_jax import checkpoint
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
+from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
+from dalle_jax.train.clip_task import clip_task
 from dalle_jax.train.dvae_task import dvae_task
 from dalle_jax.train.task import Task
 from dalle_jax.train.transformer_task import transformer_task
@@ -15,8 +17,8 @@ def build_task(config: ml_collections.ConfigDict) -> Task:
     """The task of `config.name`. A transformer loads the dVAE in `config.dvae`, a workdir or an exported model.
 
     Raises:
-      UserError: an unknown name, impossible sizes, or a dVAE that is missing, damaged or of another grid, vocabulary
-        or picture size than the config's.
+      UserError: an unknown name, impossible sizes, a dVAE that is missing, damaged or of another grid, vocabulary or
+        picture size than the config's, or a CLIP that accumulates.
     """
     try:
         if config.name == "dvae":
@@ -24,9 +26,11 @@ def build_task(config: ml_collections.ConfigDict) -> Task:
             return dvae_task(config)
         if config.name == "transformer":
             return _transformer_task(config)
+        if config.name == "clip":
+            return _clip_task(config)
     except (TypeError, ValueError) as error:
         raise UserError(f"expected a possible {config.name} in config.model, got one where {error}") from error
-    raise UserError(f"config.name must be dvae or transformer, got {config.name!r}")
+    raise UserError(f"config.name must be dvae, transformer or clip, got {config.name!r}")
 
 
 def _transformer_task(config: ml_collections.ConfigDict) -> Task:
@@ -41,8 +45,22 @@ def _transformer_task(config: ml_collections.ConfigDict) -> Task:
     return transformer_task(config, model, params)
 
 
-def _check_sizes(key: str, value: int, where: str, dvae: DVAEConfig, *, field: str = "image_size") -> None:
-    if value != getattr(dvae, field):
+def _clip_task(config: ml_collections.ConfigDict) -> Task:
+    if config.accumulate != 1:
         raise UserError(
-            f"expected {key} = {getattr(dvae, field)}, the dVAE's {field} in {where}, got {value}: set one of them"
+            f"expected config.accumulate = 1 for CLIP, got {config.accumulate}: its loss compares all pictures of a "
+            "batch with all its captions, which microbatches cannot; to save memory, take config.model.remat or more "
+            "devices"
+        )
+    _check_sizes("config.data.image_size", config.data.image_size, "config.model", CLIPConfig(**config.model))
+    return clip_task(config)
+
+
+def _check_sizes(
+    key: str, value: int, where: str, model: DVAEConfig | CLIPConfig, *, field: str = "image_size"
+) -> None:
+    kind = "dVAE" if isinstance(model, DVAEConfig) else "CLIP"
+    if value != getattr(model, field):
+        raise UserError(
+            f"expected {key} = {getattr(model, field)}, the {kind}'s {field} in {where}, got {value}: set one of them"
         )

@@ -1,0 +1,103 @@
+"""CLIP, which ranks samples. Needs a tokenizer. Launch:
+
+    dalle-jax tokenizer 'wds:/data/pairs/*.tar' --vocab-size 49406 --out runs/clip_tokenizer
+    dalle-jax train --config configs/clip.py:b32 --config.tokenizer=runs/clip_tokenizer \
+        --config.data.train='wds:/data/pairs/*.tar' --workdir runs/clip
+    dalle-jax train --config configs/clip.py:demo --config.tokenizer=tokenizer.model --workdir runs/clip
+
+b32     ViT-B/32 of Radford et al. 2021, tables 19 and 20: 12 layers x 768, patches of 32 pixels
+b16     ViT-B/16: the same with patches of 16 pixels
+l14     ViT-L/14: 24 layers x 1024, patches of 14 pixels
+demo    the 64x64 scenes of `dalle-jax demo`, a minute or two on a CPU
+
+b32 to l14 have the paper's batch of 32,768, AdamW and schedule: 32 epochs of 400 million pairs are 390,625 updates.
+Half precision is bfloat16 here, gradients are checkpointed as in the paper. `config.accumulate` stays 1: a batch in
+parts would have other negatives.
+
+What a device holds on 32 machines of 8 GPUs, in MB of 10^6 bytes as in configs/transformer.py:
+
+| config | mesh        | island |     parameters |   params |  moments |      ema |    grads |    total |
+|--------|-------------|--------|----------------|----------|----------|----------|----------|----------|
+| b32    | 32 x 8 x 1  |      8 |    151,277,313 |     76.0 |    152.0 |     76.0 |     76.0 |    380.1 |
+| b16    | 32 x 8 x 1  |      8 |    149,620,737 |     75.2 |    150.4 |     75.2 |     75.2 |    375.9 |
+| l14    | 32 x 8 x 1  |      8 |    427,616,513 |    214.6 |    429.3 |    214.6 |    214.6 |  1,073.2 |
+"""
+
+from ml_collections import ConfigDict
+
+from dalle_jax.configs.base import base
+from dalle_jax.data.pipeline import DataConfig
+from dalle_jax.models.clip import CLIPConfig
+
+
+def _start(model: CLIPConfig, data: DataConfig) -> ConfigDict:
+    config = base("clip", model=model, data=data)
+    config.tokenizer = ""  # file, or a folder that holds tokenizer.model
+    config.optimizer.decay_tables = True  # section 2.5: all weights but gains and biases
+    return config
+
+
+def _paper(*, learning_rate: float, **sizes) -> ConfigDict:
+    """The paper's training of a vision transformer of these sizes, its tables 18 to 20."""
+    config = _start(
+        CLIPConfig(precision="bf16", remat="full", **sizes),
+        DataConfig(image_size=224, augment="clip", drop_boilerplate=True),
+    )
+    config.steps, config.batch_size = 390_625, 32_768
+    optimizer = config.optimizer
+    optimizer.update(learning_rate=learning_rate, b2=0.98, eps=1e-6, weight_decay=0.2)
+    optimizer.schedule.update(name="warmup_cosine", warmup_steps=2_000)
+    return config
+
+
+def l14() -> ConfigDict:
+    return _paper(
+        learning_rate=4e-4,
+        embed=768,
+        patch=14,
+        image_layers=24,
+        image_width=1_024,
+        image_heads=16,
+        text_width=768,
+        text_heads=12,
+    )
+
+
+def demo() -> ConfigDict:
+    config = _start(
+        CLIPConfig(
+            embed=64,
+            image_size=64,
+            patch=8,
+            image_layers=2,
+            image_width=96,
+            image_heads=4,
+            text_len=15,
+            text_vocab=384,
+            text_layers=2,
+            text_width=96,
+            text_heads=4,
+            scan=False,
+        ),
+        DataConfig(image_size=64, augment="centre", threads=1),
+    )
+    config.steps, config.batch_size = 250, 128
+    optimizer = config.optimizer
+    optimizer.update(name="muon", learning_rate=8e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
+    optimizer.schedule.update(name="warmup_linear", warmup_steps=30)
+    config.ema.decay = 0.98
+    config.update(validate_every=250, validation_batches=4, picture_every=0, checkpoint_every=250)
+    config.data.update(train="scenes:train@64", validation="scenes:val@64")
+    return config
+
+
+VARIANTS = {
+    "b32": lambda: _paper(learning_rate=5e-4),
+    "b16": lambda: _paper(learning_rate=5e-4, patch=16),
+    "l14": l14,
+    "demo": demo,
+}
+
+
+def get_config(variant: str = "b32") -> ConfigDict:
+    return VARIANTS[variant]()

@@ -1,0 +1,130 @@
+"""Pre-activation residual blocks: norm, attention, norm, MLP, with the parameters of all layers stacked.
+
+The text-to-image transformer and both towers of CLIP are made of these; what attends to what is the caller's
+`attend`. Knows how one layer is computed and what the backward pass keeps of it; nothing of embeddings and heads.
+
+Dimensions: B batch, S sequence, L layers, D width, N heads, H head width.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dalle_jax.models.layers import layer_norm, linear, param, quick_gelu
+from dalle_jax.sharding import constrain
+
+_NOTHING = jax.checkpoint_policies.nothing_saveable
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names("product")  # of `qkv` and `mlp`
+
+# What the backward pass computes again instead of keeping, from least to most: name -> part of a layer and what
+# survives in it. "attend" is the scores and the softmax, "attention" and "mlp" are the two residual blocks.
+REMAT = {
+    "none": {},
+    "attention": {"attend": _NOTHING},
+    "dots": {"attention": _PRODUCTS, "mlp": _PRODUCTS},
+    "full": {"attention": _NOTHING, "mlp": _NOTHING},
+}
+
+
+def check_remat(remat: str) -> None:
+    """Raises ValueError for a step that is not on the ladder REMAT."""
+    if remat not in REMAT:
+        raise ValueError(f"remat must be one of {tuple(REMAT)}, got {remat!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Deviations:
+    """Standard deviations of a block's four matrices at the start; its biases are 0, its gains 1."""
+
+    qkv: float
+    out: float
+    up: float
+    down: float
+
+
+# Meaning of the dimensions of one layer's parameters.
+LAYER_AXES = {
+    "norm1_gain": ("embed",),
+    "norm1_bias": ("embed",),
+    "qkv": ("embed", "qkv", "heads", "head"),
+    "qkv_bias": ("qkv", "heads", "head"),
+    "out": ("heads", "head", "embed"),
+    "out_bias": ("embed",),
+    "norm2_gain": ("embed",),
+    "norm2_bias": ("embed",),
+    "up": ("embed", "mlp"),
+    "up_bias": ("mlp",),
+    "down": ("mlp", "embed"),
+    "down_bias": ("embed",),
+}
+
+
+class Blocks(nnx.Module):
+    """Parameters of all layers, each with a leading layer dimension. The functions below compute with one layer."""
+
+    def __init__(self, rngs: nnx.Rngs, *, layers: int, width: int, heads: int, head_size: int, std: Deviations):
+        hidden = 4 * width
+
+        def stacked(name, *shape, **start):
+            return param(rngs, (layers, *shape), axes=("layers", *LAYER_AXES[name]), **start)
+
+        self.norm1_gain = stacked("norm1_gain", width, fill=1.0)
+        self.norm1_bias = stacked("norm1_bias", width)
+        self.qkv = stacked("qkv", width, 3, heads, head_size, std=std.qkv)
+        self.qkv_bias = stacked("qkv_bias", 3, heads, head_size)
+        self.out = stacked("out", heads, head_size, width, std=std.out)
+        self.out_bias = stacked("out_bias", width)
+        self.norm2_gain = stacked("norm2_gain", width, fill=1.0)
+        self.norm2_bias = stacked("norm2_bias", width)
+        self.up = stacked("up", width, hidden, std=std.up)
+        self.up_bias = stacked("up_bias", hidden)
+        self.down = stacked("down", hidden, width, std=std.down)
+        self.down_bias = stacked("down_bias", width)
+
+    def stacked(self, dtype):
+        """All layers' parameters; matrices in the compute dtype, norm gains and biases in float32."""
+        arrays = nnx.to_pure_dict(nnx.state(self))
+        return {name: a if name.startswith("norm") else a.astype(dtype) for name, a in arrays.items()}
+
+
+def layer(block, x_BSD, *, attend: Callable, remat: str):
+    """One layer over a whole sequence. attend: (q, k, v) of [B, S, N, H] -> [B, S, N, H]."""
+
+    def saving(part, function):
+        policy = REMAT[remat].get(part)
+        return jax.checkpoint(function, policy=policy) if policy else function
+
+    mix = functools.partial(_attention, attend=saving("attend", attend))
+    x_BSD = constrain(saving("attention", mix)(block, x_BSD), ("batch", "sequence", "embed_activation"))
+    return constrain(saving("mlp", mlp)(block, x_BSD), ("batch", "sequence", "embed_activation"))
+
+
+def _attention(block, x_BSD, *, attend):
+    return x_BSD + project(block, attend(*qkv(block, x_BSD)))
+
+
+def qkv(block, x):
+    """[..., D] -> queries, keys and values, each [..., N, H]."""
+    x = layer_norm(x, block["norm1_gain"], block["norm1_bias"])
+    all_three = checkpoint_name(_linear(x, block, "qkv") + block["qkv_bias"], "product")
+    return all_three[..., 0, :, :], all_three[..., 1, :, :], all_three[..., 2, :, :]
+
+
+def project(block, mixed):
+    """What attention adds to the stream: [..., N, H] -> [..., D]."""
+    return _linear(mixed, block, "out", 2) + block["out_bias"]
+
+
+def mlp(block, x):
+    """The second residual block, [..., D] -> [..., D]."""
+    hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
+    hidden = quick_gelu(checkpoint_name(_linear(hidden, block, "up") + block["up_bias"], "product"))
+    return x + _linear(hidden, block, "down") + block["down_bias"]
+
+
+def _linear(x, block, name: str, inputs: int = 1):
+    return linear(x, block[name], inputs, LAYER_AXES[name])
