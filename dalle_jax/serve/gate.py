@@ -1,0 +1,69 @@
+"""What every request passes, before anything of its body is read: token, origin, counters, safe headers."""
+
+import hmac
+import time
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dalle_jax.serve.metrics import Metrics
+from dalle_jax.serve.refusal import Refusal
+
+# What a browser or a load balancer opens without a token; the names of pictures can't be guessed.
+OPEN_PATHS = ("/", "/health")
+FILES = "/v1/images/files/"
+_SAFE_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class Gate:
+    """ASGI middleware. token: what `Authorization: Bearer` must carry; None lets everybody in."""
+
+    def __init__(self, app: ASGIApp, *, token: str | None, metrics: Metrics):
+        self._app, self._token, self._metrics = app, token, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.monotonic(), 499  # as nginx has it: the client went away before there was an answer
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope)
+            if refusal is None:
+                await self._app(scope, receive, watched)
+            else:
+                self._metrics.rejected.labels(refusal.code).inc()
+                await refusal.response()(scope, receive, watched)
+        finally:
+            endpoint = getattr(scope.get("endpoint"), "__name__", "none")
+            self._metrics.requests.labels(endpoint, status).inc()
+            self._metrics.request_seconds.labels(endpoint).observe(time.monotonic() - start)
+
+    def _refusal(self, scope: Scope) -> Refusal | None:
+        headers, path = Headers(scope=scope), scope["path"]
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            # A page of another site must not draw with the visitor's server: browsers send forms across sites.
+            return Refusal(403, "requests from pages of other sites are not served", code="foreign_origin")
+        if self._token is None or path in OPEN_PATHS or path.startswith(FILES):
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode(), self._token.encode())
+        if scheme.lower() == "bearer" and same:
+            return None
+        message = "a bearer token is needed: send `Authorization: Bearer TOKEN`"
+        return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
