@@ -1,7 +1,11 @@
 """A server in a thread over a pipeline that draws noise: instant, exact, and it can be held in the middle of a row."""
 
+import concurrent.futures
 import contextlib
 import hashlib
+import http.client
+import json
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -18,6 +22,8 @@ from dalle_jax.serve.main import listen, make_server
 from dalle_jax.serve.metrics import Metrics
 
 GRID, SIDE, NAME = 4, 16, "noise"
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+JSON = {"Content-Type": "application/json"}
 
 
 class NoisePipeline:
@@ -96,7 +102,7 @@ class NoisePipeline:
         pixels = rng.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)
         if request.image is not None:
             kept = (GRID // 2 if request.keep_rows is None else request.keep_rows) * SIDE // GRID
-            pixels[:kept] = np.asarray(request.image.resize((SIDE, SIDE)))[:kept]
+            pixels[:kept] = request.image[:kept]
         pixels[rows * SIDE // GRID :] = 0
         picture = Image.fromarray(pixels)
         picture.caption, picture.seed, picture.settings = request.caption, seed, {}
@@ -137,3 +143,29 @@ def until(condition, seconds: float = 10.0):
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
+
+
+def post(server, content, path=GENERATIONS, headers=JSON, method="POST"):
+    """Status, headers and body (parsed where it is JSON) of one request; content: bytes or what becomes JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    data = content if isinstance(content, bytes) or content is None else json.dumps(content).encode()
+    try:
+        connection.request(method, path, data, headers)
+        answer = connection.getresponse()
+        text = answer.read()
+    finally:
+        connection.close()
+    is_json = answer.headers.get("content-type", "").startswith("application/json")
+    return answer.status, answer.headers, json.loads(text) if is_json else text
+
+
+def in_background(server, content):
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    future = pool.submit(post, server, content)
+    pool.shutdown(wait=False)
+    return future
+
+
+def metric(server, name):
+    _, _, text = post(server, None, "/metrics", {}, "GET")
+    return float(re.search(rf"^{name} (\S+)$", text.decode(), re.MULTILINE)[1])

@@ -120,12 +120,10 @@ def test_completion_keeps_the_rows_that_the_mask_keeps(client, pipe):
     ):
         np.testing.assert_array_equal(drawn[: rows * SIDE // GRID], image[: rows * SIDE // GRID])
         np.testing.assert_array_equal(
-            drawn, pixels(pipe.picture(Request("a star", image=Image.fromarray(image), keep_rows=rows, **seed), 0))
+            drawn, pixels(pipe.picture(Request("a star", image=image, keep_rows=rows, **seed), 0))
         )
     transparent = np.concatenate([image, mask[..., 3:]], axis=-1)  # the picture's own transparency is a mask too
-    own = client.images.edit(
-        image=[file_of(transparent)], prompt="a star", response_format="b64_json", extra_body=seed
-    )
+    own = client.images.edit(image=[file_of(transparent)], prompt="a star", response_format="b64_json", extra_body=seed)
     np.testing.assert_array_equal(pixels(own.data[0].b64_json), edit(mask=file_of(mask), extra_body=seed))
     events = client.images.edit(image=file_of(image), prompt="a star", stream=True, partial_images=1)
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]

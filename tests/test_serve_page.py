@@ -1,20 +1,21 @@
 """The page at `/` in a headless Chromium: drawn row by row, ranked, downloaded, by keyboard, on a phone."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import urllib.request
 
 import pytest
-from stand_in_server import GRID, SIDE, NoisePipeline, serving, until
+from stand_in_server import GRID, NoisePipeline, serving, until
 
 from dalle_jax.serve import page
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-in_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (apt: chromium-driver)")
+in_browser = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (apt: chromium-driver)"
+)
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
@@ -50,7 +51,12 @@ def server(pipe):
 
 def screen(browser, size):
     """A window of this many CSS pixels; phones have two dots a pixel and fingers."""
-    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 2 if size == PHONE else 1, "mobile": size == PHONE}
+    metrics = {
+        "width": size[0],
+        "height": size[1],
+        "deviceScaleFactor": 2 if size == PHONE else 1,
+        "mobile": size == PHONE,
+    }
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
@@ -145,14 +151,14 @@ def test_rows_appear_and_the_ranked_pictures_are_those_of_the_api(browser, serve
 @in_browser
 def test_the_curl_line_draws_the_same(browser, server, pipe):
     open_page(browser, server)
-    write(browser, prompt="it's a \"star\"", n=1)
+    write(browser, prompt='it\'s a "star"', n=1)
     one(browser, "#draw").click()
     until(drawn(browser, 1))
     shown = pipe.batches[-1][0]
     words = shlex.split(browser.execute_script("return document.querySelector('#curl').textContent"))
     assert words[:2] == ["curl", f"{server.address}/v1/images/generations"]
     body = json.loads(words[words.index("-d") + 1])
-    assert body == {"prompt": "it's a \"star\"", "n": 1, "seed": shown.seed}  # left to chance, so the page chose one
+    assert body == {"prompt": 'it\'s a "star"', "n": 1, "seed": shown.seed}  # left to chance, so the page chose one
     assert words[words.index("-H") + 1] == "Content-Type: application/json"
 
 
@@ -222,7 +228,9 @@ def test_by_keyboard_alone(browser, server):
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_read(browser, server, scheme):
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     open_page(browser, server, PHONE)
     write(browser, prompt="a star", n=2)
     one(browser, "#draw").click()

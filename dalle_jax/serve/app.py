@@ -10,6 +10,7 @@ import functools
 import time
 from typing import Any
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -17,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.sample.request import Request as DrawRequest
 from dalle_jax.serve import answer, body, metrics, page, schema, upload
@@ -112,7 +114,7 @@ class _Api:
             self._batcher.cancel(job)
 
     def _url(self, request: Request, png: bytes) -> str:
-        return f"{str(request.base_url).rstrip('/')}{FILES}{self._store.add(png)}.png"
+        return f"{request.url.scheme}://{request.headers.get('host', '')}{FILES}{self._store.add(png)}.png"
 
     def _description(self) -> dict:
         """OpenAI's model object, and what a client can't guess of this one."""
@@ -156,7 +158,9 @@ def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str) -> sc
         if values.get("keep_rows") not in (None, kept):
             raise invalid("keep_rows", f"keep_rows must be {kept}, which the mask says, or left out")
         values = {**values, "keep_rows": kept}
-    return schema.edit(values, image=image.convert("RGB"), pipe=pipe, model=model)
+    # At the model's size already here, as `Pipeline.encode` would make it: a full queue stays small.
+    pixels = centre(np.asarray(image.convert("RGB")), pipe.image_size)
+    return schema.edit(values, image=pixels, pipe=pipe, model=model)
 
 
 def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Starlette:
@@ -170,7 +174,8 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
 
     async def refuse_http(request: Request, error: HTTPException) -> Response:
         code = _CODES.get(error.status_code, "invalid_request")
-        detail = error.detail if error.status_code == 400 else f"{error.detail}: {request.method} {request.url.path}"
+        place = f"{request.method} {schema.shown(request.scope['path'])}"
+        detail = error.detail if error.status_code == 400 else f"{error.detail}: {place}"
         rejected.labels(code).inc()
         return Refusal(error.status_code, detail, code=code, headers=error.headers).response()
 
@@ -186,7 +191,7 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
         yield
         await asyncio.to_thread(batcher.close)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", api.index),
             Route("/health", api.health),
@@ -207,3 +212,5 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
         },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # a path has one spelling
+    return app

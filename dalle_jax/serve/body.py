@@ -1,7 +1,7 @@
 """Reads what a client sends, within bounds of size and time, and notices when it goes away."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 from python_multipart.multipart import parse_options_header
@@ -12,7 +12,7 @@ from dalle_jax.serve import schema
 from dalle_jax.serve.refusal import Refusal, invalid
 
 MAX_JSON_BYTES = 256 * 2**10
-MAX_FORM_BYTES = 10 * 2**20  # a picture and its mask; OpenAI takes 4 MB each
+MAX_FORM_BYTES = 8 * 2**20  # a picture and its mask; OpenAI takes 4 MB each
 MAX_FIELDS = 64
 MAX_SECONDS = 30  # for a body to arrive
 
@@ -36,7 +36,10 @@ async def read_form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]
     _expect(request, "multipart/form-data")
     fields, files = [], {}
     bounded = _bounded(request, MAX_FORM_BYTES)
-    form = await _in_time(bounded.form(max_files=4, max_fields=MAX_FIELDS, max_part_size=MAX_JSON_BYTES))
+    try:
+        form = await _in_time(bounded.form(max_files=4, max_fields=MAX_FIELDS, max_part_size=MAX_JSON_BYTES))
+    except (ValueError, LookupError) as error:  # the parser lets some strange charsets and headers through to Python
+        raise invalid(None, "the body must be a multipart form: this one can't be read", code="invalid_form") from error
     try:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
@@ -93,5 +96,3 @@ async def _in_time(reading: Coroutine | Any) -> Any:
             return await reading
     except TimeoutError as error:
         raise Refusal(408, f"the body did not arrive within {MAX_SECONDS} s", code="body_too_slow") from error
-
-

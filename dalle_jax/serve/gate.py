@@ -1,8 +1,8 @@
 """What every request passes, before anything of its body is read: token, origin, counters, safe headers."""
 
 import hmac
+import re
 import time
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +13,8 @@ from dalle_jax.serve.refusal import Refusal
 # What a browser or a load balancer opens without a token; the names of pictures can't be guessed.
 OPEN_PATHS = ("/", "/health")
 FILES = "/v1/images/files/"
+GONE = 499  # counted, as nginx has it, where the client went away before there was an answer
+_HOST = re.compile(r"[\w.-]+(:\d{1,5})?|\[[0-9a-fA-F:.]+\](:\d{1,5})?", re.ASCII)
 _SAFE_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -30,7 +32,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), 499  # as nginx has it: the client went away before there was an answer
+        start, status = time.monotonic(), GONE
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -48,6 +50,9 @@ class Gate:
             else:
                 self._metrics.rejected.labels(refusal.code).inc()
                 await refusal.response()(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
         finally:
             endpoint = getattr(scope.get("endpoint"), "__name__", "none")
             self._metrics.requests.labels(endpoint, status).inc()
@@ -55,8 +60,12 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers, path = Headers(scope=scope), scope["path"]
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not _HOST.fullmatch(host):
+            return Refusal(
+                400, "the Host header must be a name or an address, with a port or none", code="invalid_host"
+            )
+        if origin is not None and origin.partition("://")[2] != host:
             # A page of another site must not draw with the visitor's server: browsers send forms across sites.
             return Refusal(403, "requests from pages of other sites are not served", code="foreign_origin")
         if self._token is None or path in OPEN_PATHS or path.startswith(FILES):

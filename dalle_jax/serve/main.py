@@ -1,6 +1,7 @@
 """`dalle-jax serve`: a trained transformer over HTTP, with OpenAI's Images API and a page."""
 
 import argparse
+import contextlib
 import functools
 import ipaddress
 import logging
@@ -66,11 +67,13 @@ def main(args: argparse.Namespace) -> int:
     if token is None and not _is_loopback(listener):
         print(f"dalle-jax: warning: {address} is open to the network without a token", file=sys.stderr)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that a client gets wrong
     trouble: list[Exception] = []
 
     def on_ready(error: Exception | None) -> None:
         if error is None:
-            print(f"dalle-jax serves {name} on {address}", flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it
+                print(f"dalle-jax serves {name} on {address}", flush=True)
         else:
             trouble.append(error)
             server.should_exit = True
@@ -109,6 +112,7 @@ def make_server(app, *, deadline_seconds: float) -> uvicorn.Server:
         ws="none",
         lifespan="on",
         log_config=None,
+        log_level="error",
         access_log=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from PIL import Image
+import numpy as np
 
 from dalle_jax.errors import UserError
 from dalle_jax.sample.request import Request
@@ -171,8 +171,8 @@ def generation(values: Mapping[str, Any], *, pipe: Any, model: str) -> Order:
     return _order(_checked(values, _FIELDS, model), GENERATION, pipe)
 
 
-def edit(values: Mapping[str, Any], *, image: Image.Image, pipe: Any, model: str) -> Order:
-    """The same of /v1/images/edits and /v1/images/variations, with the picture to complete."""
+def edit(values: Mapping[str, Any], *, image: np.ndarray, pipe: Any, model: str) -> Order:
+    """The same of /v1/images/edits and /v1/images/variations, with the picture to complete, uint8 [H, W, 3]."""
     return _order(_checked(values, _EDIT_FIELDS, model), EDIT, pipe, image)
 
 
@@ -193,7 +193,7 @@ def _checked(values: Mapping[str, Any], fields: Mapping[str, Callable], model: s
     return checked
 
 
-def _order(values: dict[str, Any], kind: str, pipe: Any, image: Image.Image | None = None) -> Order:
+def _order(values: dict[str, Any], kind: str, pipe: Any, image: np.ndarray | None = None) -> Order:
     layout = pipe.model.config.layout
     stream, as_url = values.get("stream", False), values.get("response_format", "url") == "url"
     side = f"{pipe.image_size}x{pipe.image_size}"

@@ -8,7 +8,7 @@ from PIL import Image
 from dalle_jax.serve.refusal import Refusal, invalid
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_SIDE = 4096  # pixels; a small file can hold a picture that fills the memory
+MAX_SIDE = 2048  # pixels; a small file can hold a picture that fills the memory
 
 
 def read_picture(data: bytes, *, param: str) -> Image.Image:
