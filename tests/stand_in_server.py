@@ -130,7 +130,7 @@ def serving(pipe, *, load=None, token=None, max_batch=16, wait_seconds=0.02, que
     try:
         yield SimpleNamespace(address=f"http://127.0.0.1:{port}", port=port, batcher=batcher, server=server)
     finally:
-        if pipe is not None:
+        if isinstance(pipe, NoisePipeline):
             pipe.release()
         server.should_exit = True
         thread.join(30)

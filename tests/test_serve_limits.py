@@ -9,6 +9,7 @@ import urllib.request
 import pytest
 from stand_in_server import GENERATIONS, GRID, JSON, NoisePipeline, in_background, metric, post, serving, until
 
+from dalle_jax.serve import answer
 from dalle_jax.serve.store import LIFE_SECONDS, PictureStore
 
 
@@ -134,6 +135,18 @@ def test_work_of_a_client_that_left_is_dropped(stream):
         assert post(server, {"prompt": "a circle"})[0] == 200
     assert [batch[0].caption for batch in pipe.batches] == ["", "a star", "a circle"]
     assert pipe.rows_drawn[1] < GRID  # given up at the next row
+
+
+def test_a_silent_stream_shows_that_it_lives(monkeypatch):
+    monkeypatch.setattr(answer, "HEARTBEAT_SECONDS", 0.05)
+    with serving(pipe := NoisePipeline()) as server:
+        pipe.hold()
+        reading = in_background(server, {"prompt": "a star", "stream": True})
+        until(lambda: len(pipe.batches) == 2)
+        time.sleep(0.3)
+        pipe.release()
+        frames = reading.result()[2].decode().split("\n\n")
+    assert frames[0] == ": waiting" and frames[-2].startswith("event: image_generation.completed\ndata: {")
 
 
 def test_pictures_behind_urls_are_bounded_and_expire():
