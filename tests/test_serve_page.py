@@ -7,7 +7,7 @@ import shutil
 import urllib.request
 
 import pytest
-from stand_in_server import GRID, NoisePipeline, serving, until
+from stand_in_server import GRID, NoisePipeline, metric, serving, until
 
 from dalle_jax.serve import page
 
@@ -191,7 +191,7 @@ def test_stop_cancels_the_work(browser, server, pipe):
     until(lambda: len(pipe.batches) == batches + 1)
     one(browser, "#draw").click()
     until(lambda: text(browser, "#status") == "Stopped.")
-    until(lambda: server.batcher.metrics.cancelled._value.get() >= 1)
+    until(lambda: metric(server, "dalle_jax_cancelled_total") >= 1)
     pipe.release()
     assert text(browser, "#draw") == "Draw" and not every(browser, ".run")
     until(lambda: pipe.rows_drawn[-1] < GRID)

@@ -84,7 +84,8 @@ class _Api:
         return Response(self._batcher.metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def index(self, request: Request) -> Response:
-        return Response(page.html(), media_type="text/html", headers={"Content-Security-Policy": page.policy()})
+        headers = {"Content-Security-Policy": page.policy(), "Cache-Control": "no-cache"}
+        return Response(page.html(), media_type="text/html", headers=headers)
 
     async def _answer(self, request: Request, order: schema.Order) -> Response:
         job, pipe = self._batcher.submit(order), self._batcher.pipe
