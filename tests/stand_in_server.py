@@ -21,7 +21,7 @@ from dalle_jax.serve.batcher import Batcher
 from dalle_jax.serve.main import listen, make_server
 from dalle_jax.serve.metrics import Metrics
 
-GRID, SIDE, NAME = 4, 16, "noise"
+GRID, SIDE, VOCAB, NAME = 4, 16, 128, "noise"
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 JSON = {"Content-Type": "application/json"}
 
@@ -32,7 +32,7 @@ class NoisePipeline:
     image_size, digest, max_candidates = SIDE, "0" * 64, 64
 
     def __init__(self, *, row_seconds: float = 0.0, ranking: bool = True):
-        layout = Layout(text_len=13, text_vocab=400, grid=GRID, image_vocab=12)
+        layout = Layout(text_len=13, text_vocab=400, grid=GRID, image_vocab=VOCAB)
         self.model = SimpleNamespace(config=SimpleNamespace(layout=layout))
         self.tokenizer = SimpleNamespace(encode=str.split)
         self.ranking, self.row_seconds = ranking, row_seconds
@@ -57,8 +57,8 @@ class NoisePipeline:
             raise UserError(f"best_of must be n .. {self.max_candidates}, got {request.best_of}")
         if not 0 < request.temperature < 100:
             raise UserError(f"temperature must be above 0 and below 100, got {request.temperature}")
-        if request.top_k is not None and not 1 <= request.top_k <= 12:
-            raise UserError(f"top_k must be 1 .. 12, got {request.top_k}")
+        if request.top_k is not None and not 1 <= request.top_k <= VOCAB:
+            raise UserError(f"top_k must be 1 .. {VOCAB}, got {request.top_k}")
         if request.top_p is not None and not 0 < request.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {request.top_p}")
         if not 0 <= request.guidance <= 20:

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import re
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -194,6 +196,25 @@ def test_models(client, pipe):
                  lambda: client.images.generate(prompt="a star", model="dall-e-2")):  # fmt: skip
         with pytest.raises(openai.NotFoundError, match="'noise'"):
             call()
+
+
+def test_the_examples_of_the_docs_work(server, pipe, capsys):
+    text = (
+        (Path(__file__).parent.parent / "docs" / "serving.md")
+        .read_text()
+        .replace("http://127.0.0.1:8000", server.address)
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    asked = pipe.batches[-1][0]
+    assert (asked.n, asked.best_of, asked.seed, asked.top_k) == (2, 32, 0, 64)
+    best = pipe.finished(asked)[0]
+    assert capsys.readouterr().out == f"{best.seed} {best.score}\n"
+    bodies = re.findall(r"curl .*?(http\S+/generations).*?-d '(.*?)'", text, re.DOTALL)
+    assert len(bodies) == 2
+    for address, body in bodies:
+        request = urllib.request.Request(address, body.encode(), {"Content-Type": "application/json"})
+        assert b"b64_json" in (answer := urllib.request.urlopen(request).read()) or b"url" in answer
 
 
 def test_one_thread_draws(client, pipe):

@@ -215,9 +215,9 @@ class Batcher:
         self.metrics.batch_fill.observe(min(1.0, pictures / self.max_batch))
         try:
             results = self._pipe.draw([job.order.request for job in batch], on_rows=on_rows)
-            if any(len(drawn) != job.order.request.n for job, drawn in zip(batch, results, strict=True)
-                   if not job.cancelled):  # fmt: skip
-                raise RuntimeError(f"expected n pictures for every request, got {[len(drawn) for drawn in results]}")
+            for job, drawn in zip(batch, results, strict=True):
+                if len(drawn) != job.order.request.n and not job.cancelled:
+                    raise RuntimeError(f"expected {job.order.request.n} pictures of the pipeline, got {len(drawn)}")
         except Exception as error:
             _log.exception("a batch of %d requests could not be drawn", len(batch))
             self._failures += 1
