@@ -233,7 +233,11 @@ def main() -> int:
         for number, name in enumerate(("first, compiling", "second")):
             bodies = wishes(args.requests, first_seed=1_000_000 * number, model=model)
             rows[name] = load(client, bodies, clients=args.clients)
-            print(f"{name}: {len(rows[name]['lost'])} lost, {rows[name]['seconds']:.1f} s", *rows[name]["lost"][:5])
+            print(
+                f"{name}: {len(rows[name]['lost'])} lost, {rows[name]['seconds']:.1f} s",
+                *rows[name]["lost"][:5],
+                flush=True,
+            )
         chosen = range(0, args.requests, 9)  # 9: every kind comes up
         same = sum(client.ask(bodies[i]).files == getattr(rows[name]["answers"][i], "files", None) for i in chosen)
         text = report(rows, args=args, model=model, machine=machine, same=same, sample=len(chosen))
