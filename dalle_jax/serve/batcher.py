@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from dalle_jax.errors import UserError
 from dalle_jax.sample.request import Preview, Request
 from dalle_jax.serve.metrics import Metrics
 from dalle_jax.serve.refusal import Refusal
@@ -154,7 +155,11 @@ class Batcher:
     def _work(self) -> None:
         try:
             pipe = self._load()
-            pipe.draw([Request("", seed=0)])  # compiles the usual programs, and shows that the model draws
+            pipe.draw([Request("")])  # compiles the usual programs, and shows that the model draws
+            for guidance in (1.0, 2.0):  # what fits a wave may be measured at the first question, so that is here
+                with contextlib.suppress(UserError):
+                    pipe.check(usual := Request("", guidance=guidance))
+                    pipe.wave_key(usual)
         except Exception as error:
             self._broken = True
             self._on_ready(error)
