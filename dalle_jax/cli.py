@@ -23,6 +23,7 @@ VERBS = {
     "preflight": ("dalle_jax.preflight.main", "say whether a config fits a pod that is not here, and how fast it is"),
     "export": ("dalle_jax.export", "write the parameters of a run as a model directory (safetensors)"),
     "sample": ("dalle_jax.sample.main", "draw pictures for captions"),
+    "serve": ("dalle_jax.serve.main", "answer OpenAI's Images API over HTTP, with a page for people"),
     "convert": (
         {
             "openai-dvae": ("dalle_jax.convert.openai_dvae", "the released dVAE of OpenAI as a model directory"),

@@ -20,7 +20,7 @@ LEVELS = (
     {"checkpointer"},
     {"models", "data"},
     {"train", "sample", "convert"},
-    {"evaluate", "preflight"},
+    {"evaluate", "preflight", "serve"},
     {"configs"},  # a config reads the defaults of what it configures, and is loaded by its path
     {"hooks"},
     {"demo", "training", "inspection", "export"},

@@ -1,0 +1,98 @@
+"""Reads what a client sends, within bounds of size and time, and notices when it goes away."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+
+from dalle_jax.serve import schema
+from dalle_jax.serve.refusal import Refusal, invalid
+
+MAX_JSON_BYTES = 256 * 2**10
+MAX_FORM_BYTES = 8 * 2**20  # a picture and its mask; OpenAI takes 4 MB each
+MAX_FIELDS = 64
+MAX_SECONDS = 30  # for a body to arrive
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object of a request.
+
+    Raises:
+      Refusal: 400, 408, 413 or 415.
+    """
+    _expect(request, "application/json")
+    return schema.parse_json(await _in_time(_bounded(request, MAX_JSON_BYTES).body()))
+
+
+async def read_form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The fields of a multipart form, and the bytes of its files `image` and `mask`.
+
+    Raises:
+      Refusal: 400, 408, 413 or 415.
+    """
+    _expect(request, "multipart/form-data")
+    fields, files = [], {}
+    bounded = _bounded(request, MAX_FORM_BYTES)
+    try:
+        form = await _in_time(bounded.form(max_files=4, max_fields=MAX_FIELDS, max_part_size=MAX_JSON_BYTES))
+    except (ValueError, LookupError) as error:  # the parser lets some strange charsets and headers through to Python
+        raise invalid(None, "the body must be a multipart form: this one can't be read", code="invalid_form") from error
+    try:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                fields.append((name, value))
+                continue
+            name = "image" if name == "image[]" else name  # how OpenAI's client sends a list of one
+            if name not in ("image", "mask") or name in files:
+                word = schema.shown(name)[1:-1]
+                raise invalid(word, f"expected one file 'image' and at most one 'mask', got a second or other: {word}")
+            files[name] = await value.read()
+    finally:
+        await form.close()
+    wrong = next((name for name, _ in fields if name in ("image", "image[]", "mask")), None)
+    if wrong:
+        raise invalid(wrong, f"{wrong} must be sent as a file: give its part a filename", code="invalid_type")
+    return schema.parse_form(fields), files
+
+
+async def gone(request: Request) -> None:
+    """Returns when the client has closed the connection; the body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _expect(request: Request, media_type: str) -> None:
+    came, _ = parse_options_header(request.headers.get("content-type"))
+    if came.decode("latin-1").lower() != media_type:
+        message = f"the content type must be {media_type}, got {schema.shown(came.decode('latin-1'))}"
+        raise Refusal(415, message, code="unsupported_media_type")
+
+
+def _bounded(request: Request, limit: int) -> Request:
+    """The same request, whose body raises a `Refusal` as soon as it is longer than `limit` bytes."""
+    refusal = Refusal(413, f"the body must be at most {limit} bytes", code="body_too_large")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced[:20]) > limit:
+        raise refusal
+    total = 0
+
+    async def receive():
+        nonlocal total
+        message = await request.receive()
+        total += len(message.get("body", b""))
+        if total > limit:
+            raise refusal
+        return message
+
+    return Request(request.scope, receive)
+
+
+async def _in_time(reading: Coroutine | Any) -> Any:
+    try:
+        async with asyncio.timeout(MAX_SECONDS):
+            return await reading
+    except TimeoutError as error:
+        raise Refusal(408, f"the body did not arrive within {MAX_SECONDS} s", code="body_too_slow") from error

@@ -1,0 +1,78 @@
+"""What every request passes, before anything of its body is read: token, origin, counters, safe headers."""
+
+import hmac
+import re
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dalle_jax.serve.metrics import Metrics
+from dalle_jax.serve.refusal import Refusal
+
+# What a browser or a load balancer opens without a token; the names of pictures can't be guessed.
+OPEN_PATHS = ("/", "/health")
+FILES = "/v1/images/files/"
+GONE = 499  # counted, as nginx has it, where the client went away before there was an answer
+_HOST = re.compile(r"[\w.-]+(:\d{1,5})?|\[[0-9a-fA-F:.]+\](:\d{1,5})?", re.ASCII)
+_SAFE_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class Gate:
+    """ASGI middleware. token: what `Authorization: Bearer` must carry; None lets everybody in."""
+
+    def __init__(self, app: ASGIApp, *, token: str | None, metrics: Metrics):
+        self._app, self._token, self._metrics = app, token, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.monotonic(), GONE
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope)
+            if refusal is None:
+                await self._app(scope, receive, watched)
+            else:
+                self._metrics.rejected.labels(refusal.code).inc()
+                await refusal.response()(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            endpoint = getattr(scope.get("endpoint"), "__name__", "none")
+            self._metrics.requests.labels(endpoint, status).inc()
+            self._metrics.request_seconds.labels(endpoint).observe(time.monotonic() - start)
+
+    def _refusal(self, scope: Scope) -> Refusal | None:
+        headers, path = Headers(scope=scope), scope["path"]
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not _HOST.fullmatch(host):
+            return Refusal(
+                400, "the Host header must be a name or an address, with a port or none", code="invalid_host"
+            )
+        if origin is not None and origin.partition("://")[2] != host:
+            # A page of another site must not draw with the visitor's server: browsers send forms across sites.
+            return Refusal(403, "requests from pages of other sites are not served", code="foreign_origin")
+        if self._token is None or path in OPEN_PATHS or path.startswith(FILES):
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode(), self._token.encode())
+        if scheme.lower() == "bearer" and same:
+            return None
+        message = "a bearer token is needed: send `Authorization: Bearer TOKEN`"
+        return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

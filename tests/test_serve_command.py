@@ -1,0 +1,111 @@
+"""`dalle-jax serve` as a process: how it starts, what it says when it can't, how it ends."""
+
+import base64
+import io
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from stand_in_server import NoisePipeline, in_background, metric, post, serving, until
+
+from dalle_jax import cli
+from dalle_jax.errors import UserError
+from dalle_jax.sample.request import Request
+from dalle_jax.serve import main
+
+
+def test_health_says_loading_then_ready_and_failing_when_the_model_is_broken():
+    pipe, may_load = NoisePipeline(), threading.Event()
+
+    def load():
+        may_load.wait(30)
+        return pipe
+
+    with serving(pipe, load=load) as server:
+        assert post(server, None, "/health", {}, "GET")[::2] == (503, {"status": "loading"})
+        status, headers, refusal = post(server, {"prompt": "a star"})
+        assert (status, refusal["error"]["code"]) == (503, "model_loading") and headers["retry-after"]
+        may_load.set()
+        until(lambda: post(server, None, "/health", {}, "GET")[0] == 200)
+
+    def broken():
+        raise UserError("expected a model")
+
+    with serving(pipe, load=broken) as server:
+        until(lambda: post(server, None, "/health", {}, "GET")[2] == {"status": "failing"})
+        assert post(server, {"prompt": "a star"})[0] == 503
+
+
+COMMAND = """
+import sys, types
+from stand_in_server import NoisePipeline
+from dalle_jax import cli
+from dalle_jax.serve import main
+main.Pipeline = types.SimpleNamespace(load=lambda folder: NoisePipeline(row_seconds=0.3))
+sys.exit(cli.main(["serve", "runs/noise", "--port", "0"]))
+"""
+
+
+def test_sigterm_finishes_what_runs():
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        ready = process.stdout.readline()
+        found = re.fullmatch(r"dalle-jax serves noise on http://127\.0\.0\.1:(\d+)\n", ready)
+        assert found, ready + process.stderr.read()
+        server = SimpleNamespace(port=int(found[1]))
+        answer = in_background(server, {"prompt": "a star", "seed": 1, "response_format": "b64_json"})
+        until(lambda: metric(server, "dalle_jax_batch_requests_count") == 1)
+        process.send_signal(signal.SIGTERM)
+        status, _, made = answer.result(timeout=30)
+        assert status == 200
+        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(made["data"][0]["b64_json"]))))
+        np.testing.assert_array_equal(drawn, np.asarray(NoisePipeline().picture(Request("a star", seed=1), 0)))
+        assert process.wait(30) == 0 and process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--port", "70000"], "--port"),
+        (["--max-batch", "0"], "--max-batch"),
+        (["--deadline-s", "nan"], "--deadline-s"),
+        (["--host", "203.0.113.7"], "203.0.113.7"),
+        (["--token-file", "/nowhere"], "--token-file"),
+        (["--port", "0"], "config.json"),  # the folder holds no model
+    ],
+)
+def test_the_command_says_what_is_wrong(words, says, tmp_path, capsys):
+    assert cli.main(["serve", str(tmp_path), *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and err.count("\n") == 1
+
+
+def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv(main.TOKEN_VARIABLE, raising=False)
+    assert main.read_token(None) is None
+    file = tmp_path / "token"
+    file.write_text("from-file\n")
+    monkeypatch.setenv(main.TOKEN_VARIABLE, "from-environment")
+    assert (main.read_token(None), main.read_token(file)) == ("from-environment", "from-file")
+    for text in ("", "two words", "\u00fcmlaut"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="one word"):
+            main.read_token(file)
+    with pytest.raises(UserError, match="--token-file"):
+        main.read_token(tmp_path / "nothing")
