@@ -142,19 +142,18 @@ def sampler(pattern: str):
 
     from dalle_jax.models import build
     from dalle_jax.models.dvae import decode_images
-    from dalle_jax.sample import engine
+    from dalle_jax.sample.engine import Engine, image_keys
 
     model = transformer(pattern)
     dvae = build("dvae", {"image_size": SHAPE["image_size"], "vocab": SHAPE["image_vocab"], "width": 32, "stem": 64})
     assert dvae.config.grid == SHAPE["grid"]
     params, dvae_params = jax.jit(model.init)(jax.random.key(0)), jax.jit(dvae.init)(jax.random.key(1))
-    text_CT, seed = captions(), iter(range(1_000_000))
+    text_CT, seed, engine = captions(), iter(range(1_000_000)), Engine(model, params)
 
     to_pixels = jax.jit(decode_images, static_argnums=0)
 
     def sample():
-        keys_CM = engine.image_keys(next(seed) + np.arange(BATCH)[:, None])
-        ids_CMI = engine.generate(model, params, text_CT, keys_CM)
+        ids_CMI = engine.generate(text_CT, image_keys(next(seed) + np.arange(BATCH)[:, None]))
         np.asarray(to_pixels(dvae, dvae_params, ids_CMI.reshape(BATCH, -1)))
 
     return sample

@@ -2,7 +2,8 @@
 
 Trains a tokenizer, a dVAE and a transformer with the ordinary loop and the `demo` configs, chooses a sampling
 temperature on tuning captions, draws the report's captions once each, and lets the scene checker judge the pixels.
-Nothing of the report's captions is used before that.
+With `--best-of N` it then trains a CLIP as well, which chooses among N candidates a caption. Nothing of the report's
+captions is used before they are judged.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from dalle_jax.data import scenes
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate.scenes import accuracy, shows
 from dalle_jax.hooks import sample_hook
-from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.sample.pipeline import CLIP, Pipeline
 from dalle_jax.sample.sheet import contact_sheet
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train import metrics, step
@@ -38,10 +39,13 @@ REPORT_KEYS = {
 }
 TUNED_ON = ("one_seen", "one_unseen", "two_unseen_combination")
 TEMPERATURES = (1.1, 1.0, 0.9, 0.8)
+BEST_OF_TEMPERATURE = 1.0  # candidates should differ: the paper's
+RANKED_SET = "two_unseen_combination"
 TOKENIZER_CAPTIONS = 5_000
 REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
 
 REST_SECONDS = 75.0  # compiling the transformer's update and drawing everything after it, on a slow CPU
+CLIP_SECONDS = 100.0  # for training it
 PROBE_UPDATES = 12
 
 
@@ -50,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=9.25, help="time to plan for (default 9.25)")
     parser.add_argument("--captions", type=int, default=200, help="captions judged of each kind (default 200)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--best-of", type=int, default=0, metavar="N", help="also train a CLIP and let it choose among N"
+    )
     parser.add_argument("--json", action="store_true", help="print the report instead of a summary")
 
 
@@ -61,56 +68,63 @@ class Interrupted(Exception):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes DIR/report.json, DIR/samples.png and the two workdirs DIR/dvae and DIR/transformer.
+    """Writes DIR/report.json, DIR/samples.png and the workdirs DIR/dvae and DIR/transformer; with `--best-of` also
+    DIR/best.png and DIR/clip.
 
     Returns 0, or 128 + the signal that interrupted it; the same command then goes on.
     """
     try:
-        report = run(args.workdir, minutes=args.minutes, num_captions=args.captions, seed=args.seed)
+        report = run(
+            args.workdir, minutes=args.minutes, num_captions=args.captions, seed=args.seed, best_of=args.best_of
+        )
     except Interrupted as interrupted:
         return interrupted.status
     if args.json:
         print(json.dumps(report))
         return 0
+    best = f", best of {args.best_of} {report['best_of']['two_object_unseen_accuracy']:.0%}" if args.best_of else ""
     print(
         f"right at first sample: one object {report['one_object_accuracy']:.0%}, "
         f"of a colour and shape never seen together {report['one_object_unseen_accuracy']:.0%}, "
-        f"two objects in an unseen combination {report['two_object_unseen_accuracy']:.0%}; "
+        f"two objects in an unseen combination {report['two_object_unseen_accuracy']:.0%}{best}; "
         f"{report['seconds']:.0f} s: {args.workdir / 'samples.png'}"
     )
     return 0
 
 
-def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int) -> dict:
+def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, best_of: int = 0) -> dict:
     """The whole demo; returns what it writes to report.json. A workdir of an earlier demo goes on where it was."""
     began = time.monotonic()
-    say(f"1/4 tokenizer from {TOKENIZER_CAPTIONS} captions")
+    stages = 6 if best_of else 4
+    say(f"1/{stages} tokenizer from {TOKENIZER_CAPTIONS} captions")
     tokenizer_file = make_tokenizer(workdir)
 
-    say("2/4 dVAE: pictures to codes and back")
+    say(f"2/{stages} dVAE: pictures to codes and back")
     dvae_config = configs.load("configs/dvae.py:demo", [f"--config.seed={seed}"])
     train_stage(dvae_config, workdir / "dvae")
 
-    overrides = {"seed": seed, "dvae": workdir / "dvae", "tokenizer": tokenizer_file}
-    words = [f"--config.{key}={value}" for key, value in overrides.items()]
-    config = configs.load("configs/transformer.py:demo", words)
-    steps = planned_steps(config, workdir / "transformer", seconds=60 * minutes - (time.monotonic() - began))
-    if steps < config.steps:
-        say(f"    this machine makes {steps} of the {config.steps} transformer updates in the time that is left")
-    config = configs.load("configs/transformer.py:demo", [*words, f"--config.steps={steps}"])
-    say("3/4 transformer: captions and codes")
+    overrides = {"seed": seed, "tokenizer": tokenizer_file}
+    left = 60 * minutes - (time.monotonic() - began) - REST_SECONDS
+    config = planned(
+        "configs/transformer.py:demo",
+        overrides | {"dvae": workdir / "dvae"},
+        workdir / "transformer",
+        seconds=left,
+    )
+    say(f"3/{stages} transformer: captions and codes")
     train_stage(config, workdir / "transformer", hooks=[sample_hook(config, workdir / "transformer")])
 
-    say("4/4 pictures for captions it never saw")
+    say(f"4/{stages} pictures for captions it never saw")
     pipe = Pipeline.load(workdir / "transformer")
     temperature = choose_temperature(pipe)
     report, drawn = judge(pipe, temperature, num_captions)
-    sheet(drawn, scale=max(1, 128 // pipe.image_size)).save(workdir / "samples.png")
+    scale = max(1, 128 // pipe.image_size)
+    sheet(drawn, scale=scale).save(workdir / "samples.png")
     report |= {
         "dvae": judge_dvae(pipe, num_captions),
         "captions_each": num_captions,
         "seed": seed,
-        "steps": {"dvae": dvae_config.steps, "transformer": steps},
+        "steps": {"dvae": dvae_config.steps, "transformer": config.steps},
         "bits_per_image_token": metrics.read(workdir / "transformer" / "metrics.jsonl")[-1].get(
             "validation/bits_per_image_token"
         ),
@@ -119,8 +133,18 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int) 
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": time.monotonic() - began,
     }
+    if best_of:
+        say(f"5/{stages} CLIP: which caption belongs to which picture")
+        clip_config = planned("configs/clip.py:demo", overrides, workdir / "clip", seconds=CLIP_SECONDS)
+        train_stage(clip_config, workdir / "clip")
+        add_clip(workdir / "clip", workdir / "transformer" / CLIP)
+        say(f"6/{stages} the best of {best_of} candidates")
+        pipe = Pipeline.load(workdir / "transformer")
+        report["best_of"], best = judge_best(pipe, best_of, num_captions)
+        report["steps"]["clip"], report["parameters"]["clip"] = clip_config.steps, pipe.reranker.model.num_params
+        best_sheet(drawn[RANKED_SET], best, scale=scale, best_of=best_of).save(workdir / "best.png")
+    report["seconds"] = time.monotonic() - began
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -144,16 +168,29 @@ def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
     return file
 
 
-def planned_steps(config, workdir: pathlib.Path, *, seconds: float) -> int:
-    """Updates that fit into this time, `config.steps` at most; a training that has begun keeps its number."""
+def add_clip(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """The CLIP of a workdir as a model directory beside the transformer, where `Pipeline.load` looks for it."""
+    config, params = checkpoint.load_model_dir(workdir, name="clip")
+    checkpoint.save_params(folder, {key: config[key] for key in ("name", "model")}, params)
+    Tokenizer.load(workdir).save(folder)
+
+
+def planned(file: str, overrides: dict, workdir: pathlib.Path, *, seconds: float):
+    """The config with as many updates as fit into this time, its own number at most; a training that has begun keeps
+    its number."""
+    words = [f"--config.{key}={value}" for key, value in overrides.items()]
+    config = configs.load(file, words)
     if (workdir / checkpoint.CONFIG).exists():
-        return checkpoint.read_config(workdir)["steps"]
-    update_seconds = time_update(config)
-    return int(np.clip((seconds - REST_SECONDS) / update_seconds, config.steps // 10, config.steps))
+        steps = checkpoint.read_config(workdir)["steps"]
+    else:
+        steps = int(np.clip(seconds / time_update(config), config.steps // 10, config.steps))
+    if steps < config.steps:
+        say(f"    this machine makes {steps} of {config.steps} updates in the time that is left")
+    return configs.load(file, [*words, f"--config.steps={steps}"])
 
 
 def time_update(config) -> float:
-    """Seconds of one transformer update on this machine, the middle of a few on made-up data after compiling."""
+    """Seconds of one update on this machine, the middle of a few on made-up data after compiling."""
     task, mesh = build_task(config), sharding.make_mesh(config.mesh)
     optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
     update = step.make_update(task, optimizer, mesh=mesh, ema_decay=config.ema.decay)
@@ -199,6 +236,21 @@ def judge(pipe: Pipeline, temperature: float, num_captions: int):
     return report, drawn
 
 
+def judge_best(pipe: Pipeline, best_of: int, num_captions: int):
+    """First candidate and CLIP's choice of `best_of` on two-object captions, as accuracies, and the chosen pictures."""
+    captions, told = zip(*scenes.captions(RANKED_SET, "report", num_captions), strict=True)
+    seeds = [REPORT_SEED + best_of * i for i in range(num_captions)]
+    how = {"temperature": BEST_OF_TEMPERATURE, "seed": seeds}
+    first = [np.asarray(row[0]) for row in pipe(list(captions), **how)]
+    best = [np.asarray(row[0]) for row in pipe(list(captions), best_of=best_of, **how)]
+    return {
+        "candidates": best_of,
+        "temperature": BEST_OF_TEMPERATURE,
+        "first_candidate_accuracy": accuracy(first, told),
+        "two_object_unseen_accuracy": accuracy(best, told),
+    }, best
+
+
 def judge_dvae(pipe: Pipeline, num_pictures: int) -> dict[str, float]:
     """How many true pictures still show their caption after encoding and decoding, and the share of codes in use."""
     result, used = {}, set()
@@ -222,6 +274,19 @@ def sheet(drawn, *, scale: int, columns: int = 8, rows_each: int = 2):
     captions, told, pictures = zip(*chosen, strict=True)
     marks = [shows(picture, scene).ok for picture, scene in zip(pictures, told, strict=True)]
     return contact_sheet(pictures, captions, columns=columns, scale=scale, marks=marks)
+
+
+def best_sheet(drawn, best, *, scale: int, best_of: int, columns: int = 8, rows: int = 2):
+    """Rows of first samples, each above CLIP's choices for the same captions."""
+    captions, told, first = drawn
+    pictures, scenes_told, words = [], [], []
+    for start in range(0, columns * rows, columns):
+        for title, row in (("first", first), (f"best of {best_of}", best)):
+            pictures += row[start : start + columns]
+            scenes_told += told[start : start + columns]
+            words += [f"{title}: {caption}" for caption in captions[start : start + columns]]
+    marks = [shows(picture, scene).ok for picture, scene in zip(pictures, scenes_told, strict=True)]
+    return contact_sheet(pictures, words, columns=columns, scale=scale, marks=marks)
 
 
 def say(line: str) -> None:

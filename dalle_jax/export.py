@@ -7,7 +7,7 @@ import shutil
 from dalle_jax import checkpoint
 from dalle_jax.errors import UserError
 
-BESIDES = ("tokenizer.model", "dvae")  # what a transformer needs to draw
+BESIDES = ("tokenizer.model", "dvae", "clip")  # what a transformer needs to draw and to rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,10 @@ def main(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"expected a new or empty folder to export to, got {out}: choose another")
     config, params = checkpoint.load_model_dir(source, step=args.step, average=not args.raw)
-    checkpoint.save_params(out, {key: config[key] for key in ("name", "model")}, params)
+    exported = {key: config[key] for key in ("name", "model")}
+    if dropout := config.get("data", {}).get("caption_dropout"):
+        exported["data"] = {"caption_dropout": dropout}  # whether the model can be guided
+    checkpoint.save_params(out, exported, params)
     for name in BESIDES:
         if (source / name).is_dir():
             shutil.copytree(source / name, out / name)

@@ -11,30 +11,35 @@ from dalle_jax.data import scenes
 FEW = ["--config.steps=3", "--config.batch_size=16", "--config.validation_batches=1", "--config.picture_every=3"]
 
 
-def test_demo_writes_report_sheet_and_two_workdirs(tmp_path, monkeypatch, capsys):
+def test_demo_writes_report_sheets_and_workdirs(tmp_path, monkeypatch, capsys):
     load = demo.configs.load
     monkeypatch.setattr(demo.configs, "load", lambda spec, words=(): load(spec, [*words, *FEW]))
     monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.5))
     monkeypatch.setattr(demo.choose_temperature, "__kwdefaults__", {"each": 2})
     workdir = tmp_path / "demo"
-    assert cli.main(["demo", "--workdir", str(workdir), "--captions", "16", "--json"]) == 0
+    assert cli.main(["demo", "--workdir", str(workdir), "--captions", "16", "--json", "--best-of", "4"]) == 0
     report = json.loads((workdir / "report.json").read_text())
     assert report == json.loads(capsys.readouterr().out)
     for key in demo.REPORT_KEYS:
         assert 0 <= report[key] <= 1
     assert report["one_object_accuracy"] < 0.5  # three updates cannot have learned it
     assert report["temperature"] in (1.0, 0.5) and report["seconds"] > 0
+    assert report["best_of"]["candidates"] == 4 and 0 <= report["best_of"]["two_object_unseen_accuracy"] <= 1
     assert Image.open(workdir / "samples.png").width > 500
-    for part in ("dvae", "transformer"):
+    assert Image.open(workdir / "best.png").width > 500
+    for part in ("dvae", "clip", "transformer"):
         assert (workdir / part / "curves.png").exists()
-        assert list((workdir / part / "pictures").glob("*.png"))
+        assert part == "clip" or list((workdir / part / "pictures").glob("*.png"))
+    assert report["steps"] == {"dvae": 3, "clip": 3, "transformer": 3}
 
 
 def test_updates_follow_the_speed_of_the_machine(tmp_path, monkeypatch):
-    config = demo.configs.load("configs/transformer.py:demo", ["--config.steps=1000"])
     monkeypatch.setattr(demo, "time_update", lambda config: 0.25)
-    plan = lambda seconds: demo.planned_steps(config, tmp_path, seconds=demo.REST_SECONDS + seconds)  # noqa: E731
+
+    def plan(seconds, steps=1000):
+        return demo.planned("configs/transformer.py:demo", {"steps": steps}, tmp_path, seconds=seconds).steps
+
     assert plan(100.0) == 400
     assert plan(1e6) == 1000
     assert plan(-100.0) == 100  # a demo that cannot keep its time still trains a little

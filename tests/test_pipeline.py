@@ -79,6 +79,19 @@ def test_shapes(tokenizer):
     assert set(batch) == {"image"}
 
 
+def test_dropped_captions_are_empty_ones_at_the_configured_share(tokenizer):
+    """The rest, pictures and tokens, is what a run without dropping reads; validation drops none."""
+    config = DataConfig(image_size=8, augment="centre", caption_dropout=0.25, threads=0)
+    found = take(batches(Numbers(400), tokenizer, config=config, shuffle=False, epochs=1), 100)
+    plain = take(batches(Numbers(400), tokenizer, config=config.without_randomness(), shuffle=False, epochs=1), 100)
+    text, whole = (np.concatenate([batch["text"] for batch in each]) for each in (found, plain))
+    empty = (text == LAYOUT.text_slots([])).all(axis=1)
+    assert 0.25 - 4 * 0.022 < empty.mean() < 0.25 + 4 * 0.022  # four standard errors of a share of 400
+    np.testing.assert_array_equal(text[~empty], whole[~empty])
+    assert not (whole == LAYOUT.text_slots([])).all(axis=1).any()
+    np.testing.assert_array_equal(found[0]["image"], plain[0]["image"])
+
+
 @pytest.mark.parametrize("processes", [1, 3])
 def test_every_record_once_per_epoch_whatever_the_processes(tokenizer, processes):
     orders = []
@@ -257,6 +270,13 @@ def test_refusals(tokenizer):
     with pytest.raises(UserError, match="expected a tokenizer of at most"):
         Batches(Numbers(9), DataConfig(), batch_size=1, seed=0, layout=Layout(8, 300, 2, 8), tokenizer=tokenizer,
                 shuffle=True, epochs=None)  # fmt: skip
-    for wrong in ({"augment": "none"}, {"threads": -1}, {"bpe_dropout": 1.5}, {"max_bad_share": 2}, {"image_size": 0}):
+    for wrong in (
+        {"augment": "none"},
+        {"threads": -1},
+        {"bpe_dropout": 1.5},
+        {"caption_dropout": -1},
+        {"max_bad_share": 2},
+        {"image_size": 0},
+    ):
         with pytest.raises(ValueError):
             DataConfig(**wrong)

@@ -12,7 +12,9 @@ from dalle_jax import checkpoint, cli
 from dalle_jax.data import scenes
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
-from dalle_jax.sample import pipeline as pipeline_module
+from dalle_jax.sample.request import Request
+from dalle_jax.sample.results import Kept
+from dalle_jax.sample.waves import capacity, ladder, plan
 from dalle_jax.tokenizer import Tokenizer
 
 CAPTION = "a red circle above a blue square"
@@ -48,7 +50,24 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    return dalle_jax.Pipeline.load(folder)
+    pipe = dalle_jax.Pipeline.load(folder, devices=jax.devices()[:1])
+    pipe.can_guide = True
+    pipe.reranker = BrightIsBest()
+    return pipe
+
+
+class BrightIsBest:
+    """Scores a picture by its mean brightness, and remembers how many it was given at a time."""
+
+    digest = "bright"
+
+    def __init__(self):
+        self.given = []
+
+    def score(self, images_uint8, caption):
+        assert images_uint8.dtype == np.uint8 and isinstance(caption, str)
+        self.given.append(len(images_uint8))
+        return images_uint8.reshape(len(images_uint8), -1).mean(1).astype(np.float32) / 255
 
 
 def pixels_of(pictures):
@@ -63,11 +82,15 @@ def test_pictures_carry_how_they_were_made_into_the_png(pipe, tmp_path):
     np.testing.assert_array_equal(np.asarray(read), np.asarray(picture))
     assert (read.info["caption"], read.info["seed"]) == (CAPTION, "8")
     assert json.loads(read.info["settings"]) == {
+        "best_of": None,
+        "cache": "model",
         "checkpoint": pipe.digest,
+        "guidance": 1.0,
         "keep_rows": 0,
         "temperature": 0.9,
         "top_k": 5,
         "top_p": None,
+        "weights": "model",
     }
     picture.save(tmp_path / "picture.jpg")  # other formats are saved as by any PIL image
 
@@ -80,18 +103,95 @@ def test_one_caption_gives_a_list_and_several_give_lists(pipe):
     assert not np.array_equal(pixels_of(both[0]), pixels_of(both[1]))
 
 
-def test_a_picture_depends_on_its_own_seed_only(pipe, monkeypatch):
+@pytest.fixture
+def small_waves(pipe, monkeypatch):
+    """Waves of two images: everything larger is split."""
+    monkeypatch.setattr(pipe, "_capacity", dict.fromkeys((False, True), (2, "two at a time")))
+
+
+def test_a_picture_depends_on_its_own_seed_only(pipe):
     together = pixels_of(pipe(CAPTION, n=5, seed=10))
     np.testing.assert_array_equal(pixels_of(pipe(CAPTION, n=1, seed=13))[0], together[3])
     np.testing.assert_array_equal(
         pixels_of(row[0] for row in pipe([CAPTION] * 3, seed=[14, 10, 12])), together[[4, 0, 2]]
     )
-    monkeypatch.setattr(pipeline_module, "WAVE", 2)  # split into waves, the last of them filled up
-    finished = []
-    np.testing.assert_array_equal(pixels_of(pipe(CAPTION, n=5, seed=10, on_progress=finished.append)), together)
-    assert finished == [2, 4, 5]
+
+
+def test_split_waves_draw_the_same_pictures(pipe, small_waves):
+    """The last of the waves is filled up; captions that share waves keep their own settings."""
+    split = pixels_of(pipe(CAPTION, n=5, seed=10))
     waves = pipe([CAPTION, "a small star", CAPTION], n=1, seed=[10, 0, 11])
-    np.testing.assert_array_equal(pixels_of(row[0] for row in waves)[[0, 2]], together[:2])
+    np.testing.assert_array_equal(pixels_of(row[0] for row in waves)[[0, 2]], split[:2])
+    pipe._capacity[False] = (64, "many at a time")
+    np.testing.assert_array_equal(split, pixels_of(pipe(CAPTION, n=5, seed=10)))
+    mixed = [
+        Request(CAPTION, n=2, seed=10),
+        Request("a small star", n=1, temperature=0.5, top_k=3),
+        Request(CAPTION, n=3, best_of=5, seed=10),
+        Request("", n=2, guidance=2.0, seed=4),
+    ]
+    for request, pictures in zip(mixed, pipe.draw(mixed), strict=True):
+        alone = pipe.draw([request])[0]
+        np.testing.assert_array_equal(pixels_of(alone), pixels_of(pictures))
+        assert [p.seed for p in alone] == [p.seed for p in pictures]
+
+
+def test_best_of_returns_the_best_of_all_candidates_in_order(pipe, small_waves):
+    """Ranked while waves of two are drawn, so that never more than a wave is at hand as pixels."""
+    everything = pipe(CAPTION, n=6, seed=3)
+    brightness = np.array([np.asarray(p).mean() / 255 for p in everything])
+    pipe.reranker.given.clear()
+    best = pipe(CAPTION, n=2, best_of=6, seed=3)
+    order = np.argsort(-brightness, kind="stable")[:2]
+    assert [p.seed for p in best] == [3 + int(i) for i in order]
+    np.testing.assert_allclose([p.score for p in best], brightness[order], rtol=1e-5)
+    assert pipe.reranker.given == [2, 2, 2] and best[0].settings["clip"] == "bright"
+    assert best[0].info["score"] == f"{best[0].score:.6f}" and everything[0].score is None
+
+
+def test_kept_are_the_best_and_of_equals_those_of_smaller_seeds():
+    kept = Kept(2, ranked=True)
+    kept.add([5, 6], np.array([[5], [6]]), [0.5, 0.25])
+    kept.add([7, 4], np.array([[7], [4]]), [0.5, 0.5])
+    assert (kept.seeds(), kept.scores(), kept.ids().tolist(), kept.drawn) == ([4, 5], [0.5, 0.5], [[4], [5]], 4)
+
+
+def test_rows_are_seen_as_they_are_drawn_and_can_be_ended(pipe, small_waves):
+    seen = []
+
+    def on_rows(preview):
+        pictures = preview.pictures()
+        seen.append((preview.request, preview.rows, preview.share, len(pictures), np.asarray(pictures[0])))
+        return not (preview.request == 1 and preview.rows == 2)
+
+    first, second = pipe(["a star", CAPTION], n=3, seed=[0, 5], on_rows=on_rows)
+    np.testing.assert_array_equal(pixels_of(first), pixels_of(pipe("a star", n=3)))
+    assert second == [] and [rows for request, rows, *_ in seen if request == 1] == [1, 2]
+    shares = [share for request, _, share, *_ in seen if request == 0]
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8  # two waves of four rows
+    rows = [(rows, picture) for request, rows, _, _, picture in seen if request == 0][:4]
+    for number, picture in rows:
+        assert (picture[number * 4 :] == 255).all()
+    np.testing.assert_array_equal(rows[3][1], np.asarray(first[0]))
+
+
+def test_waves_are_few_shapes_that_fit(pipe):
+    assert [ladder(i) for i in (1, 2, 4, 5, 16, 17, 64, 65)] == [1, 4, 4, 16, 16, 64, 64, 256]
+    for counts, room, ways in (([1] * 200, 64, 1), ([512], 64, 8), ([5, 70, 3], 16, 4), ([1], 8, 8), ([2, 2, 2], 6, 2)):
+        plans = plan(counts, capacity=room, ways=ways)
+        assert len({(p.captions, p.candidates) for p in plans}) == 1  # one program
+        assert all(p.captions * p.candidates <= room and not p.captions * p.candidates % ways for p in plans)
+        drawn = [set() for _ in counts]
+        for place in (place for p in plans for place in p.places):
+            assert place.count <= plans[0].candidates
+            drawn[place.request].update(range(place.first, place.first + place.count))
+        assert [sorted(own) for own in drawn] == [list(range(count)) for count in counts]
+    images, told = pipe.wave()
+    assert images == capacity(pipe._engine, guided=False)[0] and f"{images} images a wave" in told
+    each = pipe._engine.wave_bytes(1, 2, guided=False) - pipe._engine.wave_bytes(1, 1, guided=False)
+    config = pipe.model.config  # row and convolution: rings of 5 and 14 of 16 positions; noise of a row, logits
+    slots = 5 + 16
+    assert each == slots * 2 * 4 * config.heads * config.head_size + 4 * config.image_vocab * (config.grid + 4)
 
 
 def test_completion_keeps_the_top_rows(pipe):
@@ -107,14 +207,22 @@ def test_completion_keeps_the_top_rows(pipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, "n must be at least 1, got 0"),
+        ({"n": 0}, r"n must be a whole number in 1 .. 4096, got 0"),
+        ({"n": 1.5}, r"n must be a whole number in 1 .. 4096, got 1.5"),
+        ({"n": 3, "best_of": 2}, r"best_of must be a whole number in n = 3 .. 4096, got 2"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be above 0"),
-        ({"top_k": 13}, r"top_k must be 1 .. 12, got 13"),
+        ({"temperature": "1"}, "temperature must be above 0"),
+        ({"guidance": -1}, "guidance must be at least 0, got -1"),
+        ({"top_k": 13}, r"top_k must be a whole number in 1 .. 12, got 13"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
-        ({"seed": -1}, "seed must be 0"),
-        ({"seed": [1, 2]}, "one or one a caption"),
+        ({"seed": -1}, "seed must be a whole number in 0 .. "),
+        ({"seed": [1, 2]}, "seed must be one, or one a caption, got 2"),
         ({"keep_rows": 2}, "needs an image"),
+        (
+            {"image": np.zeros((8, 8, 3), np.uint8), "keep_rows": 5},
+            r"keep_rows must be a whole number in 0 .. 4, got 5",
+        ),
         ({"image": np.zeros((8, 8), np.uint8)}, r"uint8 \[H, W, 3\]"),
     ],
 )
@@ -123,12 +231,20 @@ def test_arguments_out_of_range_are_refused(pipe, arguments, message):
         pipe(CAPTION, **arguments)
 
 
+def test_what_a_model_cannot_do_is_refused(folder):
+    plain = dalle_jax.Pipeline.load(folder, devices=jax.devices()[:1])
+    with pytest.raises(UserError, match="best_of needs a CLIP"):
+        plain(CAPTION, best_of=4)
+    with pytest.raises(UserError, match="trained without dropping captions"):
+        plain(CAPTION, guidance=3.0)
+
+
 @pytest.mark.parametrize("captions", [[], [3], ""])
 def test_captions_must_be_texts(pipe, captions):
     if captions == "":  # an empty caption is a caption: all padding
         assert len(pipe(captions)) == 1
         return
-    with pytest.raises(UserError, match="captions must be"):
+    with pytest.raises(UserError, match="captions? must be"):
         pipe(captions)
 
 

@@ -8,36 +8,61 @@ import numpy as np
 import pytest
 from test_transformer import TINY, random_batch, random_params
 
-from dalle_jax.models import transformer
-from dalle_jax.sample import engine
-from dalle_jax.sample.logits import draw, filter_logits
+from dalle_jax import sharding
+from dalle_jax.models import attention, decoding, transformer
+from dalle_jax.sample.engine import Engine, image_keys
+from dalle_jax.sample.logits import draw, filter_logits, guide, noise
+
+ONE = sharding.make_mesh({}, devices=jax.devices()[:1])
+
+
+def uncached(config, params, text_CT, image_CMI):
+    """Image logits [C, M, I, V] of the whole forward pass."""
+    captions, candidates = image_CMI.shape[:2]
+    text = np.repeat(text_CT, candidates, axis=0)
+    logits = transformer.model(config).apply(params, text, image_CMI.reshape(captions * candidates, -1))[1]
+    return np.asarray(logits).reshape(captions, candidates, *logits.shape[1:])
+
+
+def cached(config, params, text_CT, image_CMI, *, weights="model", cache="model"):
+    """The same, one position at a time from a cache."""
+    captions, candidates = image_CMI.shape[:2]
+    blocks = params["blocks"]
+    layers = [
+        decoding.layer_weights(config, {name: a[i] for name, a in blocks.items()}, weights=weights)
+        for i in range(config.num_layers)
+    ]
+    ends = decoding.end_weights(config, params)
+    stores = decoding.prefill(config, layers, ends, text_CT, cache=cache)
+    image_IB = image_CMI.reshape(captions * candidates, -1).T
+    previous_IB = np.concatenate([np.full_like(image_IB[:1], config.layout.start_of_image), image_IB[:-1]])
+
+    def one(store, inputs):
+        position, previous_B = inputs
+        logits_VB, store = decoding.decode(config, layers, ends, stores, store, previous_B, position)
+        return store, logits_VB.T
+
+    inputs = np.arange(config.layout.image_len), previous_IB
+    empty = decoding.empty_cache(config, captions * candidates, cache=cache)
+    logits_IBV = np.asarray(jax.jit(lambda: jax.lax.scan(one, empty, inputs))()[1])
+    return logits_IBV.swapaxes(0, 1).reshape(captions, candidates, *logits_IBV.shape[::2])
 
 
 @pytest.mark.parametrize("pattern", ["paper", "full"])
 def test_cached_logits_equal_uncached_at_every_position(pattern):
     """All kinds in one stack, two captions with two candidates of their own, 1e-4 absolute on logits of order 10."""
     config = dataclasses.replace(TINY, pattern=pattern)
-    model, params, layout = transformer.model(config), random_params(config), config.layout
-    text_CT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1]
-    want = model.apply(params, np.repeat(text_CT, 2, axis=0), image)[1].reshape(2, 2, layout.image_len, -1)
-    layers = model.apply(params, method="layers")
-    stores = model.apply(params, layers, text_CT, method="prefill")
-    cache = model.apply(params, 2, 2, method="empty_cache")
-    image_CMI = image.reshape(2, 2, -1)
-    decode = jax.jit(lambda *args: model.apply(params, layers, stores, *args, method="decode"))
-    previous = np.full((2, 2), layout.start_of_image, np.int32)
-    for position in range(layout.image_len):
-        got, cache = decode(cache, previous, position)
-        np.testing.assert_allclose(got, want[:, :, position], rtol=1e-4, atol=1e-4, err_msg=f"position {position}")
-        previous = image_CMI[:, :, position]
+    params = random_params(config)
+    text_CT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1].reshape(2, 2, -1)
+    want = uncached(config, params, text_CT, image)
+    np.testing.assert_allclose(cached(config, params, text_CT, image), want, rtol=1e-4, atol=1e-4)
 
 
 def sample(config=TINY, captions=2, candidates=3, seed=0, params=None, text=None, **kwargs):
-    model = transformer.model(config)
     params = random_params(config) if params is None else params
     text = random_batch(config, batch=captions)[0] if text is None else text
     seeds = seed + np.arange(captions * candidates).reshape(captions, candidates)
-    return np.asarray(engine.generate(model, params, text, engine.image_keys(seeds), **kwargs))
+    return Engine(transformer.model(config), params, mesh=ONE).generate(text, image_keys(seeds), **kwargs)
 
 
 def test_greedy_sampling_takes_the_most_likely_token_of_the_uncached_model():
@@ -69,14 +94,15 @@ def test_the_caption_still_matters_at_the_last_position():
 
 def test_given_rows_are_kept_and_the_rest_continues_them():
     params, layout = random_params(TINY), TINY.layout
-    given = np.random.default_rng(3).integers(TINY.image_vocab, size=(2, 3, layout.image_len)).astype(np.int32)
+    given = np.random.default_rng(3).integers(TINY.image_vocab, size=(2, layout.image_len)).astype(np.int32)
     before = given.copy()
-    ids = sample(params=params, given_CMI=given, num_given=8)
-    np.testing.assert_array_equal(ids[..., :8], given[..., :8])
+    ids = sample(params=params, given_CI=given, given_rows=2)
+    np.testing.assert_array_equal(ids[..., :8], np.broadcast_to(given[:, None, :8], (2, 3, 8)))
     np.testing.assert_array_equal(given, before)
-    # Completing a sampled picture from its own first rows draws the same picture again.
-    whole = sample(params=params)
-    np.testing.assert_array_equal(sample(params=params, given_CMI=whole, num_given=8), whole)
+    assert len(np.unique(ids.reshape(6, -1), axis=0)) == 6
+    # Completing a sampled picture from its own first rows draws the same picture again; each caption keeps its own.
+    whole = sample(params=params, candidates=1)
+    np.testing.assert_array_equal(sample(params=params, candidates=1, given_CI=whole[:, 0], given_rows=[2, 0]), whole)
 
 
 def numpy_filter(logits, temperature, top_k, top_p):
@@ -104,7 +130,8 @@ def test_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
     filtered = filter_logits(jnp.asarray(logits), temperature=temperature, top_k=top_k, top_p=top_p)
     np.testing.assert_allclose(jax.nn.softmax(filtered), want, atol=1e-6)
     count = 20_000
-    ids = jax.vmap(lambda key: draw(key, filtered))(jax.random.split(jax.random.key(0), count))
+    noise_CV = jax.vmap(lambda p: noise(jax.random.key(0), p, 20))(np.arange(count))
+    ids = draw(filtered, noise_CV)
     share = np.bincount(ids, minlength=20) / count
     assert share[want == 0].sum() == 0
     np.testing.assert_allclose(share, want, atol=5 * 0.5 / np.sqrt(count))  # five standard errors of a share
@@ -113,3 +140,101 @@ def test_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
 def test_top_p_of_one_and_top_k_of_the_vocabulary_change_nothing():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 9)), jnp.float32)
     np.testing.assert_array_equal(filter_logits(logits, temperature=1.0, top_k=9, top_p=1.0), logits)
+
+
+def test_guidance_is_the_formula_with_and_without_a_cache():
+    """Greedy guided pictures are the argmax of u + g (c - u), both uncached; the caller's arrays stay as they were."""
+    params, layout = random_params(TINY), TINY.layout
+    text = random_batch(TINY, batch=2)[0]
+    before = text.copy()
+    ids = sample(params=params, text=text, top_k=1, guidance=[3.0, 1.0])
+    np.testing.assert_array_equal(text, before)
+    c = uncached(TINY, params, text, ids)
+    u = uncached(TINY, params, np.stack([layout.text_slots([])] * 2), ids)
+    np.testing.assert_array_equal(ids[0], (u + 3.0 * (c - u))[0].argmax(-1))
+    np.testing.assert_array_equal(ids[1], c[1].argmax(-1))
+    assert not np.array_equal(ids[0], c[0].argmax(-1))
+    np.testing.assert_array_equal(guide(c, u, 0.0), u)
+    # A guided neighbour changes nothing.
+    np.testing.assert_array_equal(sample(params=params, text=text, guidance=[3.0, 1.0])[1], sample(params=params)[1])
+
+
+def test_settings_of_one_caption_leave_the_others_alone():
+    params = random_params(TINY)
+    plain, cold = sample(params=params), sample(params=params, temperature=[1.0, 1e-6], top_k=[None, 3], top_p=[1, 0.5])
+    np.testing.assert_array_equal(cold[0], plain[0])
+    greedy = sample(params=params, top_k=1)
+    np.testing.assert_array_equal(cold[1], greedy[1])
+
+
+def test_rows_drawn_one_by_one_are_those_drawn_at_once():
+    text, keys = random_batch(TINY, batch=2)[0], image_keys(np.arange(6).reshape(2, 3))
+    engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE)
+    wave = engine.begin(text, keys)
+    for row in range(TINY.grid):
+        wave = engine.advance(wave, row, row + 1)
+        assert not engine.ids(wave)[..., (row + 1) * TINY.grid :].any()
+    np.testing.assert_array_equal(engine.ids(wave), engine.generate(text, keys))
+
+
+@pytest.mark.parametrize("sizes", [{"replica": 4}, {"replica": 2, "tensor": 2}, {"tensor": 2}])
+def test_same_pictures_on_any_number_of_devices(sizes):
+    """To the token in float32. Everything large is really cut: weights along tensor, images along replica."""
+    params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
+    model, keys = transformer.model(TINY), image_keys(np.arange(8).reshape(2, 4))
+    mesh = sharding.make_mesh(sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
+    engine = Engine(model, params, mesh=mesh)
+    wave = engine.begin(text, keys, guidance=2.0)
+    wave = engine.advance(wave, 0, TINY.grid)
+    alone = Engine(model, params, mesh=ONE)
+    np.testing.assert_array_equal(engine.ids(wave), alone.generate(text, keys, guidance=2.0))
+    store = wave["arrays"]["cache"][0]["k"]
+    assert store.addressable_shards[0].data.size * mesh.size == store.size
+    with pytest.raises(ValueError, match="multiple of"):
+        Engine(model, params, mesh=sharding.make_mesh({"replica": 4}, devices=jax.devices()[:4])).begin(
+            text, image_keys(np.arange(2).reshape(2, 1))
+        )
+
+
+def test_8_bit_weights_and_caches_stay_close_and_are_small():
+    params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
+    image = random_batch(TINY, batch=4, seed=1)[1].reshape(2, 2, -1)
+    exact = cached(TINY, params, text, image)
+    for kind, near in (({"weights": "int8"}, 0.03), ({"cache": "fp8"}, 0.1)):  # 7 bits, 3 bits of mantissa
+        error = np.linalg.norm(cached(TINY, params, text, image, **kind) - exact) / np.linalg.norm(exact)
+        assert 0 < error < near, (kind, error)
+    model = transformer.model(TINY)
+    wide, small = Engine(model, params, mesh=ONE), Engine(model, params, mesh=ONE, weights="int8", cache="fp8")
+    matrix = small._weights[0][0]["up"]
+    assert matrix["int8"].dtype == jnp.int8 and matrix["int8"].shape == wide._weights[0][0]["up"].shape
+    assert small.generate(text, image_keys(np.arange(8).reshape(2, 4))).shape == (2, 4, 16)
+    with pytest.raises(ValueError, match="weights must be one of"):
+        Engine(model, params, weights="int4")
+
+
+def test_cache_holds_and_reads_what_the_window_needs():
+    """Slots of keys and values a candidate: a ring of a row and one, every image position of column layers, of which a
+    step reads one column, and the convolution's reach; counted from shapes, for the paper's model."""
+    config = transformer.TransformerConfig(num_layers=8, width=128, heads=2)
+    images = 3
+    stores = jax.eval_shape(lambda: decoding.empty_cache(config, images))
+    position = 2 * 2 * config.width  # bytes: k and v in bfloat16
+    held = {"row": 33, "column": 1024, "conv": 166}
+    for kind, store in zip(config.kinds, stores, strict=True):
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(store))
+        assert size == images * held[kind] * position
+    read = {"row": 33, "column": 32, "conv": 166}
+    for kind in read:
+        assert attention._cache_view(kind, jnp.int32(0), config.grid)[2] == read[kind]
+    text = jax.eval_shape(
+        lambda p, t: decoding.prefill(
+            config,
+            [decoding.layer_weights(config, {name: a[i] for name, a in p["blocks"].items()}) for i in range(8)],
+            decoding.end_weights(config, p),
+            t,
+        ),
+        transformer.model(config).abstract,
+        jax.ShapeDtypeStruct((1, config.text_len), jnp.int32),
+    )
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(text))
+    assert size == 8 * 256 * 4 * config.width  # once a caption, whatever the number of candidates

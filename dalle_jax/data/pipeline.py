@@ -32,6 +32,8 @@ class DataConfig(filters.Filters):
     image_size: pixels per side. augment: 'dvae' (listing 1), 'transformer' (listing 2), 'clip' or 'centre' (nothing
     random).
     bpe_dropout: probability of skipping a merge, 0.1 in the paper, 0 outside training.
+    caption_dropout: share of records whose caption is replaced by the empty one, so that a model can be guided (Ho &
+    Salimans 2021); not in the paper, 0 outside training.
     max_pixels: larger pictures are refused before they are decoded.
     max_bad_share: a run stops when more of the records than this are broken (filtered ones do not count).
     threads: decoding threads; 0 works in the caller's, which is fastest for pictures of a hundred pixels or less where
@@ -41,6 +43,7 @@ class DataConfig(filters.Filters):
     image_size: int = 256
     augment: str = "centre"
     bpe_dropout: float = 0.0
+    caption_dropout: float = 0.0
     max_pixels: int = 100_000_000
     max_bad_share: float = 0.1
     threads: int = 4
@@ -52,12 +55,13 @@ class DataConfig(filters.Filters):
             raise ValueError(f"augment must be one of {tuple(transforms.AUGMENTATIONS)}, got {self.augment!r}")
         if self.image_size < 1 or self.threads < 0 or self.prefetch_batches < 1 or self.max_pixels < 1:
             raise ValueError("image_size, prefetch_batches and max_pixels must be at least 1 and threads at least 0")
-        if not (0 <= self.bpe_dropout <= 1 and 0 <= self.max_bad_share <= 1):
-            raise ValueError("bpe_dropout and max_bad_share must be between 0 and 1")
+        for name in ("bpe_dropout", "caption_dropout", "max_bad_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
     def without_randomness(self) -> "DataConfig":
         """The same records, centre crops and plain tokens: what validation reads."""
-        return dataclasses.replace(self, augment="centre", bpe_dropout=0.0)
+        return dataclasses.replace(self, augment="centre", bpe_dropout=0.0, caption_dropout=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Prepare:
             return Example(image, None, cut=False)
         captions = filters.good_captions(captions, self.config)
         caption = captions[int(rng.integers(len(captions)))] if self.any_caption else captions[0]
+        if self.config.caption_dropout and rng.random() < self.config.caption_dropout:
+            return Example(image, self.layout.text_slots([]), cut=False)
         longest = self.tokenizer.longest_piece * self.layout.caption_len  # characters that the text slots can hold
         caption = normalise(caption)[: longest + 1]  # one too many, so that it still counts as cut
         tokens = self.tokenizer.encode(caption, dropout=self.config.bpe_dropout, rng=rng)

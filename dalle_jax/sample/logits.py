@@ -1,7 +1,7 @@
-"""From logits to one sampled id: temperature, top-k, top-p.
+"""From logits to one sampled id: guidance, temperature, top-k, top-p, and the draw.
 
-Pure functions of arrays whose last axis is the vocabulary V; any leading shape. The order is the usual one:
-temperature first, then top-k, then top-p over what top-k left, then one draw.
+Pure functions of arrays whose last axis is the vocabulary V; any leading shape. The order is the usual one: guidance,
+temperature, top-k, then top-p over what top-k left, then one draw by the Gumbel-max rule.
 """
 
 import jax
@@ -10,23 +10,42 @@ import jax.numpy as jnp
 REMOVED = -jnp.inf
 
 
-def filter_logits(logits, *, temperature, top_k: int | None = None, top_p: float | None = None):
+def guide(conditional, unconditional, guidance):
+    """Logits under classifier-free guidance (Ho & Salimans 2021): u + g (c - u). 1 is no guidance, 0 no caption."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def filter_logits(logits, *, temperature, top_k=None, top_p=None):
     """float32 logits [..., V] with everything outside top-k and top-p at -inf.
 
-    temperature: positive scalar, may be traced. top_k: keep the k largest (ties with the k-th stay). top_p: keep the
-    smallest set of most likely ids whose probability reaches p; the most likely id always stays.
+    temperature: positive, one or one a row [...]. top_k: keep the k largest, of equal ones those of the smallest ids.
+    top_p: keep the smallest set of most likely ids whose probability reaches p. Each is None, or one, or one a row, and
+    may be traced; top_k of V or more and top_p of 1 or more change nothing. The most likely id always stays.
     """
-    logits = logits.astype(jnp.float32) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][..., -1:], REMOVED, logits)
-    if top_p is not None and top_p < 1.0:
-        descending = -jnp.sort(-logits, axis=-1)
-        before = jnp.cumsum(jax.nn.softmax(descending), axis=-1) - jax.nn.softmax(descending)
-        last_kept = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
-        logits = jnp.where(logits < jnp.take_along_axis(descending, last_kept, axis=-1), REMOVED, logits)
-    return logits
+    logits = logits.astype(jnp.float32) / jnp.expand_dims(jnp.asarray(temperature, jnp.float32), -1)
+    if top_k is None and top_p is None:
+        return logits
+    # By rank, not by comparing with the k-th value: a compiler may round the same number differently in two places.
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1)
+    keep = rank == 0
+    place = jnp.arange(logits.shape[-1])
+    each = lambda value: jnp.expand_dims(jnp.asarray(value), -1)  # noqa: E731
+    within_k = place < each(logits.shape[-1] if top_k is None else top_k)
+    if top_p is None:
+        return jnp.where(keep | (rank < each(top_k)), logits, REMOVED)
+    descending = jnp.where(within_k, jnp.take_along_axis(logits, order, axis=-1), REMOVED)
+    probability = jax.nn.softmax(descending)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    kept = jnp.sum(within_k & ((before < each(top_p)) | (each(top_p) >= 1)), axis=-1, keepdims=True)
+    return jnp.where(keep | (rank < kept), logits, REMOVED)
 
 
-def draw(key, logits):
-    """One id from softmax(logits [V]) by the Gumbel-max rule: int32 scalar. Ids at -inf are never drawn."""
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+def noise(key, position, vocab: int):
+    """Standard Gumbel noise [V] of an image's own key at one position: what makes a draw its own."""
+    return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
+
+
+def draw(logits, noise):
+    """int32 ids [...] from softmax(logits [..., V]) by the Gumbel-max rule. Ids at -inf are never drawn."""
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)

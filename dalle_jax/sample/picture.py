@@ -11,29 +11,34 @@ SOFTWARE = "dalle-jax"
 
 
 class Picture(Image.Image):
-    """An RGB image with `caption`, `seed` and `settings`; saved as PNG it carries them as text chunks.
+    """An RGB image with `caption`, `seed`, `score` and `settings`; saved as PNG it carries them as text chunks.
 
-    settings: temperature, top_k, top_p, keep_rows and the digest of the checkpoint, as plain json values.
+    score: CLIP's cosine similarity of picture and caption, -1 .. 1, None if it was not ranked. settings: the request's
+    and the digest of the checkpoint, as plain json values.
     """
 
     caption: str
     seed: int
+    score: float | None
     settings: dict[str, Any]
 
     @classmethod
-    def from_array(cls, image_uint8: np.ndarray, *, caption: str, seed: int, settings: dict[str, Any]) -> "Picture":
+    def from_array(
+        cls, image_uint8: np.ndarray, *, caption: str, seed: int, settings: dict[str, Any], score: float | None = None
+    ) -> "Picture":
         """uint8 [H, W, 3] -> Picture."""
         picture = cls()
         picture.__dict__.update(Image.fromarray(image_uint8).__dict__)
-        picture.caption, picture.seed, picture.settings = caption, seed, settings
+        picture.caption, picture.seed, picture.score, picture.settings = caption, seed, score, settings
         picture.info.update(picture.metadata())
         return picture
 
     def metadata(self) -> dict[str, str]:
-        """The PNG text chunks: caption, seed, settings (json) and software."""
+        """The PNG text chunks: caption, seed, score if there is one, settings (json) and software."""
         return {
             "caption": self.caption,
             "seed": str(self.seed),
+            **({} if self.score is None else {"score": f"{self.score:.6f}"}),
             "settings": json.dumps(self.settings, sort_keys=True),
             "software": SOFTWARE,
         }

@@ -1,32 +1,41 @@
 """The Python API: captions in, pictures out.
 
     pipe = dalle_jax.Pipeline.load("runs/transformer")
-    pictures = pipe("a red circle above a blue square", n=4, seed=0)
+    pictures = pipe("a red circle above a blue square", n=4, best_of=64, seed=0)
 
-Ties a trained transformer, its tokenizer and its frozen dVAE together and checks every argument. The sampling itself
-is `engine.py`; this file turns words into ids before it and ids into pixels after it.
+Ties a trained transformer, its tokenizer, its frozen dVAE and, where there is one, a CLIP together. What may be asked
+for is `request.py`, which images are drawn together `waves.py`, the sampling itself `engine.py`; this file turns words
+into ids before it and ids into pixels after it.
 """
 
+import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from dalle_jax import checkpoint
+from dalle_jax import checkpoint, sharding
 from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params, build
 from dalle_jax.models.dvae import decode_images, encode_images
-from dalle_jax.sample import engine
+from dalle_jax.sample import waves
+from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.picture import Picture
+from dalle_jax.sample.request import MAX_CANDIDATES, Preview, Request, check
+from dalle_jax.sample.rerank import Reranker
+from dalle_jax.sample.results import Kept
 from dalle_jax.tokenizer import Tokenizer
 
-WAVE = 64  # images sampled at a time; more are split, so that memory does not grow with n
-MAX_SEED = 2**32
+CLIP = "clip"  # folder of the CLIP beside the transformer
+DECODED = 16  # pictures decoded at a time on a device, so that many candidates are never in memory at full size
+BLANK = 255  # of the rows of a preview that are not drawn yet
+
+OnRows = Callable[[Preview], bool | None]
 
 # Compiled once a model, however many pipelines are made of it.
 _encode = jax.jit(encode_images, static_argnums=0)
@@ -37,14 +46,46 @@ class Pipeline:
     """A trained DALL-E. Make one with `Pipeline.load`; call it with captions."""
 
     def __init__(
-        self, transformer: Model, params: Params, dvae: Model, dvae_params: Params, tokenizer: Tokenizer, *, digest: str
+        self,
+        transformer: Model,
+        params: Params,
+        dvae: Model,
+        dvae_params: Params,
+        tokenizer: Tokenizer,
+        *,
+        digest: str,
+        reranker: Reranker | None = None,
+        can_guide: bool = False,
+        devices: Sequence[jax.Device] | None = None,
+        weights: str = "model",
+        cache: str = "model",
     ):
+        """can_guide: the transformer saw pictures without their captions in training. The rest is as in `load`."""
+        mesh = sharding.make_mesh({"replica": -1}, devices=jax.local_devices() if devices is None else devices)
         self.model, self.dvae, self.tokenizer, self.digest = transformer, dvae, tokenizer, digest
-        self._params, self._dvae_params = jax.device_put((params, dvae_params))
+        self.reranker, self.can_guide = reranker, can_guide
+        self._kinds = {"weights": weights, "cache": cache}
+        self._engine = Engine(transformer, params, mesh=mesh, **self._kinds)
+        self._dvae_params = jax.device_put(dvae_params, sharding.replicated(mesh))
+        self._images_place = NamedSharding(mesh, PartitionSpec(sharding.TABLE["batch"]))
+        self._capacity: dict[bool, tuple[int, str]] = {}
 
     @classmethod
-    def load(cls, folder: str | pathlib.Path) -> "Pipeline":
-        """The model of a transformer's workdir: newest complete checkpoint, tokenizer and dVAE.
+    def load(
+        cls,
+        folder: str | pathlib.Path,
+        *,
+        clip: str | pathlib.Path | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        weights: str = "model",
+        cache: str = "model",
+    ) -> "Pipeline":
+        """The model of a transformer's workdir: newest complete checkpoint, tokenizer, dVAE and CLIP.
+
+        clip: workdir of the CLIP that ranks candidates; default: `clip` in the folder, if it is there.
+        devices: that draw, all of this process by default; each takes a part of the candidates.
+        weights, cache: 'model' for the model's own precision; 'int8' weights and an 'fp8' cache take half the memory of
+        bfloat16 and change the pictures a little.
 
         Raises:
           UserError: a part is missing, damaged, or does not belong to the others.
@@ -66,127 +107,214 @@ class Pipeline:
             for leaf in jax.tree.leaves(tree):
                 digest.update(np.ascontiguousarray(leaf))
         digest.update(tokenizer.digest.encode())
-        return cls(model, params, dvae, dvae_params, tokenizer, digest=digest.hexdigest())
+        if clip is None and (folder / CLIP).is_dir():
+            clip = folder / CLIP
+        return cls(
+            model,
+            params,
+            dvae,
+            dvae_params,
+            tokenizer,
+            digest=digest.hexdigest(),
+            reranker=None if clip is None else Reranker.load(clip),
+            can_guide=config.get("data", {}).get("caption_dropout", 0) > 0,
+            devices=devices,
+            weights=weights,
+            cache=cache,
+        )
 
     @property
     def image_size(self) -> int:
         """Side of the pictures in pixels."""
         return self.dvae.config.image_size
 
+    @property
+    def max_candidates(self) -> int:
+        """Most candidates of one request."""
+        return MAX_CANDIDATES
+
+    def wave(self, *, guided: bool = False) -> tuple[int, str]:
+        """Most images that are drawn together, and one sentence that says why; measured at the first use."""
+        if guided not in self._capacity:
+            self._capacity[guided] = waves.capacity(self._engine, guided=guided)
+        return self._capacity[guided]
+
     def __call__(
         self,
         captions: str | Sequence[str],
         *,
         n: int = 1,
+        best_of: int | None = None,
         seed: int | Sequence[int] = 0,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        guidance: float = 1.0,
         image: Image.Image | np.ndarray | None = None,
         keep_rows: int | None = None,
-        on_progress: Callable[[int], None] | None = None,
+        on_rows: OnRows | None = None,
     ) -> list[Picture] | list[list[Picture]]:
         """Draw n pictures for each caption.
 
-        captions: one caption or several; they are normalised and cut as in training.
-        seed: picture i of a caption has seed + i, and a picture depends on its own seed and caption only. A list gives
-          each caption a first seed of its own.
-        temperature: above 0; 1 is the paper's, lower is safer and less varied. top_k, top_p: draw only among the k
-          most likely codes, or the most likely ones that reach probability p.
-        image, keep_rows: complete this picture: the top keep_rows of the grid's rows of codes stay as they are
-          (default: half of them).
-        on_progress: called with the number of pictures finished so far.
+        captions: one caption or several; they are normalised and cut as in training. seed: one, or one a caption.
+        The other arguments are those of `Request` and are the same for all captions.
+        on_rows: called with a `Preview` after each row of codes; returning False ends that caption.
 
-        Returns: a list of n pictures for one caption, a list of such lists for several.
+        Returns: a list of n pictures for one caption, a list of such lists for several; best first with `best_of`, else
+        in the order of their seeds. A caption that was ended has none.
         Raises:
           UserError: an argument out of range.
         """
         words = [captions] if isinstance(captions, str) else list(captions)
-        seeds_CM = self._check(words, n, seed, temperature, top_k, top_p, image, keep_rows)
-        keep_rows = 0 if image is None else self.model.config.grid // 2 if keep_rows is None else keep_rows
-        settings = {
-            "temperature": float(temperature),
-            "top_k": top_k,
-            "top_p": top_p,
-            "keep_rows": keep_rows,
-            "checkpoint": self.digest,
-        }
-        given_I = None if image is None else self.encode(image)
-        text_CT = np.stack([self.model.config.layout.text_slots(self.tokenizer.encode(word)) for word in words])
-        ids_CMI = self._sample(
-            text_CT,
-            seeds_CM,
-            given_I=given_I,
-            num_given=keep_rows * self.model.config.grid,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            on_progress=on_progress or (lambda finished: None),
-        )
-        pictures = [
-            [
-                Picture.from_array(self.decode(ids_I), caption=word, seed=int(seed), settings=settings)
-                for ids_I, seed in zip(ids_MI, seeds_M, strict=True)
-            ]
-            for word, ids_MI, seeds_M in zip(words, ids_CMI, seeds_CM, strict=True)
+        if not words:
+            raise UserError("captions must be a text or a list of at least one text, got none")
+        seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed] * len(words)
+        if len(seeds) != len(words):
+            raise UserError(f"seed must be one, or one a caption, got {len(seeds)} for {len(words)} captions")
+        shared = dict(n=n, best_of=best_of, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        requests = [
+            Request(word, seed=own, image=image, keep_rows=keep_rows, **shared)
+            for word, own in zip(words, seeds, strict=True)
         ]
+        pictures = self.draw(requests, on_rows=on_rows)
         return pictures[0] if isinstance(captions, str) else pictures
+
+    def check(self, request: Request) -> None:
+        """Raises UserError, one sentence, if this model cannot draw what is asked for."""
+        check(request, self.model.config, can_rank=self.reranker is not None, can_guide=self.can_guide)
+        if request.image is not None:
+            _pixels(request.image)
+
+    def wave_key(self, request: Request) -> Hashable:
+        """Requests of equal keys are drawn together without loss."""
+        capacity, _ = self.wave(guided=request.guidance != 1)
+        width = min(waves.ladder(request.candidates), capacity)
+        return width, request.guidance != 1, request.top_k is not None or request.top_p is not None
+
+    def draw(self, requests: Sequence[Request], *, on_rows: OnRows | None = None) -> list[list[Picture]]:
+        """The pictures of each request; as `__call__`, where every request may differ in everything.
+
+        Raises:
+          UserError: one of the requests cannot be drawn; nothing is drawn then.
+        """
+        for request in requests:
+            self.check(request)
+        kept = [Kept(request.n, ranked=request.best_of is not None) for request in requests]
+        together: dict[Hashable, list[int]] = {}
+        for index, request in enumerate(requests):
+            together.setdefault(self.wave_key(request), []).append(index)
+        cancelled: set[int] = set()
+        for members in together.values():
+            self._draw_alike(members, requests, kept, cancelled, on_rows)
+        return [
+            [] if index in cancelled else self._finish(request, kept[index]) for index, request in enumerate(requests)
+        ]
 
     def encode(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """A picture, its centre crop at `image_size`, as int32 codes [grid * grid] in raster order."""
-        array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-            raise UserError(f"image must be a PIL image or uint8 [H, W, 3], got {array.dtype} {array.shape}")
-        return np.asarray(_encode(self.dvae, self._dvae_params, centre(array, self.image_size)[None]))[0]
+        return np.asarray(_encode(self.dvae, self._dvae_params, centre(_pixels(image), self.image_size)[None]))[0]
 
-    def decode(self, ids_I: np.ndarray) -> np.ndarray:
-        """Codes [grid * grid] in raster order -> uint8 [image_size, image_size, 3]."""
-        return np.asarray(_decode(self.dvae, self._dvae_params, np.asarray(ids_I)[None]))[0]
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        """Codes in raster order, [grid * grid] or [B, grid * grid] -> uint8 [image_size, image_size, 3] or [B, ...]."""
+        ids_BI = np.atleast_2d(np.asarray(ids, np.int32))
+        ways = self._engine.ways
+        most = DECODED * ways
+        decoded = []
+        for start in range(0, len(ids_BI), most):
+            chunk = ids_BI[start : start + most]
+            size = -(-min(most, waves.ladder(len(chunk))) // ways) * ways
+            full = jax.device_put(np.resize(chunk, (size, chunk.shape[1])), self._images_place)
+            decoded.append(np.asarray(_decode(self.dvae, self._dvae_params, full))[: len(chunk)])
+        return np.concatenate(decoded) if np.ndim(ids) == 2 else decoded[0][0]
 
-    def _sample(self, text_CT, seeds_CM, *, given_I, num_given, on_progress, **settings) -> np.ndarray:
-        """int32 [C, M, I], in waves of at most WAVE images; a last, smaller wave is filled up, not recompiled."""
-        captions, candidates = seeds_CM.shape
-        width = min(candidates, WAVE)
-        height = min(captions, max(1, WAVE // width))
-        ids_CMI = np.zeros((captions, candidates, self.model.config.layout.image_len), np.int32)
-        finished = 0
-        for c in range(0, captions, height):
-            for m in range(0, candidates, width):
-                rows, columns = np.arange(c, c + height) % captions, np.arange(m, m + width) % candidates
-                given = None
-                if given_I is not None:
-                    given = jnp.broadcast_to(jnp.asarray(given_I), (height, width, len(given_I)))
-                wave = engine.generate(
-                    self.model,
-                    self._params,
-                    text_CT[rows],
-                    engine.image_keys(seeds_CM[np.ix_(rows, columns)]),
-                    given,
-                    num_given=num_given,
-                    **settings,
-                )
-                new = ids_CMI[c : c + height, m : m + width]
-                new[:] = np.asarray(wave)[: new.shape[0], : new.shape[1]]
-                finished += new.shape[0] * new.shape[1]
-                on_progress(finished)
+    def _draw_alike(self, members, requests, kept, cancelled, on_rows) -> None:
+        """Requests that share waves, by their indices; what is drawn goes to `kept`."""
+        counts = [requests[index].candidates for index in members]
+        capacity, _ = self.wave(guided=requests[members[0]].guidance != 1)
+        codes = {index: self.encode(requests[index].image) for index in members if requests[index].image is not None}
+        for plan in waves.plan(counts, capacity=capacity, ways=self._engine.ways):
+            places = [(members[place.request], place) for place in plan.places]
+            if all(index in cancelled for index, _ in places):
+                continue
+            ids_CMI = self._draw_wave(plan, places, requests, codes, kept, cancelled, on_rows)
+            for (index, place), ids_MI in zip(places, ids_CMI, strict=False):
+                if index not in cancelled:
+                    self._keep(kept[index], requests[index], place, ids_MI[: place.count])
+
+    def _draw_wave(self, plan, places, requests, codes, kept, cancelled, on_rows) -> np.ndarray:
+        """int32 [C, M, I]: one wave. Places that nobody asked for repeat the first request."""
+        config, engine = self.model.config, self._engine
+        asked = [(requests[index], place, codes.get(index)) for index, place in places]
+        asked += [asked[0]] * (plan.captions - len(asked))
+        seeds_CM = [request.seed + place.first + np.arange(plan.candidates) for request, place, _ in asked]
+        wave = engine.begin(
+            np.stack([config.layout.text_slots(self.tokenizer.encode(request.caption)) for request, *_ in asked]),
+            image_keys(np.asarray(seeds_CM, np.int64) % 2**32),
+            **{
+                name: [getattr(request, name) for request, *_ in asked]
+                for name in ("temperature", "top_k", "top_p", "guidance")
+            },
+            given_CI=np.stack([np.zeros(config.layout.image_len, np.int32) if c is None else c for *_, c in asked]),
+            given_rows=[request.rows_kept(config.grid) for request, *_ in asked],
+        )
+        if on_rows is None:
+            return engine.ids(engine.advance(wave, 0, config.grid))
+        for row in range(config.grid):
+            wave = engine.advance(wave, row, row + 1)
+            ids_CMI = engine.ids(wave)  # waits for the row
+            for (index, place), ids_MI in zip(places, ids_CMI, strict=False):
+                if index in cancelled:
+                    continue
+                done = kept[index].drawn + place.count * (row + 1) / config.grid
+                seen_MI = ids_MI[: min(place.count, requests[index].n)]
+                pictures = functools.partial(self._preview, seen_MI, row + 1)
+                preview = Preview(index, row + 1, config.grid, done / requests[index].candidates, pictures)
+                if on_rows(preview) is False:
+                    cancelled.add(index)
+            if all(index in cancelled for index, _ in places):
+                break
         return ids_CMI
 
-    def _check(self, words, n, seed, temperature, top_k, top_p, image, keep_rows) -> np.ndarray:
-        """Seeds [C, M] if every argument is in range."""
-        grid, vocab = self.model.config.grid, self.model.config.image_vocab
-        if not words or not all(isinstance(word, str) for word in words):
-            raise UserError(f"captions must be a text or a list of at least one text, got {words!r}")
-        if n < 1:
-            raise UserError(f"n must be at least 1, got {n}")
-        if not 0 < temperature < np.inf:
-            raise UserError(f"temperature must be above 0, got {temperature}")
-        if top_k is not None and not 1 <= top_k <= vocab:
-            raise UserError(f"top_k must be 1 .. {vocab}, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
-        if keep_rows is not None and (image is None or not 0 <= keep_rows <= grid):
-            raise UserError(f"keep_rows must be 0 .. {grid} and needs an image, got {keep_rows}")
-        first = [seed] * len(words) if isinstance(seed, int | np.integer) else list(seed)
-        if len(first) != len(words) or not all(0 <= s <= MAX_SEED - n for s in first):
-            raise UserError(f"seed must be 0 .. 2**32 - n, one or one a caption, got {seed}")
-        return np.asarray(first, np.int64)[:, None] + np.arange(n)
+    def _preview(self, ids_MI, rows: int) -> list[Image.Image]:
+        pictures = self.decode(ids_MI).copy()
+        pictures[:, rows * self.dvae.config.stride :] = BLANK
+        return [Image.fromarray(picture) for picture in pictures]
+
+    def _keep(self, kept: Kept, request: Request, place: waves.Place, ids_MI) -> None:
+        seeds = request.seed + place.first + np.arange(place.count)
+        if request.best_of is None:
+            kept.add(seeds, ids_MI)
+            return
+        step = DECODED * self._engine.ways
+        for start in range(0, place.count, step):
+            ids = ids_MI[start : start + step]
+            kept.add(seeds[start : start + step], ids, self.reranker.score(self.decode(ids), request.caption))
+
+    def _finish(self, request: Request, kept: Kept) -> list[Picture]:
+        settings = {
+            "temperature": float(request.temperature),
+            "top_k": None if request.top_k is None else int(request.top_k),
+            "top_p": None if request.top_p is None else float(request.top_p),
+            "guidance": float(request.guidance),
+            "best_of": None if request.best_of is None else int(request.best_of),
+            "keep_rows": request.rows_kept(self.model.config.grid),
+            "checkpoint": self.digest,
+            **({"clip": self.reranker.digest} if request.best_of is not None else {}),
+            **self._kinds,
+        }
+        return [
+            Picture.from_array(pixels, caption=request.caption, seed=seed, score=score, settings=settings)
+            for pixels, seed, score in zip(self.decode(kept.ids()), kept.seeds(), kept.scores(), strict=True)
+        ]
+
+
+def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture that somebody gave.
+
+    Raises:
+      UserError: another type, shape or dtype.
+    """
+    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
+        raise UserError(f"image must be a PIL image or uint8 [H, W, 3], got {array.dtype} {array.shape}")
+    return array
