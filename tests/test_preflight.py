@@ -328,6 +328,11 @@ def test_a_wrong_batch_or_dvae_is_the_users_error():
         _ = emulated().changed({"model.grid": 4}).task
 
 
+def test_a_clip_is_refused():
+    with pytest.raises(UserError, match="knows dvae and transformer configs, got a clip"):
+        _ = Job(configs.load("configs/clip.py:b32"), topologies.parse("gpu:h100:1x8"), ()).task
+
+
 def test_a_process_with_jax_is_refused(monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
     with pytest.raises(UserError, match="has not imported JAX"):

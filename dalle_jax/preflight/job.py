@@ -44,7 +44,9 @@ class Job:
 
     @functools.cached_property
     def task(self) -> Task:
-        """Raises UserError for impossible sizes."""
+        """Raises UserError for impossible sizes, or a model whose bytes nobody has modelled."""
+        if self.config.name == "clip":
+            raise UserError("preflight knows dvae and transformer configs, got a clip: train it, which is small, at once")
         if self.helper is None:
             return build_task(self.config)
         try:
