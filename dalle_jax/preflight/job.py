@@ -46,7 +46,7 @@ class Job:
     def task(self) -> Task:
         """Raises UserError for impossible sizes, or a model whose bytes nobody has modelled."""
         if self.config.name == "clip":
-            raise UserError("preflight knows dvae and transformer configs, got a clip: train it, which is small, at once")
+            raise UserError("preflight knows dvae and transformer configs, got a clip: train it at once, it is small")
         if self.helper is None:
             return build_task(self.config)
         try:
