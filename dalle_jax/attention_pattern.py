@@ -97,6 +97,11 @@ def cache_slots(kind: str, *, grid: int) -> int:
     return grid * grid
 
 
+def read_slots(kind: str, *, grid: int) -> int:
+    """Of `cache_slots`, those that one decoding step reads: one column of a column layer, all of the others."""
+    return grid if kind == "column" else cache_slots(kind, grid=grid)
+
+
 def _check(kind: str, grid: int) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")

@@ -88,27 +88,19 @@ def test_cached_steps_equal_whole_sequence(kind, text_len, grid):
         shared = x[:, :text_len].reshape(captions, candidates, text_len, heads, head_size)
         shared[:] = shared[:, :1]
     want = attention.attend(q, k, v, kind, text_len=text_len, grid=grid)[:, text_len:]
-    by_caption = lambda x: x.reshape(captions, candidates, *x.shape[1:])  # noqa: E731
-    text = {name: by_caption(x)[:, 0, :text_len].transpose(0, 2, 1, 3) for name, x in (("k", k), ("v", v))}
-    cache = attention.empty_cache(
-        kind,
-        grid=grid,
-        captions=captions,
-        candidates=candidates,
-        heads=heads,
-        head_size=head_size,
-        dtype=jnp.float32,
-    )
-    assert cache["k"].shape[3] == attention_pattern.cache_slots(kind, grid=grid)
+    text = {name: x[::candidates, :text_len].transpose(0, 2, 1, 3) for name, x in (("k", k), ("v", v))}
+    images = captions * candidates
+    cache = attention.empty_cache(kind, grid=grid, images=images, heads=heads, head_size=head_size, dtype=jnp.float32)
+    assert cache["k"].shape[2] == attention_pattern.cache_slots(kind, grid=grid)
     step = jax.jit(
         lambda q, k, v, cache, position: attention.attend_cached(
             q, k, v, text, cache, kind, position=position, grid=grid
         )
     )
     for position in range(grid * grid):
-        now = [by_caption(x[:, text_len + position]) for x in (q, k, v)]
+        now = [x[:, text_len + position] for x in (q, k, v)]
         got, cache = step(*now, cache, position)
-        np.testing.assert_allclose(got, by_caption(want[:, position]), rtol=1e-5, atol=1e-5, err_msg=str(position))
+        np.testing.assert_allclose(got, want[:, position], rtol=1e-5, atol=1e-5, err_msg=str(position))
 
 
 def test_ring_sizes_of_the_paper():

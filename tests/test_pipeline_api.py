@@ -186,6 +186,8 @@ def test_waves_are_few_shapes_that_fit(pipe):
             assert place.count <= plans[0].candidates
             drawn[place.request].update(range(place.first, place.first + place.count))
         assert [sorted(own) for own in drawn] == [list(range(count)) for count in counts]
+    (half, _) = plan([512], capacity=349)  # even parts, not a full one and a rest that is drawn as a full one
+    assert (half.captions, half.candidates) == (1, 256)
     images, told = pipe.wave()
     assert images == capacity(pipe._engine, guided=False)[0] and f"{images} images a wave" in told
     each = pipe._engine.wave_bytes(1, 2, guided=False) - pipe._engine.wave_bytes(1, 1, guided=False)

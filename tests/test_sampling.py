@@ -238,3 +238,66 @@ def test_cache_holds_and_reads_what_the_window_needs():
     )
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(text))
     assert size == 8 * 256 * 4 * config.width  # once a caption, whatever the number of candidates
+
+
+def test_rows_of_a_batch_are_filtered_each_by_its_own_settings():
+    """Against numpy one row at a time, every setting another, traced as the engine traces them."""
+    settings = [(0.5, 5, 1.0), (1.0, 20, 0.6), (1.7, 8, 0.7), (1.0, 20, 1.0), (0.8, 1, 1.0), (1.3, 20, 1e-6)]
+    logits = np.random.default_rng(0).normal(size=(len(settings), 20), scale=2).astype(np.float32)
+    temperature, top_k, top_p = (np.asarray(column) for column in zip(*settings, strict=True))
+    filtered = jax.jit(filter_logits)(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    for row, own in enumerate(settings):
+        want = numpy_filter(logits[row].astype(np.float64), *own)
+        np.testing.assert_allclose(jax.nn.softmax(filtered[row]), want, atol=1e-6)
+        assert ((filtered[row] == -np.inf) == (want == 0)).all()
+
+
+def test_top_k_is_a_number_of_codes():
+    """Not a share of the vocabulary: of equal logits, k are left."""
+    for k in (1, 2, 7):
+        filtered = filter_logits(jnp.zeros((3, 20)), temperature=1.0, top_k=k)
+        np.testing.assert_array_equal(np.isfinite(filtered).sum(-1), k)
+
+
+def test_a_step_reads_the_cache_and_every_step_the_text():
+    """A cache that is dropped, a text that is forgotten, would change nothing where they are damaged: here it does,
+    at the last position as at the second, guided and not."""
+    text, keys = random_batch(TINY, batch=2)[0], image_keys(np.arange(6).reshape(2, 3))
+    engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE)
+
+    def last_row(damage, guidance):
+        wave = engine.advance(engine.begin(text, keys, guidance=guidance), 0, TINY.grid - 1)
+        wave["arrays"] |= {damage: jax.tree.map(jnp.zeros_like, wave["arrays"][damage])} if damage else {}
+        return engine.ids(engine.advance(wave, TINY.grid - 1, TINY.grid))[..., -TINY.grid :]
+
+    for guidance in (1.0, 2.0):
+        intact = last_row(None, guidance)
+        assert not np.array_equal(last_row("cache", guidance), intact)
+        assert not np.array_equal(last_row("stores", guidance), intact)
+
+
+def test_8_bit_engine_draws_guided_captions_of_mixed_settings():
+    """Whatever the weights and the cache are kept in, a caption's settings are its own, and guidance does something."""
+    text, keys = random_batch(TINY, batch=2)[0], image_keys(np.arange(4).reshape(2, 2))
+    engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE, weights="int8", cache="fp8")
+    mixed = engine.generate(text, keys, guidance=[3.0, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, None])
+    assert mixed.min() >= 0 and mixed.max() < TINY.image_vocab
+    alike = engine.generate(text, keys, guidance=1.5, temperature=0.7, top_k=5)
+    np.testing.assert_array_equal(mixed[1], alike[1])
+    weaker = engine.generate(text, keys, guidance=[1.1, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, 1])
+    np.testing.assert_array_equal(mixed[1], weaker[1])
+    assert not np.array_equal(mixed[0], weaker[0])
+
+
+def test_abstract_engine_compiles_what_the_real_one_runs():
+    """Shapes alone give the same bytes and arrays; the compiler holds a wave once, donated, and not a second time."""
+    model = transformer.model(TINY)
+    shapes, real = Engine(model, None, mesh=ONE), Engine(model, random_params(TINY), mesh=ONE)
+    assert shapes.weight_bytes() == real.weight_bytes()
+    assert shapes.wave_bytes(1, 2, guided=True) == real.wave_bytes(1, 2, guided=True)
+    programs = shapes.compile(2, 3)
+    wave = real.begin(random_batch(TINY, batch=2)[0], image_keys(np.arange(6).reshape(2, 3)))
+    of = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert of(wave["arrays"]) == of(programs["begin"].out_info) == of(programs["advance"].out_info)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(wave["arrays"]["cache"]))
+    assert programs["advance"].memory_analysis().alias_size_in_bytes >= held

@@ -159,10 +159,10 @@ def attend_cached(q_BNH, k_BNH, v_BNH, text, cache, kind: str, *, position, grid
 
 def _cache_view(kind: str, position, grid: int):
     """Slot to write, first slot to read, how many, and which of those the query may see."""
-    slots = attention_pattern.cache_slots(kind, grid=grid)
+    slots = attention_pattern.read_slots(kind, grid=grid)
     if kind == "column":
         row, column = position // grid, position % grid
-        return column * grid + row, column * grid, grid, jnp.arange(grid) <= row
+        return column * grid + row, column * grid, slots, jnp.arange(slots) <= row
     if kind == "full":
         return position, 0, slots, jnp.arange(slots) <= position
     reachable = np.zeros(slots, bool)

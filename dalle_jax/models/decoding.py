@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dalle_jax.models import attention
 from dalle_jax.models.layers import Params, compute_dtype, quick_gelu
@@ -30,12 +31,14 @@ from dalle_jax.sharding import constrain
 EPSILON = 1e-5  # of `layers.layer_norm`
 WEIGHTS = ("model", "int8")
 CACHES = {"model": None, "fp8": jnp.float8_e4m3fn}
+# Of the cache [B, N, slots, H] inside the loop as outside of it: XLA would choose others for GPUs and hold it twice.
+AS_STORED = Layout(major_to_minor=(0, 1, 2, 3))
 
 # Logical names of the dimensions of everything `layer_weights` and `end_weights` give.
 LAYER_AXES = {
     "qkv": ("qkv", "heads", "head", "embed"),
     "qkv_bias": ("qkv", "heads", "head"),
-    "out": ("embed", "heads", "head"),
+    "out": ("embed", "heads"),
     "out_bias": ("embed",),
     "up": ("mlp", "embed"),
     "up_bias": ("mlp",),
@@ -63,7 +66,7 @@ def layer_weights(config: TransformerConfig, block: Params, *, weights: str = "m
     up = block["up"].T
     matrices = {
         "qkv": qkv * block["norm1_gain"],
-        "out": _centred(jnp.einsum("nhd->dnh", block["out"])),
+        "out": _centred(block["out"].reshape(-1, config.width).T),
         "up": up * block["norm2_gain"],
         "down": _centred(block["down"].T),
     }
@@ -133,7 +136,8 @@ def decode(config: TransformerConfig, layers, ends, stores, cache, previous_B, p
     for layer, kind, text, store in zip(layers, config.kinds, stores, cache, strict=True):
         q, k, v = _qkv(layer, x_DB, dtype)
         mixed, store = attention.attend_cached(q, k, v, text, store, kind, position=position, grid=config.grid)
-        new_cache.append({name: constrain(x, ("batch", "heads", None, None)) for name, x in store.items()})
+        store = {name: constrain(x, ("batch", "heads", None, None)) for name, x in store.items()}
+        new_cache.append(with_layout_constraint(store, AS_STORED))
         x_DB = constrain(_mlp(layer, _project(layer, x_DB, mixed), dtype), ("embed_activation", "batch"))
     return _product("vd,db->vb", ends["head"], x_DB, dtype) * _scale(x_DB) + ends["head_bias"][:, None], new_cache
 
@@ -146,7 +150,7 @@ def _centred(x):
 def _stored(config: TransformerConfig, name: str, matrix, weights: str):
     if weights == "model":
         return matrix.astype(compute_dtype(config.precision))
-    inputs = tuple(range({"out": 1, "qkv": 3}.get(name, 1), matrix.ndim))
+    inputs = tuple(range({"qkv": 3}.get(name, 1), matrix.ndim))
     scale = jnp.maximum(jnp.abs(matrix).max(inputs) / 127.0, 1e-30)
     rounded = jnp.round(matrix / jnp.expand_dims(scale, inputs)).astype(jnp.int8)
     return {"int8": rounded, "scale": scale}
@@ -176,7 +180,7 @@ def _qkv(layer, x_DB, dtype):
 
 
 def _project(layer, x_DB, mixed_BNH):
-    out = _product("dnh,nhb->db", layer["out"], mixed_BNH.transpose(1, 2, 0), mixed_BNH.dtype)
+    out = _product("dx,bx->db", layer["out"], mixed_BNH.reshape(len(mixed_BNH), -1), mixed_BNH.dtype)
     return x_DB + out + layer["out_bias"][:, None]
 
 

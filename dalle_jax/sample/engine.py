@@ -38,9 +38,16 @@ class Engine:
     """A transformer's weights, laid out for sampling on a mesh of this process's devices."""
 
     def __init__(
-        self, model: Model, params: Params, *, mesh: Mesh | None = None, weights: str = "model", cache: str = "model"
+        self,
+        model: Model,
+        params: Params | None,
+        *,
+        mesh: Mesh | None = None,
+        weights: str = "model",
+        cache: str = "model",
     ):
         """params: float32, on the host or a device; converted layer by layer, so the devices never hold them whole.
+        None: all weights are shapes only, of an engine that compiles and counts bytes for devices that are not here.
 
         weights: 'model' (the model's compute dtype) or 'int8'; cache: 'model' or 'fp8', see `models/decoding.py`.
 
@@ -54,13 +61,16 @@ class Engine:
             )
         self.config, self.cache = model.config, cache
         self.mesh = sharding.make_mesh({"replica": -1}, devices=jax.local_devices()) if mesh is None else mesh
+        if params is None:
+            self._weights = _abstract_weights(model, self.mesh, weights)
+            return
         blocks = params["blocks"]
         layers = []
         for i in range(self.config.num_layers):
             layer = _layer_weights(self.config, {name: a[i] for name, a in blocks.items()}, weights)
-            layers.append(_placed(layer, decoding.LAYER_AXES, self.mesh))
-        ends = {name: params[name] for name in _END_PARAMS}
-        self._weights = layers, _placed(_end_weights(self.config, ends), decoding.END_AXES, self.mesh)
+            layers.append(jax.device_put(layer, _places(layer, decoding.LAYER_AXES, self.mesh)))
+        ends = _end_weights(self.config, {name: params[name] for name in _END_PARAMS})
+        self._weights = layers, jax.device_put(ends, _places(ends, decoding.END_AXES, self.mesh))
 
     @property
     def ways(self) -> int:
@@ -129,6 +139,27 @@ class Engine:
         """All rows of a wave at once: `begin`, `advance`, `ids`."""
         return self.ids(self.advance(self.begin(text_CT, keys_CM, **settings), 0, self.config.grid))
 
+    def compile(
+        self, captions: int, candidates: int, *, guided: bool = False, filtered: bool = False
+    ) -> dict[str, jax.stages.Compiled]:
+        """The programs of `begin` and `advance` for waves of this shape, compiled for the mesh and not run."""
+        config, images, everywhere = self.config, captions * candidates, sharding.replicated(self.mesh)
+        of = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)  # noqa: E731
+        settings = dict.fromkeys(("temperature", "top_p", "guidance"), of(images, dtype=jnp.float32))
+        settings |= dict.fromkeys(("top_k", "given"), of(images))
+        text_CT = of(captions * (2 if guided else 1), config.text_len)
+        keys_B, ids_IB = of(images, dtype=jax.random.key(0).dtype), of(config.layout.image_len, images)
+        how = (config, self.mesh, self.cache, guided)
+        begin = _begin.lower(how, self._weights, text_CT, keys_B, ids_IB, settings)
+        begun = begin.compile()
+        arrays = _abstract(begin.out_info, begun.output_shardings)
+        how = (config, self.mesh, filtered, guided)
+        return {"begin": begun, "advance": _advance.lower(how, self._weights, arrays, of(), of()).compile()}
+
+    def weight_bytes(self) -> int:
+        """Of all weights, once, on however many devices they lie."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._weights))
+
     def wave_bytes(self, captions: int, candidates: int, *, guided: bool) -> int:
         """Bytes that a wave of this shape holds or makes at a time on all devices together: text and image stores,
         noise of a row, logits. Weights are not in it."""
@@ -166,12 +197,28 @@ def _end_weights(config: TransformerConfig, params):
     return decoding.end_weights(config, params)
 
 
-def _placed(weights, axes, mesh: Mesh):
-    """Weights on the mesh; a scale of int8 weights lies like the outputs of its matrix, the leading dimensions."""
+def _abstract_weights(model: Model, mesh: Mesh, weights: str):
+    """What `Engine` holds, as jax.ShapeDtypeStruct with shardings."""
+    block = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in model.abstract["blocks"].items()}
+    layer = jax.eval_shape(lambda block: _layer_weights(model.config, block, weights), block)
+    ends = jax.eval_shape(lambda params: _end_weights(model.config, params), model.abstract)
+    layer, ends = (
+        _abstract(tree, _places(tree, axes, mesh))
+        for tree, axes in ((layer, decoding.LAYER_AXES), (ends, decoding.END_AXES))
+    )
+    return [layer] * model.config.num_layers, ends
+
+
+def _abstract(tree, places):
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+
+def _places(weights, axes, mesh: Mesh):
+    """Shardings of weights; a scale of int8 weights lies like the outputs of its matrix, the leading dimensions."""
 
     def place(path, leaf):
         names = axes[path[0].key][: leaf.ndim]
-        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, sharding.spec(leaf.shape, names, mesh)))
+        return jax.sharding.NamedSharding(mesh, sharding.spec(leaf.shape, names, mesh))
 
     return jax.tree_util.tree_map_with_path(place, weights)
 

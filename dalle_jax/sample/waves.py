@@ -46,7 +46,8 @@ def plan(counts: Sequence[int], *, capacity: int, ways: int = 1) -> list[Plan]:
 
     ways: every wave's number of images is a multiple of it. capacity: at least `ways`.
     """
-    width = min(ladder(max(counts)), capacity)
+    parts = -(-max(counts) // capacity)  # of the largest request, as even as they come
+    width = min(ladder(-(-max(counts) // parts)), capacity)
     places = [
         Place(request, first, min(width, count - first))
         for request, count in enumerate(counts)
@@ -59,12 +60,15 @@ def plan(counts: Sequence[int], *, capacity: int, ways: int = 1) -> list[Plan]:
     return [Plan(height, width, tuple(places[i : i + height])) for i in range(0, len(places), height)]
 
 
-def capacity(engine: Engine, *, guided: bool) -> tuple[int, str]:
-    """Most images in a wave, and one sentence that says why."""
-    ways, device = engine.ways, engine.mesh.local_devices[0]
+def capacity(engine: Engine, *, guided: bool, free: int | None = None) -> tuple[int, str]:
+    """Most images in a wave, and one sentence that says why.
+
+    free: bytes of one device; default: what is free of it now.
+    """
+    ways, device = engine.ways, engine.mesh.devices.flat[0]
     one = engine.wave_bytes(1, 1, guided=guided)
     each = engine.wave_bytes(1, 2, guided=guided) - one  # a caption's own part counts as one image more
-    free = free_bytes(device) * ways
+    free = (free_bytes(engine.mesh.local_devices[0]) if free is None else free) * ways
     fit = max(1, int((SHARE * free - (one - each)) // each)) // ways * ways
     most = MOST.get(device.platform, MOST["gpu"]) * ways
     images = max(ways, min(fit, most))
