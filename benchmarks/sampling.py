@@ -5,10 +5,10 @@
 
 On a processor (two threads, the shape of `compare.py`): 64 candidates of one caption, `ours`; the same number of images
 as 64 captions of which each keeps its own text and all image positions, `plain`; and the engine's options. Each round
-measures all of them in turns, and a ratio is the middle one of the rounds. On an accelerator: the models of
-`sampling_bounds.py` with random weights in bfloat16, at the share of their roofline. `--compile-for` asks the compiler
-of a chip that is not here for the bytes of the same programs. Each of the three writes its own part of
-`benchmarks/results/sampling.json` and the table of all parts, `sampling.md`.
+measures both in turns, the first round the options too (an fp8 cache takes a processor half a minute), and a ratio is
+the middle one of the rounds. On an accelerator: the models of `sampling_bounds.py` with random weights in bfloat16, and
+their share of the roofline. `--compile-for` asks the compiler of a chip that is not here for the bytes of the same
+programs. Each of the three writes its own part of `benchmarks/results/sampling.json`, and the table of all parts.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from peer_dalle_pytorch import SHAPE, THREADS
 
 RESULTS = Path(__file__).parent / "results"
 CANDIDATES, LEAST = 64, 3.0
+BARRED = ("ours", "plain")  # whose ratio has to reach LEAST
 COUNTS = (1, 64, 512)  # candidates of one caption, on an accelerator
 # Name -> pattern, precision, and options of the engine.
 WORKS = {
@@ -73,16 +74,17 @@ def on_processor(args) -> dict:
         runs[name] = lambda engine=engine, text=text_CT, shape=shape: engine.generate(
             text, image_keys(np.arange(CANDIDATES).reshape(shape))
         )
-        runs[name]()
+        engine.ids(engine.advance(engine.begin(text_CT, image_keys(np.zeros(shape))), 0, 1))  # compiles
     for index in range(args.rounds):
-        for name, run in runs.items():
+        for name in BARRED if index else WORKS:
+            run = runs[name]
             began = time.perf_counter()
             run()
             works[name]["seconds"].append(time.perf_counter() - began)
             print(f"round {index + 1}: {name} {works[name]['seconds'][-1]:.2f} s", file=sys.stderr, flush=True)
     for work in works.values():
         work["images_per_second"] = CANDIDATES / statistics.median(work["seconds"])
-        ratios = [other / own for own, other in zip(work["seconds"], works["ours"]["seconds"], strict=True)]
+        ratios = [other / own for own, other in zip(work["seconds"], works["ours"]["seconds"], strict=False)]
         work["speed_of_ours"] = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
     ratios = [p / o for p, o in zip(works["plain"]["seconds"], works["ours"]["seconds"], strict=True)]
     ratio = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "least": LEAST}
