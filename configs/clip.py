@@ -25,7 +25,7 @@ What a device holds on 32 machines of 8 GPUs, in MB of 10^6 bytes as in configs/
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configs.base import base
+from dalle_jax.configs.base import base, watch
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.clip import CLIPConfig
 
@@ -47,6 +47,7 @@ def _paper(*, learning_rate: float, **sizes) -> ConfigDict:
     optimizer = config.optimizer
     optimizer.update(learning_rate=learning_rate, b2=0.98, eps=1e-6, weight_decay=0.2)
     optimizer.schedule.update(name="warmup_cosine", warmup_steps=2_000)
+    watch(config)
     return config
 
 

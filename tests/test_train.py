@@ -357,8 +357,8 @@ def test_a_workdir_that_cannot_be_written_is_refused(dvae_values, tmp_path):
 
 
 def test_a_model_of_another_name_is_no_task(dvae_values):
-    with pytest.raises(UserError, match="must be dvae or transformer"):
-        tasks.build_task(tiny("dvae", dvae_values, name="clip"))
+    with pytest.raises(UserError, match="must be dvae, transformer or clip"):
+        tasks.build_task(tiny("dvae", dvae_values, name="gan"))
 
 
 class ToyBatches:
