@@ -159,6 +159,7 @@ def value_and_gradient(config, params, batch):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.slow  # the layers are the transformer's, whose test runs always
 def test_scan_equals_loop_and_remat_equals_none():
     params, batch = random_params(TINY), random_batch(TINY)
     plain = value_and_gradient(TINY, params, batch)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dalle_jax import cli, demo
@@ -11,27 +12,30 @@ from dalle_jax.data import scenes
 FEW = ["--config.steps=3", "--config.batch_size=16", "--config.validation_batches=1", "--config.picture_every=3"]
 
 
-def test_demo_writes_report_sheets_and_workdirs(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("best_of", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, capsys):
     load = demo.configs.load
     monkeypatch.setattr(demo.configs, "load", lambda spec, words=(): load(spec, [*words, *FEW]))
     monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.5))
     monkeypatch.setattr(demo.choose_temperature, "__kwdefaults__", {"each": 2})
     workdir = tmp_path / "demo"
-    assert cli.main(["demo", "--workdir", str(workdir), "--captions", "16", "--json", "--best-of", "4"]) == 0
+    words = ["demo", "--workdir", str(workdir), "--captions", "16", "--json", "--best-of", str(best_of)]
+    assert cli.main(words) == 0
     report = json.loads((workdir / "report.json").read_text())
     assert report == json.loads(capsys.readouterr().out)
     for key in demo.REPORT_KEYS:
         assert 0 <= report[key] <= 1
     assert report["one_object_accuracy"] < 0.5  # three updates cannot have learned it
     assert report["temperature"] in (1.0, 0.5) and report["seconds"] > 0
-    assert report["best_of"]["candidates"] == 4 and 0 <= report["best_of"]["two_object_unseen_accuracy"] <= 1
     assert Image.open(workdir / "samples.png").width > 500
-    assert Image.open(workdir / "best.png").width > 500
-    for part in ("dvae", "clip", "transformer"):
+    for part in ("dvae", "transformer"):
         assert (workdir / part / "curves.png").exists()
-        assert part == "clip" or list((workdir / part / "pictures").glob("*.png"))
-    assert report["steps"] == {"dvae": 3, "clip": 3, "transformer": 3}
+        assert list((workdir / part / "pictures").glob("*.png"))
+    assert ("best_of" in report) == (workdir / "best.png").exists() == bool(best_of)
+    if best_of:
+        assert report["best_of"]["candidates"] == 4 and 0 <= report["best_of"]["two_object_unseen_accuracy"] <= 1
+        assert report["steps"] == {"dvae": 3, "clip": 3, "transformer": 3}
 
 
 def test_updates_follow_the_speed_of_the_machine(tmp_path, monkeypatch):
