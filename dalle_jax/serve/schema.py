@@ -44,7 +44,7 @@ class Order:
     @property
     def candidates(self) -> int:
         """Pictures drawn, of which n go back."""
-        return self.request.best_of or self.request.n
+        return self.request.candidates
 
 
 def shown(value: Any) -> str:
@@ -229,7 +229,7 @@ def _order(values: dict[str, Any], kind: str, pipe: Any, image: np.ndarray | Non
         fault = re.match(r"\w+", str(error))
         param = fault[0] if fault and fault[0] in _EDIT_FIELDS else None
         raise invalid(param, str(error)) from error
-    kept = 0 if image is None else layout.grid // 2 if request.keep_rows is None else request.keep_rows
+    kept = request.rows_kept(layout.grid)
     left = layout.grid - kept
     return Order(
         request=request,
