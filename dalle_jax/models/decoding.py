@@ -24,11 +24,10 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from dalle_jax.models import attention
-from dalle_jax.models.layers import Params, compute_dtype, quick_gelu
+from dalle_jax.models.layers import EPSILON, Params, compute_dtype, quick_gelu
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sharding import constrain
 
-EPSILON = 1e-5  # of `layers.layer_norm`
 WEIGHTS = ("model", "int8")
 CACHES = {"model": None, "fp8": jnp.float8_e4m3fn}
 # Of the cache [B, N, slots, H] inside the loop as outside of it: XLA would choose others for GPUs and hold it twice.

@@ -16,6 +16,7 @@ from flax import nnx
 from dalle_jax import sharding
 
 Params = dict[str, Any]  # nested dict of arrays
+EPSILON = 1e-5  # of layer norms
 PRECISIONS = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 
@@ -43,7 +44,7 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: tuple[str | None, ...
     return nnx.Param(value, axes=axes)
 
 
-def layer_norm(x, gain, bias, *, epsilon: float = 1e-5):
+def layer_norm(x, gain, bias, *, epsilon: float = EPSILON):
     """Layer normalisation over the last axis; statistics in float32, result in x's dtype."""
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
