@@ -30,6 +30,7 @@ def work(folder: pathlib.Path, count: int, rank: int, what: str, who: int) -> No
                 print(f"stopped after {step}")
                 return
             if step == 5 and rank == who:
+                time.sleep(HANG_SECONDS / 4)  # five intervals, in which its place is published and its line made
                 (folder / "began").write_text(str(time.time()))
                 if what == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
