@@ -92,19 +92,32 @@ class Blocks(nnx.Module):
 
 
 def layer(block, x_BSD, *, attend: Callable, remat: str):
-    """One layer over a whole sequence. attend: (q, k, v) of [B, S, N, H] -> [B, S, N, H]."""
+    """One layer over a whole sequence. attend: (q, k, v) of [B, S, N, H] -> [B, S, N, H].
+
+    Inside, the stream is one row per token, the shape in which a matrix product reads it. Given another one, XLA's CPU
+    backend computes the gradient of the stream again for every reader of it, from all the terms of all later layers.
+    """
+    B, S, D = x_BSD.shape
 
     def saving(part, function):
         policy = REMAT[remat].get(part)
         return jax.checkpoint(function, policy=policy) if policy else function
 
-    mix = functools.partial(_attention, attend=saving("attend", attend))
-    x_BSD = constrain(saving("attention", mix)(block, x_BSD), ("batch", "sequence", "embed_activation"))
-    return constrain(saving("mlp", mlp)(block, x_BSD), ("batch", "sequence", "embed_activation"))
+    def constrained(x):
+        return constrain(x.reshape(B, S, D), ("batch", "sequence", "embed_activation")).reshape(B * S, D)
+
+    def attend_tokens(*qkv):
+        mixed_BSNH = attend_sequences(*(x.reshape(B, S, *x.shape[1:]) for x in qkv))
+        return mixed_BSNH.reshape(B * S, *mixed_BSNH.shape[2:])
+
+    attend_sequences = saving("attend", attend)
+    mix = functools.partial(_attention, attend=attend_tokens)
+    x = constrained(saving("attention", mix)(block, x_BSD.reshape(B * S, D)))
+    return constrained(saving("mlp", mlp)(block, x)).reshape(B, S, D)
 
 
-def _attention(block, x_BSD, *, attend):
-    return x_BSD + project(block, attend(*qkv(block, x_BSD)))
+def _attention(block, x, *, attend):
+    return x + project(block, attend(*qkv(block, x)))
 
 
 def qkv(block, x):
