@@ -28,6 +28,7 @@ VERBS = {
         {
             "openai-dvae": ("dalle_jax.convert.openai_dvae", "the released dVAE of OpenAI as a model directory"),
             "hf-clip": ("dalle_jax.convert.hf_clip", "a CLIP of OpenAI or Hugging Face as a model directory"),
+            "inception": ("dalle_jax.convert.inception", "the network of FID, IS and KID as a model directory"),
         },
         "turn published weights into a model directory",
     ),
