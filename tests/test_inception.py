@@ -66,9 +66,8 @@ def pictures(side: int, count: int = 2) -> np.ndarray:
     return (coarse + rng.integers(0, 64, (count, side, side, 3))).astype(np.uint8)
 
 
-def reference(pools: str, state: dict[str, np.ndarray], x_BHWC: np.ndarray):
-    """pool3 and logits of the published network in PyTorch."""
-    why = "the comparison takes PyTorch, torchvision and pytorch-fid: pip install torch torchvision pytorch-fid"
+def import_torchvision(why: str):
+    """torch, with torchvision imported as well; skips the test for this reason where either is missing."""
     torch = pytest.importorskip("torch", reason=why)
     try:
         import torchvision  # noqa: F401
@@ -77,6 +76,13 @@ def reference(pools: str, state: dict[str, np.ndarray], x_BHWC: np.ndarray):
             torch.library.define(f"torchvision::{operator}", "(Tensor a, Tensor b, float c) -> Tensor")
     except ImportError:
         pytest.skip(why)
+    return torch
+
+
+def reference(pools: str, state: dict[str, np.ndarray], x_BHWC: np.ndarray):
+    """pool3 and logits of the published network in PyTorch."""
+    why = "the comparison takes PyTorch, torchvision and pytorch-fid: pip install torch torchvision pytorch-fid"
+    torch = import_torchvision(why)
     from torchvision.models import inception_v3
 
     tensors = {name: torch.from_numpy(array) for name, array in state.items()}
