@@ -23,6 +23,7 @@ VERBS = {
     "preflight": ("dalle_jax.preflight.main", "say whether a config fits a pod that is not here, and how fast it is"),
     "export": ("dalle_jax.export", "write the parameters of a run as a model directory (safetensors)"),
     "sample": ("dalle_jax.sample.main", "draw pictures for captions"),
+    "evaluate": ("dalle_jax.evaluate.main", "say how far pictures are from a reference set: FID, IS, KID, precision"),
     "serve": ("dalle_jax.serve.main", "answer OpenAI's Images API over HTTP, with a page for people"),
     "convert": (
         {

@@ -9,6 +9,7 @@ Array names end in their dimensions: B batch, H height, W width, C channels, F f
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,9 @@ class InceptionConfig:
         return FEATURES // self.narrow
 
 
+@functools.cache
 def model(config: InceptionConfig) -> Model:
-    """The definition as pure functions."""
+    """The definition as pure functions; the same one for the same config, so that it is compiled once."""
     return Model(config, lambda rngs: Inception(config, rngs))
 
 
