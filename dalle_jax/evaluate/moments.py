@@ -14,7 +14,7 @@ import numpy as np
 
 from dalle_jax.errors import UserError
 
-BLOCK = 1_024  # vectors that are summed at once
+BLOCK = 4_096  # vectors that are summed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,11 @@ class Node:
         count = self.count + other.count
         apart_F = other.mean_F - self.mean_F
         mean_F = self.mean_F + apart_F * (other.count / count)
-        between_FF = np.outer(apart_F, apart_F) * (self.count * other.count / count)
-        return Node(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
+        scatter_FF = np.outer(apart_F, apart_F)
+        scatter_FF *= self.count * other.count / count
+        scatter_FF += self.scatter_FF
+        scatter_FF += other.scatter_FF
+        return Node(count, mean_F, scatter_FF)
 
 
 class Moments:
