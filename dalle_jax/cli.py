@@ -23,11 +23,13 @@ VERBS = {
     "preflight": ("dalle_jax.preflight.main", "say whether a config fits a pod that is not here, and how fast it is"),
     "export": ("dalle_jax.export", "write the parameters of a run as a model directory (safetensors)"),
     "sample": ("dalle_jax.sample.main", "draw pictures for captions"),
+    "evaluate": ("dalle_jax.evaluate.main", "say how far pictures are from a reference set: FID, IS, KID, precision"),
     "serve": ("dalle_jax.serve.main", "answer OpenAI's Images API over HTTP, with a page for people"),
     "convert": (
         {
             "openai-dvae": ("dalle_jax.convert.openai_dvae", "the released dVAE of OpenAI as a model directory"),
             "hf-clip": ("dalle_jax.convert.hf_clip", "a CLIP of OpenAI or Hugging Face as a model directory"),
+            "inception": ("dalle_jax.convert.inception", "the network of FID, IS and KID as a model directory"),
         },
         "turn published weights into a model directory",
     ),

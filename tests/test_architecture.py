@@ -66,6 +66,7 @@ MAY_JIT = {
     "train/replicas.py",
     "train/dvae_task.py",
     "train/transformer_task.py",
+    "evaluate/features.py",
     "sample/engine.py",
     "sample/pipeline.py",
     "sample/rerank.py",

@@ -1,8 +1,7 @@
 """The dVAE that OpenAI released (PyPI package `DALL-E`) as a model directory of this package.
 
-Knows the released names and layouts (torch: output channels, input channels, height, width). Reads two state dicts,
-from safetensors or torch files; torch is imported only for the latter. Sizes are inferred, so networks of the same
-family but another width, depth or vocabulary convert too.
+Knows the released names and layouts (torch: output channels, input channels, height, width) of its two state dicts.
+Sizes are inferred, so networks of the same family but another width, depth or vocabulary convert too.
 """
 
 import argparse
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from dalle_jax import checkpoint
+from dalle_jax.convert.state_dict import read_state_dict
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params, dvae
 
@@ -44,25 +44,6 @@ def main(args: argparse.Namespace) -> int:
     print(f"{dvae.model(config).num_params:,} parameters, {config.vocab} codes, {config.grid} x {config.grid} grid")
     print(f"written to {args.out}")
     return 0
-
-
-def read_state_dict(path: str, *, allow_pickle: bool) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, a torch state dict or, if allowed, a pickled torch module.
-
-    Raises:
-      UserError: not there, not readable, or a pickled module without `allow_pickle`.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"expected a file with a state dict, but {path} does not exist")
-    if path.endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"expected a safetensors file, but {path} does not read as one: {error}") from error
-    return _read_torch(path, allow_pickle=allow_pickle)
 
 
 def convert(
@@ -129,29 +110,3 @@ def _infer_config(encoder, decoder, image_size: int) -> dvae.DVAEConfig:
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {"/".join(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _read_torch(path: str, *, allow_pickle: bool) -> dict[str, np.ndarray]:
-    import pickle
-
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"reading {path} takes PyTorch, which is not installed: "
-            "pip install 'dalle-jax[convert]', or give a .safetensors file"
-        ) from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ImportError, AttributeError) as error:
-        if not allow_pickle:
-            raise UserError(
-                f"expected a state dict, but {path} holds other Python objects or is broken: make one with "
-                "torch.save(module.state_dict(), FILE), or pass --allow-pickle if you trust the file"
-            ) from error
-        raise UserError(f"{path} does not load: {error}; the package DALL-E must be installed to unpickle") from error
-    if hasattr(loaded, "state_dict"):
-        loaded = loaded.state_dict()
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise UserError(f"expected a state dict (names and tensors) in {path}, got a {type(loaded).__name__}")
-    return {name: value.detach().float().numpy() for name, value in loaded.items()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from dalle_jax.models import clip, dvae, transformer
+from dalle_jax.models import clip, dvae, inception, transformer
 from dalle_jax.models.layers import Model, Params
 
 __all__ = ["Model", "Params", "build"]
@@ -11,6 +11,7 @@ _MODELS = {
     "dvae": (dvae.DVAEConfig, dvae.model),
     "transformer": (transformer.TransformerConfig, transformer.model),
     "clip": (clip.CLIPConfig, clip.model),
+    "inception": (inception.InceptionConfig, inception.model),
 }
 
 

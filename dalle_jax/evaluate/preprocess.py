@@ -1,0 +1,94 @@
+"""From a picture as uint8 to what Inception v3 reads, in each of the ways that published scores were made.
+
+The ways differ by several points of FID, so each has a name and a report says which one it was. Pictures are uint8
+first, as files are; blur and crop stay uint8. Only the resize leaves uint8, where its original does. numpy and Pillow,
+one picture at a time: H height, W width, 3 colours.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from dalle_jax import pixels
+
+SIDE = 299  # pixels that the network reads
+
+
+def blurred(image_uint8: np.ndarray, radius: float) -> np.ndarray:
+    """Gaussian blur by Pillow, whose radius is the deviation in pixels; 0 changes nothing.
+
+    The paper blurs both sets by growing radii (section 3.1) and does not say what its radius means.
+    """
+    if not radius:
+        return image_uint8
+    return np.asarray(Image.fromarray(image_uint8).filter(ImageFilter.GaussianBlur(radius)))
+
+
+def middle_square(image_uint8: np.ndarray) -> np.ndarray:
+    """The largest square about the centre: how the paper prepared validation images (Nichol et al. 2021, A.2)."""
+    height, width = image_uint8.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image_uint8[top : top + side, left : left + side]
+
+
+def pytorch(image_uint8: np.ndarray) -> np.ndarray:
+    """pytorch-fid: bilinear between pixel centres, no smoothing where it shrinks; 2 x - 1 of [0, 1]."""
+    first, second, share = zip(*(_centred(length) for length in image_uint8.shape[:2]), strict=True)
+    image_unit = pixels.to_unit(image_uint8)
+    down, across = share[0][:, None, None], share[1][:, None]
+    top, bottom = (
+        (1 - across) * image_unit[row][:, first[1]] + across * image_unit[row][:, second[1]]
+        for row in (first[0], second[0])
+    )
+    return 2 * ((1 - down) * top + down * bottom) - 1
+
+
+def _centred(length: int):
+    """Lower and upper neighbour int64 [SIDE], share of the upper one float32 [SIDE]; positions in float32, as there."""
+    half, scale = np.float32(0.5), np.float32(length) / np.float32(SIDE)
+    place = ((np.arange(SIDE, dtype=np.float32) + half) * scale - half).clip(0)
+    first = np.minimum(np.floor(place).astype(np.int64), length - 1)
+    return first, np.minimum(first + 1, length - 1), place - first.astype(np.float32)
+
+
+def tf1(image_uint8: np.ndarray) -> np.ndarray:
+    """The original graph: TensorFlow 1's bilinear, which aligns the top left corners of pixels; (x - 128) / 128."""
+    image = image_uint8.astype(np.float32)
+    (rows, rows_up, down), (columns, columns_up, across) = (_cornered(length) for length in image.shape[:2])
+    down, across = down[:, None, None], across[:, None]
+    top = image[rows][:, columns] + (image[rows][:, columns_up] - image[rows][:, columns]) * across
+    bottom = image[rows_up][:, columns] + (image[rows_up][:, columns_up] - image[rows_up][:, columns]) * across
+    return (top + (bottom - top) * down - 128) / 128
+
+
+def _cornered(length: int):
+    place = np.arange(SIDE, dtype=np.float32) * (np.float32(length) / np.float32(SIDE))
+    first = np.minimum(np.floor(place).astype(np.int64), length - 1)
+    return first, np.minimum(first + 1, length - 1), place - first.astype(np.float32)
+
+
+def clean(image_uint8: np.ndarray) -> np.ndarray:
+    """clean-fid: Pillow's bicubic, smoothed, in floating point, cut to [0, 255]; (x - 128) / 128."""
+    channels = [
+        Image.fromarray(image_uint8[..., i].astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        for i in range(3)
+    ]
+    return (np.stack([np.asarray(channel) for channel in channels], axis=-1).clip(0, 255) - 128) / 128
+
+
+def dm_gan(image_uint8: np.ndarray) -> np.ndarray:
+    """The DM-GAN code: Pillow's bilinear, smoothed and rounded to uint8, squeezed to a square; 2 x - 1 of [0, 1]."""
+    squeezed = Image.fromarray(image_uint8).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    return 2 * pixels.to_unit(np.asarray(squeezed)) - 1
+
+
+# All of them: uint8 [H, W, 3] -> float32 [SIDE, SIDE, 3] in [-1, 1]; a picture that is no square is squeezed.
+RESIZES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "pytorch": pytorch,
+    "clean": clean,
+    "tf1": tf1,
+    "dm-gan": dm_gan,
+}
+CROPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"none": lambda image: image, "centre": middle_square}

@@ -1,0 +1,111 @@
+"""Files with the mean and covariance of a set's features: pytorch-fid's .npz (mu, sigma), with more said in ours.
+
+A file of pytorch-fid says neither which network nor how many pictures; ours does, and a distance between statistics
+of two networks is refused where both are known.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+from dalle_jax.errors import UserError
+
+SYMMETRIC = 1e-6  # of the largest entry: single precision files are read too
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """mean_F float64 [F], covariance_FF float64 [F, F]; of `count` pictures (0: not known).
+
+    about: what made them, strings: at least 'network', 'weights' (sha256) and 'resize' where it is known.
+    """
+
+    mean_F: np.ndarray
+    covariance_FF: np.ndarray
+    count: int = 0
+    about: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def save(path: str | os.PathLike, statistics: Statistics) -> None:
+    """Write a file that pytorch-fid reads too.
+
+    Raises:
+      UserError: the place cannot be written, or the name does not end in .npz.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".npz":
+        raise UserError(f"expected a statistics file ending in .npz, got {path}: name it so")
+    about = json.dumps({"count": statistics.count, **statistics.about})
+    try:
+        with path.open("wb") as file:
+            np.savez(file, mu=statistics.mean_F, sigma=statistics.covariance_FF, about=about)
+    except OSError as error:
+        raise UserError(f"expected a place to write to, got {path} ({error.strerror}): choose another") from error
+
+
+def load(path: str | os.PathLike) -> Statistics:
+    """Read a file of ours or of pytorch-fid.
+
+    Raises:
+      UserError: not there, not such a file, or a mean and covariance that cannot be.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma")}
+            about = json.loads(str(file["about"])) if "about" in file else {}
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"expected a file of statistics, got {path} ({reason}): check the path") from error
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise UserError(
+            f"expected arrays mu and sigma in {path}, as pytorch-fid writes them, got {error}: compute them again"
+        ) from error
+    mean_F, covariance_FF = arrays["mu"], arrays["sigma"]
+    if mean_F.ndim != 1 or covariance_FF.shape != 2 * mean_F.shape:
+        raise UserError(
+            f"expected mu [F] and sigma [F, F] in {path}, got {list(mean_F.shape)} and {list(covariance_FF.shape)}"
+        )
+    if not all(np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all() for array in arrays.values()):
+        raise UserError(f"expected finite numbers in {path}, got others: compute the statistics again")
+    mean_F, covariance_FF = mean_F.astype(np.float64), covariance_FF.astype(np.float64)
+    largest = np.abs(covariance_FF).max(initial=0.0)
+    if (
+        np.abs(covariance_FF - covariance_FF.T).max(initial=0.0) > SYMMETRIC * largest
+        or (np.diag(covariance_FF) < 0).any()
+    ):
+        raise UserError(f"expected a covariance in {path}, symmetric and not negative, got none: compute it again")
+    about = {str(key): value for key, value in about.items()} if isinstance(about, dict) else {}
+    count = about.pop("count", 0)
+    return Statistics(
+        mean_F,
+        covariance_FF,
+        count if isinstance(count, int) else 0,
+        {key: str(value) for key, value in about.items()},
+    )
+
+
+def check_comparable(ours: Statistics, theirs: Statistics, *, where: str) -> list[str]:
+    """Notes on what is not known of `theirs`, read from `where`.
+
+    Raises:
+      UserError: another network, other weights, another resize or another number of features.
+    """
+    if len(ours.mean_F) != len(theirs.mean_F):
+        raise UserError(
+            f"expected statistics of {len(ours.mean_F)} features in {where}, got {len(theirs.mean_F)}: "
+            "they are of another network"
+        )
+    notes = []
+    for key in ("network", "weights", "resize", "blur"):
+        if key not in theirs.about:
+            notes.append(f"{where} does not say its {key}")
+        elif key in ours.about and ours.about[key] != theirs.about[key]:
+            raise UserError(
+                f"expected {key} {ours.about[key]} in {where}, got {theirs.about[key]}: "
+                "compute both sets in the same way"
+            )
+    return notes
