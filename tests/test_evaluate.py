@@ -185,6 +185,7 @@ def test_weights_that_make_nan_are_refused(weights, folders):
         moments.of(found.features_NF)
 
 
+@pytest.mark.slow
 def test_self_check_passes_and_finds_what_it_should(monkeypatch, capsys):
     monkeypatch.setattr(self_check, "PICTURES", 24)
     assert run("--self-check") == 0
