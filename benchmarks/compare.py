@@ -7,9 +7,9 @@ turns, so that what else the machine does hits both; a ratio is the middle one o
 what takes the peer minutes (sampling as shipped). Writes the table and the raw seconds to `benchmarks/results/`.
 
 A training step is loss, gradients and AdamW on given image tokens; ours also keeps its moving average. A sample is
-captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Both have a decoder of about 93 million
-multiply-adds an image (theirs 93.8: hidden_dim 32; ours 92.3: width 16, one block a group). The peer's default filter
-keeps half of text and image vocabulary together, which at this shape is nearly all image tokens.
+captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Width and blocks of our decoder are
+chosen so that both do about the same arithmetic, which every run counts and reports. The peer's default filter keeps
+half of text and image vocabulary together, which at this shape is nearly all image tokens.
 """
 
 import argparse
@@ -136,18 +136,39 @@ def trainer(pattern: str):
     return step
 
 
+def dvae_model():
+    """The dVAE whose decoder makes our pixels."""
+    from dalle_jax.models import build
+
+    sizes = {"image_size": SHAPE["image_size"], "vocab": SHAPE["image_vocab"]}
+    return build("dvae", {**sizes, "width": 16, "blocks_per_group": 1, "stem": 64})
+
+
+def decoder_multiply_adds() -> int:
+    """Of our dVAE's decoder, one image."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from dalle_jax.models.dvae import decode_images
+    from dalle_jax.preflight import flops
+
+    dvae = dvae_model()
+    ids_BI = jax.ShapeDtypeStruct((1, SHAPE["grid"] ** 2), jnp.int32)
+    return flops.traced(functools.partial(decode_images, dvae), dvae.abstract, ids_BI) // 2
+
+
 def sampler(pattern: str):
     """A function that draws one batch of pictures, pixels included."""
     import jax
     import numpy as np
 
-    from dalle_jax.models import build
     from dalle_jax.models.dvae import decode_images
     from dalle_jax.sample.engine import Engine, image_keys
 
     model = transformer(pattern)
-    sizes = {"image_size": SHAPE["image_size"], "vocab": SHAPE["image_vocab"]}
-    dvae = build("dvae", {**sizes, "width": 16, "blocks_per_group": 1, "stem": 64})
+    dvae = dvae_model()
     assert dvae.config.grid == SHAPE["grid"]
     params, dvae_params = jax.jit(model.init)(jax.random.key(0)), jax.jit(dvae.init)(jax.random.key(1))
     text_CT, seed, engine = captions(), iter(range(1_000_000)), Engine(model, params)
@@ -167,7 +188,7 @@ class PeerProcess:
     def __init__(self, python: str):
         command = [python, "-W", "ignore", str(Path(__file__).with_name("peer_dalle_pytorch.py")), "--serve"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        self.torch = ""
+        self.torch, self.decoder_multiply_adds = "", 0
 
     def measure(self, work: str, repeats: int) -> list[float]:
         print(work, repeats, file=self.process.stdin, flush=True)
@@ -175,7 +196,7 @@ class PeerProcess:
         if not line:
             raise SystemExit(f"the peer ended while measuring {work}: its message is above")
         answer = json.loads(line)
-        self.torch = answer["torch"]
+        self.torch, self.decoder_multiply_adds = answer["torch"], answer["decoder_multiply_adds"]
         return answer["seconds"]
 
     def close(self):
@@ -236,6 +257,7 @@ def machine() -> dict:
 def table(result: dict) -> str:
     """The result as markdown."""
     about = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    decoders = result["decoder_multiply_adds"]
     lines = [
         "# Speed next to DALLE-pytorch 1.6.6",
         "",
@@ -243,6 +265,9 @@ def table(result: dict) -> str:
         f"Shape: {', '.join(f'{key} {value}' for key, value in SHAPE.items())}, batch {BATCH}; float32.",
         "",
         f"    {result['command']}",
+        "",
+        f"Decoders of the dVAEs: {' and '.join(f'{side} {n / 1e6:.1f}' for side, n in decoders.items())} million "
+        "multiply-adds an image.",
         "",
         "| ours | theirs | our rate | their rate | ratio (lowest and highest round) | bar |",
         "|---|---|---|---|---|---|",
@@ -278,6 +303,7 @@ def main() -> int:
         "command": f"python benchmarks/compare.py --peer-python PEER/bin/python --rounds {args.rounds} "
         f"--slow-rounds {args.slow_rounds} --train-steps {args.train_steps}",
         "machine": {**about, "torch": peer.torch},
+        "decoder_multiply_adds": {"ours": decoder_multiply_adds(), "theirs": peer.decoder_multiply_adds},
         **summarise(seconds),
         "seconds": seconds,
     }

@@ -19,6 +19,7 @@ alternates with it that way. Two things have to be put in its way to run it at a
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -106,6 +107,15 @@ class Peer:
             self.samplers[attn_types, cached] = lambda: model.generate_images(self.text(), use_cache=cached)
         return self.samplers[attn_types, cached]
 
+    @functools.cached_property
+    def decoder_multiply_adds(self):
+        """Of its dVAE's decoder, one image."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter, self.torch.no_grad():
+            self.model(("full",)).vae.decode(self.torch.zeros(1, SHAPE["grid"] ** 2, dtype=self.torch.long))
+        return counter.get_total_flops() // 2
+
     def measure(self, work, repeats):
         """Seconds of each repeat and the rate of the middle one."""
         attn_types = SPARSE if "sparse" in work else ("full",)
@@ -119,7 +129,8 @@ class Peer:
         middle = sorted(seconds)[len(seconds) // 2]
         each = BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2) if training else BATCH
         unit = "tokens_per_second" if training else "images_per_second"
-        return {"work": work, "seconds": seconds, unit: each / middle, "torch": self.torch.__version__}
+        about = {"torch": self.torch.__version__, "decoder_multiply_adds": self.decoder_multiply_adds}
+        return {"work": work, "seconds": seconds, unit: each / middle, **about}
 
 
 def main():

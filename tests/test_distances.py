@@ -230,7 +230,7 @@ def test_bad_statistics_files_are_refused(arrays, message, tmp_path):
 
 
 def theirs(one, other) -> dict[str, float]:
-    """FID by both packages; KID, precision and recall by torch-fidelity, whose subset is the whole set."""
+    """FID by both packages; KID by torch-fidelity, of one subset, which is the whole set."""
     why = "the comparison takes PyTorch, pytorch-fid and torch-fidelity: pip install torch pytorch-fid torch-fidelity"
     torch = import_torchvision(why)
     pytest.importorskip("torch_fidelity", reason=why)

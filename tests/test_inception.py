@@ -116,7 +116,7 @@ def ours(request):
     """Pools, definition, parameters and compiled features of a network with seeded weights."""
     config, params = importer.convert(weights(request.param))
     model = inception.model(config)
-    return request.param, model, params, jax.jit(lambda params, x: inception.features(model, params, x))
+    return request.param, model, params, jax.jit(model.apply)
 
 
 def test_golden_numbers(ours):
@@ -199,7 +199,7 @@ def test_impossible_sizes_are_refused():
         inception.InceptionConfig(narrow=3)
     model = inception.model(inception.InceptionConfig(narrow=16))
     with pytest.raises(ValueError, match="75"):
-        jax.eval_shape(lambda p, x: inception.features(model, p, x), model.abstract, np.zeros((1, 64, 64, 3)))
+        jax.eval_shape(model.apply, model.abstract, np.zeros((1, 64, 64, 3)))
 
 
 def test_a_narrow_network_has_every_name():

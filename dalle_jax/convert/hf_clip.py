@@ -14,11 +14,10 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from dalle_jax import checkpoint
 from dalle_jax.clip_tokenizer import MERGES, VOCAB, CLIPTokenizer
+from dalle_jax.convert import state_dict
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params, clip
 
@@ -88,17 +87,12 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
       UserError: not there, not safetensors.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"expected a safetensors file, but {path} does not exist: check the path")
-    if path.suffix != ".safetensors":
+    if path.is_file() and path.suffix != ".safetensors":
         raise UserError(
             f"expected a .safetensors file, got {path}: pickled files (.pt, .bin) can run any code and are not read; "
             "load it where you trust it and save its state dict with safetensors.torch.save_file"
         )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"expected a safetensors file, but {path} does not read as one: {error}") from error
+    return state_dict.read_state_dict(os.fspath(path))
 
 
 def read_settings(folder: pathlib.Path) -> dict:

@@ -51,7 +51,9 @@ def _read_torch(path: str, *, allow_pickle: bool | None) -> dict[str, np.ndarray
                 f"expected a state dict, but {path} holds other Python objects or is broken: make one with "
                 f"torch.save(module.state_dict(), FILE){offer}"
             ) from error
-        raise UserError(f"{path} does not load: {error}; the package DALL-E must be installed to unpickle") from error
+        raise UserError(
+            f"{path} does not load: {error}; the package that defines it must be installed to unpickle"
+        ) from error
     if hasattr(loaded, "state_dict"):
         loaded = loaded.state_dict()
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):

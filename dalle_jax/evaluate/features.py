@@ -31,7 +31,7 @@ from dalle_jax.models import Model, Params, build, inception
 
 BATCH = 32  # pictures a device
 
-_features = jax.jit(inception.features, static_argnums=0)
+_features = jax.jit(Model.apply, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from dalle_jax import pixels
-
-SIDE = 299  # pixels that the network reads
+from dalle_jax.models.inception import SIDE
 
 
 def blurred(image_uint8: np.ndarray, radius: float) -> np.ndarray:

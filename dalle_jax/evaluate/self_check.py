@@ -63,14 +63,13 @@ def random_network(*, narrow: int = 16) -> Extractor:
 
 def run(extractor: Extractor) -> list[Check]:
     """All checks, in the order in which they are told."""
-    pictures = PICTURES
     source = open_source("scenes:val@64")
 
     def features(rows, blur: float = 0.0, noise: float = 0.0):
         prepare = Preparation(blur=blur)
         return extractor.of_source(Noised(source, noise), prepare=prepare, rows=rows).features_NF
 
-    first, second = range(pictures), range(pictures, 2 * pictures)
+    first, second = range(PICTURES), range(PICTURES, 2 * PICTURES)
     clean_NF = features(first)
     reference = moments.of(clean_NF)
     scale = float(np.trace(reference[1]))

@@ -78,7 +78,7 @@ def load(path: str | os.PathLike) -> Statistics:
         or (np.diag(covariance_FF) < 0).any()
     ):
         raise UserError(f"expected a covariance in {path}, symmetric and not negative, got none: compute it again")
-    about = {str(key): value for key, value in about.items()} if isinstance(about, dict) else {}
+    about = about if isinstance(about, dict) else {}
     count = about.pop("count", 0)
     return Statistics(
         mean_F,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dalle_jax.models.layers import Model, Params, param
+from dalle_jax.models.layers import Model, param
 
 SIDE = 299  # pixels
 FEATURES = 2_048  # pool3
@@ -26,24 +26,24 @@ SMALLEST_SIDE = 75  # pixels; below, the last grid has no position
 
 @dataclasses.dataclass(frozen=True)
 class InceptionConfig:
-    """pools: 'fid' or 'torchvision'. classes: of the logits; 0 for those of the published network.
+    """pools: 'fid' or 'torchvision'.
 
     narrow: the published channel counts are divided by it, for tests; a divisor of 16.
     """
 
     pools: str = "fid"
-    classes: int = 0
     narrow: int = 1
 
     def __post_init__(self):
         if self.pools not in CLASSES:
             raise ValueError(f"pools must be one of {tuple(CLASSES)}, got {self.pools!r}")
-        if self.classes == 0:
-            object.__setattr__(self, "classes", CLASSES[self.pools])
-        if self.classes < 1:
-            raise ValueError(f"classes must be at least 1, got {self.classes}")
         if self.narrow < 1 or 16 % self.narrow:
             raise ValueError(f"narrow must be a divisor of 16, got {self.narrow}")
+
+    @property
+    def classes(self) -> int:
+        """Length of the logits."""
+        return CLASSES[self.pools]
 
     @property
     def features(self) -> int:
@@ -55,11 +55,6 @@ class InceptionConfig:
 def model(config: InceptionConfig) -> Model:
     """The definition as pure functions; the same one for the same config, so that it is compiled once."""
     return Model(config, lambda rngs: Inception(config, rngs))
-
-
-def features(model: Model, params: Params, x_BHWC):
-    """float32 [B, H, W, 3] in [-1, 1] -> pool3 [B, F] and logits [B, V], float32. Published numbers use 299 pixels."""
-    return model.apply(params, x_BHWC)
 
 
 # A branch is a chain of (name, channels, kernel) or, last, of a pair that reads the same input and is concatenated.
@@ -152,6 +147,7 @@ class Inception(nnx.Module):
         self.logits = Linear((config.features, config.classes), rngs)
 
     def __call__(self, x_BHWC):
+        """float32 [B, H, W, 3] in [-1, 1] -> pool3 [B, F] and logits [B, V], float32. Published numbers use SIDE."""
         if x_BHWC.ndim != 4 or x_BHWC.shape[-1] != 3 or min(x_BHWC.shape[1:3]) < SMALLEST_SIDE:
             raise ValueError(f"expected images [B, H, W, 3] of {SMALLEST_SIDE} pixels or more, got {x_BHWC.shape}")
         x_BHWC = self.conv_2b(self.conv_2a(self.conv_1a(x_BHWC.astype(jnp.float32))))
