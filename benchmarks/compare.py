@@ -9,7 +9,8 @@ what takes the peer minutes (sampling as shipped). Writes the table and the raw 
 A training step is loss, gradients and AdamW on given image tokens; ours also keeps its moving average. A sample is
 captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Width and blocks of our decoder are
 chosen so that both do about the same arithmetic, which every run counts and reports. The peer's default filter keeps
-half of text and image vocabulary together, which at this shape is nearly all image tokens.
+half of text and image vocabulary together, which at this shape is nearly all image tokens. Both sides keep freed memory
+(`dalle_jax/host_memory.py`, as every `dalle-jax` command does; the peer by the same settings in its environment).
 """
 
 import argparse
@@ -25,6 +26,8 @@ import time
 from pathlib import Path
 
 from peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
+
+from dalle_jax import host_memory  # does not import JAX
 
 RESULTS = Path(__file__).parent / "results"
 FAST_PEER = ("train_dense", "train_sparse", "sample_dense_cached")
@@ -187,7 +190,10 @@ class PeerProcess:
 
     def __init__(self, python: str):
         command = [python, "-W", "ignore", str(Path(__file__).with_name("peer_dalle_pytorch.py")), "--serve"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        environment = os.environ | host_memory.as_environment()
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
         self.torch, self.decoder_multiply_adds = "", 0
 
     def measure(self, work: str, repeats: int) -> list[float]:
@@ -290,6 +296,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    host_memory.keep_freed()
     if hasattr(os, "sched_setaffinity"):  # both sides get the same cores; the peer's process inherits them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     about = machine()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import dalle_jax
+from dalle_jax import host_memory
 from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 # verb -> (module, what --help says); a dict instead of a module has verbs below it.
@@ -88,6 +89,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    host_memory.keep_freed()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         return args.main(args)

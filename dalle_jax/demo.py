@@ -51,7 +51,7 @@ PROBE_UPDATES = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo"), metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=9.25, help="time to plan for (default 9.25)")
+    parser.add_argument("--minutes", type=float, default=9.6, help="time to plan for (default 9.6)")
     parser.add_argument("--captions", type=int, default=200, help="captions judged of each kind (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
