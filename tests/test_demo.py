@@ -12,7 +12,7 @@ from dalle_jax.data import scenes
 FEW = ["--config.steps=3", "--config.batch_size=16", "--config.validation_batches=1", "--config.picture_every=3"]
 
 
-@pytest.mark.parametrize("best_of", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("best_of", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, capsys):
     load = demo.configs.load
     monkeypatch.setattr(demo.configs, "load", lambda spec, words=(): load(spec, [*words, *FEW]))
