@@ -65,6 +65,10 @@ def test_sigterm_finishes_what_runs():
         ready = process.stdout.readline()
         found = re.fullmatch(r"dalle-jax serves noise on http://127\.0\.0\.1:(\d+)\n", ready)
         assert found, ready + process.stderr.read()
+        assert [process.stdout.readline() for _ in range(2)] == [
+            "draws up to 16 pictures together: 16 images a wave: noise is light\n",
+            "draws up to 8 pictures with guidance together: 8 images a wave: noise is light\n",
+        ]
         server = SimpleNamespace(port=int(found[1]))
         answer = in_background(server, {"prompt": "a star", "seed": 1, "response_format": "b64_json"})
         until(lambda: metric(server, "dalle_jax_batch_requests_count") == 1)
