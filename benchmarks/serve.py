@@ -4,8 +4,8 @@
 
 Starts the server on a free port of 127.0.0.1 with its default settings, and sends every request from one of as many
 clients as asked for, each of which sends its next when its last is answered. Requests mix captions, 1 to 4 pictures,
-ranking (where the model has a CLIP), temperature, top-k, completion of a picture, streams, urls and base64. A 429 is
-sent again after its Retry-After, as OpenAI's client does; a request counts as lost if it ends in anything but its
+ranking and guidance (where the model can), temperature, top-k, completion of a picture, streams, urls and base64. A 429
+is sent again after its Retry-After, as OpenAI's client does; a request counts as lost if it ends in anything but its
 pictures. The load runs twice, because the first time programs are still compiled. Then a sample of the second load is
 sent again, one at a time, and must give the same bytes.
 
@@ -63,6 +63,8 @@ def wishes(count: int, *, first_seed: int, model: dict) -> list[dict]:
         kind = i % 8
         if kind in (1, 5) and model["ranking"]:
             body["best_of"] = 4 * body["n"]
+        if kind == 0 and model["guidance"]:
+            body["guidance"] = 2.0
         if kind == 2:
             body["temperature"] = 0.7
         if kind == 3:
@@ -182,7 +184,7 @@ def report(
     lines = [
         "# Load on the server",
         "",
-        f"{now}; {machine}.",
+        f"{now}; {machine}.{args.note and ' '}{args.note}",
         f"Model of {model['image_size']} x {model['image_size']} pixels, {model['grid']} x {model['grid']} codes, "
         f"ranking {'yes' if model['ranking'] else 'no'}; {args.requests} mixed requests from {args.clients} clients. "
         f"The server {told}.",
@@ -216,6 +218,7 @@ def main() -> int:
     parser.add_argument("model", metavar="DIR", help="workdir of a trained transformer")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--note", default="", help="sentences about model and machine, for the result")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     before = os.getloadavg()[0]
