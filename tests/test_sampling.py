@@ -137,6 +137,30 @@ def test_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
     np.testing.assert_allclose(share, want, atol=5 * 0.5 / np.sqrt(count))  # five standard errors of a share
 
 
+def test_the_engine_draws_from_the_filtered_distribution_at_the_end_of_a_picture():
+    """The first code of the last row, drawn by 1,000 candidates of each of three captions after the same rows, against
+    numpy on the logits of the whole forward pass; one caption is guided."""
+    params, (text, image), count = random_params(TINY), random_batch(TINY, batch=3), 1000
+    settings = [(3.0, None, None), (2.0, 4, None), (4.0, 6, 0.8)]
+    temperature, top_k, top_p = zip(*settings, strict=True)
+    engine, rows, guidance = Engine(transformer.model(TINY), params, mesh=ONE), TINY.grid - 1, [1.0, 1.0, 1.5]
+    wave = engine.begin(
+        text, image_keys(np.arange(3 * count).reshape(3, count)), temperature=temperature, top_k=top_k, top_p=top_p,
+        guidance=guidance, given_CI=image, given_rows=rows,
+    )  # fmt: skip
+    place = rows * TINY.grid
+    drawn_CM = engine.ids(engine.advance(wave, 0, TINY.grid))[..., place]
+    empty = np.stack([TINY.layout.text_slots([])] * 3)
+    logits = uncached(TINY, params, np.concatenate([text, empty]), np.tile(image, (2, 1))[:, None])[:, 0, place]
+    c, u = np.split(logits.astype(float), 2)
+    for caption, own in enumerate(settings):
+        want = numpy_filter(u[caption] + guidance[caption] * (c[caption] - u[caption]), *own)
+        assert (want > 0.02).sum() > 1  # a choice
+        share = np.bincount(drawn_CM[caption], minlength=TINY.image_vocab) / count
+        error = np.sqrt(want * (1 - want) / count)
+        assert (np.abs(share - want) <= 5 * error + 1e-6).all(), (caption, share, want)
+
+
 def test_top_p_of_one_and_top_k_of_the_vocabulary_change_nothing():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 9)), jnp.float32)
     np.testing.assert_array_equal(filter_logits(logits, temperature=1.0, top_k=9, top_p=1.0), logits)
@@ -177,7 +201,14 @@ def test_rows_drawn_one_by_one_are_those_drawn_at_once():
     np.testing.assert_array_equal(engine.ids(wave), engine.generate(text, keys))
 
 
-@pytest.mark.parametrize("sizes", [{"replica": 4}, {"replica": 2, "tensor": 2}, {"tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"replica": 4, "tensor": 2},
+        pytest.param({"replica": 8}, marks=pytest.mark.slow),
+        pytest.param({"tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_same_pictures_on_any_number_of_devices(sizes):
     """To the token in float32. Everything large is really cut: weights along tensor, images along replica."""
     params, text = random_params(TINY), random_batch(TINY, batch=2)[0]

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     parser.add_argument("--name", help="what clients call the model (default: the name of DIR)")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share one copy of the model")
     parser.add_argument(
         "--max-batch", type=int, metavar="N", help="pictures drawn together (default: as many as fit the free memory)"
     )
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
             server.should_exit = True
 
     batcher = Batcher(
-        functools.partial(Pipeline.load, args.model),
+        functools.partial(Pipeline.load, args.model, tensor=args.tensor),
         max_batch=args.max_batch,
         wait_seconds=args.batch_wait_ms / 1000,
         queue=args.queue,
