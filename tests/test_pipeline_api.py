@@ -196,6 +196,14 @@ def test_rows_are_seen_as_they_are_drawn_and_can_be_ended(pipe, small_waves):
     np.testing.assert_array_equal(rows[3][1], np.asarray(first[0]))
 
 
+def test_nothing_more_is_drawn_when_nobody_waits(pipe, small_waves, monkeypatch):
+    """Ended in its second row, the first of three waves is the last."""
+    rows, advance = [], pipe._engine.advance
+    monkeypatch.setattr(pipe._engine, "advance", lambda wave, *row: rows.append(row) or advance(wave, *row))
+    assert pipe(CAPTION, n=5, on_rows=lambda preview: preview.rows < 2) == []
+    assert rows == [(0, 1), (1, 2)]
+
+
 def test_waves_are_few_shapes_that_fit(pipe):
     assert [ladder(i) for i in (1, 2, 4, 5, 16, 17, 64, 65)] == [1, 4, 4, 16, 16, 64, 64, 256]
     for counts, room, ways in (([1] * 200, 64, 1), ([512], 64, 8), ([5, 70, 3], 16, 4), ([1], 8, 8), ([2, 2, 2], 6, 2)):

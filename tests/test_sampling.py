@@ -227,13 +227,16 @@ def test_same_pictures_on_any_number_of_devices(sizes):
         )
 
 
-def test_8_bit_weights_and_caches_stay_close_and_are_small():
+def test_bf16_and_8_bit_weights_and_caches_stay_close_and_are_small():
     params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
     image = random_batch(TINY, batch=4, seed=1)[1].reshape(2, 2, -1)
     exact = cached(TINY, params, text, image)
     for kind, near in (({"weights": "int8"}, 0.03), ({"cache": "fp8"}, 0.1)):  # 7 bits, 3 bits of mantissa
         error = np.linalg.norm(cached(TINY, params, text, image, **kind) - exact) / np.linalg.norm(exact)
         assert 0 < error < near, (kind, error)
+    half = dataclasses.replace(TINY, precision="bf16")  # 7 bits of mantissa, of everything
+    assert decoding.empty_cache(half, 1)[0]["k"].dtype == jnp.bfloat16
+    assert 0 < np.linalg.norm(cached(half, params, text, image) - exact) < 0.03 * np.linalg.norm(exact)
     model = transformer.model(TINY)
     wide, small = Engine(model, params, mesh=ONE), Engine(model, params, mesh=ONE, weights="int8", cache="fp8")
     matrix = small._weights[0][0]["up"]

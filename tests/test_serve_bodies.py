@@ -130,6 +130,24 @@ def test_wrong_bytes_never_hurt(robust):
     assert statuses == {200, 400}
 
 
+def test_wrong_heads_never_hurt(robust):
+    rng, data = np.random.default_rng(0), b'{"prompt": "a star"}'
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
+    head += b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(data)
+    statuses = set()  # None: there was nothing that is a request, or the end of the line counts as a client that left
+    for _ in range(150):
+        wrong = bytearray(head)
+        for place in rng.integers(len(wrong), size=rng.integers(1, 4)):
+            wrong[place] = rng.integers(256)
+        with socket.create_connection(("127.0.0.1", robust.port), timeout=10) as line:
+            line.sendall(bytes(wrong) + data)
+            line.shutdown(socket.SHUT_WR)
+            answer = line.recv(1000)
+        statuses.add(int(answer.split(b" ", 2)[1]) if answer else None)
+    assert {400, 404} < statuses and all(status is None or 400 <= status < 500 for status in statuses), statuses
+    assert post(robust, {"prompt": "a star"})[0] == 200
+
+
 def test_oversized_bodies_get_413(robust):
     json_limit, form_limit = body.MAX_JSON_BYTES, body.MAX_FORM_BYTES
     long = b'{"prompt": "' + b"a" * json_limit + b'"}'

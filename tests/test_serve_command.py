@@ -44,11 +44,11 @@ def test_health_says_loading_then_ready_and_failing_when_the_model_is_broken():
 
 
 COMMAND = """
-import sys, types
+import sys
 from stand_in_server import NoisePipeline
 from dalle_jax import cli
 from dalle_jax.serve import main
-main.Pipeline = types.SimpleNamespace(load=lambda folder, tensor: NoisePipeline(row_seconds=0.3))
+main.load = lambda args: NoisePipeline(row_seconds=0.3)
 sys.exit(cli.main(["serve", "runs/noise", "--port", "0"]))
 """
 

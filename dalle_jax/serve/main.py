@@ -14,7 +14,7 @@ import sys
 import uvicorn
 
 from dalle_jax.errors import UserError
-from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.sample.main import add_loading_arguments, load
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
 from dalle_jax.serve.metrics import Metrics
@@ -25,11 +25,10 @@ MAX_HEAD_BYTES = 32 * 2**10  # of a request line with its headers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="workdir of a trained transformer")
+    add_loading_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     parser.add_argument("--name", help="what clients call the model (default: the name of DIR)")
-    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share one copy of the model")
     parser.add_argument(
         "--max-batch", type=int, metavar="N", help="pictures drawn together (default: as many as fit the free memory)"
     )
@@ -82,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
             server.should_exit = True
 
     batcher = Batcher(
-        functools.partial(Pipeline.load, args.model, tensor=args.tensor),
+        functools.partial(load, args),
         max_batch=args.max_batch,
         wait_seconds=args.batch_wait_ms / 1000,
         queue=args.queue,
