@@ -184,6 +184,17 @@ def test_wrong_places_and_types(robust, path, method, headers, status):
     assert got == status and set(refusal["error"]) == {"message", "type", "param", "code"}
 
 
+def test_parameters_in_the_address_are_not_ignored(robust):
+    for path, content, headers in (
+        (GENERATIONS, b'{"prompt": "a star"}', JSON),
+        (EDITS, *form(PROMPT, (IMAGE, png()))),
+    ):
+        for query in ("?n=2", "?", "?%ff&=", "?" + 10 * "n=2&"):
+            status, _, refusal = post(robust, content, path + query, headers)
+            assert status == (200 if query == "?" else 400)
+            assert status == 200 or refusal["error"]["code"] == "unknown_parameter"
+
+
 @pytest.mark.parametrize("host", ["[", "[::1", "a b", "a/b", "evil@x", "x:port", ""])
 @pytest.mark.parametrize("path", [GENERATIONS, "/v1/models/", "/nowhere/"])
 def test_a_host_that_is_none_is_refused(robust, host, path):
