@@ -343,8 +343,13 @@ def test_missing_and_foreign_parts_are_named(folder, tmp_path, capsys):
     checkpoint.save_params(other / "dvae", {"name": "dvae", "model": coarse}, jax.device_get(params))
     for words, told in (
         (["sample", str(other), "a star"], "expected a dVAE of 12 codes on a grid of 4"),
-        (["sample", str(folder), "a star", "--tensor", "3"], "does not fit 8 device(s)"),
-        (["sample", str(folder), "a star", "--tensor", "8"], "tensor 8 does not divide"),
+        *(
+            (
+                ["sample", str(folder), "a star", "--tensor", tensor],
+                "tensor must divide the 8 device(s) and the model's 2",
+            )
+            for tensor in ("0", "3", "8")
+        ),
         (["sample", str(tmp_path / "nothing"), "a star"], "config.json"),
         (["sample", str(folder / "dvae"), "a star"], "expected a transformer"),
         (["sample", str(folder), "a star", "--image", str(tmp_path / "no.png")], "expected a picture to complete"),

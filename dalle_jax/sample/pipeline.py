@@ -64,8 +64,12 @@ class Pipeline:
     ):
         """can_guide: the transformer saw pictures without their captions in training. The rest is as in `load`."""
         devices = jax.local_devices() if devices is None else list(devices)
-        unfit = sharding.demand(transformer.abstract, transformer.axes, batch_size=len(devices))
-        mesh = sharding.make_mesh({"replica": -1, "tensor": tensor}, devices=devices, unfit=unfit)
+        heads = transformer.config.heads
+        if not isinstance(tensor, int) or tensor < 1 or len(devices) % tensor or heads % tensor:
+            raise UserError(
+                f"tensor must divide the {len(devices)} device(s) and the model's {heads} heads, got {tensor}"
+            )
+        mesh = sharding.make_mesh({"replica": -1, "tensor": tensor}, devices=devices)
         self.model, self.dvae, self.tokenizer, self.digest = transformer, dvae, tokenizer, digest
         self.reranker, self.can_guide = reranker, can_guide
         self._kinds = {"weights": weights, "cache": cache}
