@@ -31,24 +31,25 @@ def uncached(config, params, text_CT, image_CMI):
 def cached(config, params, text_CT, image_CMI, *, weights="model", cache="model"):
     """The same, one position at a time from a cache."""
     captions, candidates = image_CMI.shape[:2]
-    blocks = params["blocks"]
-    layers = [
-        decoding.layer_weights(config, {name: a[i] for name, a in blocks.items()}, weights=weights)
-        for i in range(config.num_layers)
-    ]
-    ends = decoding.end_weights(config, params)
-    stores = decoding.prefill(config, layers, ends, text_CT, cache=cache)
     image_IB = image_CMI.reshape(captions * candidates, -1).T
     previous_IB = np.concatenate([np.full_like(image_IB[:1], config.layout.start_of_image), image_IB[:-1]])
 
-    def one(store, inputs):
-        position, previous_B = inputs
-        logits_VB, store = decoding.decode(config, layers, ends, stores, store, previous_B, position)
-        return store, logits_VB.T
+    @jax.jit
+    def run(params):
+        blocks = [{name: a[i] for name, a in params["blocks"].items()} for i in range(config.num_layers)]
+        layers = [decoding.layer_weights(config, block, weights=weights) for block in blocks]
+        ends = decoding.end_weights(config, params)
+        stores = decoding.prefill(config, layers, ends, text_CT, cache=cache)
 
-    inputs = np.arange(config.layout.image_len), previous_IB
-    empty = decoding.empty_cache(config, captions * candidates, cache=cache)
-    logits_IBV = np.asarray(jax.jit(lambda: jax.lax.scan(one, empty, inputs))()[1])
+        def one(store, inputs):
+            position, previous_B = inputs
+            logits_VB, store = decoding.decode(config, layers, ends, stores, store, previous_B, position)
+            return store, logits_VB.T
+
+        inputs = np.arange(config.layout.image_len), previous_IB
+        return jax.lax.scan(one, decoding.empty_cache(config, captions * candidates, cache=cache), inputs)[1]
+
+    logits_IBV = np.asarray(run(params))
     return logits_IBV.swapaxes(0, 1).reshape(captions, candidates, *logits_IBV.shape[::2])
 
 
