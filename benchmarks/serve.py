@@ -4,12 +4,12 @@
 
 Starts the server on a free port of 127.0.0.1 with its default settings, and sends every request from one of as many
 clients as asked for, each of which sends its next when its last is answered. Requests mix captions, 1 to 4 pictures,
-ranking (where the model has a CLIP), temperature, top-k, completion of a picture, streams, urls and base64. A 429 is
-sent again after its Retry-After, as OpenAI's client does; a request counts as lost if it ends in anything but its
+ranking and guidance (where the model can), temperature, top-k, completion of a picture, streams, urls and base64. A 429
+is sent again after its Retry-After, as OpenAI's client does; a request counts as lost if it ends in anything but its
 pictures. The load runs twice, because the first time programs are still compiled. Then a sample of the second load is
 sent again, one at a time, and must give the same bytes.
 
-Writes the table to `benchmarks/results/serve.md`.
+Writes the table to `benchmarks/results/serving.md`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pathlib import Path
 
 from PIL import Image
 
-RESULT = Path(__file__).resolve().parent / "results" / "serve.md"
+RESULT = Path(__file__).resolve().parent / "results" / "serving.md"
 CAPTIONS = (
     "a red circle above a blue square",
     "a small star",
@@ -63,6 +63,8 @@ def wishes(count: int, *, first_seed: int, model: dict) -> list[dict]:
         kind = i % 8
         if kind in (1, 5) and model["ranking"]:
             body["best_of"] = 4 * body["n"]
+        if kind == 0 and model["guidance"]:
+            body["guidance"] = 2.0
         if kind == 2:
             body["temperature"] = 0.7
         if kind == 3:
@@ -176,15 +178,16 @@ def load(client: Client, bodies: list[dict], *, clients: int) -> dict:
 
 
 def report(
-    rows: dict[str, dict], *, args: argparse.Namespace, model: dict, machine: str, same: int, sample: int
+    rows: dict[str, dict], *, args: argparse.Namespace, model: dict, machine: str, told: str, same: int, sample: int
 ) -> str:
     now = datetime.date.today().isoformat()
     lines = [
         "# Load on the server",
         "",
-        f"{now}; {machine}.",
+        f"{now}; {machine}.{args.note and ' '}{args.note}",
         f"Model of {model['image_size']} x {model['image_size']} pixels, {model['grid']} x {model['grid']} codes, "
-        f"ranking {'yes' if model['ranking'] else 'no'}; {args.requests} mixed requests from {args.clients} clients.",
+        f"ranking {'yes' if model['ranking'] else 'no'}; {args.requests} mixed requests from {args.clients} clients. "
+        f"The server {told}.",
         "",
         f"    python benchmarks/serve.py DIR --requests {args.requests} --clients {args.clients}",
         "",
@@ -215,16 +218,17 @@ def main() -> int:
     parser.add_argument("model", metavar="DIR", help="workdir of a trained transformer")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--note", default="", help="sentences about model and machine, for the result")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    machine = f"cpus {os.cpu_count()}, load_before {os.getloadavg()[0]:.2f}, python {platform.python_version()}"
+    before = os.getloadavg()[0]
     command = [sys.executable, "-m", "dalle_jax.cli", "serve", args.model, "--port", "0", "--deadline-s", str(SECONDS)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         ready = server.stdout.readline()
         if not ready:
             return server.wait()
-        port = int(ready.rsplit(":", 1)[1])
+        port, told = int(ready.rsplit(":", 1)[1]), server.stdout.readline().strip()
         (model,) = json.loads(Client(port).get("/v1/models"))["data"]
         file = io.BytesIO()
         Image.linear_gradient("L").convert("RGB").resize((model["image_size"],) * 2).save(file, "PNG")
@@ -240,7 +244,11 @@ def main() -> int:
             )
         chosen = range(0, args.requests, 9)  # 9: every kind comes up
         same = sum(client.ask(bodies[i]).files == getattr(rows[name]["answers"][i], "files", None) for i in chosen)
-        text = report(rows, args=args, model=model, machine=machine, same=same, sample=len(chosen))
+        machine = (
+            f"{platform.machine()} with {os.cpu_count()} processors, load {before:.2f} before and "
+            f"{os.getloadavg()[0]:.2f} after, clients and server on it; python {platform.python_version()}"
+        )
+        text = report(rows, args=args, model=model, machine=machine, told=told, same=same, sample=len(chosen))
         args.out.write_text(text, encoding="utf-8")
         print(text)
         server.send_signal(signal.SIGTERM)

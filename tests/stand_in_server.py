@@ -39,6 +39,7 @@ class NoisePipeline:
         self.batches: list[list[Request]] = []  # of every draw
         self.rows_drawn: list[int] = []  # of every draw, until nobody wanted more
         self.threads: set[int] = set()
+        self.fits = {False: 16, True: 8}  # pictures, guided or not
         self._may_go = threading.Event()
         self._may_go.set()
 
@@ -68,6 +69,9 @@ class NoisePipeline:
 
     def wave_key(self, request):
         return request.top_k, request.top_p
+
+    def wave(self, *, guided=False):
+        return self.fits[guided], f"{self.fits[guided]} images a wave: noise is light"
 
     def draw(self, requests, on_rows=None):
         self.threads.add(threading.get_ident())

@@ -8,7 +8,10 @@ import pytest
 from broken_shards import CASES, expected_total, sample, tar
 from PIL import Image
 
+from dalle_jax import hooks
 from dalle_jax.cli import main as command
+from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.sample.sheet import contact_sheet
 
 GOOD, DROPPED = expected_total()
 SOUND, BATCH = 12, 8
@@ -49,7 +52,8 @@ def position(workdir, capsys) -> dict:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 def test_from_broken_shards_to_pictures(shards, tmp_path, capsys):
-    """Tokenizer, dVAE, transformer and samples; no bad record stops anything, every reason is counted."""
+    """Tokenizer, dVAE, transformer and samples; no bad record stops anything, every reason is counted. The training's
+    own last sheet shows what the loaded model draws."""
     tokenizer, dvae, transformer = tmp_path / "tokenizer", tmp_path / "dvae", tmp_path / "transformer"
     assert run(f"tokenizer {shards} --vocab-size 300 --out {tokenizer}") == 0
     capsys.readouterr()
@@ -80,3 +84,10 @@ def test_from_broken_shards_to_pictures(shards, tmp_path, capsys):
     assert run(f"sample {transformer} 'a round stone' -n 2 --out {out}") == 0
     pictures = [Image.open(path) for path in out.glob("*.png")]
     assert sum(picture.size == (16, 16) for picture in pictures) == 2 and len(pictures) == 3  # and the sheet
+
+    captions = hooks._first_captions(shards)
+    pipe = Pipeline.load(transformer)
+    rows = pipe(captions, seed=list(range(len(captions))))
+    sheet = contact_sheet([np.asarray(row[0]) for row in rows], captions, columns=8, scale=8)
+    drawn = Image.open(transformer / "pictures" / f"{STEPS:07d}.png")
+    np.testing.assert_array_equal(np.asarray(drawn), np.asarray(sheet))

@@ -24,21 +24,37 @@ def python_of(name: str) -> str:
     return "".join(code)
 
 
-def test_sampling(folder, tmp_path, monkeypatch):  # noqa: F811
-    """Waves of four, so that one program draws most of it; top_k of a vocabulary of 12."""
+def load_anything(monkeypatch, model, path):
+    """`Pipeline.load(path)` loads a random model that can rank and guide. Waves of four, so that one program draws most
+    of the pictures."""
     load = dalle_jax.Pipeline.load
 
-    def loaded(path, **kwargs):
-        assert path == "runs/transformer"
-        pipe = load(folder, devices=jax.devices()[:1], **kwargs)
+    def loaded(asked, **kwargs):
+        assert asked == path
+        pipe = load(model, devices=jax.devices()[:1], **kwargs)
         pipe.can_guide, pipe.reranker = True, BrightIsBest()
         monkeypatch.setattr(pipe, "_capacity", {False: (4, "4 at a time"), True: (4, "4 at a time")})
         return pipe
 
     monkeypatch.setattr(dalle_jax.Pipeline, "load", loaded)
+
+
+def test_readme(folder, tmp_path, monkeypatch):  # noqa: F811
+    load_anything(monkeypatch, folder, "demo/transformer")
     monkeypatch.chdir(tmp_path)
     names = {}
-    code = python_of("sampling.md").replace("top_k=200", "top_k=9")
+    code = python_of("../README.md").replace("top_k=50", "top_k=9")  # of a vocabulary of 12
+    exec(compile(code, "README.md", "exec"), names)
+    assert [picture.seed for picture in names["pictures"]] == [0, 1, 2, 3]
+    assert Image.open("picture.png").info["seed"] == "0" and Path("so_far.png").exists()
+    assert names["pixels"].shape == (*names["pictures"][0].size, 3)
+
+
+def test_sampling(folder, tmp_path, monkeypatch):  # noqa: F811
+    load_anything(monkeypatch, folder, "runs/transformer")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    code = python_of("sampling.md").replace("top_k=200", "top_k=9")  # of a vocabulary of 12
     exec(compile(code, "docs/sampling.md", "exec"), names)
     assert [picture.seed for picture in names["pictures"]] == [0, 1, 2, 3]
     assert Image.open("first.png").info["seed"] == "0" and Path("half-0.png").exists()

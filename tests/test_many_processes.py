@@ -1,8 +1,9 @@
-"""Four real processes train as one does, stop together, and two or one go on at the same records."""
+"""Real processes train as one does, stop together, and fewer of them go on at the same records."""
 
 import json
 import shutil
 
+import clip_driver
 import jax
 import numpy as np
 import processes
@@ -10,7 +11,7 @@ import pytest
 import train_driver
 from PIL import Image
 
-from dalle_jax import checkpoint
+from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
 from dalle_jax.data.lanes import Lanes
 from dalle_jax.errors import EXIT_RESTART
@@ -139,3 +140,18 @@ def test_another_number_of_processes_goes_on_at_the_same_records(count, four, al
     assert losses(tmp_path / "run") == {step: pytest.approx(loss, rel=1e-5) for step, loss in wanted.items()}
     _, average = checkpoint.load_model_dir(tmp_path / "run")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), average, jax.device_get(result.state["ema"]))
+
+
+def test_two_processes_train_a_clip_on_the_captions_of_both(tmp_path):
+    """Loss, gradient and parameters are those of one process with the whole batch: a loss of each process's own half
+    would have half of the captions to tell apart."""
+    started = processes.start("clip_driver.py", tmp_path, 2)
+    wanted, params = clip_driver.train(sharding.make_mesh({}, devices=jax.devices()[:1]))  # meanwhile
+    assert processes.statuses(started) == [0, 0], (tmp_path / "0.log").read_text()
+    assert wanted[0]["loss"] > 1.0 and wanted[0]["grad_norm"] > 0.1 and wanted[0]["loss"] != wanted[1]["loss"]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == [{name: pytest.approx(value, rel=1e-5) for name, value in one.items()} for one in wanted]
+        with np.load(tmp_path / f"{rank}.npz") as arrays:
+            for index, leaf in enumerate(jax.tree.leaves(params)):
+                np.testing.assert_allclose(arrays[f"arr_{index}"], leaf, rtol=1e-5, atol=1e-6)

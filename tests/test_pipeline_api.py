@@ -1,6 +1,8 @@
 """`dalle_jax.Pipeline` and `dalle-jax sample`: pictures that say how they were made, arguments that are checked."""
 
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from dalle_jax import checkpoint, cli
 from dalle_jax.data import scenes
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
+from dalle_jax.sample import pipeline
 from dalle_jax.sample.request import Request
 from dalle_jax.sample.results import Kept
 from dalle_jax.sample.waves import capacity, ladder, plan
@@ -149,6 +152,24 @@ def test_best_of_returns_the_best_of_all_candidates_in_order(pipe, small_waves):
     assert best[0].info["score"] == f"{best[0].score:.6f}" and everything[0].score is None
 
 
+def test_candidates_of_one_wave_are_decoded_and_ranked_a_few_at_a_time(pipe, monkeypatch):
+    wave = pipe(CAPTION, n=2, best_of=6, seed=3)
+    pipe.reranker.given.clear()
+    monkeypatch.setattr(pipeline, "DECODED", 2)
+    few = pipe(CAPTION, n=2, best_of=6, seed=3)
+    assert pipe.reranker.given == [2, 2, 2]
+    np.testing.assert_array_equal(pixels_of(few), pixels_of(wave))
+
+
+def test_eight_devices_that_share_models_in_pairs_draw_what_one_draws(folder, pipe):
+    many = dalle_jax.Pipeline.load(folder, tensor=2)
+    many.reranker = pipe.reranker
+    assert (many._engine.ways, many._engine.mesh.size) == (4, 8)
+    alone, shared = (each(CAPTION, n=5, best_of=6, seed=10) for each in (pipe, many))
+    np.testing.assert_array_equal(pixels_of(shared), pixels_of(alone))
+    assert [picture.seed for picture in shared] == [picture.seed for picture in alone]
+
+
 def test_kept_are_the_best_and_of_equals_those_of_smaller_seeds():
     kept = Kept(2, ranked=True)
     kept.add([5, 6], np.array([[5], [6]]), [0.5, 0.25])
@@ -173,6 +194,14 @@ def test_rows_are_seen_as_they_are_drawn_and_can_be_ended(pipe, small_waves):
     for number, picture in rows:
         assert (picture[number * 4 :] == 255).all()
     np.testing.assert_array_equal(rows[3][1], np.asarray(first[0]))
+
+
+def test_nothing_more_is_drawn_when_nobody_waits(pipe, small_waves, monkeypatch):
+    """Ended in its second row, the first of three waves is the last."""
+    rows, advance = [], pipe._engine.advance
+    monkeypatch.setattr(pipe._engine, "advance", lambda wave, *row: rows.append(row) or advance(wave, *row))
+    assert pipe(CAPTION, n=5, on_rows=lambda preview: preview.rows < 2) == []
+    assert rows == [(0, 1), (1, 2)]
 
 
 def test_waves_are_few_shapes_that_fit(pipe):
@@ -211,26 +240,64 @@ def test_completion_keeps_the_top_rows(pipe):
     [
         ({"n": 0}, r"n must be a whole number in 1 .. 4096, got 0"),
         ({"n": 1.5}, r"n must be a whole number in 1 .. 4096, got 1.5"),
+        ({"n": True}, r"n must be a whole number in 1 .. 4096, got True"),
         ({"n": 3, "best_of": 2}, r"best_of must be a whole number in n = 3 .. 4096, got 2"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"temperature": float("nan")}, "temperature must be above 0"),
-        ({"temperature": "1"}, "temperature must be above 0"),
-        ({"guidance": -1}, "guidance must be at least 0, got -1"),
+        ({"best_of": 4097}, r"best_of must be a whole number in n = 1 .. 4096, got 4097"),
+        ({"temperature": 0.0}, "temperature must be at least 0.001 and at most 1000, got 0.0"),
+        ({"temperature": 1e-40}, "temperature must be at least 0.001 and at most 1000, got 1e-40"),
+        ({"temperature": float("nan")}, "temperature must be at least 0.001"),
+        ({"temperature": "1"}, "temperature must be at least 0.001"),
+        ({"guidance": -1}, "guidance must be at least 0 and at most 1000, got -1"),
+        ({"guidance": 1e30}, r"guidance must be at least 0 and at most 1000, got 1e\+30"),
+        ({"top_k": 0}, r"top_k must be a whole number in 1 .. 12, got 0"),
         ({"top_k": 13}, r"top_k must be a whole number in 1 .. 12, got 13"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"seed": -1}, "seed must be a whole number in 0 .. "),
+        (
+            {"n": 2, "seed": 2**32 - 1},
+            r"seed must be a whole number in 0 .. 2\*\*32 - candidates = 4294967294, got 4294967295",
+        ),
         ({"seed": [1, 2]}, "seed must be one, or one a caption, got 2"),
+        ({"seed": np.array(1.0)}, "seed must be a whole number"),
+        ({"on_rows": 3}, "on_rows must be a function that is given a Preview, or None, got 3"),
         ({"keep_rows": 2}, "needs an image"),
         (
             {"image": np.zeros((8, 8, 3), np.uint8), "keep_rows": 5},
             r"keep_rows must be a whole number in 0 .. 4, got 5",
         ),
         ({"image": np.zeros((8, 8), np.uint8)}, r"uint8 \[H, W, 3\]"),
+        ({"image": "star.png"}, r"image must be a PIL image or uint8 \[H, W, 3\]"),
     ],
 )
 def test_arguments_out_of_range_are_refused(pipe, arguments, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         pipe(CAPTION, **arguments)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("ids", "got"),
+    [
+        (np.full(16, 12), "got 12 .. 12"),
+        (np.arange(16) - 1, "got -1 .. 14"),
+        (np.zeros(15, int), r"got int64 \[15\]"),
+        (np.zeros((2, 2, 16), int), r"got int64 \[2, 2, 16\]"),
+        (np.zeros((0, 16), int), r"got int64 \[0, 16\]"),
+        (np.zeros(16), r"got float64 \[16\]"),
+    ],
+)
+def test_numbers_that_are_no_codes_are_refused(pipe, ids, got):
+    with pytest.raises(UserError, match=rf"ids must be whole numbers in 0 \.\. 11, 16 a picture, {got}"):
+        pipe.decode(ids)
+
+
+def test_a_picture_that_cannot_be_read_is_refused(pipe, tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    with pytest.raises(UserError, match="image must be a picture that can be read, got one where"):
+        pipe.encode(Image.open(tmp_path / "cut.png"))
 
 
 def test_what_a_model_cannot_do_is_refused(folder):
@@ -241,7 +308,7 @@ def test_what_a_model_cannot_do_is_refused(folder):
         plain(CAPTION, guidance=3.0)
 
 
-@pytest.mark.parametrize("captions", [[], [3], ""])
+@pytest.mark.parametrize("captions", [[], [3], "", 3, None, b"a star"])
 def test_captions_must_be_texts(pipe, captions):
     if captions == "":  # an empty caption is a caption: all padding
         assert len(pipe(captions)) == 1
@@ -250,7 +317,8 @@ def test_captions_must_be_texts(pipe, captions):
         pipe(captions)
 
 
-def test_command_writes_pictures_and_a_sheet(folder, tmp_path, capsys):
+def test_command_writes_pictures_and_a_sheet(folder, pipe, tmp_path, capsys):
+    """On eight devices, the pictures that one draws; without --json it says how many it draws at a time, and why."""
     out = tmp_path / "out"
     words = ["sample", str(folder), CAPTION, "a star", "-n", "2", "--seed", "3", "--out", str(out), "--json"]
     assert cli.main(words) == 0
@@ -259,10 +327,29 @@ def test_command_writes_pictures_and_a_sheet(folder, tmp_path, capsys):
     assert [picture["file"] for picture in made["pictures"]] == [str(out / name) for name in names]
     assert sorted(path.name for path in out.iterdir()) == sorted([*names, "sheet.png"])
     assert Image.open(out / names[3]).info["seed"] == "4"
+    drawn = [np.asarray(Image.open(out / name)) for name in names]
+    np.testing.assert_array_equal(drawn, pixels_of(sum(pipe([CAPTION, "a star"], n=2, seed=3), [])))
+    assert cli.main(words[:-1]) == 0
+    told = capsys.readouterr()
+    assert re.match(r"\d+ images a wave: .* MB each, 80% of .* GB free holds \d+", told.err)
+    assert re.match(r"4 pictures of 2 caption\(s\) in .* s: ", told.out)
 
 
 def test_missing_and_foreign_parts_are_named(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    coarse = {**DVAE, "groups": 1}
+    params = jax.jit(build("dvae", coarse).init)(jax.random.key(1))
+    checkpoint.save_params(other / "dvae", {"name": "dvae", "model": coarse}, jax.device_get(params))
     for words, told in (
+        (["sample", str(other), "a star"], "expected a dVAE of 12 codes on a grid of 4"),
+        *(
+            (
+                ["sample", str(folder), "a star", "--tensor", tensor],
+                "tensor must divide the 8 device(s) and the model's 2",
+            )
+            for tensor in ("0", "3", "8")
+        ),
         (["sample", str(tmp_path / "nothing"), "a star"], "config.json"),
         (["sample", str(folder / "dvae"), "a star"], "expected a transformer"),
         (["sample", str(folder), "a star", "--image", str(tmp_path / "no.png")], "expected a picture to complete"),

@@ -1,12 +1,14 @@
 """Sampling: cached equals uncached, draws follow the filtered distribution, images do not disturb each other."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_transformer import TINY, random_batch, random_params
+import test_transformer
+from test_transformer import TINY, random_batch
 
 from dalle_jax import sharding
 from dalle_jax.models import attention, decoding, transformer
@@ -14,6 +16,8 @@ from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
 
 ONE = sharding.make_mesh({}, devices=jax.devices()[:1])
+random_params = functools.cache(test_transformer.random_params)  # nobody here changes them
+SHORT = dataclasses.replace(TINY, num_layers=3)  # one layer of each kind
 
 
 def uncached(config, params, text_CT, image_CMI):
@@ -27,24 +31,25 @@ def uncached(config, params, text_CT, image_CMI):
 def cached(config, params, text_CT, image_CMI, *, weights="model", cache="model"):
     """The same, one position at a time from a cache."""
     captions, candidates = image_CMI.shape[:2]
-    blocks = params["blocks"]
-    layers = [
-        decoding.layer_weights(config, {name: a[i] for name, a in blocks.items()}, weights=weights)
-        for i in range(config.num_layers)
-    ]
-    ends = decoding.end_weights(config, params)
-    stores = decoding.prefill(config, layers, ends, text_CT, cache=cache)
     image_IB = image_CMI.reshape(captions * candidates, -1).T
     previous_IB = np.concatenate([np.full_like(image_IB[:1], config.layout.start_of_image), image_IB[:-1]])
 
-    def one(store, inputs):
-        position, previous_B = inputs
-        logits_VB, store = decoding.decode(config, layers, ends, stores, store, previous_B, position)
-        return store, logits_VB.T
+    @jax.jit
+    def run(params):
+        blocks = [{name: a[i] for name, a in params["blocks"].items()} for i in range(config.num_layers)]
+        layers = [decoding.layer_weights(config, block, weights=weights) for block in blocks]
+        ends = decoding.end_weights(config, params)
+        stores = decoding.prefill(config, layers, ends, text_CT, cache=cache)
 
-    inputs = np.arange(config.layout.image_len), previous_IB
-    empty = decoding.empty_cache(config, captions * candidates, cache=cache)
-    logits_IBV = np.asarray(jax.jit(lambda: jax.lax.scan(one, empty, inputs))()[1])
+        def one(store, inputs):
+            position, previous_B = inputs
+            logits_VB, store = decoding.decode(config, layers, ends, stores, store, previous_B, position)
+            return store, logits_VB.T
+
+        inputs = np.arange(config.layout.image_len), previous_IB
+        return jax.lax.scan(one, decoding.empty_cache(config, captions * candidates, cache=cache), inputs)[1]
+
+    logits_IBV = np.asarray(run(params))
     return logits_IBV.swapaxes(0, 1).reshape(captions, candidates, *logits_IBV.shape[::2])
 
 
@@ -137,6 +142,30 @@ def test_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
     np.testing.assert_allclose(share, want, atol=5 * 0.5 / np.sqrt(count))  # five standard errors of a share
 
 
+def test_the_engine_draws_from_the_filtered_distribution_at_the_end_of_a_picture():
+    """The first code of the last row, drawn by 1,000 candidates of each of three captions after the same rows, against
+    numpy on the logits of the whole forward pass; one caption is guided."""
+    params, (text, image), count = random_params(SHORT), random_batch(SHORT, batch=3), 1000
+    settings = [(3.0, None, None), (2.0, 4, None), (4.0, 6, 0.8)]
+    temperature, top_k, top_p = zip(*settings, strict=True)
+    engine, rows, guidance = Engine(transformer.model(SHORT), params, mesh=ONE), SHORT.grid - 1, [1.0, 1.0, 1.5]
+    wave = engine.begin(
+        text, image_keys(np.arange(3 * count).reshape(3, count)), temperature=temperature, top_k=top_k, top_p=top_p,
+        guidance=guidance, given_CI=image, given_rows=rows,
+    )  # fmt: skip
+    place = rows * SHORT.grid
+    drawn_CM = engine.ids(engine.advance(wave, 0, SHORT.grid))[..., place]
+    empty = np.stack([SHORT.layout.text_slots([])] * 3)
+    logits = uncached(SHORT, params, np.concatenate([text, empty]), np.tile(image, (2, 1))[:, None])[:, 0, place]
+    c, u = np.split(logits.astype(float), 2)
+    for caption, own in enumerate(settings):
+        want = numpy_filter(u[caption] + guidance[caption] * (c[caption] - u[caption]), *own)
+        assert (want > 0.02).sum() > 1  # a choice
+        share = np.bincount(drawn_CM[caption], minlength=SHORT.image_vocab) / count
+        error = np.sqrt(want * (1 - want) / count)
+        assert (np.abs(share - want) <= 5 * error + 1e-6).all(), (caption, share, want)
+
+
 def test_top_p_of_one_and_top_k_of_the_vocabulary_change_nothing():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 9)), jnp.float32)
     np.testing.assert_array_equal(filter_logits(logits, temperature=1.0, top_k=9, top_p=1.0), logits)
@@ -177,7 +206,14 @@ def test_rows_drawn_one_by_one_are_those_drawn_at_once():
     np.testing.assert_array_equal(engine.ids(wave), engine.generate(text, keys))
 
 
-@pytest.mark.parametrize("sizes", [{"replica": 4}, {"replica": 2, "tensor": 2}, {"tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"replica": 4, "tensor": 2},
+        pytest.param({"replica": 8}, marks=pytest.mark.slow),
+        pytest.param({"tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_same_pictures_on_any_number_of_devices(sizes):
     """To the token in float32. Everything large is really cut: weights along tensor, images along replica."""
     params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
@@ -196,14 +232,17 @@ def test_same_pictures_on_any_number_of_devices(sizes):
         )
 
 
-def test_8_bit_weights_and_caches_stay_close_and_are_small():
-    params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
-    image = random_batch(TINY, batch=4, seed=1)[1].reshape(2, 2, -1)
-    exact = cached(TINY, params, text, image)
+def test_bf16_and_8_bit_weights_and_caches_stay_close_and_are_small():
+    params, text = random_params(SHORT), random_batch(SHORT, batch=2)[0]
+    image = random_batch(SHORT, batch=4, seed=1)[1].reshape(2, 2, -1)
+    exact = cached(SHORT, params, text, image)
     for kind, near in (({"weights": "int8"}, 0.03), ({"cache": "fp8"}, 0.1)):  # 7 bits, 3 bits of mantissa
-        error = np.linalg.norm(cached(TINY, params, text, image, **kind) - exact) / np.linalg.norm(exact)
+        error = np.linalg.norm(cached(SHORT, params, text, image, **kind) - exact) / np.linalg.norm(exact)
         assert 0 < error < near, (kind, error)
-    model = transformer.model(TINY)
+    half = dataclasses.replace(SHORT, precision="bf16")  # 7 bits of mantissa, of everything
+    assert decoding.empty_cache(half, 1)[0]["k"].dtype == jnp.bfloat16
+    assert 0 < np.linalg.norm(cached(half, params, text, image) - exact) < 0.03 * np.linalg.norm(exact)
+    model = transformer.model(SHORT)
     wide, small = Engine(model, params, mesh=ONE), Engine(model, params, mesh=ONE, weights="int8", cache="fp8")
     matrix = small._weights[0][0]["up"]
     assert matrix["int8"].dtype == jnp.int8 and matrix["int8"].shape == wide._weights[0][0]["up"].shape

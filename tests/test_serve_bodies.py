@@ -130,6 +130,24 @@ def test_wrong_bytes_never_hurt(robust):
     assert statuses == {200, 400}
 
 
+def test_wrong_heads_never_hurt(robust):
+    rng, data = np.random.default_rng(0), b'{"prompt": "a star"}'
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
+    head += b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(data)
+    statuses = set()  # None: there was nothing that is a request, or the end of the line counts as a client that left
+    for _ in range(150):
+        wrong = bytearray(head)
+        for place in rng.integers(len(wrong), size=rng.integers(1, 4)):
+            wrong[place] = rng.integers(256)
+        with socket.create_connection(("127.0.0.1", robust.port), timeout=10) as line:
+            line.sendall(bytes(wrong) + data)
+            line.shutdown(socket.SHUT_WR)
+            answer = line.recv(1000)
+        statuses.add(int(answer.split(b" ", 2)[1]) if answer else None)
+    assert {400, 404} < statuses and all(status is None or 400 <= status < 500 for status in statuses), statuses
+    assert post(robust, {"prompt": "a star"})[0] == 200
+
+
 def test_oversized_bodies_get_413(robust):
     json_limit, form_limit = body.MAX_JSON_BYTES, body.MAX_FORM_BYTES
     long = b'{"prompt": "' + b"a" * json_limit + b'"}'
@@ -164,6 +182,17 @@ def test_oversized_bodies_get_413(robust):
 def test_wrong_places_and_types(robust, path, method, headers, status):
     got, _, refusal = post(robust, b'{"prompt": "a star"}', path, headers, method)
     assert got == status and set(refusal["error"]) == {"message", "type", "param", "code"}
+
+
+def test_parameters_in_the_address_are_not_ignored(robust):
+    for path, content, headers in (
+        (GENERATIONS, b'{"prompt": "a star"}', JSON),
+        (EDITS, *form(PROMPT, (IMAGE, png()))),
+    ):
+        for query in ("?n=2", "?", "?%ff&=", "?" + 10 * "n=2&"):
+            status, _, refusal = post(robust, content, path + query, headers)
+            assert status == (200 if query == "?" else 400)
+            assert status == 200 or refusal["error"]["code"] == "unknown_parameter"
 
 
 @pytest.mark.parametrize("host", ["[", "[::1", "a b", "a/b", "evil@x", "x:port", ""])

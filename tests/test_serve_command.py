@@ -44,11 +44,11 @@ def test_health_says_loading_then_ready_and_failing_when_the_model_is_broken():
 
 
 COMMAND = """
-import sys, types
+import sys
 from stand_in_server import NoisePipeline
 from dalle_jax import cli
 from dalle_jax.serve import main
-main.Pipeline = types.SimpleNamespace(load=lambda folder: NoisePipeline(row_seconds=0.3))
+main.load = lambda args: NoisePipeline(row_seconds=0.3)
 sys.exit(cli.main(["serve", "runs/noise", "--port", "0"]))
 """
 
@@ -65,6 +65,10 @@ def test_sigterm_finishes_what_runs():
         ready = process.stdout.readline()
         found = re.fullmatch(r"dalle-jax serves noise on http://127\.0\.0\.1:(\d+)\n", ready)
         assert found, ready + process.stderr.read()
+        assert [process.stdout.readline() for _ in range(2)] == [
+            "draws up to 16 pictures together: 16 images a wave: noise is light\n",
+            "draws up to 8 pictures with guidance together: 8 images a wave: noise is light\n",
+        ]
         server = SimpleNamespace(port=int(found[1]))
         answer = in_background(server, {"prompt": "a star", "seed": 1, "response_format": "b64_json"})
         until(lambda: metric(server, "dalle_jax_batch_requests_count") == 1)
@@ -94,6 +98,22 @@ def test_the_command_says_what_is_wrong(words, says, tmp_path, capsys):
     assert cli.main(["serve", str(tmp_path), *words]) == 2
     out, err = capsys.readouterr()
     assert out == "" and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [([], False), (["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--token-file", "token"], False)],
+)
+def test_only_who_asks_for_it_is_open_to_the_network(words, warned, tmp_path, monkeypatch, capsys):
+    """Without --host it listens on this machine's own address; on another it warns, unless there is a token."""
+    monkeypatch.delenv(main.TOKEN_VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("token").write_text("s3cret")
+    places, listen = [], main.listen
+    monkeypatch.setattr(main, "listen", lambda host, port: places.append(host) or listen(host, port))
+    assert cli.main(["serve", str(tmp_path), "--port", "0", *words]) == 2  # the folder holds no model
+    assert places == ["0.0.0.0" if words else "127.0.0.1"]
+    assert ("is open to the network without a token" in capsys.readouterr().err) == warned
 
 
 def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):

@@ -84,6 +84,27 @@ def test_a_full_batch_does_not_wait_and_a_lone_request_waits_no_longer_than_told
         assert 0.4 <= time.monotonic() - start < 4
 
 
+@pytest.mark.parametrize(
+    ("max_batch", "knobs", "sizes"),
+    [(None, {}, [16, 8]), (None, {"guidance": 2.0}, [8, 8, 8]), (12, {"guidance": 2.0}, [12, 12])],
+)
+def test_batches_are_as_large_as_what_fits_unless_told_otherwise(max_batch, knobs, sizes):
+    """A guided picture takes twice the room, so fewer of them share a batch."""
+    pipe = NoisePipeline()
+    with serving(pipe, max_batch=max_batch, queue=64) as server:
+        pipe.hold()
+        answers = [in_background(server, {"prompt": "a star", **knobs})]
+        until(lambda: len(pipe.batches) == 2)
+        answers += [in_background(server, {"prompt": "a star", "n": 2, **knobs}) for _ in range(12)]
+        until(lambda: waiting(server)() == 12)
+        before = metric(server, "dalle_jax_batch_fill_sum")
+        pipe.release()
+        assert [answer.result()[0] for answer in answers] == [200] * 13
+        assert [sum(request.n for request in batch) for batch in pipe.batches[2:]] == sizes
+        shares = [size / sizes[0] for size in sizes]
+        assert metric(server, "dalle_jax_batch_fill_sum") - before == pytest.approx(sum(shares))
+
+
 # -- bounds -----------------------------------------------------------------------------------------------------------
 
 

@@ -26,9 +26,14 @@ def pipe(folder):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def client(pipe):
-    with serving(pipe, wait_seconds=0.2, deadline_seconds=240.0) as server:
-        yield openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0, timeout=240)
+def server(pipe):
+    with serving(pipe, max_batch=None, wait_seconds=0.2, deadline_seconds=240.0) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0, timeout=240)
 
 
 def pixels(picture):
@@ -74,6 +79,12 @@ def test_completion_is_that_of_the_pipeline(client, pipe):
     np.testing.assert_array_equal(
         pixels(answer.data[0]), np.asarray(pipe(CAPTION, seed=1, image=image, keep_rows=1)[0])
     )
+
+
+def test_a_batch_is_a_wave_of_the_pipeline(server, pipe):
+    images, why = pipe.wave()
+    assert server.batcher.told() == [f"draws up to {images} pictures together: {why}"]  # it can't be guided
+    assert server.batcher.room(guided=False) == (images, why)
 
 
 def test_the_models_own_bounds_are_named(client):

@@ -172,7 +172,8 @@ class Engine:
         )
         stores = jax.eval_shape(lambda: decoding.empty_cache(config, images * streams, cache=self.cache))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((text, stores)))
-        return held + 4 * images * config.image_vocab * (config.grid + 4 * streams)
+        repeated = self.mesh.size // self.ways  # of what is not cut along heads
+        return held + repeated * 4 * images * config.image_vocab * (config.grid + 4 * streams)
 
 
 _END_PARAMS = (

@@ -23,17 +23,30 @@ BAR = "{l_bar}{bar}| {n:.2f} of {total} captions [{elapsed}<{remaining}]"
 SHEET_SIDE = 128  # pixels that a small picture is enlarged to on the sheet, about
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it is held: what `load` reads."""
     parser.add_argument("model", metavar="DIR", help="workdir of a trained transformer")
+    parser.add_argument("--clip", type=pathlib.Path, metavar="DIR", help="CLIP that ranks (default: DIR/clip)")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share one copy of the model")
+    parser.add_argument("--weights", choices=decoding.WEIGHTS, default="model", help="precision to hold the weights in")
+    parser.add_argument("--cache", choices=tuple(decoding.CACHES), default="model", help="and the keys and values")
+
+
+def load(args: argparse.Namespace) -> Pipeline:
+    """The pipeline of `add_loading_arguments`; raises what `Pipeline.load` does."""
+    return Pipeline.load(args.model, clip=args.clip, tensor=args.tensor, weights=args.weights, cache=args.cache)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_loading_arguments(parser)
     parser.add_argument("captions", nargs="+", metavar="CAPTION")
     parser.add_argument("-n", type=int, default=4, help="pictures per caption (default 4)")
     parser.add_argument(
         "--best-of", type=int, metavar="N", help="draw N candidates a caption, keep the n that CLIP ranks best"
     )
-    parser.add_argument("--clip", type=pathlib.Path, metavar="DIR", help="CLIP that ranks (default: DIR/clip)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has seed + 1 (default 0)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="above 0; 1 is the paper's (default)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0.001 .. 1000; 1 is the paper's (default)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely codes")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the codes that reach probability P")
     parser.add_argument(
@@ -41,14 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image", type=pathlib.Path, metavar="FILE", help="picture to complete from its top rows")
     parser.add_argument("--keep-rows", type=int, metavar="R", help="rows of codes to keep of it (default: half)")
-    parser.add_argument("--weights", choices=decoding.WEIGHTS, default="model", help="precision to hold the weights in")
-    parser.add_argument("--cache", choices=tuple(decoding.CACHES), default="model", help="and the keys and values")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
 
 
 def main(args: argparse.Namespace) -> int:
     """Writes OUT/CAPTION-SEED.png for each picture and OUT/sheet.png, says how many are drawn at a time. Returns 0."""
-    pipe = Pipeline.load(args.model, clip=args.clip, weights=args.weights, cache=args.cache)
+    pipe = load(args)
     image = None if args.image is None else _open(args.image)
     start = time.monotonic()
     images, told = pipe.wave(guided=args.guidance != 1)

@@ -11,7 +11,7 @@ into ids before it and ids into pixels after it.
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -22,7 +22,8 @@ from dalle_jax import checkpoint, sharding
 from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params, build
-from dalle_jax.models.dvae import decode_images, encode_images
+from dalle_jax.models.dvae import DVAEConfig, decode_images, encode_images
+from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sample import waves
 from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.picture import Picture
@@ -57,11 +58,18 @@ class Pipeline:
         reranker: Reranker | None = None,
         can_guide: bool = False,
         devices: Sequence[jax.Device] | None = None,
+        tensor: int = 1,
         weights: str = "model",
         cache: str = "model",
     ):
         """can_guide: the transformer saw pictures without their captions in training. The rest is as in `load`."""
-        mesh = sharding.make_mesh({"replica": -1}, devices=jax.local_devices() if devices is None else devices)
+        devices = jax.local_devices() if devices is None else list(devices)
+        heads = transformer.config.heads
+        if not isinstance(tensor, int) or tensor < 1 or len(devices) % tensor or heads % tensor:
+            raise UserError(
+                f"tensor must divide the {len(devices)} device(s) and the model's {heads} heads, got {tensor}"
+            )
+        mesh = sharding.make_mesh({"replica": -1, "tensor": tensor}, devices=devices)
         self.model, self.dvae, self.tokenizer, self.digest = transformer, dvae, tokenizer, digest
         self.reranker, self.can_guide = reranker, can_guide
         self._kinds = {"weights": weights, "cache": cache}
@@ -77,6 +85,7 @@ class Pipeline:
         *,
         clip: str | pathlib.Path | None = None,
         devices: Sequence[jax.Device] | None = None,
+        tensor: int = 1,
         weights: str = "model",
         cache: str = "model",
     ) -> "Pipeline":
@@ -84,11 +93,13 @@ class Pipeline:
 
         clip: workdir of the CLIP that ranks candidates; default: `clip` in the folder, if it is there.
         devices: that draw, all of this process by default; each takes a part of the candidates.
+        tensor: devices that share one copy of a model that is too large for one; by default each has its own.
         weights, cache: 'model' for the model's own precision; 'int8' weights and an 'fp8' cache take half the memory of
         bfloat16 and change the pictures a little.
 
         Raises:
-          UserError: a part is missing, damaged, or does not belong to the others.
+          UserError: a part is missing, damaged, or does not belong to the others, or `tensor` does not divide the
+            devices or the model.
         """
         folder = pathlib.Path(folder)
         config, params = checkpoint.load_model_dir(folder, name="transformer")
@@ -96,6 +107,7 @@ class Pipeline:
         model, dvae = build("transformer", config["model"]), build("dvae", dvae_config["model"])
         checkpoint.check_params(params, model.abstract, where=str(folder))
         checkpoint.check_params(dvae_params, dvae.abstract, where=str(folder / "dvae"))
+        _check_codes(dvae.config, model.config, where=str(folder / "dvae"))
         tokenizer = Tokenizer.load(folder)
         if tokenizer.vocab_size != model.config.text_vocab:
             raise UserError(
@@ -119,6 +131,7 @@ class Pipeline:
             reranker=None if clip is None else Reranker.load(clip),
             can_guide=config.get("data", {}).get("caption_dropout", 0) > 0,
             devices=devices,
+            tensor=tensor,
             weights=weights,
             cache=cache,
         )
@@ -165,10 +178,11 @@ class Pipeline:
         Raises:
           UserError: an argument out of range.
         """
-        words = [captions] if isinstance(captions, str) else list(captions)
-        if not words:
-            raise UserError("captions must be a text or a list of at least one text, got none")
-        seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed] * len(words)
+        if not isinstance(captions, Iterable) or not (
+            words := [captions] if isinstance(captions, str) else [*captions]
+        ):
+            raise UserError(f"captions must be a text or a list of at least one text, got {captions!r}")
+        seeds = list(seed) if isinstance(seed, Sequence) or np.ndim(seed) else [seed] * len(words)
         if len(seeds) != len(words):
             raise UserError(f"seed must be one, or one a caption, got {len(seeds)} for {len(words)} captions")
         shared = dict(n=n, best_of=best_of, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
@@ -197,6 +211,8 @@ class Pipeline:
         Raises:
           UserError: one of the requests cannot be drawn; nothing is drawn then.
         """
+        if on_rows is not None and not callable(on_rows):
+            raise UserError(f"on_rows must be a function that is given a Preview, or None, got {on_rows!r}")
         for request in requests:
             self.check(request)
         kept = [Kept(request.n, ranked=request.best_of is not None) for request in requests]
@@ -215,8 +231,19 @@ class Pipeline:
         return np.asarray(_encode(self.dvae, self._dvae_params, centre(_pixels(image), self.image_size)[None]))[0]
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """Codes in raster order, [grid * grid] or [B, grid * grid] -> uint8 [image_size, image_size, 3] or [B, ...]."""
-        ids_BI = np.atleast_2d(np.asarray(ids, np.int32))
+        """Codes in raster order, [grid * grid] or [B, grid * grid] -> uint8 [image_size, image_size, 3] or [B, ...].
+
+        Raises:
+          UserError: another shape, or numbers that are no codes.
+        """
+        ids_BI, layout = np.atleast_2d(np.asarray(ids)), self.model.config.layout
+        shaped = ids_BI.ndim == 2 and len(ids_BI) and ids_BI.shape[1] == layout.image_len and ids_BI.dtype.kind in "iu"
+        if not shaped or ids_BI.min() < 0 or ids_BI.max() >= layout.image_vocab:
+            got = f"{ids_BI.min()} .. {ids_BI.max()}" if shaped else f"{ids_BI.dtype} {list(np.shape(ids))}"
+            raise UserError(
+                f"ids must be whole numbers in 0 .. {layout.image_vocab - 1}, {layout.image_len} a picture, got {got}"
+            )
+        ids_BI = ids_BI.astype(np.int32)
         ways = self._engine.ways
         most = DECODED * ways
         decoded = []
@@ -308,13 +335,26 @@ class Pipeline:
         ]
 
 
+def _check_codes(dvae: DVAEConfig, transformer: TransformerConfig, *, where: str) -> None:
+    """Raises UserError, if these are not the codes that the transformer draws."""
+    wanted, got = (transformer.image_vocab, transformer.grid), (dvae.vocab, dvae.grid)
+    if got != wanted:
+        raise UserError(
+            f"expected a dVAE of {wanted[0]} codes on a grid of {wanted[1]} in {where}, got {got[0]} on {got[1]}: "
+            "put the one back that the transformer was trained with"
+        )
+
+
 def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] of a picture that somebody gave.
 
     Raises:
       UserError: another type, shape or dtype.
     """
-    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    try:
+        array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    except OSError as error:  # Pillow reads a file when its pixels are asked for
+        raise UserError(f"image must be a picture that can be read, got one where {error}") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise UserError(f"image must be a PIL image or uint8 [H, W, 3], got {array.dtype} {array.shape}")
     return array

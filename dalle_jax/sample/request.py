@@ -14,6 +14,8 @@ from dalle_jax.models.transformer import TransformerConfig
 MAX_SEED = 2**32
 MAX_CANDIDATES = 4096  # of one request
 MAX_CAPTION = 10_000  # characters, far more than the text slots of any model hold
+TEMPERATURES = (0.001, 1000)  # at the ends nothing is left to chance, and everything; beyond, float32 runs over
+MAX_GUIDANCE = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Request:
     n: pictures returned. best_of: candidates drawn, of which CLIP chooses the n that fit the caption best, best first;
       None draws n and ranks nothing.
     seed: candidate m has seed + m, and a picture depends on its own seed, caption and settings only.
-    temperature: above 0; 1 is the paper's, lower is safer and less varied. top_k, top_p: draw only among the k most
-      likely codes, or the most likely ones that reach probability p.
-    guidance: 1 is none; above it, codes are drawn that the caption makes likelier (`sample/logits.py:guide`).
+    temperature: 0.001 .. 1000; 1 is the paper's, lower is safer and less varied. top_k, top_p: draw only among the k
+      most likely codes, or the most likely ones that reach probability p.
+    guidance: 0 .. 1000; 1 is none, above it codes are drawn that the caption makes likelier (`sample/logits.py:guide`).
     image, keep_rows: complete this picture: the top keep_rows of the grid's rows of codes stay as they are (default:
       half of them).
     """
@@ -81,12 +83,12 @@ def check(request: Request, config: TransformerConfig, *, can_rank: bool, can_gu
         if not can_rank:
             raise UserError("best_of needs a CLIP to rank with: train one and put its workdir into the model's as clip")
     _whole("seed", request.seed, 0, MAX_SEED - request.candidates, highest="2**32 - candidates")
-    _number("temperature", request.temperature, above=0)
+    _number("temperature", request.temperature, least=TEMPERATURES[0], most=TEMPERATURES[1])
     if request.top_k is not None:
         _whole("top_k", request.top_k, 1, vocab)
     if request.top_p is not None:
         _number("top_p", request.top_p, above=0, most=1)
-    _number("guidance", request.guidance, least=0)
+    _number("guidance", request.guidance, least=0, most=MAX_GUIDANCE)
     if request.guidance != 1 and not can_guide:
         raise UserError(
             "guidance must be 1 for a model that was trained without dropping captions (config.data.caption_dropout), "

@@ -68,7 +68,7 @@ def capacity(engine: Engine, *, guided: bool, free: int | None = None) -> tuple[
     ways, device = engine.ways, engine.mesh.devices.flat[0]
     one = engine.wave_bytes(1, 1, guided=guided)
     each = engine.wave_bytes(1, 2, guided=guided) - one  # a caption's own part counts as one image more
-    free = (free_bytes(engine.mesh.local_devices[0]) if free is None else free) * ways
+    free = (free_bytes(engine.mesh.local_devices[0]) if free is None else free) * engine.mesh.size
     fit = max(1, int((SHARE * free - (one - each)) // each)) // ways * ways
     most = MOST.get(device.platform, MOST["gpu"]) * ways
     images = max(ways, min(fit, most))

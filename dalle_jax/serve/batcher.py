@@ -63,7 +63,8 @@ class Job:
 class Batcher:
     """Queue, batches and the drawing thread.
 
-    load: makes the pipeline. max_batch: pictures drawn together, unless one request alone asks for more.
+    load: makes the pipeline. max_batch: pictures drawn together, unless one request alone asks for more; None for as
+      many as the pipeline draws at a time (`room`).
     wait_seconds: how long the first of a batch waits for others. queue: requests that may wait.
     on_ready: called with None, or with the exception that `load` raised, from the drawing thread.
     """
@@ -72,7 +73,7 @@ class Batcher:
         self,
         load: Callable[[], Any],
         *,
-        max_batch: int,
+        max_batch: int | None,
         wait_seconds: float,
         queue: int,
         deadline_seconds: float,
@@ -80,7 +81,7 @@ class Batcher:
         on_ready: Callable[[Exception | None], None] = lambda error: None,
     ):
         self._load, self._on_ready, self.metrics = load, on_ready, metrics
-        self.max_batch, self.deadline_seconds = max_batch, deadline_seconds
+        self._max_batch, self.deadline_seconds = max_batch, deadline_seconds
         self._wait_seconds, self._queue = wait_seconds, queue
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
@@ -121,6 +122,20 @@ class Batcher:
             message = "the model could not be loaded" if self._broken else "the model is being loaded: try again soon"
             raise Refusal(503, message, code=f"model_{self.state}", headers={"Retry-After": "5"})
         return self._pipe
+
+    def room(self, *, guided: bool) -> tuple[int, str]:
+        """Pictures that are drawn together, guided ones or others, and why so many."""
+        return self.pipe.wave(guided=guided) if self._max_batch is None else (self._max_batch, "as --max-batch says")
+
+    def told(self) -> list[str]:
+        """Sentences that say how many pictures are drawn together, and why."""
+        lines: dict[int, str] = {}
+        for guidance, words in ((1.0, ""), (2.0, " with guidance")):
+            with contextlib.suppress(UserError):
+                self.pipe.check(Request("", guidance=guidance))
+                most, why = self.room(guided=guidance != 1)
+                lines.setdefault(most, f"draws up to {most} pictures{words} together: {why}")
+        return list(lines.values())
 
     def submit(self, order: Order) -> Job:
         """Puts an order into the queue.
@@ -195,15 +210,20 @@ class Batcher:
         The oldest always goes, so nobody starves; a smaller one may pass a larger one that does not fit.
         """
         batch, pictures, full = [], 0, False
+        most = self._most(self._waiting[0])
         for job in self._waiting:
             if batch and job.key != batch[0].key:
                 continue
-            if batch and pictures + job.order.candidates > self.max_batch:
+            if batch and pictures + job.order.candidates > most:
                 full = True
                 continue
             batch.append(job)
             pictures += job.order.candidates
-        return batch, full or pictures >= self.max_batch
+        return batch, full or pictures >= most
+
+    def _most(self, job: Job) -> int:
+        """Pictures of a batch with this job."""
+        return self.room(guided=job.order.request.guidance != 1)[0]
 
     def _draw(self, batch: list[Job]) -> None:
         start = time.monotonic()
@@ -217,7 +237,7 @@ class Batcher:
             return not job.cancelled
 
         self.metrics.batch_requests.observe(len(batch))
-        self.metrics.batch_fill.observe(min(1.0, pictures / self.max_batch))
+        self.metrics.batch_fill.observe(min(1.0, pictures / self._most(batch[0])))
         try:
             results = self._pipe.draw([job.order.request for job in batch], on_rows=on_rows)
             for job, drawn in zip(batch, results, strict=True):

@@ -65,6 +65,9 @@ async def gone(request: Request) -> None:
 
 
 def _expect(request: Request, media_type: str) -> None:
+    if query := request.scope["query_string"]:
+        message = f"parameters belong in the body, got some in the address: {schema.shown(query.decode('latin-1'))}"
+        raise invalid(None, message, code="unknown_parameter")
     came, _ = parse_options_header(request.headers.get("content-type"))
     if came.decode("latin-1").lower() != media_type:
         message = f"the content type must be {media_type}, got {schema.shown(came.decode('latin-1'))}"

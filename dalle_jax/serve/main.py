@@ -14,7 +14,7 @@ import sys
 import uvicorn
 
 from dalle_jax.errors import UserError
-from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.sample.main import add_loading_arguments, load
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
 from dalle_jax.serve.metrics import Metrics
@@ -25,11 +25,13 @@ MAX_HEAD_BYTES = 32 * 2**10  # of a request line with its headers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="workdir of a trained transformer")
+    add_loading_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     parser.add_argument("--name", help="what clients call the model (default: the name of DIR)")
-    parser.add_argument("--max-batch", type=int, default=64, metavar="N", help="pictures drawn together (default 64)")
+    parser.add_argument(
+        "--max-batch", type=int, metavar="N", help="pictures drawn together (default: as many as fit the free memory)"
+    )
     parser.add_argument(
         "--batch-wait-ms", type=float, default=20, metavar="MS", help="a request waits for others (default 20)"
     )
@@ -58,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         ("--queue", args.queue, 1, 10_000),
         ("--deadline-s", args.deadline_s, 0.001, 86_400),
     ):
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise UserError(f"expected {flag} of {low} .. {high}, got {value}: choose one in between")
     token = read_token(args.token_file)
     name = args.name or pathlib.Path(args.model).resolve().name
@@ -73,13 +75,13 @@ def main(args: argparse.Namespace) -> int:
     def on_ready(error: Exception | None) -> None:
         if error is None:
             with contextlib.suppress(OSError):  # nobody reads it
-                print(f"dalle-jax serves {name} on {address}", flush=True)
+                print(f"dalle-jax serves {name} on {address}", *batcher.told(), sep="\n", flush=True)
         else:
             trouble.append(error)
             server.should_exit = True
 
     batcher = Batcher(
-        functools.partial(Pipeline.load, args.model),
+        functools.partial(load, args),
         max_batch=args.max_batch,
         wait_seconds=args.batch_wait_ms / 1000,
         queue=args.queue,

@@ -33,7 +33,10 @@ class Metrics:
             "dalle_jax_queue_wait_seconds", "From arrival to the start of drawing", buckets=_SECONDS, registry=registry
         )
         self.batch_fill = Histogram(
-            "dalle_jax_batch_fill", "Pictures of a batch as a share of --max-batch", buckets=_SHARES, registry=registry
+            "dalle_jax_batch_fill",
+            "Pictures of a batch as a share of those that are drawn together",
+            buckets=_SHARES,
+            registry=registry,
         )
         self.batch_requests = Histogram(
             "dalle_jax_batch_requests", "Requests of a batch", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
