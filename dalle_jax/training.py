@@ -14,13 +14,7 @@ from dalle_jax.train.run import train
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="e.g. configs/transformer.py:demo")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="everything is written here; again to resume")
-    several = parser.add_argument_group(
-        "several processes",
-        "found by themselves under SLURM, on TPU pods and in JobSets (docs/pods.md); else all three",
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--num-processes", type=int, metavar="N")
-    several.add_argument("--process-id", type=int, metavar="I", help="0 .. N-1")
+    distributed.add_arguments(parser)
     parser.epilog = "--config.key=value changes a value of the config, e.g. --config.steps=1000"
 
 
