@@ -7,7 +7,7 @@ import signal
 from dalle_jax import config as configs
 from dalle_jax import distributed
 from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART
-from dalle_jax.hooks import sample_hook
+from dalle_jax.hooks import hooks_of
 from dalle_jax.train.run import train
 
 
@@ -31,8 +31,7 @@ def main(args: argparse.Namespace) -> int:
         start_seconds=config.processes.start_seconds,
         hang_seconds=config.processes.hang_seconds,
     )
-    hooks = [sample_hook(config, workdir)] if config.name == "transformer" else []
-    result = train(config, workdir, hooks=hooks)
+    result = train(config, workdir, hooks=hooks_of(config, workdir))
     if not result.signal or result.step == config.steps:
         return 0
     return EXIT_INTERRUPTED if result.signal == signal.SIGINT else EXIT_RESTART
