@@ -6,9 +6,11 @@ import json
 import shutil
 import tarfile
 import threading
+import time
 
 import jax
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 from test_clip import TINY
@@ -309,6 +311,33 @@ def test_two_processes_give_the_bits_of_one(straight, model, words, tmp_path):
     assert drawn == {0: 2, 1: 1} and made[1] is None
     assert shards(tmp_path) == shards(straight[0])
     assert made[0]["blur"] == straight[1]["blur"] and not (tmp_path / "features").exists()
+
+
+@pytest.mark.slow
+def test_two_real_processes_give_the_bits_of_one(straight, model, words, tmp_path):
+    out = tmp_path / "out"
+    started = processes.start("evaluate_driver.py", tmp_path, 2, model, *words, "--out", out, devices=8)
+    assert processes.statuses(started) == [0, 0], [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
+    assert shards(out) == shards(straight[0])
+    assert json.loads((out / "report.json").read_text())["blur"] == straight[1]["blur"]
+    assert "00001.tar of 3 shards" in (tmp_path / "1.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_really_killed_goes_on(straight, model, words, tmp_path):
+    out = tmp_path / "out"
+    part = out / "pictures" / ".00001.tar.part"
+    (started,) = processes.start("evaluate_driver.py", tmp_path, 1, model, *words, "--out", out, devices=8)
+    until = time.monotonic() + 120
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.02)
+    started.kill()
+    started.wait()
+    assert sorted(shards(out)) == [".00001.tar.part", "00000.tar"]
+    times = {path.name: path.stat().st_mtime_ns for path in (out / "pictures").glob("*.tar")}
+    assert run(model, *words, "--out", out, "--json") == 0
+    assert shards(out) == shards(straight[0])
+    assert all((out / "pictures" / name).stat().st_mtime_ns == when for name, when in times.items())
 
 
 def test_given_pictures_score_as_drawn_ones_and_near_duplicates_are_found_and_removed(
