@@ -6,8 +6,8 @@ Dimensions: N pictures of one set, M of the other, E embedding.
 import numpy as np
 
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import distances, preprocess
-from dalle_jax.evaluate.features import BATCH, Extractor, Found, Preparation
+from dalle_jax.evaluate import distances, features, preprocess
+from dalle_jax.evaluate.features import Extractor, Found, Preparation
 from dalle_jax.sample.rerank import Reranker
 
 RESIZE = "clip"  # its own and only one
@@ -17,8 +17,8 @@ class ClipExtractor(Extractor):
     """The picture side of a CLIP in place of Inception; it has no classes, so there is no Inception score of it."""
 
     def __init__(self, clip: Reranker, *, batch: int | None = None):
-        """batch: pictures of one call; default: BATCH."""
-        self.clip, self.digest, self.batch = clip, clip.digest, batch or BATCH
+        """batch: pictures of one call; default: `features.BATCH`."""
+        self.clip, self.digest, self.batch = clip, clip.digest, batch or features.BATCH
         self.features, self.classes = clip.model.config.embed, 0
         self.network = f"clip-{self.features}"
 
