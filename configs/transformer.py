@@ -41,6 +41,9 @@ def _start(model: TransformerConfig, data: DataConfig) -> ConfigDict:
     config = base("transformer", model=model, data=data)
     config.dvae = ""  # workdir or exported model of stage 1
     config.tokenizer = ""  # file, or a folder that holds tokenizer.model
+    # Every so many updates (0: never) FID by the Inception in `weights`, and scores by the CLIP in `clip`, of a picture
+    # for each of `count` held-out captions against `reference_count` held-out pictures.
+    config.evaluate = {"every": 0, "count": 64, "reference_count": 512, "weights": "", "clip": ""}
     return config
 
 

@@ -36,7 +36,7 @@ VERBS = {
     ),
 }
 OVERRIDE = "--config."
-OVERRIDDEN = ("train", "preflight")  # verbs whose config can be changed on the command line
+OVERRIDDEN = ("train", "preflight", "evaluate")  # verbs whose config can be changed on the command line
 
 
 class _Parser(argparse.ArgumentParser):

@@ -33,6 +33,7 @@ FREE_KEYS = (
     "validate_every",
     "validation_batches",
     "picture_every",
+    "evaluate.",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every_hours",

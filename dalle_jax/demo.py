@@ -20,6 +20,7 @@ from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
 from dalle_jax.data import scenes
 from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.evaluate.scenes import accuracy, shows
 from dalle_jax.hooks import sample_hook
 from dalle_jax.sample.pipeline import CLIP, Pipeline
@@ -149,6 +150,7 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
         say(f"6/{stages} the best of {best_of} candidates")
         pipe = Pipeline.load(workdir / "transformer")
         report["best_of"], best = judge_best(pipe, best_of, num_captions)
+        report["by_clip_features"] = judge_by_clip(pipe, drawn, num_captions)
         report["steps"]["clip"], report["parameters"]["clip"] = clip_config.steps, pipe.reranker.model.num_params
         best_sheet(drawn[RANKED_SET], best, scale=scale, best_of=best_of).save(workdir / "best.png")
     report["seconds"] = time.monotonic() - began
@@ -256,6 +258,14 @@ def judge_best(pipe: Pipeline, best_of: int, num_captions: int):
         "first_candidate_accuracy": accuracy(first, told),
         "two_object_unseen_accuracy": accuracy(best, told),
     }, best
+
+
+def judge_by_clip(pipe: Pipeline, drawn, num_captions: int) -> dict:
+    """FID and CLIP score of the first samples against true pictures of the same captions, which training never has."""
+    names = REPORT_KEYS.values()
+    captions, pictures = ([item for name in names for item in drawn[name][part]] for part in (0, 2))
+    real = [scenes.true_pictures(name, "report", num_captions, image_size=pipe.image_size) for name in names]
+    return by_clip(pipe.reranker, pictures, captions, np.concatenate(real))
 
 
 def judge_dvae(pipe: Pipeline, num_pictures: int) -> dict[str, float]:

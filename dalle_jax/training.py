@@ -7,20 +7,14 @@ import signal
 from dalle_jax import config as configs
 from dalle_jax import distributed
 from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART
-from dalle_jax.hooks import sample_hook
+from dalle_jax.hooks import hooks_of
 from dalle_jax.train.run import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="e.g. configs/transformer.py:demo")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="everything is written here; again to resume")
-    several = parser.add_argument_group(
-        "several processes",
-        "found by themselves under SLURM, on TPU pods and in JobSets (docs/pods.md); else all three",
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--num-processes", type=int, metavar="N")
-    several.add_argument("--process-id", type=int, metavar="I", help="0 .. N-1")
+    distributed.add_arguments(parser)
     parser.epilog = "--config.key=value changes a value of the config, e.g. --config.steps=1000"
 
 
@@ -37,8 +31,7 @@ def main(args: argparse.Namespace) -> int:
         start_seconds=config.processes.start_seconds,
         hang_seconds=config.processes.hang_seconds,
     )
-    hooks = [sample_hook(config, workdir)] if config.name == "transformer" else []
-    result = train(config, workdir, hooks=hooks)
+    result = train(config, workdir, hooks=hooks_of(config, workdir))
     if not result.signal or result.step == config.steps:
         return 0
     return EXIT_INTERRUPTED if result.signal == signal.SIGINT else EXIT_RESTART

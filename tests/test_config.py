@@ -54,6 +54,11 @@ def test_the_12b_parameters_are_really_cut_over_128_devices():
     assert sum(jax.tree.leaves(sizes)) < 1.05 * model.num_params / 128
 
 
+def test_only_a_model_is_trained():
+    with pytest.raises(UserError, match="expected the config of a model to train, got one of evaluate"):
+        run.check_values(configs.load("configs/evaluate.py:demo"))
+
+
 def test_overrides_change_values_and_keep_types():
     config = configs.load(
         "configs/dvae.py:demo",
@@ -73,7 +78,7 @@ def test_overrides_change_values_and_keep_types():
         ("configs/dvae.py:demo", "--config.model.width=wide", "wrong type"),
         ("configs/dvae.py:demo", "--config.model.width", "join key and value"),
         ("configs/dvae.py:tiny", "--config.steps=1", "one of paper, emoji, demo"),
-        ("configs/vae.py:demo", "--config.steps=1", "try configs/clip.py or configs/dvae.py or configs/transformer.py"),
+        ("configs/vae.py:demo", "--config.steps=1", "try configs/clip.py or configs/dvae.py or configs/evaluate.py"),
     ],
 )
 def test_mistakes_are_answered_in_one_sentence(spec, override, message):
@@ -114,7 +119,7 @@ def test_only_free_keys_may_change_in_a_workdir():
 
 
 def test_free_keys_exist():
-    known = configs.flatten(configs.load("configs/dvae.py:demo"))
+    known = configs.flatten(configs.load("configs/transformer.py:demo"))
     for free in configs.FREE_KEYS:
         assert any(key == free or key.startswith(free) for key in known), free
 

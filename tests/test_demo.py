@@ -35,6 +35,9 @@ def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, 
     assert ("best_of" in report) == (workdir / "best.png").exists() == bool(best_of)
     if best_of:
         assert report["best_of"]["candidates"] == 4 and 0 <= report["best_of"]["two_object_unseen_accuracy"] <= 1
+        by_clip = report["by_clip_features"]
+        assert by_clip["clip_fid"] > 0 and 0 <= by_clip["clip_score"] <= 2.5 and "not Inception" in by_clip["note"]
+        assert by_clip["pictures"] == by_clip["reference"] == 16 * len(demo.REPORT_KEYS)
         assert report["steps"] == {"dvae": 3, "clip": 3, "transformer": 3}
 
 

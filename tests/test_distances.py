@@ -189,21 +189,29 @@ def test_bad_sets_are_refused(call, message):
 
 def test_statistics_files(tmp_path):
     mean, covariance = moments.of(pair()[0])
-    about = {"network": "inception fid", "weights": "ab", "resize": "pytorch", "blur": "0"}
+    about = {
+        "network": "inception-fid",
+        "weights": "ab",
+        "resize": "pytorch",
+        "crop": "centre",
+        "side": "256",
+        "blur": "0",
+    }
     ours = statistics.Statistics(mean, covariance, 300, about)
     statistics.save(tmp_path / "a.npz", ours)
     loaded = statistics.load(tmp_path / "a.npz")
     assert (loaded.count, loaded.about) == (300, about)
     np.testing.assert_array_equal(loaded.covariance_FF, covariance)
-    assert statistics.check_comparable(ours, loaded, where="a.npz") == []
+    assert statistics.check_comparable(about, len(mean), loaded, where="a.npz") == []
     np.savez(tmp_path / "theirs.npz", mu=mean, sigma=covariance)  # as pytorch-fid writes it
-    notes = statistics.check_comparable(ours, statistics.load(tmp_path / "theirs.npz"), where="theirs.npz")
-    assert len(notes) == 4 and "network" in notes[0]
-    other = statistics.Statistics(mean, covariance, 300, about | {"resize": "clean"})
-    with pytest.raises(UserError, match="resize pytorch in a.npz, got clean"):
-        statistics.check_comparable(ours, other, where="a.npz")
+    unknown = statistics.load(tmp_path / "theirs.npz")
+    notes = statistics.check_comparable(about, len(mean), unknown, where="theirs.npz")
+    assert [note.rpartition(" ")[2] for note in notes] == list(statistics.SAID) and "theirs.npz" in notes[0]
+    for key, value in (("resize", "clean"), ("crop", "none"), ("side", "0"), ("weights", "cd"), ("blur", "2")):
+        with pytest.raises(UserError, match=f"expected {key} {value} in a.npz, got {about[key]}"):
+            statistics.check_comparable(about | {key: value}, len(mean), loaded, where="a.npz")
     with pytest.raises(UserError, match="another network"):
-        statistics.check_comparable(ours, statistics.Statistics(mean[:3], covariance[:3, :3]), where="b")
+        statistics.check_comparable(about, 3, loaded, where="a.npz")
     with pytest.raises(UserError, match=r"\.npz"):
         statistics.save(tmp_path / "a.txt", ours)
 

@@ -125,7 +125,9 @@ def test_the_command(weights, folders, tmp_path, capsys):
     assert report["pictures"]["count"] == report["reference"]["count"] == 12
     assert report["reference"]["dropped"] == {"not an image": 1}
     assert report["pictures"]["sizes"] == {"40x40": 4, "48x40": 4, "56x40": 4}
-    assert report["weights"] == Extractor.load(weights).digest and report["resize"] == "pytorch"
+    assert (
+        report["weights"] == Extractor.load(weights).digest and report["evaluation"]["measure"]["resize"] == "pytorch"
+    )
     assert any("fewer than 128 features" in note for note in report["notes"])
     scores = report["scores"]
     assert scores["fid"] > 0 and scores["kid_subset_size"] == 12 and 0 <= scores["precision"] <= 1
@@ -139,6 +141,8 @@ def test_the_command(weights, folders, tmp_path, capsys):
     assert abs(json.loads((out / "report.json").read_text())["scores"]["fid"]) < 1e-5
     assert run("--pictures", folders[0], "--reference", stored, *common, "--resize", "clean") == 2
     assert "expected resize clean" in capsys.readouterr().err
+    assert run("--pictures", folders[0], "--reference", stored, *common, "--crop", "centre") == 2
+    assert "expected crop centre" in capsys.readouterr().err
 
 
 def test_features_do_not_depend_on_the_batch(weights, folders):
@@ -160,9 +164,24 @@ def test_features_do_not_depend_on_the_batch(weights, folders):
         (("--pictures", "PICTURES", "--reference", "none.npz", "--weights", "WEIGHTS"), "none.npz"),
         (("--pictures", "nowhere", "--reference", "PICTURES", "--weights", "WEIGHTS"), "expected a source"),
         (("--pictures", "BAD", "--reference", "PICTURES", "--weights", "WEIGHTS"), "1 x not an image"),
-        (("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIGHTS", "--count", 99), "--count 99"),
-        (("--pictures", "BROKEN", "--reference", "PICTURES", "--weights", "WEIGHTS", "--count", 13), "got 12"),
+        (("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIGHTS", "--count", 99), "a count of 99"),
+        (("--pictures", "BROKEN", "--reference", "BROKEN", "--weights", "WEIGHTS", "--count", 13), "got 12"),
         (("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIGHTS", "--blur", -1), "blur"),
+        (("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIGHTS", "--side", 9), "side needs crop"),
+        (("--pictures", "PICTURES", "--reference", "a.npz", "--weights", "WEIGHTS", "--blur", 0, 1), "one radius"),
+        (("nowhere",), "expected --config FILE.py:PROTOCOL with nowhere"),
+        (("--config", "configs/evaluate.py:demo", "--seed", 1), "--config.measure.seed=... instead of --seed"),
+        (("--config", "configs/evaluate.py:demo", "--config.clip=X"), "config.json"),
+        (("--config", "configs/evaluate.py:demo"), "expected a CLIP for features = 'clip'"),
+        (("--config", "configs/evaluate.py:pytorch"), "expected weights of Inception v3"),
+        (("--config", "configs/evaluate.py:pytorch", "--config.draw.count=-1"), "count must be a whole number"),
+        (
+            ("--config", "configs/evaluate.py:coco", "--config.weights=WEIGHTS"),
+            "expected the network 'torchvision' for",
+        ),
+        (("--config", "configs/evaluate.py:pytorch", "--config.weights=WEIGHTS"), "expected a source of captions"),
+        (("--from", "none.json"), "expected a report"),
+        (("--config", "configs/dvae.py:demo"), "expected a protocol such as"),
     ],
 )
 def test_bad_input_is_one_clear_line(words, message, weights, folders, tmp_path, monkeypatch, capsys):
@@ -170,7 +189,8 @@ def test_bad_input_is_one_clear_line(words, message, weights, folders, tmp_path,
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"x" * 300)
     places = {"PICTURES": folders[0], "BROKEN": folders[1], "WEIGHTS": weights, "BAD": tmp_path / "bad"}
-    assert run(*(places.get(word, word) for word in words), "--json") == 2
+    words = [places.get(word, str(word).replace("=WEIGHTS", f"={weights}")) for word in words]
+    assert run(*words, "--json") == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err.splitlines()[-1] and not (tmp_path / "evaluation" / "report.json").exists()
 

@@ -260,7 +260,7 @@ def test_generated_scenes():
         ("wds:{}/{{5..1}}.tar", "from low to high"),
         ("folder:{}/nope", "no folder"),
         ("folder:{}", "got none"),
-        ("coco:{}/captions.json", "expected coco:JSON,DIR"),
+        ("coco:{}/captions.json", "official download"),
         ("coco:{0}/captions.json,{0}", "check the path"),
         ("coco:{0}/list.json,{0}", "expected lists"),
         ("tfds:nope/train@{}", "nope"),

@@ -12,6 +12,33 @@ from dalle_jax.data import captions, folder
 from dalle_jax.data.record import BadRecord, Dropped, Record
 from dalle_jax.errors import UserError
 
+OFFICIAL_SPLIT = "val2014"
+
+
+def official_layout(folder: str, split: str) -> tuple[str, str]:
+    """Captions file and folder of images of the official download unpacked in a folder.
+
+        FOLDER/annotations/captions_val2014.json    of annotations_trainval2014.zip
+        FOLDER/val2014/COCO_val2014_*.jpg           of val2014.zip
+
+    Raises:
+      UserError: a part is not there, by name.
+    """
+    captions_file = os.path.join("annotations", f"captions_{split}.json")
+    paths = [os.path.join(folder, part) for part in (captions_file, split)]
+    found = os.path.isfile(paths[0]), os.path.isdir(paths[1])
+    year = split[-4:]
+    archives = (captions_file, f"annotations_trainval{year}.zip"), (f"{split}{os.sep}", f"{split}.zip")
+    missing = [
+        f"{part} ({archive} holds it)" for (part, archive), there in zip(archives, found, strict=True) if not there
+    ]
+    if missing:
+        raise UserError(
+            f"expected the official download of MS-COCO unpacked in {folder}, got it without {' and '.join(missing)}: "
+            "unpack the rest there, or name both parts as coco:JSON,DIR"
+        )
+    return paths[0], paths[1]
+
 
 class CocoSource:
     """Records in the order of the JSON's images. See `record.Source`; opened by `open_source('coco:JSON,DIR')`.

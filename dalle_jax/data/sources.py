@@ -1,4 +1,4 @@
-"""One string names a source: `wds:PATTERN`, `folder:DIR`, `coco:JSON,DIR`, `tfds:NAME/SPLIT`, `scenes:SPLIT`.
+"""One string names a source: `wds:PATTERN`, `folder:DIR`, `coco:DIR`, `tfds:NAME/SPLIT`, `scenes:SPLIT`.
 
 The only dispatch on the kind of a source. To add a kind: a class as `record.Source` asks, and an entry in `KINDS`.
 """
@@ -7,7 +7,7 @@ import glob
 import os
 import re
 
-from dalle_jax.data.coco import CocoSource
+from dalle_jax.data.coco import OFFICIAL_SPLIT, CocoSource, official_layout
 from dalle_jax.data.folder import FolderSource
 from dalle_jax.data.record import Source
 from dalle_jax.data.shards import ShardSource
@@ -15,7 +15,8 @@ from dalle_jax.errors import UserError
 
 HELP = (
     "wds:PATTERN (tar shards: glob, {000..012} or a folder), folder:DIR (images with .txt or metadata.jsonl/.csv), "
-    "coco:JSON,DIR, tfds:NAME/SPLIT[@DATA_DIR], scenes:train|val (built in)"
+    "coco:JSON,DIR or coco:DIR[@val2014] (the official download), tfds:NAME/SPLIT[@DATA_DIR], "
+    "scenes:train|val (built in)"
 )
 
 
@@ -89,7 +90,8 @@ def _open_folder(name: str, place: str, *, captions_required: bool) -> Source:
 def _open_coco(name: str, place: str, *, captions_required: bool) -> Source:
     path, comma, images = place.rpartition(",")
     if not comma:
-        raise UserError(f"expected coco:JSON,DIR with a captions file and a folder of images, got {name}")
+        folder, _, split = place.partition("@")
+        path, images = official_layout(os.path.expanduser(folder), split or OFFICIAL_SPLIT)
     path, images = os.path.expanduser(path), os.path.expanduser(images)
     return CocoSource(name, path, images, captions_required=captions_required)
 

@@ -8,7 +8,16 @@ the launchers start the job again. JAX's own distributed runtime does the work: 
 
 from dalle_jax.distributed.agreement import gather_json, stop_agreed, whole
 from dalle_jax.distributed.barrier import OtherProcessFailed, SaveBarrier
-from dalle_jax.distributed.meeting import initialise
+from dalle_jax.distributed.meeting import add_arguments, initialise
 from dalle_jax.distributed.watchdog import Watchdog
 
-__all__ = ["OtherProcessFailed", "SaveBarrier", "Watchdog", "gather_json", "initialise", "stop_agreed", "whole"]
+__all__ = [
+    "OtherProcessFailed",
+    "SaveBarrier",
+    "Watchdog",
+    "add_arguments",
+    "gather_json",
+    "initialise",
+    "stop_agreed",
+    "whole",
+]

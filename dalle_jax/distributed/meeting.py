@@ -1,5 +1,6 @@
 """How the processes of a job find each other: flags, environment variables, SLURM or the machine itself."""
 
+import argparse
 import glob
 import importlib.util
 import os
@@ -17,6 +18,17 @@ from dalle_jax.errors import EXIT_RESTART, UserError
 
 DEFAULT_PORT = 8476  # of a coordinator that is given without one
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX reads
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three flags of a command that may be one of several processes."""
+    several = parser.add_argument_group(
+        "several processes",
+        "found by themselves under SLURM, on TPU pods and in JobSets (docs/pods.md); else all three",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="0 .. N-1")
 
 
 def initialise(

@@ -1,4 +1,4 @@
-"""Features of a source's pictures by Inception v3, in batches over all devices of this process.
+"""Features of a source's pictures by a network, in batches over all devices of this process.
 
 Keeps every picture that decodes, in the source's order, counts those that do not, and pads the last batch instead of
 dropping it. Knows nothing of distances.
@@ -9,10 +9,11 @@ Dimensions: B batch, H height, W width, N pictures, F features, V classes.
 import collections
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 
 import jax
@@ -25,6 +26,7 @@ from dalle_jax.convert import inception as importer
 from dalle_jax.convert.state_dict import read_state_dict
 from dalle_jax.data.decode import BadImage, decode_image
 from dalle_jax.data.record import Dropped, Source
+from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import preprocess
 from dalle_jax.models import Model, Params, build, inception
@@ -36,36 +38,82 @@ _features = jax.jit(Model.apply, static_argnums=0)
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How pictures are brought to the network: a name of `preprocess.CROPS`, a blur radius, one of `RESIZES`."""
+    """How pictures are brought to a network: crop, side, blur and resize, as `protocol.Measure` explains them."""
 
     resize: str = "pytorch"
     crop: str = "none"
+    side: int = 0
     blur: float = 0.0
 
+    def framed(self, image_uint8: np.ndarray) -> np.ndarray:
+        """Cropped and blurred, still uint8 [H, W, 3]."""
+        image_uint8 = preprocess.CROPS[self.crop](image_uint8)
+        if self.side and self.crop != "none":
+            image_uint8 = centre(image_uint8, self.side)
+        return preprocess.blurred(image_uint8, self.blur)
+
+    def about(self) -> dict[str, str]:
+        """The values as words of a statistics file."""
+        return {"resize": self.resize, "crop": self.crop, "side": str(self.side), "blur": f"{self.blur:g}"}
+
     def __call__(self, image_uint8: np.ndarray) -> np.ndarray:
-        image_uint8 = preprocess.blurred(preprocess.CROPS[self.crop](image_uint8), self.blur)
-        return preprocess.RESIZES[self.resize](image_uint8)
+        """For Inception: float32 [SIDE, SIDE, 3]."""
+        return preprocess.RESIZES[self.resize](self.framed(image_uint8))
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Features of the pictures of a source that could be read.
+    """Features of the pictures of a source that could be read, in the source's order.
 
-    features_NF, logits_NV: float32. keys: their names. dropped: reason -> count. sizes: (height, width) -> count.
+    features_NF: float32; logits_NV: float32, V = 0 where the network has none. keys: their names; rows: their places in
+    the source; captions: the first of each, '' for none; hashes: sha256 of each picture as it was stored. dropped:
+    reason -> count. sizes: (height, width) -> count.
     """
 
     features_NF: np.ndarray
     logits_NV: np.ndarray
     keys: list[str]
+    rows: list[int]
+    captions: list[str]
+    hashes: list[str]
     dropped: dict[str, int]
     sizes: dict[tuple[int, int], int]
 
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all pictures in their order."""
+        return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
+
+    def without(self, rows: Collection[int]) -> "Found":
+        """The same set without the pictures in these places of the source."""
+        kept = [i for i, row in enumerate(self.rows) if row not in rows]
+        lists = {name: [getattr(self, name)[i] for i in kept] for name in ("keys", "rows", "captions", "hashes")}
+        return dataclasses.replace(self, features_NF=self.features_NF[kept], logits_NV=self.logits_NV[kept], **lists)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Found"]) -> "Found":
+        """Consecutive parts of a source as one."""
+        arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("features_NF", "logits_NV")}
+        lists = {
+            name: [value for part in parts for value in getattr(part, name)]
+            for name in ("keys", "rows", "captions", "hashes")
+        }
+        counts = {
+            name: dict(sum((collections.Counter(getattr(part, name)) for part in parts), collections.Counter()))
+            for name in ("dropped", "sizes")
+        }
+        return cls(**arrays, **lists, **counts)
+
 
 class Extractor:
-    """A network on all devices of this process. Make one with `Extractor.load`.
+    """Inception v3 on all devices of this process. Make one with `Extractor.load`.
 
     Attributes:
-      network: its name in reports. digest: sha256 (hex) of its parameters.
+      network: its name in reports. digest: sha256 (hex) of its parameters. features: length of a vector. batch:
+        pictures of one call.
     """
 
     def __init__(self, model: Model, params: Params, *, batch: int | None = None):
@@ -73,6 +121,7 @@ class Extractor:
         self.model, self.digest = model, digest.of_tree(params)
         config = model.config
         self.network = f"inception-{config.pools}" + (f"-{config.features}" if config.narrow > 1 else "")
+        self.features, self.classes = config.features, config.classes
         self.batch = (batch or BATCH) * sharding.batch_ways(mesh)
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._place = NamedSharding(mesh, PartitionSpec(sharding.TABLE["batch"]))
@@ -97,11 +146,15 @@ class Extractor:
         checkpoint.check_params(params, model.abstract, where=os.fspath(path))
         return cls(model, params, batch=batch)
 
+    def prepared(self, image_uint8: np.ndarray, prepare: Preparation) -> np.ndarray:
+        """What the network reads of a picture uint8 [H, W, 3]."""
+        return prepare(image_uint8)
+
     def __call__(self, x_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What `preprocess` makes of pictures -> pool3 [N, F] and logits [N, V]; N at most `batch`."""
+        """What `prepared` makes of pictures -> features [N, F] and logits [N, V]; N at most `batch`."""
         count = len(x_NHWC)
         if count < self.batch:  # one compiled shape
-            x_NHWC = np.concatenate([x_NHWC, np.zeros((self.batch - count, *x_NHWC.shape[1:]), np.float32)])
+            x_NHWC = np.concatenate([x_NHWC, np.zeros((self.batch - count, *x_NHWC.shape[1:]), x_NHWC.dtype)])
         pool3_BF, logits_BV = _features(self.model, self._params, jax.device_put(x_NHWC, self._place))
         return np.asarray(pool3_BF)[:count], np.asarray(logits_BV)[:count]
 
@@ -112,26 +165,73 @@ class Extractor:
           UserError: no picture of the source can be read.
         """
         rows = range(len(source)) if rows is None else rows
-        batches, keys, sizes, dropped = [], [], collections.Counter(), collections.Counter()
-        bar = tqdm.tqdm(total=len(rows), unit=" pictures", desc=tell, disable=None if tell else True, file=sys.stderr)
-        with bar, futures.ThreadPoolExecutor() as pool:
-            for taken in _side_by_side(pool, functools.partial(_read, source, prepare), rows, self.batch):
+        with progress(len(rows), tell) as bar:
+            found = self.of_rows(source, prepare=prepare, rows=rows, advance=bar.update)
+        return refuse_none(found, source)
+
+    def of_rows(self, source: Source, *, prepare: Preparation, rows, advance: Callable[[int], None]) -> Found:
+        """Features of these rows, none it may be. advance: told how many more rows are done."""
+        batches, kept, sizes, dropped = [], [], collections.Counter(), collections.Counter()
+        with futures.ThreadPoolExecutor() as pool:
+            for taken in _side_by_side(pool, functools.partial(_read, source, self, prepare), rows, self.batch):
                 good = [outcome for outcome in taken if not isinstance(outcome, Dropped)]
                 dropped.update(outcome.reason for outcome in taken if isinstance(outcome, Dropped))
-                keys += [key for key, _, _ in good]
-                sizes.update(size for _, size, _ in good)
+                sizes.update(one.size for one in good)
                 if good:
-                    batches.append(self(np.stack([x for _, _, x in good])))
-                bar.update(len(taken))
-        if not batches:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "it is empty"
-            raise UserError(f"expected pictures in {source.name}, got none that can be read ({reasons})")
-        features_NF, logits_NV = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-        return Found(features_NF, logits_NV, keys, dict(dropped), dict(sizes))
+                    batches.append(self(np.stack([one.x for one in good])))
+                kept += [dataclasses.replace(one, x=None) for one in good]
+                advance(len(taken))
+        none = np.zeros((0, self.features), np.float32), np.zeros((0, self.classes), np.float32)
+        features_NF, logits_NV = (np.concatenate(parts) for parts in zip(none, *batches, strict=True))
+        lists = {name: [getattr(one, name[:-1]) for one in kept] for name in ("keys", "rows", "captions")}
+        return Found(
+            features_NF, logits_NV, **lists, hashes=[o.hash for o in kept], dropped=dict(dropped), sizes=dict(sizes)
+        )
 
 
-def _read(source: Source, prepare: Preparation, row: int):
-    """Key, (height, width) and network input of one row, or its `Dropped`."""
+def refuse_none(found: Found, source: Source) -> Found:
+    """The same set, unless it is empty.
+
+    Raises:
+      UserError: no picture of the source can be read.
+    """
+    if not len(found):
+        reasons = counted(found.dropped) or "it is empty"
+        raise UserError(f"expected pictures in {source.name}, got none that can be read ({reasons})")
+    return found
+
+
+def counted(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
+
+
+def progress(total: int, tell: str, *, done: int = 0):
+    """A bar with the time that is left, on a terminal; none where `tell` is ''."""
+    return tqdm.tqdm(
+        total=total, initial=done, unit=" pictures", desc=tell, disable=None if tell else True, file=sys.stderr
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _One:
+    """A picture as it was read; x: what the network reads of it."""
+
+    key: str
+    row: int
+    caption: str
+    hash: str
+    size: tuple[int, int]
+    x: np.ndarray | None
+
+
+def hash_of(image: bytes | np.ndarray) -> str:
+    """sha256 (hex) of a stored picture, or of the shape and pixels of one that is made."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+def _read(source: Source, extractor: Extractor, prepare: Preparation, row: int) -> "_One | Dropped":
     record = source[row]
     if isinstance(record, Dropped):
         return record
@@ -139,7 +239,9 @@ def _read(source: Source, prepare: Preparation, row: int):
         image_uint8 = decode_image(record.image)
     except BadImage as bad:
         return Dropped(record.key, bad.reason, bad.detail)
-    return record.key, image_uint8.shape[:2], prepare(image_uint8)
+    x = extractor.prepared(image_uint8, prepare)
+    caption = record.captions[0] if record.captions else ""
+    return _One(record.key, row, caption, hash_of(record.image), image_uint8.shape[:2], x)
 
 
 def _side_by_side(pool, work: Callable, rows, size: int) -> Iterator[list]:

@@ -1,184 +1,158 @@
 """`dalle-jax evaluate`: how far pictures are from a reference set, and a report from which others can repeat it."""
 
 import argparse
-import importlib.metadata
 import json
 import pathlib
-import platform
 import sys
-import time
 
-import numpy as np
+import jax
 
-import dalle_jax
-from dalle_jax import checkpoint
-from dalle_jax.data.sources import HELP, open_source
+from dalle_jax import config as configs
+from dalle_jax import distributed
+from dalle_jax.data.sources import HELP
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import distances, moments, preprocess, self_check, statistics
-from dalle_jax.evaluate.features import Extractor, Found, Preparation
-from dalle_jax.evaluate.statistics import Statistics
+from dalle_jax.evaluate import repeat, report, self_check
+from dalle_jax.evaluate.crew import Crew
+from dalle_jax.evaluate.features import Extractor
+from dalle_jax.evaluate.protocol import CROPS, RESIZES, Evaluation
+from dalle_jax.evaluate.repeat import Expected
+from dalle_jax.evaluate.run import evaluate
 
-REPORT = "report.json"
-LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "scipy", "pillow")
 EXIT_FAILED = 1
+# Flag -> the key of a config that says the same.
+IN_CONFIG = {
+    "reference": "reference", "weights": "weights", "clip": "clip", "resize": "measure.resize", "crop": "measure.crop",
+    "reference_crop": "measure.reference_crop", "side": "measure.side", "blur": "measure.blur", "count": "count",
+    "splits": "measure.splits", "seed": "measure.seed",
+}  # fmt: skip
+PROCESSES = {"start_seconds": 300, "hang_seconds": 600, "compile_seconds": 3_600}  # where no config says it
+NOT_PROTOCOL = ("name", "processes")  # keys of a config that decide no score
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", metavar="SOURCE", help=f"a folder of pictures, or {HELP}")
-    parser.add_argument("--reference", metavar="SOURCE", help="the same, or a .npz of statistics, pytorch-fid's too")
-    parser.add_argument(
-        "--weights", metavar="PATH", help="Inception v3: what `dalle-jax convert inception` wrote, or a published file"
-    )
-    parser.add_argument("--resize", choices=tuple(preprocess.RESIZES), default="pytorch", help="default: %(default)s")
-    parser.add_argument(
-        "--crop", choices=tuple(preprocess.CROPS), default="none", help="of the pictures (default none)"
-    )
-    parser.add_argument("--reference-crop", choices=tuple(preprocess.CROPS), help="default: as --crop")
-    parser.add_argument("--blur", type=float, default=0.0, metavar="R", help="Gaussian blur of both sets, in pixels")
-    parser.add_argument("--count", type=int, metavar="N", help="N pictures of each source, drawn by the seed")
-    parser.add_argument("--splits", type=int, default=distances.IS_SPLITS, help="of the Inception score (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of draws, splits and subsets (default 0)")
-    parser.add_argument("--save-statistics", metavar="FILE.npz", help="write the reference's statistics for later")
+    parser.add_argument("model", nargs="?", metavar="DIR", help="workdir of the transformer that draws, with --config")
+    parser.add_argument("--config", metavar="FILE.py:PROTOCOL", help="a whole protocol, e.g. configs/evaluate.py:coco")
+    parser.add_argument("--from", dest="from_", type=pathlib.Path, metavar="REPORT", help="repeat this report.json")
+    parser.add_argument("--pictures", metavar="SOURCE", help=f"judge these: a folder of pictures, or {HELP}")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("evaluation"), metavar="DIR")
+    parser.add_argument("--save-statistics", metavar="FILE.npz", help="write the reference's statistics for later")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.add_argument("--self-check", action="store_true", help="check the distances themselves on built-in pictures")
+    alone = parser.add_argument_group("without a config")
+    alone.add_argument(
+        "--reference", metavar="SOURCE", help="as --pictures, or a .npz of statistics, pytorch-fid's too"
+    )
+    alone.add_argument(
+        "--weights", metavar="PATH", help="Inception v3: what `dalle-jax convert inception` wrote, or a published file"
+    )
+    alone.add_argument("--clip", metavar="DIR", help="a CLIP, for CLIP score and R-precision of pictures with captions")
+    alone.add_argument("--resize", choices=RESIZES, help="default: pytorch")
+    alone.add_argument("--crop", choices=CROPS, help="of the pictures (default none)")
+    alone.add_argument("--reference-crop", choices=CROPS, help="default: as --crop")
+    alone.add_argument("--side", type=int, metavar="S", help="bring cropped pictures to S pixels before the blur")
+    alone.add_argument("--blur", type=float, nargs="+", metavar="R", help="Gaussian blur of both sets, in pixels")
+    alone.add_argument("--count", type=int, metavar="N", help="N pictures of each source, drawn by the seed")
+    alone.add_argument("--splits", type=int, help="of the Inception score (default 10)")
+    alone.add_argument("--seed", type=int, help="of draws, splits and subsets (default 0)")
+    distributed.add_arguments(parser)
+    parser.epilog = "--config.key=value changes a value of the config, e.g. --config.source=coco:DIR"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes OUT/report.json and says the scores, 0; of a self-check 1 if something fails.
+    """Writes OUT/report.json, report.md and blur.png and says the scores: 0, and of a self-check or a repetition 1 if
+    it does not come out as it must.
 
     Raises:
-      UserError: a source, weights or statistics that do not do, or too few pictures.
+      UserError: a source, weights or statistics that do not do, too few pictures, or words that do not go together.
     """
     if args.self_check:
         return _self_check(args)
+    evaluation, expected, limits = _asked(args)
+    where = {"coordinator": args.coordinator, "num_processes": args.num_processes, "process_id": args.process_id}
+    distributed.initialise(**where, start_seconds=limits["start_seconds"], hang_seconds=limits["hang_seconds"])
+    with distributed.Watchdog(
+        limits["hang_seconds"], first_seconds=limits["compile_seconds"], start_seconds=limits["start_seconds"]
+    ) as watchdog:
+        distributed.gather_json(None)  # the first collective connects all
+        crew = Crew(jax.process_index(), jax.process_count(), beat=lambda phase: watchdog.beat(0, phase))
+        made = evaluate(
+            evaluation,
+            model=args.model,
+            out=args.out,
+            crew=crew,
+            tell=not args.json,
+            expected=expected,
+            save_statistics=args.save_statistics,
+        )
+    if made is None:
+        return 0
+    for note in made["notes"]:
+        print(f"dalle-jax: note: {note}", file=sys.stderr)
+    print(json.dumps(made) if args.json else report.sentence(made, args.out / report.REPORT))
+    if "repeats" not in made:
+        return 0
+    told, same = Expected.told(made)
+    print(told, file=sys.stderr)
+    return 0 if same else EXIT_FAILED
+
+
+def _asked(args: argparse.Namespace) -> tuple[Evaluation, Expected, dict[str, int]]:
+    """What to evaluate: by a config, by a report or by flags; and how long processes wait for one another."""
+    flags = [name for name in IN_CONFIG if getattr(args, name) is not None]
+    if args.config or args.from_:
+        if args.config and args.from_:
+            raise UserError("expected --config or --from, got both: a report has its own protocol")
+        if flags:
+            key = f"--config.{IN_CONFIG[flags[0]]}=..."
+            raise UserError(
+                f"expected {key} instead of --{flags[0].replace('_', '-')}, as a protocol says it: write that"
+            )
+    if args.from_:
+        if args.pictures:
+            raise UserError("expected --config.pictures=SOURCE with --from, got --pictures: write that")
+        if args.out.resolve() == args.from_.resolve().parent:
+            raise UserError(
+                f"expected another --out than {args.out}, where the report lies: what is there would not be made anew"
+            )
+        return *repeat.load(args.from_, args.overrides), PROCESSES
+    if args.config:
+        config = configs.load(args.config, args.overrides).to_dict()
+        if config["name"] != "evaluate":
+            raise UserError(f"expected a protocol such as configs/evaluate.py:coco, got {args.config}: give one")
+        values = {key: value for key, value in config.items() if key not in NOT_PROTOCOL}
+        if args.pictures:
+            values |= {"pictures": args.pictures, "draw": None}
+        if args.pictures and args.model:
+            raise UserError("expected DIR, whose pictures are drawn, or --pictures, got both: leave one out")
+        return Evaluation.from_json(values, where=args.config), Expected(), config["processes"]
+    return _by_flags(args), Expected(), PROCESSES
+
+
+def _by_flags(args: argparse.Namespace) -> Evaluation:
+    if args.model or args.overrides:
+        word = args.model or args.overrides[0]
+        raise UserError(f"expected --config FILE.py:PROTOCOL with {word}, got none: e.g. configs/evaluate.py:coco")
     for name in ("pictures", "reference", "weights"):
         if getattr(args, name) is None:
-            raise UserError(f"expected --pictures, --reference and --weights, or --self-check, got no --{name}: add it")
-    if not 0 <= args.blur < float("inf"):
-        raise UserError(f"expected a blur radius of 0 or more, got {args.blur}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"expected a folder to write to, got {args.out} ({error.strerror}): choose another") from error
-    start = time.monotonic()
-    extractor = Extractor.load(args.weights)
-    about = {
-        "network": extractor.network,
-        "weights": extractor.digest,
-        "resize": args.resize,
-        "blur": f"{args.blur:g}",
+            raise UserError(
+                "expected --pictures, --reference and --weights, or DIR and --config, or --self-check, "
+                f"got no --{name}: add it"
+            )
+    if args.count is not None and args.count < 2:
+        raise UserError(f"expected --count of at least 2, got --count {args.count}")
+    given = {
+        name: getattr(args, name) for name in ("resize", "crop", "reference_crop", "side", "blur", "splits", "seed")
     }
-    given = args.reference.endswith(".npz")
-    stored = statistics.load(args.reference) if given else None  # before the long part
-    found = _look(extractor, args, args.pictures, crop=args.crop, name="pictures")
-    ours = _statistics(found, about)
-    scores, notes = {}, []
-    reference = None
-    if given:
-        theirs = stored
-        notes += statistics.check_comparable(ours, theirs, where=args.reference)
-    else:
-        reference = _look(extractor, args, args.reference, crop=args.reference_crop or args.crop, name="reference")
-        theirs = _statistics(reference, about)
-    if args.save_statistics:
-        statistics.save(args.save_statistics, theirs)
-    scores["fid"] = distances.fid(ours.mean_F, ours.covariance_FF, theirs.mean_F, theirs.covariance_FF)
-    for name, count in (("pictures", ours.count), ("reference", theirs.count)):
-        if 0 < count < len(ours.mean_F):
-            notes.append(f"{count} {name} are fewer than {len(ours.mean_F)} features: FID of so few is much too high")
-    order = np.random.default_rng(args.seed).permutation(len(found.logits_NV))
-    if len(order) >= args.splits:
-        mean, deviation = distances.inception_score(found.logits_NV[order], splits=args.splits)
-        scores |= {"inception_score": mean, "inception_score_deviation": deviation}
-    else:
-        notes.append(f"no Inception score: {len(order)} pictures for {args.splits} splits")
-    if reference is not None:
-        scores |= _of_vectors(found, reference, seed=args.seed, notes=notes)
-    report = {
-        "scores": scores,
-        "notes": notes,
-        "pictures": _described(args.pictures, found, args.crop),
-        "reference": {"source": args.reference, "count": theirs.count, **theirs.about}
-        if reference is None
-        else _described(args.reference, reference, args.reference_crop or args.crop),
-        **about,
-        "count": args.count,
-        "splits": args.splits,
-        "seed": args.seed,
-        "versions": versions(),
-        "seconds": round(time.monotonic() - start, 1),
+    values = {
+        "pictures": args.pictures,
+        "reference": args.reference,
+        "weights": args.weights,
+        "clip": args.clip or "",
+        "count": args.count or 0,
+        "reference_count": args.count or 0,
+        "measure": {name: value for name, value in given.items() if value is not None},
     }
-    checkpoint.write_file(args.out / REPORT, (json.dumps(report, indent=2) + "\n").encode())
-    for note in notes:
-        print(f"dalle-jax: note: {note}", file=sys.stderr)
-    print(json.dumps(report) if args.json else _sentence(report, args.out / REPORT))
-    return 0
-
-
-def versions() -> dict[str, str]:
-    """What computed: this package, its libraries, Python and the device."""
-    import jax
-
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    device = jax.local_devices()[0]
-    return {"dalle-jax": dalle_jax.__version__, **found, "python": platform.python_version(), "device": str(device)}
-
-
-def _look(extractor: Extractor, args: argparse.Namespace, spec: str, *, crop: str, name: str) -> Found:
-    source = open_source(f"folder:{spec}" if pathlib.Path(spec).is_dir() else spec, captions_required=False)
-    rows = np.arange(len(source))
-    if args.count is not None:
-        if not 2 <= args.count <= len(rows):
-            raise UserError(f"expected 2 to {len(rows)} pictures of {source.name}, as it has, got --count {args.count}")
-        rows = np.sort(np.random.default_rng(args.seed).choice(len(rows), args.count, replace=False))
-    prepare = Preparation(resize=args.resize, crop=crop, blur=args.blur)
-    found = extractor.of_source(source, prepare=prepare, rows=rows, tell="" if args.json else name)
-    if args.count is not None and len(found.keys) < args.count:
-        raise UserError(
-            f"expected {args.count} pictures of {source.name}, got {len(found.keys)}, as the rest cannot be read "
-            f"({_counted(found.dropped)}): mend or remove those, see `dalle-jax data`"
-        )
-    return found
-
-
-def _statistics(found: Found, about: dict[str, str]) -> Statistics:
-    return Statistics(*moments.of(found.features_NF), len(found.keys), about)
-
-
-def _of_vectors(found: Found, reference: Found, *, seed: int, notes: list[str]) -> dict[str, float]:
-    """KID, precision and recall, which take the vectors of both sets."""
-    scores: dict[str, float] = {}
-    smaller = min(len(found.keys), len(reference.keys))
-    size = min(distances.KID_SUBSET_SIZE, smaller)
-    if size < distances.KID_SUBSET_SIZE:
-        notes.append(f"KID of subsets of {size}, as a set has no more, instead of {distances.KID_SUBSET_SIZE}")
-    mean, deviation = distances.kid(found.features_NF, reference.features_NF, subset_size=size, seed=seed)
-    scores |= {"kid": mean, "kid_deviation": deviation, "kid_subset_size": size}
-    if smaller > distances.NEIGHBOURS:
-        precision, recall = distances.precision_recall(found.features_NF, reference.features_NF)
-        scores |= {"precision": precision, "recall": recall}
-    else:
-        notes.append(f"no precision and recall: {smaller} pictures for {distances.NEIGHBOURS} neighbours")
-    return scores
-
-
-def _described(spec: str, found: Found, crop: str) -> dict:
-    sizes = {f"{width}x{height}": count for (height, width), count in sorted(found.sizes.items())}
-    return {"source": spec, "count": len(found.keys), "dropped": found.dropped, "sizes": sizes, "crop": crop}
-
-
-def _counted(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
-
-
-def _sentence(report: dict, path: pathlib.Path) -> str:
-    scores, pictures = report["scores"], report["pictures"]
-    lost = f", {sum(pictures['dropped'].values())} unreadable" if pictures["dropped"] else ""
-    told = [f"FID {scores['fid']:.4f}"]
-    told += [f"IS {scores['inception_score']:.3f}"] if "inception_score" in scores else []
-    told += [f"KID {scores['kid']:.5f}"] if "kid" in scores else []
-    return f"{', '.join(told)} of {pictures['count']} pictures{lost} ({report['network']}, {report['resize']}): {path}"
+    return Evaluation.from_json(values, where="the command line")
 
 
 def _self_check(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""From a picture as uint8 to what Inception v3 reads, in each of the ways that published scores were made.
+"""From a picture as uint8 to what a network reads, in each of the ways that published scores were made.
 
 The ways differ by several points of FID, so each has a name and a report says which one it was. Pictures are uint8
 first, as files are; blur and crop stay uint8. Only the resize leaves uint8, where its original does. numpy and Pillow,
@@ -30,6 +30,15 @@ def middle_square(image_uint8: np.ndarray) -> np.ndarray:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return image_uint8[top : top + side, left : left + side]
+
+
+def clip(image_uint8: np.ndarray, size: int) -> np.ndarray:
+    """CLIP's: the shorter side to `size` by Pillow's bicubic, then the middle square; uint8 [size, size, 3]."""
+    height, width = image_uint8.shape[:2]
+    scale = size / min(height, width)
+    tall, wide = max(size, round(height * scale)), max(size, round(width * scale))
+    resized = Image.fromarray(np.ascontiguousarray(image_uint8)).resize((wide, tall), Image.Resampling.BICUBIC)
+    return middle_square(np.asarray(resized))
 
 
 def pytorch(image_uint8: np.ndarray) -> np.ndarray:

@@ -9,11 +9,13 @@ import json
 import os
 import pathlib
 import zipfile
+from collections.abc import Mapping
 
 import numpy as np
 
 from dalle_jax.errors import UserError
 
+SAID = ("network", "weights", "resize", "crop", "side", "blur")  # what two sets must have in common
 SYMMETRIC = 1e-6  # of the largest entry: single precision files are read too
 
 
@@ -21,7 +23,7 @@ SYMMETRIC = 1e-6  # of the largest entry: single precision files are read too
 class Statistics:
     """mean_F float64 [F], covariance_FF float64 [F, F]; of `count` pictures (0: not known).
 
-    about: what made them, strings: at least 'network', 'weights' (sha256) and 'resize' where it is known.
+    about: what made them, strings under the names of SAID; 'weights' is a sha256.
     """
 
     mean_F: np.ndarray
@@ -88,24 +90,25 @@ def load(path: str | os.PathLike) -> Statistics:
     )
 
 
-def check_comparable(ours: Statistics, theirs: Statistics, *, where: str) -> list[str]:
+def check_comparable(wanted: Mapping[str, str], features: int, theirs: Statistics, *, where: str) -> list[str]:
     """Notes on what is not known of `theirs`, read from `where`.
 
+    wanted: what they should say, words of SAID. features: length of a vector.
+
     Raises:
-      UserError: another network, other weights, another resize or another number of features.
+      UserError: another network, other weights, resize, crop, side or blur, or another number of features.
     """
-    if len(ours.mean_F) != len(theirs.mean_F):
+    if len(theirs.mean_F) != features:
         raise UserError(
-            f"expected statistics of {len(ours.mean_F)} features in {where}, got {len(theirs.mean_F)}: "
+            f"expected statistics of {features} features in {where}, got {len(theirs.mean_F)}: "
             "they are of another network"
         )
     notes = []
-    for key in ("network", "weights", "resize", "blur"):
+    for key in SAID:
         if key not in theirs.about:
             notes.append(f"{where} does not say its {key}")
-        elif key in ours.about and ours.about[key] != theirs.about[key]:
+        elif key in wanted and wanted[key] != theirs.about[key]:
             raise UserError(
-                f"expected {key} {ours.about[key]} in {where}, got {theirs.about[key]}: "
-                "compute both sets in the same way"
+                f"expected {key} {wanted[key]} in {where}, got {theirs.about[key]}: compute both sets in the same way"
             )
     return notes

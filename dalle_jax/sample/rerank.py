@@ -12,6 +12,7 @@ Dimensions: B batch, H height, W width, E embedding.
 import collections
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,21 @@ class Reranker:
             scores[start : start + WAVE] = np.asarray(found)[: len(wave)]
         return scores
 
+    def image_vectors(self, images_uint8: np.ndarray) -> np.ndarray:
+        """Unit vectors float32 [B, E] of pictures uint8 [B, image_size, image_size, 3], all at a time."""
+        return np.asarray(_encode_images(self.model, self._params, images_uint8))
+
+    def caption_vectors(self, captions: Sequence[str]) -> np.ndarray:
+        """Unit vectors float32 [N, E] of captions, cut where the text ends that the model reads."""
+        slots = self.model.config.layout.text_slots
+        found = [np.zeros((0, self.model.config.embed), np.float32)]
+        for start in range(0, len(captions), WAVE):
+            wave = captions[start : start + WAVE]
+            text_BT = np.stack([slots(self.tokenizer.encode(caption)) for caption in wave])
+            filled = np.concatenate([text_BT, np.repeat(text_BT[-1:], WAVE - len(wave), axis=0)])  # one compiled shape
+            found.append(np.asarray(_encode_caption(self.model, self._params, filled))[: len(wave)])
+        return np.concatenate(found)
+
     def _caption(self, caption: str) -> jax.Array:
         """The caption's vector [E]; the latest CACHED_CAPTIONS are kept."""
         if not isinstance(caption, str):
@@ -109,6 +125,7 @@ class Reranker:
 
 
 _encode_caption = jax.jit(encode_captions, static_argnums=0)
+_encode_images = jax.jit(encode_images, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

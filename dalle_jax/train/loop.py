@@ -12,7 +12,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import ml_collections
@@ -31,7 +31,8 @@ from dalle_jax.train.report import Report, surviving_a_full_disk, to_terminal
 from dalle_jax.train.rollback import Rollback
 from dalle_jax.train.task import Task
 
-Hook = tuple[int, Callable[[int, steps.State], None]]  # (every, f): f(step, state) after each `every`-th update
+# (every, f): f(step, state) after each `every`-th update; it may return numbers for the metrics.
+Hook = tuple[int, Callable[[int, steps.State], Mapping[str, float] | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,8 @@ def run(
                     if n % every == 0:
                         beat(n, "hook")
                         with report.pause(), ledger.during("look"), surviving_a_full_disk("what a hook writes"):
-                            hook(n, state)
+                            if measured_by_hook := hook(n, state):
+                                report.write(n, measured_by_hook)
 
                 stop = distributed.stop_agreed(turn, bool(interrupted.signal))
                 save_due |= _due(n, config.checkpoint_every, last=last or stop)

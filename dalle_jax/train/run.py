@@ -96,6 +96,8 @@ def make_mesh(config: ml_collections.ConfigDict, model: Model, *, devices: Seque
 
 def check_values(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for values that no model, mesh or data can make good."""
+    if "steps" not in config:
+        raise UserError(f"expected the config of a model to train, got one of {config.name}: see configs/")
     for name in ("steps", "batch_size", "accumulate"):
         if config[name] < 1:
             raise UserError(f"expected config.{name} of at least 1, got {config[name]}: set --config.{name}=N")

@@ -1,0 +1,78 @@
+"""Drawn pictures as tar shards (webdataset): NAME.png with how it was made, NAME.txt its caption, NAME.json the rest.
+
+A shard grows as a hidden file, one whole picture after the other, and gets its name when it is full; what a kill left
+of it is cut behind its last whole picture, and the rest is appended: the same bytes as if nobody had stopped it.
+"""
+
+import io
+import json
+import os
+import pathlib
+import tarfile
+from collections.abc import Sequence
+
+from dalle_jax.data.tar_members import BLOCK, members
+from dalle_jax.sample.picture import Picture
+
+PARTS = ("png", "txt", "json")  # of a picture, in this order
+END = b"\0" * 10_240  # of an archive, as tar itself writes it
+
+
+class GrowingShard:
+    """One shard that is being written.
+
+    Attributes:
+      names: the pictures that are in it.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self._aside = path, growing(path)
+        self._file = self._aside.open("a+b")
+        self.names, whole = _whole_pictures(self._file.fileno())
+        self._file.truncate(whole)
+
+    def add(self, pictures: Sequence[tuple[str, Picture, dict]]) -> None:
+        """Append pictures, each with its name and what else its .json says, and wait for the disk."""
+        for name, picture, more in pictures:
+            png = io.BytesIO()
+            picture.save(png, format="PNG")
+            said = {"caption": picture.caption, "seed": picture.seed, "score": picture.score, **more}
+            data = png.getvalue(), picture.caption.encode(), json.dumps(said, sort_keys=True).encode()
+            for part, content in zip(PARTS, data, strict=True):
+                header = tarfile.TarInfo(f"{name}.{part}")
+                header.size = len(content)
+                padding = b"\0" * (-len(content) % BLOCK)
+                self._file.write(header.tobuf(tarfile.USTAR_FORMAT) + content + padding)
+            self.names.append(name)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """End the archive and give it its name."""
+        self._file.write(END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._aside, self.path)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def growing(path: pathlib.Path) -> pathlib.Path:
+    """The file of a shard that is not full yet."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _whole_pictures(descriptor: int) -> tuple[list[str], int]:
+    """Names of the pictures that are wholly in a file, and where the last of them ends in bytes."""
+    names, whole, begun, size = [], 0, [], os.fstat(descriptor).st_size
+    for member in members(descriptor):
+        name, _, part = member.path.rpartition(".")
+        begun.append((name, part))
+        end = member.offset + -(-member.size // BLOCK) * BLOCK
+        if member.fault or end > size or begun != [(name, known) for known in PARTS[: len(begun)]]:
+            break
+        if len(begun) == len(PARTS):
+            names, whole, begun = [*names, name], end, []
+    return names, whole

@@ -1,0 +1,86 @@
+"""A small evaluation of pictures that are still in memory: while a model trains, and at the end of the demo.
+
+The same features and distances as everywhere else, of few pictures: good for a curve over the updates of one run, much
+too high next to a published number.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from dalle_jax.data.record import Record, Source
+from dalle_jax.evaluate import clip as judge
+from dalle_jax.evaluate import distances, moments
+from dalle_jax.evaluate.clip import ClipExtractor
+from dalle_jax.evaluate.features import Extractor, Preparation
+from dalle_jax.sample.rerank import Reranker
+
+CANDIDATES = 10  # of R-precision: so few pictures have few different captions
+NOTE = (
+    "features of this demo's own CLIP, trained on its scenes: not Inception numbers, and comparable with no published "
+    "FID or CLIP score"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """Pictures uint8 [H, W, 3] with a caption each, as a source."""
+
+    pictures: Sequence[np.ndarray]
+    captions: Sequence[str]
+    name: str = "pictures in memory"
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Record:
+        index = range(len(self))[index]
+        return Record(f"{index:06d}", np.asarray(self.pictures[index]), (self.captions[index],))
+
+
+class Probe:
+    """Scores small sets against one reference, whose features are computed once."""
+
+    def __init__(
+        self,
+        reference: Source,
+        *,
+        rows: Sequence[int],
+        side: int,
+        inception: Extractor | None = None,
+        clip: Reranker | None = None,
+    ):
+        """rows: of the reference. side: to which its pictures are cropped and brought, that of the pictures scored."""
+        self._clip, self._prepare = clip, Preparation(crop="centre", side=side)
+        self._networks = {"fid": inception, "clip_fid": None if clip is None else ClipExtractor(clip)}
+        self._networks = {name: network for name, network in self._networks.items() if network is not None}
+        self._reference = {
+            name: moments.of(network.of_source(reference, prepare=self._prepare, rows=rows).features_NF)
+            for name, network in self._networks.items()
+        }
+
+    def scores(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
+        """fid, by Inception, if there is one; by CLIP clip_fid, which no published number compares with, clip_score and
+        r_precision among CANDIDATES captions.
+
+        Raises:
+          UserError: features that are not finite, or fewer than two pictures.
+        """
+        scores = {}
+        for name, network in self._networks.items():
+            found = network.of_source(InMemory(pictures, captions), prepare=self._prepare)
+            scores[name] = distances.fid(*moments.of(found.features_NF), *self._reference[name])
+            if name == "clip_fid":
+                more, _ = judge.caption_scores(self._clip, found, candidates=CANDIDATES, seed=0)
+                scores |= {key: more[key] for key in ("clip_score", "r_precision") if key in more}
+        return scores
+
+
+def by_clip(
+    clip: Reranker, pictures: Sequence[np.ndarray], captions: Sequence[str], real: Sequence[np.ndarray]
+) -> dict:
+    """clip_fid and more of pictures against real ones, with what has to be said about such numbers."""
+    probe = Probe(InMemory(real, captions), rows=range(len(real)), side=len(real[0]), clip=clip)
+    about = {"pictures": len(pictures), "reference": len(real), "clip": clip.digest}
+    return {**probe.scores(pictures, captions), **about, "note": NOTE}
