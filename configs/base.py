@@ -76,8 +76,7 @@ def optimizer() -> ConfigDict:
             "decay_tables": False,
             "clip_norm": 0.0,
             "momentum": 0.95,
-            "mu_dtype": "fp32",
-            "nu_dtype": "fp32",
+            "moments": "fp32",
             "schedule": {
                 "name": "warmup_constant",
                 "warmup_steps": 0,
