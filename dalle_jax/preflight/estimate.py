@@ -62,7 +62,7 @@ def estimate(job: Job, found: Sequence[Collective] | None) -> Estimate:
     model_flops, executed, tokens, traffic = _work(job)
     sequences = job.sequences * config.accumulate  # of one chip and update
     tensor = job.mesh.shape["tensor"]
-    peak = chip.peak_flops[config.model.precision]
+    peak = chip.peak_flops[config.model.precision.partition("-")[0]]
     seconds = {
         "compute": executed * sequences / tensor / (peak * COMPUTE_SHARE),
         "memory": traffic / (chip.memory_bandwidth * MEMORY_SHARE),

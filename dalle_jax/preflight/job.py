@@ -47,6 +47,11 @@ class Job:
         """Raises UserError for impossible sizes, or a model whose bytes nobody has modelled."""
         if self.config.name == "clip":
             raise UserError("preflight knows dvae and transformer configs, got a clip: train it at once, it is small")
+        if self.config.precision.startswith("fp16") and self.topology.chip.platform == "tpu":
+            raise UserError(
+                f"expected a GPU for config.precision = {self.config.precision}, got {self.topology}: TPUs have no "
+                "float16 arithmetic, set --config.precision=bf16"
+            )
         if self.helper is None:
             return build_task(self.config)
         try:

@@ -7,14 +7,16 @@ tests hold it to 15 % of what the compiler needs.
 
 import math
 
-from dalle_jax.models.layers import compute_dtype
+import jax.numpy as jnp
+
+from dalle_jax.models.layers import compute_dtype, stream_dtype
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.preflight import flops
 from dalle_jax.preflight.job import Job, shard_bytes
 
-# Numbers of the width that the backward pass finds saved, per token and layer, by `model.remat`. 'full': what goes
-# into attention and into the MLP. 'dots': also q, k, v, the hidden layer and both results. 'attention': also what
-# lies between, but no scores. 'none' adds the scores, below.
+# Numbers of the width that the backward pass finds saved, per token and layer, by `model.remat`. 'full': the stream as
+# it goes into attention and into the MLP. 'dots': also q, k, v, the hidden layer and both results. 'attention': also
+# what lies between, but no scores. 'none' adds the scores, below.
 SAVED = {"full": 2, "dots": 2 + 3 + 4 + 2, "attention": 2 + 2 + 3 + 1 + 3 * 4 + 2, "none": 2 + 2 + 3 + 1 + 3 * 4 + 2}
 # Fitted to the compilers' temporaries of 12b (libtpu 0.0.42 on v4, v5p and v6e with 1, 2 and 4 sequences a chip, XLA of
 # jax 0.10.2 for H100 with 1, 4 and 16): how often what a scan saves is there, copies of the parameters in the compute
@@ -58,7 +60,8 @@ def total(job: Job) -> int:
 
 def _saved(model: TransformerConfig, item: int) -> int:
     """Of one sequence."""
-    saved = model.num_layers * model.layout.length * model.width * item * SAVED[model.remat]
+    stream = 2 * (jnp.dtype(stream_dtype(model.precision)).itemsize - item)  # more than in the compute dtype
+    saved = model.num_layers * model.layout.length * model.width * (item * SAVED[model.remat] + stream)
     if model.remat == "none":
         saved += flops.attention(model) // (4 * model.head_size) * (4 + item) * SCORE_COPIES // 2
     return saved

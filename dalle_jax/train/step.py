@@ -5,6 +5,7 @@ The state is a nested dict of arrays:
     params      the model's parameters            opt_state   the optimizer's
     ema         their moving average              step        int32, updates attempted so far
     skipped     int32, updates left out because the loss or the gradient was not finite
+    scales      of float16 gradients (`scaling.py`), where the model's precision has any
 
 Everything random in update number t comes from fold_in(key, t), so a resumed run repeats it. `jax.jit` of training
 lives here and nowhere else.
@@ -20,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from dalle_jax import sharding
-from dalle_jax.train import moments
+from dalle_jax.train import moments, scaling
 from dalle_jax.train import optimizer as optimizers
 from dalle_jax.train.task import Batch, Metrics, Task
 
@@ -47,7 +48,13 @@ class Storage:
         moments.dtype(self.params, key="config.storage.params")
 
 
-def _fresh(task: Task, optimizer: optax.GradientTransformationExtraArgs, key: jax.Array, storage: Storage) -> State:
+def _fresh(
+    task: Task,
+    optimizer: optax.GradientTransformationExtraArgs,
+    key: jax.Array,
+    storage: Storage,
+    scales: scaling.Scaling | None,
+) -> State:
     params = task.model.init(key)
     kept = moments.dtype(storage.params, key="storage.params")
     is_matrix = optimizers.hidden_mask(task.model.axes)
@@ -57,14 +64,19 @@ def _fresh(task: Task, optimizer: optax.GradientTransformationExtraArgs, key: ja
         "opt_state": optimizer.init(params),
         "step": jnp.zeros([], jnp.int32),
         "skipped": jnp.zeros([], jnp.int32),
+        **({"scales": scales.init()} if scales else {}),
     }
+
+
+def _scaling(task: Task, mesh: Mesh) -> scaling.Scaling | None:
+    return scaling.of(task.model, replicas=sharding.batch_ways(mesh))
 
 
 def abstract_state(
     task: Task, optimizer: optax.GradientTransformationExtraArgs, *, mesh: Mesh, storage: Storage = Storage()
 ) -> State:
     """The state as jax.ShapeDtypeStruct with shardings: nothing is allocated."""
-    shapes = jax.eval_shape(lambda key: _fresh(task, optimizer, key, storage), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: _fresh(task, optimizer, key, storage, _scaling(task, mesh)), jax.random.key(0))
     params = sharding.shardings(task.model.abstract, task.model.axes, mesh)
     places = {
         "params": params,
@@ -73,6 +85,8 @@ def abstract_state(
         "step": sharding.replicated(mesh),
         "skipped": sharding.replicated(mesh),
     }
+    if "scales" in shapes:
+        places["scales"] = jax.tree.map(lambda _: sharding.replicated(mesh), shapes["scales"])
     if storage.offload:
         move = lambda s, place: sharding.on_host(place) if s.ndim else place  # noqa: E731
         places["opt_state"] = jax.tree.map(move, shapes["opt_state"], places["opt_state"])
@@ -89,7 +103,8 @@ def init_state(
 ) -> State:
     """A fresh state, built in place on the mesh: no array is ever whole on one device unless it is so small."""
     places = jax.tree.map(lambda s: s.sharding, abstract_state(task, optimizer, mesh=mesh, storage=storage))
-    return jax.jit(lambda k: _fresh(task, optimizer, k, storage), out_shardings=places)(key)
+    fresh = lambda k: _fresh(task, optimizer, k, storage, _scaling(task, mesh))  # noqa: E731
+    return jax.jit(fresh, out_shardings=places)(key)
 
 
 def make_update(
@@ -110,20 +125,24 @@ def make_update(
       parameters. The transformer's paper value is 0.99 every 25 (appendix E), the dVAE's 0.999 every one (A.2).
 
     The metrics are the task's own, averaged over microbatches, and `loss`, `grad_norm` (before clipping), `skipped`
-    (updates so far) and `plateau_scale` (what halving on plateaus has made of the step size).
+    (updates so far), `plateau_scale` (what halving on plateaus has made of the step size) and `log2_scale` (of float16
+    gradients, one or an array of [layers, 2], before the update moved them).
     """
+    scales = _scaling(task, mesh)
     places = jax.tree.map(lambda s: s.sharding, abstract_state(task, optimizer, mesh=mesh, storage=storage))
 
-    def grads_of(params, frozen, batch, key, step):
+    def grads_of(params, frozen, batch, key, step, scale):
         def loss(params):
-            return task.loss(params, frozen, batch, key=key, step=step)
+            own = {"scales": scale} if scales and scales.by_branch else {}
+            value, metrics = task.loss(params, frozen, batch, key=key, step=step, **own)
+            return value * scale if scales and not scales.by_branch else value, {**metrics, "loss": value}
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, {**metrics, "loss": value}
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, metrics
 
-    def accumulated(params, frozen, batch, key, step):
+    def accumulated(params, frozen, batch, key, step, scale):
         if accumulate == 1:
-            return grads_of(params, frozen, batch, key, step)
+            return grads_of(params, frozen, batch, key, step, scale)
 
         # Microbatch i takes every accumulate-th example, so each device keeps the examples that it already holds.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -131,11 +150,11 @@ def make_update(
         def one(total, part):
             index, microbatch = part
             microbatch = jax.tree.map(lambda x: sharding.constrain(x, ("batch",) + (None,) * (x.ndim - 1)), microbatch)
-            new = grads_of(params, frozen, microbatch, jax.random.fold_in(key, index), step)
+            new = grads_of(params, frozen, microbatch, jax.random.fold_in(key, index), step, scale)
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / accumulate, total, new), None
 
         microbatch = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(lambda: grads_of(params, frozen, microbatch, key, step))
+        shapes = jax.eval_shape(lambda: grads_of(params, frozen, microbatch, key, step, scale))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
         return jax.lax.scan(one, zero, (jnp.arange(accumulate), parts))[0]
 
@@ -143,8 +162,11 @@ def make_update(
         with sharding.use(mesh):
             params, step, opt_state = state["params"], state["step"], state["opt_state"]
             key = jax.random.fold_in(key, step)
-            grads, metrics = accumulated(params, frozen, batch, key, step)
+            scale = state["scales"]["scale"] if scales else None
+            grads, metrics = accumulated(params, frozen, batch, key, step, scale)
             grads, wide = moments.widened(grads), moments.widened(params)
+            if scales and not scales.by_branch:
+                grads = jax.tree.map(lambda g: g / scale, grads)
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
@@ -162,11 +184,14 @@ def make_update(
             average = lambda old, new: decay * old + (1.0 - decay) * new.astype(old.dtype)  # noqa: E731
             ema = jax.tree.map(average, state["ema"], params)
             skipped = state["skipped"] + jnp.where(finite, 0, 1)
-            state = {"params": params, "ema": ema, "opt_state": opt_state, "step": step + 1, "skipped": skipped}
+            new = {"params": params, "ema": ema, "opt_state": opt_state, "step": step + 1, "skipped": skipped}
             measured = {"grad_norm": grad_norm, "skipped": skipped}
+            if scales:
+                new["scales"] = scales.moved(state["scales"], scales.finite(grads))
+                measured["log2_scale"] = jnp.log2(scale)
             if isinstance(scale := optimizers.plateau_scale(opt_state), jax.Array):
                 measured["plateau_scale"] = scale
-            return state, {**metrics, **measured}
+            return new, {**metrics, **measured}
 
     return jax.jit(update, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
 
