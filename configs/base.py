@@ -28,6 +28,9 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "mesh": {"replica": -1, "fsdp": -1, "tensor": 1},
             # Between updates: dtype of hidden matrices ('fp32', 'bf16'); the optimizer's moments in host memory or not.
             "storage": {"params": "fp32", "offload": False},
+            # PowerSGD between replicas (train/powersgd.py): rank of all pieces of a matrix together, 0 for none; format
+            # of what is sent and left out ('bf16', 'paper', 'fp32').
+            "compression": {"rank": 0, "format": "bf16"},
             # How long processes wait for one another at the start, and how long one may be silent or stuck before the
             # job ends, where programs are compiled and elsewhere (distributed/watchdog.py).
             "processes": {"start_seconds": 300, "hang_seconds": 300, "compile_seconds": 3_600},

@@ -89,7 +89,7 @@ def expected(job: Job) -> list[Collective]:
     amounts = {
         ("all-gather", "fsdp", fsdp): 2 * weights,
         ("reduce-scatter", "fsdp", fsdp): weights,
-        ("all-reduce", "replica", replica): 2 * weights // fsdp,
+        ("all-reduce", "replica", replica): 2 * job.across_replicas[0],
     }
     if job.helper is not None:
         passes = 3 if model.config.remat == "full" else 2

@@ -29,13 +29,15 @@ WORKING = 16  # numbers of the width per token of the layer at work, with its gr
 
 
 def by_kind(job: Job) -> dict[str, int]:
-    """Bytes by kind: parameters, optimizer, ema, frozen, gradients, activations, temporaries."""
+    """Bytes by kind: parameters, optimizer, ema, frozen, left_out (with compression), gradients, activations,
+    temporaries."""
     state = job.state
     held = {
         "parameters": shard_bytes(state["params"]),
         "optimizer": shard_bytes(state["opt_state"]),
         "ema": shard_bytes(state["ema"]),
         "frozen": shard_bytes(job.frozen),
+        **({"left_out": shard_bytes(state["error"])} if "error" in state else {}),
     }
     item = compute_dtype(job.config.model.precision)(0).dtype.itemsize
     compute = held["ema"] * item // 4  # the parameters, or their gradients, in the compute dtype
@@ -48,6 +50,8 @@ def by_kind(job: Job) -> dict[str, int]:
         activations = SAVED_COPIES[platform] * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
         working = PARAMETER_COPIES[platform] * compute + _whole(model, item, job)
         working += job.sequences * _working(model, item, job.mesh)
+    if "error" in state:
+        working += 3 * held["ema"]  # gradients before and after compression, and what is left out, in float32
     if job.config.storage.offload:
         working += held["ema"]  # the changes of all parameters, in float32 too
     return {**held, "gradients": gradients, "activations": activations, "temporaries": working}

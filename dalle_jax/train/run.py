@@ -110,6 +110,11 @@ def check_values(config: ml_collections.ConfigDict) -> None:
                 f"expected a GPU or CPU for config.precision = {config.precision}, got a TPU, which has no float16 "
                 "arithmetic: set --config.precision=bf16"
             )
+    if config.compression.rank and config.name != "transformer":
+        raise UserError(
+            f"expected config.compression.rank = 0 for a {config.name}, got {config.compression.rank}: its loss is no "
+            "mean over examples, so the replicas' gradients do not add up to its gradient"
+        )
     if config.storage.offload and config.optimizer.name != "adamw":
         raise UserError(
             f"expected config.optimizer.name = adamw with config.storage.offload, got {config.optimizer.name}: Muon "
