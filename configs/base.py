@@ -17,7 +17,7 @@ def fields(instance: Any) -> ConfigDict:
 
 def base(name: str, *, model: Any, data: Any) -> ConfigDict:
     """Every common key. name: 'dvae', 'transformer' or 'clip'; model, data: dataclass instances."""
-    return ConfigDict(
+    config = ConfigDict(
         {
             "name": name,
             "seed": 0,
@@ -28,9 +28,15 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "mesh": {"replica": -1, "fsdp": -1, "tensor": 1},
             # Between updates: dtype of hidden matrices ('fp32', 'bf16'); the optimizer's moments in host memory or not.
             "storage": {"params": "fp32", "offload": False},
+            # PowerSGD between replicas (train/powersgd.py): rank of all pieces of a matrix together, 0 for none; format
+            # of what is sent and left out ('bf16', 'paper', 'fp32').
+            "compression": {"rank": 0, "format": "bf16"},
             # How long processes wait for one another at the start, and how long one may be silent or stuck before the
             # job ends, where programs are compiled and elsewhere (distributed/watchdog.py).
             "processes": {"start_seconds": 300, "hang_seconds": 300, "compile_seconds": 3_600},
+            # What products compute in and what keeps gradients in range: 'fp32', 'bf16', 'fp16-global', 'fp16-paper'
+            # (docs/numerics.md). `model.precision` is the same value by another name, as a model alone needs it too.
+            "precision": model.precision,
             "model": fields(model),
             # Named sources, e.g. wds:PATTERN or folder:DIR; `validation` may be empty.
             # `lanes` is the most processes that may ever read them, 0 those of the first start (data/lanes.py).
@@ -50,6 +56,8 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "check_replicas_every": 0,  # and before each checkpoint: do devices that must agree hold the same bits?
         }
     )
+    config.model.precision = config.get_ref("precision")
+    return config
 
 
 def watch(config: ConfigDict) -> None:
@@ -76,8 +84,7 @@ def optimizer() -> ConfigDict:
             "decay_tables": False,
             "clip_norm": 0.0,
             "momentum": 0.95,
-            "mu_dtype": "fp32",
-            "nu_dtype": "fp32",
+            "moments": "fp32",
             "schedule": {
                 "name": "warmup_constant",
                 "warmup_steps": 0,

@@ -7,6 +7,8 @@ machine): fsdp inside islands and replica across them is the hybrid layout, fsdp
 Knows nothing of any model.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 import operator
@@ -46,6 +48,10 @@ TABLE: dict[str, tuple[str, ...]] = {
     "in": ("fsdp",),  # channels of a convolution
     "out": ("tensor",),
 }
+
+
+# Mesh axes along which the function that is being traced runs once for each position (`independent`).
+_INDEPENDENT: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("independent", default=())
 
 
 def make_mesh(
@@ -220,7 +226,7 @@ def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> Partiti
     for size, name in zip(shape, names, strict=True):
         if name is not None and name not in TABLE:
             raise ValueError(f"unknown logical axis {name!r}: add it to sharding.TABLE or use one of {tuple(TABLE)}")
-        axes = tuple(a for a in TABLE.get(name, ()) if a not in used and mesh.shape[a] > 1)
+        axes = tuple(a for a in _axes(name) if a not in used and mesh.shape[a] > 1)
         if axes and size % int(np.prod([mesh.shape[a] for a in axes])) == 0:
             used.update(axes)
             cuts.append(axes)
@@ -281,7 +287,7 @@ def kept_part(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(size > 1 for axis, size in mesh.shape.items() if axis not in TABLE["batch"]):
         return None
-    if batch % math.prod(mesh.shape[axis] for axis in TABLE["batch"]):
+    if batch % math.prod(mesh.shape[axis] for axis in _axes("batch")):
         return None
     cuts = enumerate(spec(shape, names, mesh))
     return next(((i, (cut,) if isinstance(cut, str) else cut) for i, cut in cuts if cut), None)
@@ -295,18 +301,34 @@ def sum_by_parts(product: Callable[..., jax.Array], *factors: jax.Array, axes: t
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(mesh.shape[axis] for axis in axes)
-    copies = tuple(axis for axis in TABLE["batch"] if axis not in axes)
+    copies = tuple(axis for axis in _axes("batch") if axis not in axes)
 
     def own_part(*pieces):
-        return jax.lax.psum(jax.lax.psum_scatter(product(*pieces, parts), axes, tiled=True), copies)
+        part = jax.lax.psum_scatter(product(*pieces, parts), axes, tiled=True)
+        return jax.lax.psum(part, copies) if copies else part
 
-    rows, part = PartitionSpec(TABLE["batch"]), PartitionSpec(axes)
+    rows, part = PartitionSpec(_axes("batch")), PartitionSpec(axes)
     return jax.shard_map(own_part, mesh=mesh, in_specs=(rows,) * len(factors), out_specs=part)(*factors)
 
 
 def use(mesh: Mesh):
     """Context for tracing: `constrain` refers to this mesh inside."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+@contextlib.contextmanager
+def independent(axis: str):
+    """Context for tracing what `jax.vmap(..., spmd_axis_name=axis)` maps: inside, that mesh axis cuts nothing."""
+    token = _INDEPENDENT.set((axis,))
+    try:
+        yield
+    finally:
+        _INDEPENDENT.reset(token)
+
+
+def _axes(name: str | None) -> tuple[str, ...]:
+    """Mesh axes of a logical name, but for independent ones."""
+    return tuple(axis for axis in TABLE.get(name, ()) if axis not in _INDEPENDENT.get())
 
 
 def batch_ways(mesh: Mesh) -> int:

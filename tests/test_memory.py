@@ -22,7 +22,7 @@ from dalle_jax.models import transformer
 from dalle_jax.models.blocks import REMAT
 from dalle_jax.models.layers import Model, param
 from dalle_jax.models.transformer import TransformerConfig
-from dalle_jax.train import moments, optimizer, step
+from dalle_jax.train import formats, moments, optimizer, step
 from dalle_jax.train.task import Task
 
 # The remat ladder.
@@ -175,30 +175,32 @@ def dtypes(tree):
     return {name: leaf.dtype.name for name, leaf in tree.items()}
 
 
-def in_bf16(wanted):
-    return {name: "bfloat16" if wanted and name in HIDDEN else "float32" for name in AXES}
+def hidden_in(dtype):
+    return {name: dtype if name in HIDDEN else "float32" for name in AXES}
 
 
-@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
-def test_only_hidden_matrices_and_their_moments_are_kept_in_16_bits(name):
-    opt = built(name=name, mu_dtype="bf16", nu_dtype="bf16")
+@pytest.mark.parametrize(
+    "name, kept, dtype", [("adamw", "bf16", "bfloat16"), ("muon", "bf16", "bfloat16"), ("adamw", "paper", "uint16")]
+)
+def test_only_hidden_matrices_and_their_moments_are_kept_in_16_bits(name, kept, dtype):
+    opt = built(name=name, moments=kept)
     _, state = train(opt, updates=2, storage=step.Storage(params="bf16"), accumulate=2)
-    assert dtypes(state["params"]) == in_bf16(True)
-    assert dtypes(state["ema"]) == in_bf16(False)
+    assert dtypes(state["params"]) == hidden_in("bfloat16")
+    assert dtypes(state["ema"]) == hidden_in("float32")
     kinds = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state["opt_state"]):
         if isinstance(path[-1], jax.tree_util.DictKey) and leaf.ndim:
             kinds.setdefault(path[-1].key, set()).add(leaf.dtype.name)
-    assert kinds == {key: {value} for key, value in in_bf16(True).items()}
+    assert kinds == {key: {value} for key, value in hidden_in(dtype).items()}
     _, plain = train(built(name=name), updates=2, storage=step.Storage(params="bf16"))
     sizes = {leaf.dtype.name for leaf in jax.tree.leaves(plain["opt_state"]) if leaf.ndim}
     assert sizes == {"float32"}  # moments do not follow the parameters' dtype
 
 
 SIXTEEN = {
-    "mu": ({"mu_dtype": "bf16"}, "fp32"),
-    "mu and nu": ({"mu_dtype": "bf16", "nu_dtype": "bf16"}, "fp32"),
-    "all": ({"mu_dtype": "bf16", "nu_dtype": "bf16"}, "bf16"),
+    "bf16": ({"moments": "bf16"}, "fp32"),
+    "paper": ({"moments": "paper"}, "fp32"),
+    "all": ({"moments": "bf16"}, "bf16"),
 }
 
 
@@ -214,32 +216,35 @@ def test_16_bits_learn_like_float32(kept):
     losses, _ = train(built(**values), updates=300, storage=step.Storage(params=params))
     first, end, wanted = losses[0], np.mean(losses[-50:]), np.mean(fp32_losses()[-50:])
     assert wanted < 1e-4 * first
-    assert end < 1.1 * wanted  # measured: 0.998, 1.003 and 0.69 of float32's 3.8e-5
+    assert end < 1.1 * wanted  # measured: 1.003, 0.999 and 0.69 of float32's 3.8e-5
 
 
-def test_rounding_to_the_nearest_would_freeze_a_slow_second_moment():
+@pytest.mark.parametrize("kept", ["bf16", "paper"])
+def test_a_slow_second_moment_is_not_frozen_by_rounding(kept):
     """With b2 = 0.999 and no gradient left, nu must fall to e^-1 in 1000 updates."""
     weights = {"w": jnp.ones((64, 64))}
-    opt = moments.stored(optax.scale_by_adam(b2=0.999), matrices={"w": True}, mu="bf16", nu="bf16")
+    opt = moments.stored(optax.scale_by_adam(b2=0.999), matrices={"w": True}, kept=kept)
     state = jax.jit(opt.update)({"w": jnp.ones((64, 64))}, opt.init(weights), weights)[1]
-    start = float(state.inner.nu["w"].astype(jnp.float32).mean())
+    value = lambda nu: nu.astype(jnp.float32) if kept == "bf16" else formats.decode(nu, formats.SECOND)  # noqa: E731
+    start = float(value(state.inner.nu["w"]).mean())
     zero = {"w": jnp.zeros((64, 64))}
     state, _ = jax.lax.scan(lambda s, _: (opt.update(zero, s, weights)[1], None), state, length=1000)
-    end = float(state.inner.nu["w"].astype(jnp.float32).mean())
+    end = float(value(state.inner.nu["w"]).mean())
     assert end == pytest.approx(start * np.exp(-1.0), rel=0.02)
-    nearest = jnp.bfloat16(start)
-    assert jnp.bfloat16(np.float32(nearest) * np.float32(0.999)) == nearest
+    if kept == "bf16":  # the nearest number to what an update makes of it is itself
+        nearest = jnp.bfloat16(start)
+        assert jnp.bfloat16(np.float32(nearest) * np.float32(0.999)) == nearest
 
 
 def test_rounding_repeats_when_an_update_is_repeated():
-    runs = [train(built(nu_dtype="bf16"), updates=3, storage=step.Storage(params="bf16"))[1] for _ in range(2)]
+    runs = [train(built(moments="paper"), updates=3, storage=step.Storage(params="bf16"))[1] for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, runs))
 
 
-def test_16_bits_on_a_mesh_halve_the_bytes_of_matrices():
+@pytest.mark.parametrize("kept", ["bf16", "paper"])
+def test_16_bits_on_a_mesh_halve_the_bytes_of_matrices(kept):
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
-    opt = built(mu_dtype="bf16", nu_dtype="bf16")
-    _, state = train(opt, updates=1, storage=step.Storage(params="bf16"), mesh=mesh)
+    _, state = train(built(moments=kept), updates=1, storage=step.Storage(params="bf16"), mesh=mesh)
     for tree in (state["params"], optax.tree.get(state["opt_state"], "mu"), optax.tree.get(state["opt_state"], "nu")):
         assert {shard.data.nbytes for shard in tree["up"].addressable_shards} == {2 * 64 * 128 * 2 // 8}
 
@@ -248,8 +253,8 @@ def test_16_bits_on_a_mesh_halve_the_bytes_of_matrices():
     "make, message",
     [
         (lambda: step.Storage(params="fp8"), "config.storage.params must be one of fp32, bf16, got 'fp8'"),
-        (lambda: built(mu_dtype="fp16"), "config.optimizer.mu_dtype must be one of"),
-        (lambda: built(nu_dtype=""), "config.optimizer.nu_dtype must be one of"),
+        (lambda: built(moments="fp16"), "config.optimizer.moments must be one of fp32, bf16, paper, got 'fp16'"),
+        (lambda: built(name="muon", moments="paper"), "made for Adam's two moments"),
     ],
 )
 def test_unknown_dtypes_are_refused(make, message):
@@ -260,11 +265,14 @@ def test_unknown_dtypes_are_refused(make, message):
 # The moments in host memory.
 
 
-def test_offloaded_moments_live_on_the_host_and_nothing_else_changes():
+@pytest.mark.parametrize("kept", ["fp32", "paper"])
+def test_offloaded_moments_live_on_the_host_and_nothing_else_changes(kept):
     """The CPU backend has kinds of memory in name only: this sees where arrays are put, not what that saves."""
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
-    losses, state = train(built(), updates=5, storage=step.Storage(offload=True), mesh=mesh)
-    assert losses == train(built(), updates=5, mesh=mesh)[0]
+    losses, state = train(built(moments=kept), updates=5, storage=step.Storage(offload=True), mesh=mesh)
+    wanted = train(built(moments=kept), updates=5, mesh=mesh)[0]
+    # Rounding at random draws other bits for a layer that passes alone: equal on average only.
+    np.testing.assert_allclose(losses, wanted, rtol=0 if kept == "fp32" else 1e-3)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         on_host = path[0].key == "opt_state" and leaf.ndim
         assert leaf.sharding.memory_kind == ("pinned_host" if on_host else "device"), path

@@ -99,6 +99,18 @@ def test_layouts_are_those_that_the_training_accepts():
                 _ = changed.mesh
 
 
+def test_float16_is_for_gpus_and_its_stream_takes_four_bytes():
+    job = emulated("v100-16")
+    half, paper = (job.changed({"precision": p, "model.precision": p}) for p in ("fp16-global", "fp16-paper"))
+    stream = 2 * 2 * half.task.model.config.num_layers * 78 * 128 * half.sequences  # two bytes more, twice a layer
+    assert memory.by_kind(paper)["activations"] - memory.by_kind(half)["activations"] == stream
+    seconds = [estimates.estimate(j, []).seconds["compute"] for j in (job, paper)]
+    assert seconds[0] == pytest.approx(seconds[1] * 125 / 15.7)
+    pod = topologies.Topology(hardware.find_chip("tpu", "v5e"), (2, 4))
+    with pytest.raises(UserError, match="TPUs have no float16 arithmetic"):
+        _ = Job(paper.config, pod, paper.devices).task
+
+
 def test_what_a_mesh_must_exchange():
     """Weights of 4 bytes twice, gradients once, their quarters between the two copies; nothing along tensor."""
     job = emulated()

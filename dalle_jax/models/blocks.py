@@ -15,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.models.layers import layer_norm, linear, param, quick_gelu
+from dalle_jax.models.scaled import BRANCH, enter, leave, own
 from dalle_jax.sharding import constrain
 
 _NOTHING = jax.checkpoint_policies.nothing_saveable
@@ -85,10 +86,19 @@ class Blocks(nnx.Module):
         self.down = stacked("down", hidden, width, std=std.down)
         self.down_bias = stacked("down_bias", width)
 
-    def stacked(self, dtype):
-        """All layers' parameters; matrices in the compute dtype, norm gains and biases in float32."""
+    def stacked(self, dtype, *, vectors=None, scales=None):
+        """All layers' parameters as `layer` reads them.
+
+        Matrices in `dtype`, norm gains and biases in float32, the other biases in `vectors` (default: `dtype`).
+        scales: float32 [L, 2] of each layer's two branches (`scaled.py`); they come along as one more entry.
+        """
         arrays = nnx.to_pure_dict(nnx.state(self))
-        return {name: a if name.startswith("norm") else a.astype(dtype) for name, a in arrays.items()}
+        vectors = dtype if vectors is None else vectors
+        dtypes = {n: None if n.startswith("norm") else vectors if n.endswith("bias") else dtype for n in arrays}
+        if scales is None:
+            return {name: a if dtypes[name] is None else a.astype(dtypes[name]) for name, a in arrays.items()}
+        scaled = {name: own(a, scales[:, BRANCH[name]], dtypes[name] or a.dtype) for name, a in arrays.items()}
+        return scaled | {"scales": scales}
 
 
 def layer(block, x_BSD, *, attend: Callable, remat: str):
@@ -111,32 +121,51 @@ def layer(block, x_BSD, *, attend: Callable, remat: str):
         return mixed_BSNH.reshape(B * S, *mixed_BSNH.shape[2:])
 
     attend_sequences = saving("attend", attend)
-    mix = functools.partial(_attention, attend=attend_tokens)
+    mix = functools.partial(attention, attend=attend_tokens)
     x = constrained(saving("attention", mix)(block, x_BSD.reshape(B * S, D)))
     return constrained(saving("mlp", mlp)(block, x)).reshape(B, S, D)
 
 
-def _attention(block, x, *, attend):
-    return x + project(block, attend(*qkv(block, x)))
+def attention(block, x, *, attend):
+    """The first residual block, [..., D] -> [..., D]."""
+    return _residual(lambda x: project(block, attend(*qkv(block, x))), block, x, branch=0)
+
+
+def mlp(block, x):
+    """The second residual block, [..., D] -> [..., D]."""
+
+    def branch(x):
+        hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
+        hidden = quick_gelu(checkpoint_name(_biased(_linear(hidden, block, "up"), block["up_bias"]), "product"))
+        return _biased(_linear(hidden, block, "down"), block["down_bias"])
+
+    return _residual(branch, block, x, branch=1)
+
+
+def _residual(function, block, x, *, branch: int):
+    """x + function(x), the function in the dtype of the matrices and the sum in that of x."""
+    dtype = block["up"].dtype
+    if "scales" not in block:
+        return x + function(x.astype(dtype)).astype(x.dtype)
+    scale = block["scales"][branch]
+    return x + leave(function(enter(x, scale, dtype)), scale)
 
 
 def qkv(block, x):
     """[..., D] -> queries, keys and values, each [..., N, H]."""
     x = layer_norm(x, block["norm1_gain"], block["norm1_bias"])
-    all_three = checkpoint_name(_linear(x, block, "qkv") + block["qkv_bias"], "product")
+    all_three = checkpoint_name(_biased(_linear(x, block, "qkv"), block["qkv_bias"]), "product")
     return all_three[..., 0, :, :], all_three[..., 1, :, :], all_three[..., 2, :, :]
 
 
 def project(block, mixed):
     """What attention adds to the stream: [..., N, H] -> [..., D]."""
-    return _linear(mixed, block, "out", 2) + block["out_bias"]
+    return _biased(_linear(mixed, block, "out", 2), block["out_bias"])
 
 
-def mlp(block, x):
-    """The second residual block, [..., D] -> [..., D]."""
-    hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
-    hidden = quick_gelu(checkpoint_name(_linear(hidden, block, "up") + block["up_bias"], "product"))
-    return x + _linear(hidden, block, "down") + block["down_bias"]
+def _biased(x, bias):
+    """The sum in the wider of both dtypes, the result in that of x."""
+    return (x + bias).astype(x.dtype)
 
 
 def _linear(x, block, name: str, inputs: int = 1):

@@ -20,7 +20,7 @@ from dalle_jax import pixels
 from dalle_jax.layout import CaptionLayout
 from dalle_jax.models import attention
 from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
-from dalle_jax.models.layers import Model, Params, compute_dtype, layer_norm, param
+from dalle_jax.models.layers import Model, Params, compute_dtype, layer_norm, param, refuse_branch_scales
 from dalle_jax.sharding import constrain
 
 FIRST_LOG_SCALE = math.log(1 / 0.07)  # section 2.5, as is the limit
@@ -33,7 +33,8 @@ class CLIPConfig:
 
     embed: length of the shared vectors. image_size, patch: pixels per side. text_vocab: entries of the BPE vocabulary
     without start and end marks. mean, std: of the pixels in [0, 1], by channel; what the image tower reads is
-    (pixel - mean) / std. remat: a step of `blocks.REMAT`. scan: run the layers as a scan. precision: 'fp32' or 'bf16'.
+    (pixel - mean) / std. remat: a step of `blocks.REMAT`. scan: run the layers as a scan. precision: 'fp32',
+    'bf16' or 'fp16-global'.
     """
 
     embed: int = 512
@@ -69,6 +70,7 @@ class CLIPConfig:
                 raise ValueError(f"{tower}_width must be a multiple of {tower}_heads = {heads}, got {width}")
         check_remat(self.remat)
         compute_dtype(self.precision)
+        refuse_branch_scales(self.precision, "CLIP")
         _ = self.layout
 
     @functools.cached_property

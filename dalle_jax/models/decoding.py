@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from dalle_jax.models import attention
-from dalle_jax.models.layers import EPSILON, Params, compute_dtype, quick_gelu
+from dalle_jax.models.layers import EPSILON, Params, compute_dtype, quick_gelu, stream_dtype
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sharding import constrain
 
@@ -84,7 +84,8 @@ def end_weights(config: TransformerConfig, params: Params) -> dict[str, Any]:
     centred = {name: params[name] - params[name].mean(-1, keepdims=True) for name in tables}
     head = params["image_head"].T
     head_bias = head @ params["norm_bias"]
-    return centred | {"head": _stored(config, "head", head * params["norm_gain"], "model"), "head_bias": head_bias}
+    head = (head * params["norm_gain"]).astype(stream_dtype(config.precision))
+    return centred | {"head": head, "head_bias": head_bias}
 
 
 def prefill(config: TransformerConfig, layers, ends, text_CT, *, cache: str = "model"):
@@ -138,7 +139,8 @@ def decode(config: TransformerConfig, layers, ends, stores, cache, previous_B, p
         store = {name: constrain(x, ("batch", "heads", None, None)) for name, x in store.items()}
         new_cache.append(with_layout_constraint(store, AS_STORED))
         x_DB = constrain(_mlp(layer, _project(layer, x_DB, mixed), dtype), ("embed_activation", "batch"))
-    return _product("vd,db->vb", ends["head"], x_DB, dtype) * _scale(x_DB) + ends["head_bias"][:, None], new_cache
+    logits_VB = _product("vd,db->vb", ends["head"], x_DB, ends["head"].dtype)
+    return logits_VB * _scale(x_DB) + ends["head_bias"][:, None], new_cache
 
 
 def _centred(x):

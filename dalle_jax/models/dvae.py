@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dalle_jax import pixels
-from dalle_jax.models.layers import Model, Params, compute_dtype, param
+from dalle_jax.models.layers import Model, Params, compute_dtype, param, refuse_branch_scales
 from dalle_jax.sharding import constrain
 
 OUTPUTS = 6  # per pixel: three means, then three log scales (appendix A.3)
@@ -25,7 +25,8 @@ class DVAEConfig:
 
     image_size: pixels per side. vocab: codes. width: channels of the encoder's first group, doubled in each later
     group. stem: channels after the decoder's first convolution, in effect the size of a code's embedding.
-    stem_kernel: side of the encoder's first convolution. precision: 'fp32' or 'bf16', see `layers.compute_dtype`.
+    stem_kernel: side of the encoder's first convolution. precision: 'fp32', 'bf16' or 'fp16-global', see
+    `layers.compute_dtype`.
 
     patch: pixels per side that are folded into channels before the first and unfolded after the last convolution, so
     that a small model works on few positions; 1 is the paper's network. logits_norm: root mean square that the features
@@ -56,6 +57,7 @@ class DVAEConfig:
         if self.logits_norm < 0:
             raise ValueError(f"logits_norm must not be negative, got {self.logits_norm}")
         compute_dtype(self.precision)
+        refuse_branch_scales(self.precision, "dVAE")
 
     @property
     def stride(self) -> int:

@@ -17,11 +17,14 @@ from dalle_jax import sharding
 
 Params = dict[str, Any]  # nested dict of arrays
 EPSILON = 1e-5  # of layer norms
-PRECISIONS = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+# 'fp16-global' scales the whole loss, 'fp16-paper' the gradient of each residual branch (`train/scaling.py`).
+PRECISIONS = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16-global": jnp.float16, "fp16-paper": jnp.float16}
 
 
 def compute_dtype(precision: str):
-    """Dtype of activations and matrix products. Parameters, softmax, norm statistics and losses stay float32.
+    """Dtype of activations and matrix products. Parameters, softmax, norm statistics and losses stay float32; with
+    'fp16-paper' (section 2.4, guideline 2) so do the stream between the residual branches, biases, embeddings and
+    output heads: `stream_dtype`.
 
     Raises:
       ValueError: not one of PRECISIONS.
@@ -29,6 +32,19 @@ def compute_dtype(precision: str):
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {tuple(PRECISIONS)}, got {precision!r}")
     return PRECISIONS[precision]
+
+
+def stream_dtype(precision: str):
+    """Dtype of the residual stream, and of what reads it at the end, the output heads."""
+    return jnp.float32 if precision == "fp16-paper" else compute_dtype(precision)
+
+
+def refuse_branch_scales(precision: str, model: str) -> None:
+    """Raises ValueError for 'fp16-paper' where a model has no residual branches that could have their own scales."""
+    if precision == "fp16-paper":
+        raise ValueError(
+            f"precision fp16-paper scales the residual branches of the transformer, got a {model}: use fp16-global"
+        )
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: tuple[str | None, ...], std: float = 0.0, fill: float = 0.0):

@@ -19,7 +19,7 @@ from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
 from dalle_jax.models import attention
 from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
-from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param
+from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
 
 INIT = 0.125  # Child et al. 2019: standard deviation 0.125 / sqrt(fan in)
@@ -31,7 +31,7 @@ class TransformerConfig:
 
     pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: a step of the ladder `blocks.REMAT` (see
     `run_layers`), 'full' as in the paper. scan: run the layers as a scan over the pattern's period (compile time
-    independent of depth). precision: 'fp32' or 'bf16'.
+    independent of depth). precision: one of `layers.PRECISIONS`.
     """
 
     num_layers: int = 64
@@ -95,17 +95,18 @@ class Transformer(nnx.Module):
         self.text_head = param(rngs, (width, layout.text_ids), axes=("embed", "vocab"))
         self.image_head = param(rngs, (width, layout.image_vocab), axes=("embed", "vocab"))
 
-    def __call__(self, text_BT, image_BI):
+    def __call__(self, text_BT, image_BI, scales=None):
         """Logits of every prediction.
 
-        text_BT: int32 text slots (`Layout.text_slots`). image_BI: int32 codes in raster order.
+        text_BT: int32 text slots (`Layout.text_slots`). image_BI: int32 codes in raster order. scales: float32 [L, 2]
+          of the residual branches' gradients, for 'fp16-paper' alone; nothing that is computed forward needs them.
         Returns: float32 text logits [B, T, text_ids], where slot p predicts what slot p + 1 reads, and float32 image
         logits [B, I, image_vocab], where position p predicts code p. No position sees a later token.
         """
-        config, dtype = self.config, compute_dtype(self.config.precision)
-        x_BSD = jnp.concatenate([self._embed_text(text_BT), self._embed_image(image_BI)], axis=1).astype(dtype)
+        config, dtype, stream = self.config, compute_dtype(self.config.precision), stream_dtype(self.config.precision)
+        x_BSD = jnp.concatenate([self._embed_text(text_BT), self._embed_image(image_BI)], axis=1).astype(stream)
         x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
-        x_BSD = run_layers(self.blocks.stacked(dtype), x_BSD, config)
+        x_BSD = run_layers(self.blocks.stacked(dtype, vectors=stream, scales=scales), x_BSD, config)
         x_BSD = layer_norm(x_BSD, self.norm_gain[...], self.norm_bias[...])
         text_D, image_D = x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
         return self._head(text_D, self.text_head), self._head(image_D, self.image_head)
@@ -120,7 +121,10 @@ class Transformer(nnx.Module):
         return _look_up(self.image_embedding, previous, "image_input") + position_ID
 
     def _head(self, x, head):
-        return jnp.einsum("...d,dv->...v", x, head[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        # Where the paper asks for float32 logits, an accelerator must not round the factors to bfloat16 or TF32.
+        exact = jax.lax.Precision.HIGHEST if self.config.precision == "fp16-paper" else None
+        weight = head[...].astype(x.dtype)
+        return jnp.einsum("...d,dv->...v", x, weight, preferred_element_type=jnp.float32, precision=exact)
 
 
 def _deviations(config: TransformerConfig) -> Deviations:

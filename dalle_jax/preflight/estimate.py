@@ -62,7 +62,7 @@ def estimate(job: Job, found: Sequence[Collective] | None) -> Estimate:
     model_flops, executed, tokens, traffic = _work(job)
     sequences = job.sequences * config.accumulate  # of one chip and update
     tensor = job.mesh.shape["tensor"]
-    peak = chip.peak_flops[config.model.precision]
+    peak = chip.peak_flops[config.model.precision.partition("-")[0]]
     seconds = {
         "compute": executed * sequences / tensor / (peak * COMPUTE_SHARE),
         "memory": traffic / (chip.memory_bandwidth * MEMORY_SHARE),
@@ -89,7 +89,7 @@ def expected(job: Job) -> list[Collective]:
     amounts = {
         ("all-gather", "fsdp", fsdp): 2 * weights,
         ("reduce-scatter", "fsdp", fsdp): weights,
-        ("all-reduce", "replica", replica): 2 * weights // fsdp,
+        ("all-reduce", "replica", replica): 2 * job.across_replicas[0],
     }
     if job.helper is not None:
         passes = 3 if model.config.remat == "full" else 2

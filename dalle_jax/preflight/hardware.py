@@ -26,10 +26,11 @@ GIB = 2**30
 class Chip:
     """One accelerator chip, which is one JAX device.
 
-    platform: 'tpu' or 'gpu'. memory_bytes: of device memory. peak_flops: multiply-adds count two; by the `precision`
-    of a config. 'fp32' is what a float32 matrix product really runs as by default (one bf16 pass on TPU, TF32 on A100
-    and later). memory_bandwidth, inside_bandwidth, outside_bandwidth: bytes per second that a chip reads, receives
-    from chips of its own island (TPU slice, GPU host), and receives from others; 0 where there are no others.
+    platform: 'tpu' or 'gpu'. memory_bytes: of device memory. peak_flops: multiply-adds count two; by 'fp32', 'bf16'
+    or, where there is such arithmetic, 'fp16'. 'fp32' is what a float32 matrix product really runs as by default (one
+    bf16 pass on TPU, TF32 on A100 and later). memory_bandwidth, inside_bandwidth, outside_bandwidth: bytes per second
+    that a chip reads, receives from chips of its own island (TPU slice, GPU host), and receives from others; 0 where
+    there are no others.
     usable_share: of memory_bytes that one program may take.
     """
 
@@ -56,9 +57,9 @@ def _gpu(name, size, peaks, memory, inside, outside) -> Chip:
 
 
 # Volta has no bf16 arithmetic: the compiler widens it to float32, which runs outside the tensor cores.
-_VOLTA = {"bf16": 15.7e12, "fp32": 15.7e12}
-_AMPERE = {"bf16": 312e12, "fp32": 156e12}
-_HOPPER = {"bf16": 989e12, "fp32": 494e12}
+_VOLTA = {"fp16": 125e12, "bf16": 15.7e12, "fp32": 15.7e12}
+_AMPERE = {"fp16": 312e12, "bf16": 312e12, "fp32": 156e12}
+_HOPPER = {"fp16": 989e12, "bf16": 989e12, "fp32": 494e12}
 
 _CHIPS = (
     _tpu("v4", 30.75, 275e12, 1.228e12, 300e9),

@@ -18,9 +18,10 @@ from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, build
+from dalle_jax.models.layers import compute_dtype
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import optimizer as optimizers
-from dalle_jax.train import run
+from dalle_jax.train import powersgd, run
 from dalle_jax.train import step as steps
 from dalle_jax.train.task import Task
 from dalle_jax.train.tasks import build_task
@@ -47,6 +48,11 @@ class Job:
         """Raises UserError for impossible sizes, or a model whose bytes nobody has modelled."""
         if self.config.name == "clip":
             raise UserError("preflight knows dvae and transformer configs, got a clip: train it at once, it is small")
+        if self.config.precision.startswith("fp16") and self.topology.chip.platform == "tpu":
+            raise UserError(
+                f"expected a GPU for config.precision = {self.config.precision}, got {self.topology}: TPUs have no "
+                "float16 arithmetic, set --config.precision=bf16"
+            )
         if self.helper is None:
             return build_task(self.config)
         try:
@@ -72,13 +78,29 @@ class Job:
         return optimizers.build(self.config.optimizer, steps=self.config.steps, axes=self.task.model.axes)
 
     @property
-    def _storage(self) -> steps.Storage:
-        return steps.Storage(**self.config.storage)
+    def _kept(self) -> dict[str, Any]:
+        return {"storage": steps.Storage(**self.config.storage), "compression": self._compression}
+
+    @property
+    def _compression(self) -> powersgd.Compression:
+        return powersgd.Compression(**self.config.compression)
+
+    @property
+    def across_replicas(self) -> tuple[int, int]:
+        """Bytes of gradients that a chip averages with other replicas in an update, and those without compression."""
+        model, cut = self.task.model, self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
+        item = compute_dtype(self.config.model.precision)(0).dtype.itemsize
+        if not self._compression.rank:
+            return (model.num_params * item // cut,) * 2
+        found = powersgd.layouts(model.abstract, model.axes, compression=self._compression, mesh=self.mesh)
+        sent, instead = powersgd.sent_numbers(found)
+        rest = 4 * (model.num_params // cut - instead)
+        return sent * (4 if self._compression.format == "fp32" else 2) + rest, instead * item + rest
 
     @functools.cached_property
     def state(self) -> steps.State:
         """The training state as jax.ShapeDtypeStruct with shardings."""
-        return steps.abstract_state(self.task, self.optimizer, mesh=self.mesh, storage=self._storage)
+        return steps.abstract_state(self.task, self.optimizer, mesh=self.mesh, **self._kept)
 
     @functools.cached_property
     def frozen(self) -> Any:
@@ -126,7 +148,7 @@ class Job:
             accumulate=self.config.accumulate,
             ema_decay=self.config.ema.decay,
             ema_every=self.config.ema.every,
-            storage=self._storage,
+            **self._kept,
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
         return update.lower(self.state, self.frozen, self.batch, key)

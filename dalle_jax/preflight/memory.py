@@ -7,14 +7,16 @@ tests hold it to 15 % of what the compiler needs.
 
 import math
 
-from dalle_jax.models.layers import compute_dtype
+import jax.numpy as jnp
+
+from dalle_jax.models.layers import compute_dtype, stream_dtype
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.preflight import flops
 from dalle_jax.preflight.job import Job, shard_bytes
 
-# Numbers of the width that the backward pass finds saved, per token and layer, by `model.remat`. 'full': what goes
-# into attention and into the MLP. 'dots': also q, k, v, the hidden layer and both results. 'attention': also what
-# lies between, but no scores. 'none' adds the scores, below.
+# Numbers of the width that the backward pass finds saved, per token and layer, by `model.remat`. 'full': the stream as
+# it goes into attention and into the MLP. 'dots': also q, k, v, the hidden layer and both results. 'attention': also
+# what lies between, but no scores. 'none' adds the scores, below.
 SAVED = {"full": 2, "dots": 2 + 3 + 4 + 2, "attention": 2 + 2 + 3 + 1 + 3 * 4 + 2, "none": 2 + 2 + 3 + 1 + 3 * 4 + 2}
 # Fitted to the compilers' temporaries of 12b (libtpu 0.0.42 on v4, v5p and v6e with 1, 2 and 4 sequences a chip, XLA of
 # jax 0.10.2 for H100 with 1, 4 and 16): how often what a scan saves is there, copies of the parameters in the compute
@@ -27,13 +29,15 @@ WORKING = 16  # numbers of the width per token of the layer at work, with its gr
 
 
 def by_kind(job: Job) -> dict[str, int]:
-    """Bytes by kind: parameters, optimizer, ema, frozen, gradients, activations, temporaries."""
+    """Bytes by kind: parameters, optimizer, ema, frozen, left_out (with compression), gradients, activations,
+    temporaries."""
     state = job.state
     held = {
         "parameters": shard_bytes(state["params"]),
         "optimizer": shard_bytes(state["opt_state"]),
         "ema": shard_bytes(state["ema"]),
         "frozen": shard_bytes(job.frozen),
+        **({"left_out": shard_bytes(state["error"])} if "error" in state else {}),
     }
     item = compute_dtype(job.config.model.precision)(0).dtype.itemsize
     compute = held["ema"] * item // 4  # the parameters, or their gradients, in the compute dtype
@@ -46,6 +50,8 @@ def by_kind(job: Job) -> dict[str, int]:
         activations = SAVED_COPIES[platform] * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
         working = PARAMETER_COPIES[platform] * compute + _whole(model, item, job)
         working += job.sequences * _working(model, item, job.mesh)
+    if "error" in state:
+        working += 3 * held["ema"]  # gradients before and after compression, and what is left out, in float32
     if job.config.storage.offload:
         working += held["ema"]  # the changes of all parameters, in float32 too
     return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
@@ -58,7 +64,8 @@ def total(job: Job) -> int:
 
 def _saved(model: TransformerConfig, item: int) -> int:
     """Of one sequence."""
-    saved = model.num_layers * model.layout.length * model.width * item * SAVED[model.remat]
+    stream = 2 * (jnp.dtype(stream_dtype(model.precision)).itemsize - item)  # more than in the compute dtype
+    saved = model.num_layers * model.layout.length * model.width * (item * SAVED[model.remat] + stream)
     if model.remat == "none":
         saved += flops.attention(model) // (4 * model.head_size) * (4 + item) * SCORE_COPIES // 2
     return saved

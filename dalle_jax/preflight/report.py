@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dalle_jax.preflight.search import Result, describe
 
 GB = 1e9
-NAMES = {"frozen": "frozen dVAE", "ema": "moving average"}
+NAMES = {"frozen": "frozen dVAE", "ema": "moving average", "left_out": "left out"}
 
 
 def table(result: Result, changes: Sequence[Result]) -> str:

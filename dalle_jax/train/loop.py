@@ -23,7 +23,7 @@ from dalle_jax import distributed, sharding
 from dalle_jax.checkpointer import Checkpoints
 from dalle_jax.data.lanes import Lanes
 from dalle_jax.errors import UserError
-from dalle_jax.train import goodput, replicas
+from dalle_jax.train import goodput, powersgd, replicas
 from dalle_jax.train import optimizer as optimizers
 from dalle_jax.train import step as steps
 from dalle_jax.train.look import Look
@@ -75,7 +75,7 @@ def run(
     """
     ledger = goodput.Ledger(workdir)
     optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
-    storage = steps.Storage(**config.storage)
+    kept = {"storage": steps.Storage(**config.storage), "compression": powersgd.Compression(**config.compression)}
     update = steps.make_update(
         task,
         optimizer,
@@ -83,7 +83,7 @@ def run(
         accumulate=config.accumulate,
         ema_decay=config.ema.decay,
         ema_every=config.ema.every,
-        storage=storage,
+        **kept,
     )
     init_key, update_key, look_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(
@@ -93,20 +93,21 @@ def run(
         folder=config.checkpoint_dir,
         warn=to_terminal,
     )
-    abstract = steps.abstract_state(task, optimizer, mesh=mesh, storage=storage)
+    saved_form, to_saved, from_saved = steps.make_saved(task, optimizer, mesh=mesh, **kept)
     beat(0, "restore")
-    if (restored := checkpoints.restore_latest(abstract)) is not None:
+    if (restored := checkpoints.restore_latest(saved_form)) is not None:
         start, state, position = restored
+        state = from_saved(state)
         batches.set_state(position)
     else:
-        start, state = 0, steps.init_state(task, optimizer, key=init_key, mesh=mesh, storage=storage)
+        start, state = 0, steps.init_state(task, optimizer, key=init_key, mesh=mesh, **kept)
     ledger.restored(start)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     look = Look(task, workdir, frozen, mesh=mesh, key=look_key, validation=validation, most=config.validation_batches)
     rate = optimizers.schedule(config.optimizer, steps=config.steps)
     report = Report(task, config, workdir, start=start, rate=rate, progress=progress)
     rollback = Rollback(config.rollback_after, patience=config.log_every)
-    check_replicas = replicas.make_check(abstract, mesh=mesh)
+    check_replicas = replicas.make_check(steps.abstract_state(task, optimizer, mesh=mesh, **kept), mesh=mesh)
     began, saved, save_due = time.monotonic(), start, False
     n, turn, stop = start, 0, False
 
@@ -133,10 +134,10 @@ def run(
                     streak = report.streak
                     del state  # before another one takes its place
                     with ledger.during("lost"):
-                        restored = checkpoints.restore_latest(abstract)
+                        restored = checkpoints.restore_latest(saved_form)
                     if restored is None:
                         raise UserError("expected an undamaged checkpoint to go back to, got none: start a new run")
-                    saved, state, _ = restored
+                    saved, state = restored[0], from_saved(restored[1])
                     ledger.restored(saved)
                     report.rewind(saved)
                     report.say(
@@ -174,7 +175,9 @@ def run(
                     beat(n, "checkpoint")
                     with report.pause(), ledger.during("checkpoint"):
                         if last or not report.streak:  # a checkpoint is something to go back to
+                            state = to_saved(state)
                             checkpoints.save(n, state, batches.get_state())
+                            state = from_saved(state)
                             ledger.saved(n)
                             saved, save_due = n, False
                 ledger.tick()

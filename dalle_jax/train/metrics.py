@@ -20,6 +20,7 @@ from dalle_jax.checkpoint import write_file
 COLUMNS = 8  # pictures a row where the task does not say
 LEAST_SIDE = 96  # smaller pictures are enlarged by a whole factor, in pixels
 GAP = 2  # pixels between pictures
+MOST_LABELS = 8  # curves of one plot that a legend can tell apart
 
 
 class MetricsLog:
@@ -69,6 +70,17 @@ def _board_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if type(thread).__module__.startswith("tensorboardX")}
 
 
+def scalars(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The numbers of an update by name; entry i of an array, in row-major order, is called 'name/i'."""
+    values = {}
+    for name, value in measured.items():
+        if np.ndim(value):
+            values |= {f"{name}/{index:03d}": float(entry) for index, entry in enumerate(np.ravel(value))}
+        else:
+            values[name] = float(value)
+    return values
+
+
 def read(path: pathlib.Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl; one that a crash or a full disk cut off is left out."""
     lines = []
@@ -79,7 +91,7 @@ def read(path: pathlib.Path) -> list[dict[str, float]]:
 
 
 def save_curves(metrics_path: pathlib.Path, path: pathlib.Path) -> None:
-    """One small plot a metric over the updates, training and validation in the same plot."""
+    """One small plot a metric over the updates, training and validation, and all entries of an array, in the same."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed only here
     from matplotlib.figure import Figure
 
@@ -87,8 +99,10 @@ def save_curves(metrics_path: pathlib.Path, path: pathlib.Path) -> None:
     for line in read(metrics_path):
         for name, value in line.items():
             kind, _, metric = name.partition("/")
+            metric, _, entry = metric.partition("/")
             if metric:
-                series.setdefault(metric, {}).setdefault(kind, []).append((line["step"], value))
+                label = f"{kind} {entry}".strip()
+                series.setdefault(metric, {}).setdefault(label, []).append((line["step"], value))
     if not series:
         return
     rows = math.ceil(len(series) / 4)
@@ -102,7 +116,7 @@ def save_curves(metrics_path: pathlib.Path, path: pathlib.Path) -> None:
         axes.set_title(metric, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.locator_params(nbins=4)
-        if len(kinds) > 1:
+        if 1 < len(kinds) <= MOST_LABELS:
             axes.legend(fontsize=7)
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, dpi=80, format="png")

@@ -1,13 +1,19 @@
 """Parameters and moments in 16 bits: what is kept between updates is rounded, every update computes in float32.
 
 Only hidden matrices are ever kept in 16 bits; embeddings, output heads, gains and biases stay float32, as in the paper
-(section 2.4, guideline 2). bfloat16 has float32's range and 8 bits of significand: neighbours lie 0.4 to 0.8 % apart,
-and a change of less than half of that is lost by rounding to the nearest. So what moves slowly is rounded up or down
-at random with the right mean:
+(section 2.4, guideline 2). Moments are kept in one of
+
+    fp32     float32, both
+    bf16     bfloat16, both: float32's range, neighbours 0.4 to 0.8 % apart
+    paper    the first in 1-6-9, the second in 0-6-10 (`formats.py`), neighbours 0.1 to 0.2 % and 0.05 to 0.1 % apart,
+             and the second never above 5 (`NU_MOST`)
+
+A change of less than half the distance between neighbours is lost by rounding to the nearest. So what moves slowly is
+rounded up or down at random with the right mean:
 
     second moment    moves by 1 - b2 of itself, 4 % with b2 = 0.96 but 0.1 % with 0.999: nearest would freeze it
     parameters       move by about step size / size of the weight, 0.1 % late in a run: nearest would freeze them
-    first moment     moves by 1 - b1 = 10 %: rounded to the nearest, as Optax does with mu_dtype
+    first moment     moves by 1 - b1 = 10 %: rounded to the nearest
 
 The random bits depend on the number of the update alone, so a resumed run repeats them.
 """
@@ -19,8 +25,12 @@ import jax.numpy as jnp
 import optax
 
 from dalle_jax.errors import UserError
+from dalle_jax.train import formats
 
-DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}  # of parameters
+MOMENTS = ("fp32", "bf16", "paper")
+FORMATS = {"mu": formats.FIRST, "nu": formats.SECOND}  # of 'paper'
+NU_MOST = 5.0  # the second moment is clipped to this before it is used or stored (section 2.4, appendix E)
 
 
 class Stored(NamedTuple):
@@ -67,49 +77,70 @@ def narrowed_like(tree: Any, like: Any, key) -> Any:
     )
 
 
-def stored(
-    inner: optax.GradientTransformation, *, matrices: Any, mu: str, nu: str
-) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that keeps its first (`mu`) and second (`nu`) moments of the hidden matrices in these dtypes.
+def stored(inner: optax.GradientTransformation, *, matrices: Any, kept: str) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that keeps its moments of the hidden matrices in 16 bits.
 
     inner: one whose moments are called mu and nu, each a nested dict like the parameters (AdamW, Muon).
     matrices: nested dict of bool, the parameters that count as hidden matrices.
-    mu, nu: 'fp32' or 'bf16'; with both 'fp32' it is `inner` itself.
+    kept: one of MOMENTS; with 'fp32' it is `inner` itself.
 
     Raises:
-      UserError: another dtype.
+      UserError: another value of `kept`.
     """
-    wanted = {
-        "mu": dtype(mu, key="config.optimizer.mu_dtype"),
-        "nu": dtype(nu, key="config.optimizer.nu_dtype"),
-    }
+    if kept not in MOMENTS:
+        raise UserError(f"config.optimizer.moments must be one of {', '.join(MOMENTS)}, got {kept!r}")
     inner = optax.with_extra_args_support(inner)
-    if set(wanted.values()) == {jnp.float32}:
+    if kept == "fp32":
         return inner
     hidden = {_keys(path) for path, is_matrix in jax.tree_util.tree_leaves_with_path(matrices) if is_matrix}
 
-    def narrowed(state, key):
+    def mapped(function, state):
+        """function(array, 'mu' or 'nu', its place in the state) over the hidden matrices' moments."""
         leaves, structure = jax.tree_util.tree_flatten_with_path(state)
         new = []
         for index, (path, x) in enumerate(leaves):
             moment = _moment(path)
-            if _keys(path) not in hidden or wanted.get(moment) != jnp.bfloat16:
-                new.append(x)
-            elif moment == "nu":
-                new.append(round_at_random(x, jax.random.fold_in(key, index)))
-            else:
-                new.append(x.astype(jnp.bfloat16))
+            new.append(function(x, moment, index) if moment in FORMATS and _keys(path) in hidden else x)
         return structure.unflatten(new)
+
+    def narrowed(state, key):
+        def narrow(x, moment, index):
+            own = jax.random.fold_in(key, index) if moment == "nu" else None
+            if kept == "paper":
+                return formats.encode(x, FORMATS[moment], own)
+            return x.astype(jnp.bfloat16) if own is None else round_at_random(x, own)
+
+        return mapped(narrow, state)
+
+    def wide(state):
+        if kept == "paper":
+            return mapped(lambda x, moment, _: formats.decode(x, FORMATS[moment]), state)
+        return widened(state)
 
     def init(params):
         return Stored(jnp.zeros([], jnp.int32), narrowed(inner.init(params), jax.random.key(0)))
 
     def update(updates, state, params=None, **extra):
-        updates, new = inner.update(updates, widened(state.inner), params, **extra)
+        updates, new = inner.update(updates, wide(state.inner), params, **extra)
         key = jax.random.fold_in(jax.random.key(0), state.count)
         return updates, Stored(optax.safe_increment(state.count), narrowed(new, key))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_clipped_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` whose second moment is clipped by value to NU_MOST before it is used."""
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda g, m: b1 * m + (1.0 - b1) * g, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: jnp.minimum(b2 * v + (1.0 - b2) * jnp.square(g), NU_MOST), updates, state.nu)
+        first, second = 1.0 - b1**count, 1.0 - b2**count  # of the mean of 1, .., 1 so far: Adam's bias correction
+        updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def update_from_host(optimizer, grads, state, params, *, value, keep, axes):

@@ -75,29 +75,19 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
     config: name, learning_rate, schedule, b1, b2, eps, weight_decay (times the step size), clip_norm (global norm, 0
     for none), momentum (Muon's) and plateau with window (updates averaged into one value), patience (windows without
     improvement before a halving), min_improvement (relative) and halvings (most of them). decay_tables: lookup tables
-    decay too. mu_dtype, nu_dtype: how the
-    first and second moments of hidden matrices are kept, 'fp32' or 'bf16' (`moments.py`).
+    decay too. moments: how those of hidden
+    matrices are kept, 'fp32', 'bf16' or 'paper' (`moments.py`).
     axes: the model's nested dict of dimension names.
 
     Raises:
-      UserError: an unknown optimizer, schedule or dtype.
+      UserError: an unknown optimizer, schedule or way of keeping moments, or Muon with the paper's.
     """
     rate = schedule(config, steps=steps)
     if config["name"] not in OPTIMIZERS:
         raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {config['name']!r}")
     parts = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
-    if config["name"] == "adamw":
-        core = optax.adamw(
-            rate,
-            b1=config["b1"],
-            b2=config["b2"],
-            eps=config["eps"],
-            weight_decay=config["weight_decay"],
-            mask=decay_mask(axes, tables=config["decay_tables"]),
-        )
-    else:
-        core = _muon(config, rate, axes)
-    parts.append(moments.stored(core, matrices=hidden_mask(axes), mu=config["mu_dtype"], nu=config["nu_dtype"]))
+    core = _adamw(config, rate, axes) if config["name"] == "adamw" else _muon(config, rate, axes)
+    parts.append(moments.stored(core, matrices=hidden_mask(axes), kept=config["moments"]))
     if config["schedule"]["name"] == "plateau":
         plateau = config["schedule"]["plateau"]
         parts.append(
@@ -112,8 +102,23 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
     return optax.with_extra_args_support(optax.chain(*parts))
 
 
+def _adamw(config: Mapping[str, Any], rate: optax.Schedule, axes: Any) -> optax.GradientTransformation:
+    clipped = config["moments"] == "paper"
+    adam = moments.scale_by_clipped_adam if clipped else optax.scale_by_adam
+    return optax.chain(
+        adam(b1=config["b1"], b2=config["b2"], eps=config["eps"]),
+        optax.add_decayed_weights(config["weight_decay"], mask=decay_mask(axes, tables=config["decay_tables"])),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
 def _muon(config: Mapping[str, Any], rate: optax.Schedule, axes: Any) -> optax.GradientTransformation:
     """Muon for hidden matrices, AdamW for the rest, of which only decayed parameters decay (e.g. output heads)."""
+    if config["moments"] == "paper":
+        raise UserError(
+            "expected config.optimizer.name = adamw with config.optimizer.moments = paper, whose formats are made for "
+            "Adam's two moments, got muon: set --config.optimizer.moments=bf16 or choose adamw"
+        )
     dimensions = jax.tree.map(matrix_dimensions, axes, is_leaf=_is_names)
     decays = decay_mask(axes, tables=config["decay_tables"])
     rest_mask = jax.tree.map(lambda decays, muon: decays and not muon, decays, hidden_mask(axes))

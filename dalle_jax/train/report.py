@@ -63,7 +63,7 @@ class Report:
         if self._pending is None:
             return
         (n, measured), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(measured).items()}
+        values = metrics_files.scalars(jax.device_get(measured))
         self._interval.append(values)
         self.streak = 0 if _finite(values) else self.streak + 1
         if self._since:

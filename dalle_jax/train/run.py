@@ -101,6 +101,22 @@ def check_values(config: ml_collections.ConfigDict) -> None:
     for name in ("steps", "batch_size", "accumulate"):
         if config[name] < 1:
             raise UserError(f"expected config.{name} of at least 1, got {config[name]}: set --config.{name}=N")
+    if config.precision.startswith("fp16"):
+        if config.storage.params != "fp32":
+            raise UserError(
+                f"expected config.storage.params = fp32 with config.precision = {config.precision}, got "
+                f"{config.storage.params}: gradients would be rounded a second time, to fewer bits; change one of them"
+            )
+        if jax.default_backend() == "tpu":
+            raise UserError(
+                f"expected a GPU or CPU for config.precision = {config.precision}, got a TPU, which has no float16 "
+                "arithmetic: set --config.precision=bf16"
+            )
+    if config.compression.rank and config.name != "transformer":
+        raise UserError(
+            f"expected config.compression.rank = 0 for a {config.name}, got {config.compression.rank}: its loss is no "
+            "mean over examples, so the replicas' gradients do not add up to its gradient"
+        )
     if config.storage.offload and config.optimizer.name != "adamw":
         raise UserError(
             f"expected config.optimizer.name = adamw with config.storage.offload, got {config.optimizer.name}: Muon "

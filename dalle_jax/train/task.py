@@ -32,7 +32,8 @@ class Task:
     model: its definition; `model.init` makes the parameters, `model.axes` names their dimensions.
     loss: (params, frozen, batch, *, key, step) -> (loss, metrics). Pure and traced inside the update. The loss is a
       float32 scalar, the mean over the batch, so that equal microbatches average to the whole batch; the metrics are
-      float32 scalars, averaged in the same way. `step` is an int32 scalar, the number of updates already made.
+      float32 scalars, averaged in the same way. `step` is an int32 scalar, the number of updates already made. A model
+      of precision 'fp16-paper' also gets `scales=`, float32 [layers, 2], while it is differentiated.
     frozen: parameters of a helper model that get no update, {} if none. Passed as an argument, never baked in.
     pictures: (params, frozen, batch, key) -> uint8 [N, H, W, 3], which the loop lays out in rows of eight, or uint8
       [rows, columns, H, W, 3], or None. Runs outside the update and may jit what it likes.

@@ -40,10 +40,10 @@ def _cross_entropy(logits, targets):
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def _loss(model, dvae_model, params, frozen, batch, *, key, step):
+def _loss(model, dvae_model, params, frozen, batch, *, key, step, scales=None):
     del key, step  # nothing random, nothing scheduled
     image_BI = jax.lax.stop_gradient(encode_images(dvae_model, frozen, batch["image"]))
-    text_logits, image_logits = model.apply(params, batch["text"], image_BI)
+    text_logits, image_logits = model.apply(params, batch["text"], image_BI, scales)
     text, image = token_losses(text_logits, image_logits, batch["text"], image_BI)
     loss = TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image
     return loss, {"text_loss": text, "image_loss": image, "bits_per_image_token": image / jnp.log(2.0)}
