@@ -46,7 +46,7 @@ TOKENIZER_CAPTIONS = 5_000
 REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
 
 REST_SECONDS = 75.0  # compiling the transformer's update and drawing everything after it, on a slow CPU
-CLIP_SECONDS = 80.0  # for training it
+CLIP_SECONDS = 70.0  # for training it
 PROBE_UPDATES = 12
 MORE_THAN_UPDATES = 1.08  # the time of a training by that of its updates alone: data, validation, pictures
 
@@ -54,7 +54,7 @@ MORE_THAN_UPDATES = 1.08  # the time of a training by that of its updates alone:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo"), metavar="DIR")
     parser.add_argument(
-        "--minutes", type=float, default=9.25, help="time to plan for, up to the first samples (default 9.25)"
+        "--minutes", type=float, default=8.75, help="time to plan for, up to the first samples (default 8.75)"
     )
     parser.add_argument("--captions", type=int, default=200, help="captions judged of each kind (default 200)")
     parser.add_argument("--seed", type=int, default=0)
