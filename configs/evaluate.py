@@ -14,7 +14,7 @@ pytorch  the network of FID with pytorch-fid's resize, cropped about the centre
 clean    the same with clean-fid's
 tf1      the same with that of the first TensorFlow code
 cub      section 3.1: every different caption of a source, all pictures of it as the reference; scored as coco
-demo     scenes, a few minutes on a CPU: 200 captions, features of the demo's own CLIP, no Inception
+demo     scenes: 200 captions, small enough for a CPU; features of the demo's own CLIP, no Inception
 
 The numbers of two protocols do not compare with each other. docs/evaluation.md says what each leaves open.
 """

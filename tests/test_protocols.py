@@ -290,10 +290,10 @@ def test_two_processes_give_the_bits_of_one(straight, model, words, tmp_path):
 
     values = configs.load(words[1], words[2:]).to_dict()
     evaluation = Evaluation.from_json({k: v for k, v in values.items() if k not in main.NOT_PROTOCOL}, where="here")
-    made, drawn = {}, {0: 0, 1: 0}
+    made, drawn, together = {}, {0: 0, 1: 0}, threading.Barrier(2)
 
     def work(index):
-        crew = Crew(index, 2)
+        crew = Crew(index, 2, meet=lambda: together.wait(60))
         made[index] = evaluate(evaluation, model=str(model), out=tmp_path, crew=crew, tell=False)
 
     draw_all = drawing.draw_all

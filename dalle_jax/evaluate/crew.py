@@ -1,7 +1,7 @@
 """The processes that share one evaluation: each does every n-th part, and what is done lies in a folder that all see.
 
-They meet in files alone, which appear whole (`checkpoint.write_file`), so nobody waits in a collective for the hours
-that another one draws.
+They wait for files, which appear whole (`checkpoint.write_file`), so nobody stands in a collective for the hours that
+another one draws.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ POLL_SECONDS = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Crew:
-    """Which of how many processes this is. beat: told what begins, see `distributed.Watchdog`."""
+    """Which of how many processes this is. beat: told what begins, see `distributed.Watchdog`. meet: returns when all
+    have called it; only where they come at about the same time."""
 
     index: int = 0
     count: int = 1
     beat: Callable[[str], None] = lambda phase: None
+    meet: Callable[[], object] = lambda: None
 
     @property
     def first(self) -> bool:
@@ -35,9 +37,3 @@ class Crew:
             while not path.exists():
                 self.beat("wait")
                 time.sleep(POLL_SECONDS)
-
-    def wait_for_end(self, folder: pathlib.Path) -> None:
-        """Until the first process has removed this folder."""
-        while folder.exists():
-            self.beat("wait")
-            time.sleep(POLL_SECONDS)

@@ -74,7 +74,12 @@ def main(args: argparse.Namespace) -> int:
         limits["hang_seconds"], first_seconds=limits["compile_seconds"], start_seconds=limits["start_seconds"]
     ) as watchdog:
         distributed.gather_json(None)  # the first collective connects all
-        crew = Crew(jax.process_index(), jax.process_count(), beat=lambda phase: watchdog.beat(0, phase))
+        crew = Crew(
+            jax.process_index(),
+            jax.process_count(),
+            beat=lambda phase: watchdog.beat(0, phase),
+            meet=lambda: distributed.gather_json(None),
+        )
         made = evaluate(
             evaluation,
             model=args.model,

@@ -43,14 +43,22 @@ def clip(image_uint8: np.ndarray, size: int) -> np.ndarray:
 
 def pytorch(image_uint8: np.ndarray) -> np.ndarray:
     """pytorch-fid: bilinear between pixel centres, no smoothing where it shrinks; 2 x - 1 of [0, 1]."""
-    first, second, share = zip(*(_centred(length) for length in image_uint8.shape[:2]), strict=True)
+    (rows, rows_up, down), (columns, columns_up, across) = (_centred(length) for length in image_uint8.shape[:2])
     image_unit = pixels.to_unit(image_uint8)
-    down, across = share[0][:, None, None], share[1][:, None]
-    top, bottom = (
-        (1 - across) * image_unit[row][:, first[1]] + across * image_unit[row][:, second[1]]
-        for row in (first[0], second[0])
-    )
-    return 2 * ((1 - down) * top + down * bottom) - 1
+    tall = _blended(image_unit[rows], image_unit[rows_up], down[:, None, None])  # whole rows are copied fast
+    wide = (np.take(tall, places, axis=1) for places in (columns, columns_up))
+    image = _blended(*wide, across[:, None])
+    image *= 2
+    image -= 1
+    return image
+
+
+def _blended(one: np.ndarray, other: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """(1 - share) one + share other, in place of one."""
+    one *= 1 - share
+    other *= share
+    one += other
+    return one
 
 
 def _centred(length: int):

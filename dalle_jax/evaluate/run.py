@@ -50,15 +50,18 @@ def evaluate(
     try:
         out.mkdir(parents=True, exist_ok=True)
         job = _Job(evaluation, model, out, crew, tell, expected or Expected(), save_statistics)
+        if crew.first:
+            (out / report.REPORT).unlink(missing_ok=True)
+        crew.meet()
         made = job.run(start)
+        crew.wait([out / report.REPORT])
+        crew.meet()  # nobody looks for a part any more
     except OSError as error:
         raise UserError(
             f"expected a folder to write to, got {out} ({error.strerror or error}): choose another"
         ) from error
     if crew.first:
         shutil.rmtree(out / FEATURES, ignore_errors=True)
-    else:
-        crew.wait_for_end(out / FEATURES)
     return made
 
 
@@ -87,10 +90,12 @@ class _Job:
 
     def run(self, start: float) -> dict[str, Any] | None:
         evaluation, crew, make, radii = self.evaluation, self.crew, self.features.make, self.measure.blur
-        theirs = [make(self.extractor, self.reference, radius) for radius in radii] if self.reference else []
+        theirs = []
+        for radius in radii if self.reference else ():
+            theirs.append(make(self.extractor, self.reference, radius))
+            if crew.first and len(theirs) == 1:
+                self._check_reference(self.features.load(theirs[0], self.reference))
         overlapping = self._overlap()
-        if crew.first and theirs:
-            self._check_reference(self.features.load(theirs[0], self.reference))
         spec = evaluation.pictures
         if self.plan is not None:
             shards = drawing.draw_all(self.pipe, self.plan, evaluation.draw, self.out, crew=crew, tell=self.tell)
