@@ -19,8 +19,9 @@ def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, 
     monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.5))
     monkeypatch.setattr(demo.choose_temperature, "__kwdefaults__", {"each": 2})
+    monkeypatch.setattr(demo, "PROBE_UPDATES", 4)
     workdir = tmp_path / "demo"
-    words = ["demo", "--workdir", str(workdir), "--captions", "16", "--json", "--best-of", str(best_of)]
+    words = ["demo", "--workdir", str(workdir), "--captions", "6", "--json", "--best-of", str(best_of)]
     assert cli.main(words) == 0
     report = json.loads((workdir / "report.json").read_text())
     assert report == json.loads(capsys.readouterr().out)
@@ -37,17 +38,18 @@ def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, 
         assert report["best_of"]["candidates"] == 4 and 0 <= report["best_of"]["two_object_unseen_accuracy"] <= 1
         by_clip = report["by_clip_features"]
         assert by_clip["clip_fid"] > 0 and 0 <= by_clip["clip_score"] <= 2.5 and "not Inception" in by_clip["note"]
-        assert by_clip["pictures"] == by_clip["reference"] == 16 * len(demo.REPORT_KEYS)
+        assert by_clip["pictures"] == by_clip["reference"] == 6 * len(demo.REPORT_KEYS)
         assert report["steps"] == {"dvae": 3, "clip": 3, "transformer": 3}
 
 
 def test_updates_follow_the_speed_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "time_update", lambda config: 0.25)
+    monkeypatch.setattr(demo, "MORE_THAN_UPDATES", 1.25)
 
     def plan(seconds, steps=1000):
         return demo.planned("configs/transformer.py:demo", {"steps": steps}, tmp_path, seconds=seconds).steps
 
-    assert plan(100.0) == 400
+    assert plan(100.0) == 320
     assert plan(1e6) == 1000
     assert plan(-100.0) == 100  # a demo that cannot keep its time still trains a little
     (tmp_path / "config.json").write_text(json.dumps({"name": "transformer", "model": {}, "steps": 77}))

@@ -1,0 +1,55 @@
+"""Which captions a protocol takes, and that every protocol in the configs is complete."""
+
+import dataclasses
+import json
+
+import pytest
+from test_protocols import CAPTIONS, IMAGES, coco  # noqa: F401
+
+from dalle_jax import config as configs
+from dalle_jax.data.sources import open_source
+from dalle_jax.errors import UserError
+from dalle_jax.evaluate import captions, main, protocol
+from dalle_jax.evaluate.preprocess import CROPS, RESIZES
+from dalle_jax.evaluate.protocol import Draw, Evaluation, Measure
+
+SPECS = ("coco", "dalle-coco-30k", "dm-gan", "pytorch", "clean", "tf1", "cub", "demo")
+
+
+def test_captions_are_chosen_by_the_seed_without_one_twice(coco):  # noqa: F811
+    source = open_source(f"coco:{coco}")
+    one, same, other = (captions.choose(source, Draw(count=20, seed=seed), {}) for seed in (1, 1, 2))
+    assert one.ids == same.ids != other.ids and len(set(one.ids)) == 20
+    everything = captions.choose(source, Draw(), {})
+    assert len(everything.ids) == IMAGES * CAPTIONS and set(one.ids) < set(everything.ids)
+
+    class Twice:
+        name = "twice"
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, row):
+            return captions.Dropped("x", "no image") if row == 3 else dataclasses.replace(source[0], key=str(row))
+
+    unique = captions.choose(Twice(), Draw(unique=True), {})
+    assert unique.ids == ["0#0", "0#1"] and unique.dropped == {"no image": 1} and unique.records == 4
+
+
+@pytest.mark.parametrize("variant", SPECS)
+def test_every_protocol_is_complete(variant):
+    config = configs.load(f"configs/evaluate.py:{variant}")
+    values = {key: value for key, value in config.to_dict().items() if key not in main.NOT_PROTOCOL}
+    evaluation = Evaluation.from_json(values, where=variant)
+    assert evaluation.protocol and evaluation.draw is not None
+    assert Evaluation.from_json(json.loads(json.dumps(evaluation.to_json())), where="report") == evaluation
+    assert variant in configs._module(configs._find("configs/evaluate.py")).__doc__
+
+
+def test_names_of_values_are_those_of_functions():
+    assert tuple(RESIZES) == protocol.RESIZES and tuple(CROPS) == protocol.CROPS
+    for values in ({"blur": (1.0, 1.0)}, {"blur": ()}, {"blur": (float("nan"),)}, {"resize": "x"}, {"splits": 0}):
+        with pytest.raises(ValueError):
+            Measure(**values)
+    with pytest.raises(UserError, match="unexpected keyword"):
+        Evaluation.from_json({"pictures": "x", "nonsense": 1}, where="here")
