@@ -34,7 +34,9 @@ from dalle_jax.train import optimizer as optimizers
 FORMATS = ("fp32", "bf16", "paper")
 EPSILON = 1e-6  # added to P's diagonal, so that its columns are independent (appendix E)
 CUT = ("fsdp", "tensor")  # mesh axes inside a replica
-KEY = 0x9051  # of Q0
+KEY = 0x9051  # of Q0, which the layers of a stacked parameter share
+# Of three thin products, for which the paper wants float32: an accelerator must not round factors to bfloat16 or TF32.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +233,12 @@ class PowerSGD:
             own = jax.random.fold_in(jax.random.fold_in(jax.random.key(KEY), index), here)
             rows, columns = pieces.piece
             q = jax.random.normal(own, (columns, pieces.rank)) / columns**0.5
-            p = self._mean(jnp.einsum("src,ck->srk", matrix, q))
+            p = self._mean(_product("src,ck->srk", matrix, q))
             size = jnp.sqrt(jnp.square(p).mean((1, 2), keepdims=True))
             p = jnp.where(size > 0, p / jnp.where(size > 0, size, 1.0), 0.0) + EPSILON * jnp.eye(rows, pieces.rank)
             p = _read(_written(jnp.linalg.qr(p)[0], self._format), self._format)
-            q = self._mean(jnp.einsum("src,srk->sck", matrix, p))
-            gradient[n] = jnp.einsum("srk,sck->src", p, q)[:, None]
+            q = self._mean(_product("src,srk->sck", matrix, p))
+            gradient[n] = _product("srk,sck->src", p, q)[:, None]
             square += jnp.square(q).sum()  # P is orthonormal
             random = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, index), here), replica)
             left_out[n] = _written(matrix - gradient[n][:, 0], self._format, random)[None, :, None]
