@@ -69,7 +69,7 @@ def demo() -> ConfigDict:
         CLIPConfig(
             embed=64,
             image_size=64,
-            patch=8,
+            patch=16,  # most objects lie in one to four patches; a quarter of the tokens that patches of 8 make
             image_layers=2,
             image_width=96,
             image_heads=4,
@@ -82,12 +82,12 @@ def demo() -> ConfigDict:
         ),
         DataConfig(image_size=64, augment="centre", threads=0),
     )
-    config.steps, config.batch_size = 250, 128
+    config.steps, config.batch_size = 600, 128
     optimizer = config.optimizer
     optimizer.update(name="muon", learning_rate=8e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
     optimizer.schedule.update(name="warmup_linear", warmup_steps=30)
     config.ema.decay = 0.98
-    config.update(validate_every=250, validation_batches=4, picture_every=0, checkpoint_every=250)
+    config.update(validate_every=300, validation_batches=4, picture_every=0, checkpoint_every=300)
     config.data.update(train="scenes:train@64", validation="scenes:val@64")
     return config
 
