@@ -1,6 +1,7 @@
 """From a folder of pictures to a report: preprocessing against Pillow and the formulas, the command, bad input."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from dalle_jax.evaluate import distances, features, moments, preprocess, self_ch
 from dalle_jax.evaluate.features import Extractor, Preparation
 
 SIDE = preprocess.SIDE
+PHOTOS = pathlib.Path(__file__).parents[1] / "../shared/data/photos"
 
 
 def picture(height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:
@@ -153,6 +155,30 @@ def test_features_do_not_depend_on_the_batch(weights, folders):
     assert one.keys == other.keys and len(one.keys) == 12 and one.features_NF.shape == (12, 128)
     np.testing.assert_allclose(one.features_NF, other.features_NF, atol=1e-5)
     np.testing.assert_allclose(one.logits_NV, other.logits_NV, atol=1e-5)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"the shared photos are not here: {PHOTOS}")
+def test_real_photos_of_many_sizes_from_every_kind_of_source(weights, tmp_path, capsys):
+    """The same files in shards and as MS-COCO has them are the same set, at no distance; other photos are not."""
+    held = {
+        split: f"coco:{PHOTOS}/folder/annotations/captions_{split}.json,{PHOTOS}/folder/images"
+        for split in ("train", "val")
+    }
+    common = ("--weights", weights, "--splits", 1, "--json", "--out", tmp_path)
+
+    def report(pictures, reference):
+        assert run("--pictures", pictures, "--reference", reference, *common) == 0
+        return json.loads(capsys.readouterr().out)
+
+    same = report(f"wds:{PHOTOS}/wds/train/*.tar", held["train"])
+    assert same["pictures"]["count"] == same["reference"]["count"] == 56 and len(same["pictures"]["sizes"]) > 30
+    assert same["pictures"]["sizes"] == same["reference"]["sizes"]
+    assert same["pictures"]["sha256"] == same["reference"]["sha256"]
+    assert abs(same["scores"]["fid"]) < 1e-4 and same["scores"]["precision"] == same["scores"]["recall"] == 1
+    assert any("different sizes, each squeezed" in note for note in same["notes"])
+    other = report(held["val"], PHOTOS / "bad_folder")
+    assert other["pictures"]["count"] == 9 and sum(other["reference"]["dropped"].values()) >= 3
+    assert other["scores"]["fid"] > 100 * abs(same["scores"]["fid"])
 
 
 @pytest.mark.parametrize(
