@@ -28,15 +28,25 @@ def test_every_resize_has_the_size_and_range_of_the_network(size):
         x = resize(image)
         assert x.shape == (SIDE, SIDE, 3) and x.dtype == np.float32 and np.abs(x).max() <= 1, name
         plain = resize(np.full((*size, 3), 128, np.uint8))
-        want = 0 if name in ("tf1", "clean") else np.float32(2 * 128 / 255 - 1)
-        np.testing.assert_allclose(plain, want, atol=1e-6)
+        want = {"pytorch": np.float32(2 * 128 / 255 - 1), "dm-gan": dm_gan_scale(np.float32(128 / 255))}.get(name, 0)
+        np.testing.assert_allclose(plain, np.broadcast_to(want, plain.shape), atol=1e-6)
+
+
+def dm_gan_scale(image_unit):
+    """As its code writes it, channel by channel."""
+    scales = (
+        (0.229 / 0.5, (0.485 - 0.5) / 0.5),
+        (0.224 / 0.5, (0.456 - 0.5) / 0.5),
+        (0.225 / 0.5, (0.406 - 0.5) / 0.5),
+    )
+    channels = np.moveaxis(np.broadcast_to(np.asarray(image_unit)[..., None], (*np.shape(image_unit), 3)), -1, 0)
+    return np.stack([x * scale + shift for x, (scale, shift) in zip(channels, scales, strict=True)], -1)
 
 
 def test_at_the_networks_size_nothing_is_resized():
     image = picture(SIDE, SIDE)
-    for name in ("pytorch", "dm-gan"):
-        np.testing.assert_allclose(preprocess.RESIZES[name](image), image / 127.5 - 1, atol=1e-6)
-    for name in ("tf1", "clean"):
+    np.testing.assert_allclose(preprocess.pytorch(image), image / 127.5 - 1, atol=1e-6)
+    for name in ("tf1", "clean", "dm-gan-score"):
         np.testing.assert_array_equal(preprocess.RESIZES[name](image), (image.astype(np.float32) - 128) / 128)
 
 
@@ -44,7 +54,10 @@ def test_at_the_networks_size_nothing_is_resized():
 def test_resizes_are_pillows_and_the_formulas(size):
     image = picture(*size)
     squeezed = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(preprocess.dm_gan(image), 2 * (squeezed.astype(np.float32) / 255) - 1)
+    for channel in range(3):
+        want = dm_gan_scale(squeezed[..., channel] / 255)[..., channel]
+        np.testing.assert_allclose(preprocess.dm_gan(image)[..., channel], want, atol=1e-6)
+    np.testing.assert_array_equal(preprocess.dm_gan_score(image), (squeezed.astype(np.float32) - 128) / 128)
     one = Image.fromarray(image[..., 1]).convert("F").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(preprocess.clean(image)[..., 1], (np.asarray(one).clip(0, 255) - 128) / 128)
     for name, offset in (("pytorch", 0.5), ("tf1", 0.0)):
