@@ -1,14 +1,14 @@
 """Protocols of evaluation, complete. Launch:
 
     dalle-jax evaluate runs/transformer --config configs/evaluate.py:coco --config.source=coco:/data/coco \
-        --config.weights=runs/inception --out runs/coco
+        --config.weights=runs/inception_torchvision --config.score_weights=runs/inception --out runs/coco
     dalle-jax evaluate --pictures others/ --config configs/evaluate.py:coco --config.source=coco:/data/coco \
-        --config.weights=runs/inception --out others_coco
+        --config.weights=runs/inception_torchvision --out others_coco
     dalle-jax evaluate demo/transformer --config configs/evaluate.py:demo --config.clip=demo/clip --out demo_evaluation
 
 coco     dalle-coco-30k: Ramesh et al. 2021, section 3.1 and figure 9: 30,000 captions of the validation set of MS-COCO
          2014, the best of 512 candidates each, against all 40,504 of its pictures, cropped about their centres
-         (Nichol et al. 2021, appendix A.2); the DM-GAN code's network and resize; both sets blurred by growing radii
+         (Nichol et al. 2021, appendix A.2); the DM-GAN code's networks and resizes; both sets blurred by growing radii
 dm-gan   the same captions as the DM-GAN code scores them (Zhu et al. 2019): the reference squeezed, not cropped
 pytorch  the network of FID with pytorch-fid's resize, cropped about the centre
 clean    the same with clean-fid's
@@ -41,6 +41,7 @@ def _protocol(name: str, draw: Draw, measure: Measure, **values) -> ConfigDict:
             "reference_count": 0,  # of them, drawn by the seed; 0: all
             "count": 0,  # pictures that are taken of `--pictures`, by the seed; 0: all
             "weights": "",  # Inception v3: what `dalle-jax convert inception` wrote, or a published file
+            "score_weights": "",  # of the one whose classes give the Inception score; '': the same
             "clip": "",  # workdir or model directory: CLIP score and R-precision, and whose features 'clip' means
             "draw": fields(draw),
             "measure": fields(measure),
@@ -62,7 +63,9 @@ def _fid(name: str) -> ConfigDict:
     return _coco(f"coco-30k-{name}", pools="fid", resize=name, crop="centre", side=SIDE)
 
 
-PAPER = dict(pools="torchvision", resize="dm-gan", crop="centre", side=SIDE, blur=RADII)
+DM_GAN = dict(pools="torchvision", resize="dm-gan", blur=RADII)
+DM_GAN_SCORE = dict(score_pools="fid", score_resize="dm-gan-score")  # on MS-COCO; on CUB a network of birds
+PAPER = dict(**DM_GAN, crop="centre", side=SIDE)
 
 
 def demo() -> ConfigDict:
@@ -74,8 +77,8 @@ def demo() -> ConfigDict:
 
 
 VARIANTS = {
-    "coco": lambda: _coco("dalle-coco-30k", **PAPER),
-    "dm-gan": lambda: _coco("dm-gan-coco-30k", pools="torchvision", resize="dm-gan", blur=RADII),
+    "coco": lambda: _coco("dalle-coco-30k", **PAPER, **DM_GAN_SCORE),
+    "dm-gan": lambda: _coco("dm-gan-coco-30k", **DM_GAN, **DM_GAN_SCORE),
     "pytorch": lambda: _fid("pytorch"),
     "clean": lambda: _fid("clean"),
     "tf1": lambda: _fid("tf1"),

@@ -1,6 +1,7 @@
 """From a folder of pictures to a report: preprocessing against Pillow and the formulas, the command, bad input."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from dalle_jax.evaluate import distances, features, moments, preprocess, self_ch
 from dalle_jax.evaluate.features import Extractor, Preparation
 
 SIDE = preprocess.SIDE
+PHOTOS = pathlib.Path(__file__).parents[1] / "../shared/data/photos"
 
 
 def picture(height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:
@@ -26,15 +28,25 @@ def test_every_resize_has_the_size_and_range_of_the_network(size):
         x = resize(image)
         assert x.shape == (SIDE, SIDE, 3) and x.dtype == np.float32 and np.abs(x).max() <= 1, name
         plain = resize(np.full((*size, 3), 128, np.uint8))
-        want = 0 if name in ("tf1", "clean") else np.float32(2 * 128 / 255 - 1)
-        np.testing.assert_allclose(plain, want, atol=1e-6)
+        want = {"pytorch": np.float32(2 * 128 / 255 - 1), "dm-gan": dm_gan_scale(np.float32(128 / 255))}.get(name, 0)
+        np.testing.assert_allclose(plain, np.broadcast_to(want, plain.shape), atol=1e-6)
+
+
+def dm_gan_scale(image_unit):
+    """As its code writes it, channel by channel."""
+    scales = (
+        (0.229 / 0.5, (0.485 - 0.5) / 0.5),
+        (0.224 / 0.5, (0.456 - 0.5) / 0.5),
+        (0.225 / 0.5, (0.406 - 0.5) / 0.5),
+    )
+    channels = np.moveaxis(np.broadcast_to(np.asarray(image_unit)[..., None], (*np.shape(image_unit), 3)), -1, 0)
+    return np.stack([x * scale + shift for x, (scale, shift) in zip(channels, scales, strict=True)], -1)
 
 
 def test_at_the_networks_size_nothing_is_resized():
     image = picture(SIDE, SIDE)
-    for name in ("pytorch", "dm-gan"):
-        np.testing.assert_allclose(preprocess.RESIZES[name](image), image / 127.5 - 1, atol=1e-6)
-    for name in ("tf1", "clean"):
+    np.testing.assert_allclose(preprocess.pytorch(image), image / 127.5 - 1, atol=1e-6)
+    for name in ("tf1", "clean", "dm-gan-score"):
         np.testing.assert_array_equal(preprocess.RESIZES[name](image), (image.astype(np.float32) - 128) / 128)
 
 
@@ -42,7 +54,10 @@ def test_at_the_networks_size_nothing_is_resized():
 def test_resizes_are_pillows_and_the_formulas(size):
     image = picture(*size)
     squeezed = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(preprocess.dm_gan(image), 2 * (squeezed.astype(np.float32) / 255) - 1)
+    for channel in range(3):
+        want = dm_gan_scale(squeezed[..., channel] / 255)[..., channel]
+        np.testing.assert_allclose(preprocess.dm_gan(image)[..., channel], want, atol=1e-6)
+    np.testing.assert_array_equal(preprocess.dm_gan_score(image), (squeezed.astype(np.float32) - 128) / 128)
     one = Image.fromarray(image[..., 1]).convert("F").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(preprocess.clean(image)[..., 1], (np.asarray(one).clip(0, 255) - 128) / 128)
     for name, offset in (("pytorch", 0.5), ("tf1", 0.0)):
@@ -153,6 +168,30 @@ def test_features_do_not_depend_on_the_batch(weights, folders):
     assert one.keys == other.keys and len(one.keys) == 12 and one.features_NF.shape == (12, 128)
     np.testing.assert_allclose(one.features_NF, other.features_NF, atol=1e-5)
     np.testing.assert_allclose(one.logits_NV, other.logits_NV, atol=1e-5)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"the shared photos are not here: {PHOTOS}")
+def test_real_photos_of_many_sizes_from_every_kind_of_source(weights, tmp_path, capsys):
+    """The same files in shards and as MS-COCO has them are the same set, at no distance; other photos are not."""
+    held = {
+        split: f"coco:{PHOTOS}/folder/annotations/captions_{split}.json,{PHOTOS}/folder/images"
+        for split in ("train", "val")
+    }
+    common = ("--weights", weights, "--splits", 1, "--json", "--out", tmp_path)
+
+    def report(pictures, reference):
+        assert run("--pictures", pictures, "--reference", reference, *common) == 0
+        return json.loads(capsys.readouterr().out)
+
+    same = report(f"wds:{PHOTOS}/wds/train/*.tar", held["train"])
+    assert same["pictures"]["count"] == same["reference"]["count"] == 56 and len(same["pictures"]["sizes"]) > 30
+    assert same["pictures"]["sizes"] == same["reference"]["sizes"]
+    assert same["pictures"]["sha256"] == same["reference"]["sha256"]
+    assert abs(same["scores"]["fid"]) < 1e-4 and same["scores"]["precision"] == same["scores"]["recall"] == 1
+    assert any("different sizes, each squeezed" in note for note in same["notes"])
+    other = report(held["val"], PHOTOS / "bad_folder")
+    assert other["pictures"]["count"] == 9 and sum(other["reference"]["dropped"].values()) >= 3
+    assert other["scores"]["fid"] > 100 * abs(same["scores"]["fid"])
 
 
 @pytest.mark.parametrize(

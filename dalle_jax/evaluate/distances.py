@@ -39,19 +39,19 @@ def fid(mean_F, covariance_FF, other_mean_F, other_covariance_FF) -> float:
     if not all(np.isfinite(array).all() for array in arrays):
         raise UserError("expected finite statistics, got NaN or infinity: compute them again")
     mean_F, covariance_FF, other_mean_F, other_covariance_FF = arrays
-    factor_FR = _factor(covariance_FF)
-    middle_RR = factor_FR.T @ other_covariance_FF @ factor_FR
-    roots = np.sqrt(np.clip(np.linalg.eigvalsh((middle_RR + middle_RR.T) / 2), 0, None))
+    factor_RF = _factor(covariance_FF)
+    middle_RR = factor_RF @ other_covariance_FF @ factor_RF.T
+    roots = np.sqrt(np.clip(np.linalg.eigvalsh(middle_RR), 0, None))  # which reads one half of it
     apart_F = mean_F - other_mean_F
     return float(apart_F @ apart_F + np.trace(covariance_FF) + np.trace(other_covariance_FF) - 2 * roots.sum())
 
 
 def _factor(covariance_FF: np.ndarray) -> np.ndarray:
-    """L [F, R] with L L^T = covariance, R its rank as far as rounding lets it be told."""
+    """L^T [R, F] with L L^T = covariance, R its rank as far as rounding lets it be told."""
     lower_FF, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance_FF, lower=1)
-    factor_FR = np.zeros((len(lower_FF), rank))
-    factor_FR[pivots - 1] = np.tril(lower_FF)[:, :rank]
-    return factor_FR
+    factor_RF = np.empty((rank, len(lower_FF)))
+    factor_RF[:, pivots - 1] = np.triu(lower_FF.T)[:rank]  # LAPACK's columns are our rows
+    return factor_RF
 
 
 def inception_score(logits_NV: np.ndarray, *, splits: int = IS_SPLITS) -> tuple[float, float]:

@@ -13,6 +13,10 @@ from PIL import Image, ImageFilter
 from dalle_jax import pixels
 from dalle_jax.models.inception import SIDE
 
+# Of the channels over ImageNet, as torchvision has them.
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
+
 
 def blurred(image_uint8: np.ndarray, radius: float) -> np.ndarray:
     """Gaussian blur by Pillow, whose radius is the deviation in pixels; 0 changes nothing.
@@ -95,9 +99,21 @@ def clean(image_uint8: np.ndarray) -> np.ndarray:
 
 
 def dm_gan(image_uint8: np.ndarray) -> np.ndarray:
-    """The DM-GAN code: Pillow's bilinear, smoothed and rounded to uint8, squeezed to a square; 2 x - 1 of [0, 1]."""
-    squeezed = Image.fromarray(image_uint8).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return 2 * pixels.to_unit(np.asarray(squeezed)) - 1
+    """FID of the DM-GAN code: Pillow's bilinear, smoothed and rounded to uint8, squeezed to a square.
+
+    Its copy of an early pytorch-fid takes [0, 1] for values that were normalised by ImageNet's mean and deviation, and
+    undoes that (github.com/mseitzer/pytorch-fid/issues/3). A mistake, but its scores depend on it.
+    """
+    return (pixels.to_unit(_squeezed(image_uint8)) * IMAGENET_DEVIATION + IMAGENET_MEAN - 0.5) / 0.5
+
+
+def dm_gan_score(image_uint8: np.ndarray) -> np.ndarray:
+    """Inception score of the DM-GAN code for MS-COCO, in the graph of FID: squeezed the same way; (x - 128) / 128."""
+    return (_squeezed(image_uint8).astype(np.float32) - 128) / 128
+
+
+def _squeezed(image_uint8: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image_uint8).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 # All of them: uint8 [H, W, 3] -> float32 [SIDE, SIDE, 3] in [-1, 1]; a picture that is no square is squeezed.
@@ -106,5 +122,6 @@ RESIZES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "clean": clean,
     "tf1": tf1,
     "dm-gan": dm_gan,
+    "dm-gan-score": dm_gan_score,
 }
 CROPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"none": lambda image: image, "centre": middle_square}

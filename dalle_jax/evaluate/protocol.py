@@ -11,7 +11,7 @@ from typing import Any
 
 from dalle_jax.errors import UserError
 
-RESIZES = ("pytorch", "clean", "tf1", "dm-gan")  # functions of `preprocess`
+RESIZES = ("pytorch", "clean", "tf1", "dm-gan", "dm-gan-score")  # functions of `preprocess`
 CROPS = ("none", "centre")
 FEATURES = ("inception", "clip")
 POOLS = ("", "fid", "torchvision")
@@ -26,8 +26,9 @@ class Measure:
     resize: to the network's size, a function of `preprocess`. crop: 'centre' is the largest square about the centre;
     reference_crop: that of the reference, '' for the same. side: then cropped pictures are brought to this side in
     pixels, so that a radius of blur means the same in both sets; 0 leaves them. blur: radii in pixels, each gives one
-    set of scores. splits: of the Inception score. candidates: captions that R-precision chooses among. seed: of draws,
-    splits and subsets.
+    set of scores. splits: of the Inception score. score_pools, score_resize: of the network whose classes give it, ''
+    for the same as `pools` and `resize`. candidates: captions that R-precision chooses among. seed: of draws, splits
+    and subsets.
     """
 
     features: str = "inception"
@@ -38,6 +39,8 @@ class Measure:
     side: int = 0
     blur: tuple[float, ...] = (0.0,)
     splits: int = 10  # Salimans et al. 2016
+    score_pools: str = ""
+    score_resize: str = ""
     candidates: int = 100  # Xu et al. 2018
     seed: int = 0
 
@@ -46,6 +49,8 @@ class Measure:
         _one_of("features", self.features, FEATURES)
         _one_of("pools", self.pools, POOLS)
         _one_of("resize", self.resize, RESIZES)
+        _one_of("score_pools", self.score_pools, POOLS)
+        _one_of("score_resize", self.score_resize, ("", *RESIZES))
         _one_of("crop", self.crop, CROPS)
         _one_of("reference_crop", self.reference_crop, ("", *CROPS))
         if not self.blur or not all(0 <= radius < math.inf for radius in self.blur):
@@ -114,7 +119,8 @@ class Evaluation:
     judged, '' where `draw` says how they are made. source: of the captions that are drawn. reference: source or .npz of
     statistics, '' for the pictures of `source`. reference_exactly: readable pictures that the reference must have, 0
     for any number. count, reference_count: pictures that are taken of each set by the seed, 0 for all. weights: path of
-    Inception v3. clip: model directory of a CLIP, '' for none.
+    Inception v3. score_weights: of the one whose classes give the Inception score, '' for the same. clip: model
+    directory of a CLIP, '' for none.
     """
 
     protocol: str = ""
@@ -125,6 +131,7 @@ class Evaluation:
     reference_count: int = 0
     count: int = 0
     weights: str = ""
+    score_weights: str = ""
     clip: str = ""
     draw: Draw | None = None
     measure: Measure = dataclasses.field(default_factory=Measure)

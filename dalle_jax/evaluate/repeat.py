@@ -12,10 +12,11 @@ from dalle_jax.errors import UserError
 from dalle_jax.evaluate.protocol import Evaluation
 
 SAME_FID = 1e-3  # absolute; what two good implementations differ by
-PLACES = ("source", "reference", "pictures", "weights", "clip", "draw.clip", "overlap.source")
+PLACES = ("source", "reference", "pictures", "weights", "score_weights", "clip", "draw.clip", "overlap.source")
 # What must not change -> where a report says it, and what it is.
 DIGESTS = {
     "weights": (("weights",), "weights of the network"),
+    "score_weights": (("scored_by", "digest"), "weights of the Inception score's network"),
     "clip": (("clip", "digest"), "CLIP"),
     "checkpoint": (("drawn", "checkpoint"), "checkpoint that draws"),
     "ranked_by": (("drawn", "ranked_by"), "CLIP that chooses"),

@@ -73,11 +73,17 @@ class _Job:
         self.crew, self.tell, self.expected, self.save_statistics = crew, tell, expected, save_statistics
         self.notes: list[str] = []
         self.features = Features(self.measure, out / FEATURES, crew, tell)
+        resize = self.measure.score_resize or self.measure.resize
+        self.score_features = dataclasses.replace(
+            self.features, measure=dataclasses.replace(self.measure, resize=resize)
+        )
         if save_statistics and len(self.measure.blur) > 1:
             raise UserError(f"expected one radius of blur to save statistics of, got {self.measure.blur}: name one")
         self.clip = Reranker.load(evaluation.clip) if evaluation.clip else None
         self.extractor = self._extractor()
+        self.scorer = self._scorer()
         expected.check("weights", self.extractor.digest)
+        expected.check("score_weights", None if self.scorer is None else self.scorer.digest)
         expected.check("clip", None if self.clip is None else self.clip.digest)
         self.stored = self._stored()
         self.reference = None if self.stored else self._set("reference", self._reference_source())
@@ -103,14 +109,18 @@ class _Job:
             spec = f"wds:{self.out / drawing.PICTURES}/*.tar"
         pictures = self.given or self._set("pictures", open_pictures(spec))
         ours = [make(self.extractor, pictures, radius) for radius in radii]
+        scored = [self.score_features.make(self.scorer, pictures, radius) for radius in radii if self.scorer]
         by_clip = None if self.clip is None else make(ClipExtractor(self.clip), pictures)
         if not crew.first:
             return None
         rows, notes = [], list(self.notes)
         left_out, about_overlap = overlapping or (set(), None)
-        for radius, mine, other in zip(radii, ours, theirs or [None] * len(radii), strict=True):
+        none = [None] * len(radii)
+        for radius, mine, other, classes in zip(radii, ours, theirs or none, scored or none, strict=True):
             crew.beat("score")
             found = self.features.load(mine, pictures)
+            if classes is not None:
+                found = dataclasses.replace(found, logits_NV=self.features.load(classes, pictures).logits_NV)
             reference = None if other is None else self.features.load(other, self.reference)
             if reference is not None and left_out:
                 reference = reference.without(left_out)
@@ -151,12 +161,27 @@ class _Job:
             return ClipExtractor(self.clip)
         if not self.evaluation.weights:
             raise UserError("expected weights of Inception v3, got none: give --config.weights=PATH or --weights PATH")
-        extractor = Extractor.load(self.evaluation.weights)
-        pools = extractor.model.config.pools
-        if self.measure.pools not in ("", pools):
+        return self._inception(self.evaluation.weights, self.measure.pools)
+
+    def _scorer(self) -> Extractor | None:
+        """The network whose classes give the Inception score; None if it is the one of the features."""
+        path, pools = self.evaluation.score_weights, self.measure.score_pools
+        if path:
+            return self._inception(path, pools)
+        if self.measure.features == "inception" and pools not in ("", self.extractor.model.config.pools):
+            self.notes.append(
+                f"Inception score by the network {self.extractor.model.config.pools!r} instead of {pools!r}, as no "
+                "config.score_weights are given"
+            )
+        return None
+
+    def _inception(self, path: str, pools: str) -> Extractor:
+        extractor = Extractor.load(path)
+        found = extractor.model.config.pools
+        if pools not in ("", found):
             raise UserError(
-                f"expected the network {self.measure.pools!r} for {self.evaluation.protocol or 'this'}, got {pools!r} "
-                f"in {self.evaluation.weights}: give the weights of the other one"
+                f"expected the network {pools!r} for {self.evaluation.protocol or 'this'}, got {found!r} in {path}: "
+                "give the weights of the other one"
             )
         return extractor
 
@@ -280,6 +305,9 @@ class _Job:
                 **self.stored.about,
                 "sha256": _digest_of(self.stored),
             }
+        if self.scorer is not None:
+            resize = self.score_features.measure.resize
+            told["scored_by"] = {"network": self.scorer.network, "digest": self.scorer.digest, "resize": resize}
         if self.clip is not None:
             told["clip"] = {"path": evaluation.clip, "digest": self.clip.digest}
         if self.plan is not None:

@@ -2,8 +2,9 @@
 
 Two networks share the parameters' shapes and differ in their pools and classes: 'fid', the graph of 2015-12-05 that
 every published FID goes back to, and 'torchvision', which the DM-GAN code used. `fid` averages without the padding and
-takes a maximum instead of the average in the very last block, an old mistake that scores now depend on. Batch norms
-use their stored statistics; there is no training here, no dropout and no auxiliary classifier. float32 throughout.
+takes a maximum instead of the average in the very last block, an old mistake that scores now depend on; its logits
+leave their bias out, as the code of the Inception score does (Salimans et al. 2016). Batch norms use their stored
+statistics; there is no training here, no dropout and no auxiliary classifier. float32 throughout.
 
 Array names end in their dimensions: B batch, H height, W width, C channels, F features, V classes.
 """
@@ -144,7 +145,7 @@ class Inception(nnx.Module):
             block = Mixed(branches, channels, rngs, pool=pool, halves=halves, narrow=config.narrow)
             setattr(self, name, block)
             channels = block.channels
-        self.logits = Linear((config.features, config.classes), rngs)
+        self.logits = Linear((config.features, config.classes), rngs, biased=config.pools != "fid")
 
     def __call__(self, x_BHWC):
         """float32 [B, H, W, 3] in [-1, 1] -> pool3 [B, F] and logits [B, V], float32. Published numbers use SIDE."""
@@ -181,10 +182,14 @@ class Conv(nnx.Module):
                 x_BHWC,
                 weight,
                 window_strides=(self.stride, self.stride),
-                padding=self.padding,
+                # Without any padding XLA takes up to three times as long on CPU, so there is a row and a column more.
+                padding="SAME" if self.padding == "SAME" else ((0, 1), (0, 1)),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 precision=jax.lax.Precision.HIGHEST,  # an accelerator must not round to bfloat16 or TF32
             )
+        if self.padding == "VALID":
+            height, width = ((x_BHWC.shape[i] - weight.shape[i - 1]) // self.stride + 1 for i in (1, 2))
+            y_BHWC = y_BHWC[:, :height, :width]
         return jax.nn.relu(y_BHWC + (self.bias[...] - self.mean[...] * scale_C))
 
 
@@ -224,12 +229,14 @@ class Mixed(nnx.Module):
 
 
 class Linear(nnx.Module):
-    def __init__(self, channels: tuple[int, int], rngs):
+    def __init__(self, channels: tuple[int, int], rngs, *, biased: bool):
         self.weight = param(rngs, channels, axes=("in", "out"), std=channels[0] ** -0.5)
-        self.bias = param(rngs, channels[1:], axes=("out",))
+        self.bias = param(rngs, channels[1:], axes=("out",))  # a published file has it
+        self.biased = biased
 
     def __call__(self, x_BF):
-        return jnp.matmul(x_BF, self.weight[...], precision=jax.lax.Precision.HIGHEST) + self.bias[...]
+        y_BV = jnp.matmul(x_BF, self.weight[...], precision=jax.lax.Precision.HIGHEST)
+        return y_BV + self.bias[...] if self.biased else y_BV
 
 
 def _side_by_side(step):
