@@ -65,8 +65,7 @@ def cudnn(q, k, v, kind):
 
 
 def tuned(block, warps, stages, q, k, v, kind):
-    fused_gpu.COMPILER = fused_gpu.triton.CompilerParams(num_warps=warps, num_stages=stages)
-    return fused_gpu.attend(q, k, v, kind, block=block, **SHAPE)
+    return fused_gpu.attend(q, k, v, kind, block=block, warps=warps, stages=stages, **SHAPE)
 
 
 def ways(platform: str, kind: str, *, tune: bool) -> dict:
@@ -253,7 +252,11 @@ def main() -> None:
     args = parser.parse_args()
     path = args.out / "attention.json"
     parts = json.loads(path.read_text()) if path.exists() else {}
-    about = {"date": datetime.date.today().isoformat(), "batch": args.batch, "command": "python benchmarks/attention.py"}
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "batch": args.batch,
+        "command": "python benchmarks/attention.py",
+    }
     if args.predict:
         chip = find_chip(*args.predict.split(":"))
         about["command"] += f" --predict {args.predict}"

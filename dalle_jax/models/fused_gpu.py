@@ -30,7 +30,7 @@ from dalle_jax.sharding import per_device
 BLOCK = 64  # queries and keys of a block; larger ones visit more pairs that are not allowed
 HEAD_SIZES = (16, 32, 64, 128)  # Triton multiplies blocks whose sides are powers of 2, of at least 16
 LOG2_E = math.log2(math.e)  # GPUs have an instruction for powers of 2
-COMPILER = triton.CompilerParams(num_warps=4, num_stages=2)
+WARPS, STAGES = 4, 2  # of a program, and of loads in flight in its loop
 
 STATES = ("batch", "sequence", "heads", "head")
 SUMS = ("batch", "heads", "sequence")
@@ -46,16 +46,29 @@ def check(*, length: int, head_size: int, block: int = BLOCK) -> None:
         raise ValueError(f"attention 'pallas' needs one of {HEAD_SIZES} as head_size, got {head_size}: use 'xla'")
 
 
-def attend(q_BSNH, k_BSNH, v_BSNH, kind: str, *, text_len: int, grid: int, block: int = BLOCK, interpret: bool = False):
+def attend(
+    q_BSNH,
+    k_BSNH,
+    v_BSNH,
+    kind: str,
+    *,
+    text_len: int,
+    grid: int,
+    block: int = BLOCK,
+    warps: int = WARPS,
+    stages: int = STAGES,
+    interpret: bool = False,
+):
     """Equal to `attention.attend`. Softmax and sums in float32, result in q's dtype.
 
-    block: a power of 2, at least 16. interpret: run the kernels as array code, on any machine and slowly, for tests.
+    block: a power of 2, at least 16. block, warps and stages change speed alone. interpret: run the kernels as array
+    code, on any machine and slowly, for tests.
 
     Raises:
       ValueError: shapes that `check` refuses.
     """
     check(length=q_BSNH.shape[1], head_size=q_BSNH.shape[-1], block=block)
-    return _attend(q_BSNH, k_BSNH, v_BSNH, _Plan(kind, text_len, grid, block, interpret))
+    return _attend(q_BSNH, k_BSNH, v_BSNH, _Plan(kind, text_len, grid, block, warps, stages, interpret))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +79,8 @@ class _Plan:
     text_len: int
     grid: int
     block: int
+    warps: int
+    stages: int
     interpret: bool
 
     def lists(self, *, by_keys: bool) -> BlockLists:
@@ -144,7 +159,7 @@ def _call(kernel, plan: _Plan, lists: BlockLists, arrays, results, *, name: str)
         in_specs=[*map(whole, tables), *specs(arrays)],
         out_specs=specs(results),
         out_shape=results,
-        compiler_params=COMPILER,
+        compiler_params=triton.CompilerParams(num_warps=plan.warps, num_stages=plan.stages),
         interpret=plan.interpret,
         name=name,
     )(*tables, *arrays)
