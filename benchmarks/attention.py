@@ -5,9 +5,9 @@
     python benchmarks/attention.py --predict gpu:h100   # anywhere: only what the shapes say
 
 Checked first, on two heads: output and gradients of every way against dense attention in float32 with exact products.
-Measured: forward, and forward with backward, of 8 sequences of 256 text and 1,024 image tokens in bfloat16, heads of 64,
-for 16 and for 62 heads; the median of rounds in which all ways take turns. `cudnn` is
-`jax.nn.dot_product_attention` with a causal mask, which is the kind full and no other.
+Measured: forward, and forward with backward, of 8 sequences of 256 text and 1,024 image tokens in bfloat16, 16 and 62
+heads of 64; the median of rounds in which all ways take turns. `cudnn` is `jax.nn.dot_product_attention` with a causal
+mask, which is the kind full and no other.
 
 A kernel stays if it takes at most 1 / 1.1 of the blockwise time, forward with backward, for the layers that the paper's
 pattern has. The prediction counts bytes to and from memory and multiply-adds from the shapes:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from dalle_jax import attention_pattern, sharding
+from dalle_jax import config as configs
 from dalle_jax.errors import UserError
 from dalle_jax.models import attention, fused_gpu, fused_tpu, kernels, transformer
 from dalle_jax.models.block_lists import block_lists
 from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.train import run
 
 KINDS = attention_pattern.KINDS
 TEXT, GRID = 16, 8  # with blocks of 16: one block of text, and four of two rows or two columns
@@ -168,10 +170,12 @@ def test_gpu_kernels_give_the_same_bits_on_a_mesh():
 
     def cut(*arrays):
         with sharding.use(mesh):
-            return run(*(sharding.constrain(x, fused_gpu.STATES) for x in arrays))
+            return run(*arrays)
 
-    program = jax.jit(cut).lower(q, k, v, w).compile()
-    found = program(q, k, v, w)
+    place = sharding.shardings(q, fused_gpu.STATES, mesh)
+    arrays = [jax.device_put(x, place) for x in (q, k, v, w)]
+    program = jax.jit(cut).lower(*arrays).compile()
+    found = program(*arrays)
     assert found[0].sharding.shard_shape(found[0].shape) == (1, LENGTH, 1, 16)
     assert "all-gather" not in program.as_text() and "all-reduce" not in program.as_text()
     jax.tree.map(np.testing.assert_array_equal, found, want)
@@ -180,7 +184,7 @@ def test_gpu_kernels_give_the_same_bits_on_a_mesh():
         with sharding.use(mesh), sharding.independent("replica"):
             return jax.vmap(run, spmd_axis_name="replica")(*(x.reshape(2, 2, *x.shape[1:]) for x in arrays))
 
-    found = jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), jax.jit(mapped)(q, k, v, w))
+    found = jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), jax.jit(mapped)(*arrays))
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
@@ -206,6 +210,7 @@ def test_a_model_with_gpu_kernels_equals_one_without(monkeypatch):
     text, image = np.arange(4 * 64).reshape(4, 64) % 11, np.arange(4 * 64).reshape(4, 64) % 7
     leaves, tree = jax.tree.flatten(transformer.model(SMALL).abstract)
     params = tree.unflatten([random(*leaf.shape, seed=i, scale=0.2) for i, leaf in enumerate(leaves)])
+    params = jax.device_put(params, sharding.shardings(params, transformer.model(SMALL).axes, mesh))
 
     def loss_and_gradients(name):
         model = transformer.model(dataclasses.replace(SMALL, attention=name))
@@ -273,6 +278,14 @@ def test_shapes_that_a_kernel_does_not_know_are_refused(changed, says):
 def test_machines_that_a_kernel_does_not_run_on_are_refused(name, platform, capability):
     with pytest.raises(UserError, match=f"attention = {name}, got this one: set --config.model.attention=xla"):
         kernels.check_machine(name, machine="this one", platform=platform, capability=capability)
+
+
+def test_a_run_refuses_a_kernel_that_these_devices_do_not_run(tmp_path):
+    words = ["--config.model.attention=pallas", "--config.model.text_len=64", "--config.dvae=x"]
+    config = configs.load("configs/transformer.py:demo", words)
+    with pytest.raises(UserError, match="expected a GPU .* got cpu: set --config.model.attention=xla"):
+        run.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_machines_that_a_kernel_runs_on():

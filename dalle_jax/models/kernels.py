@@ -7,8 +7,10 @@
 A choice changes the order of sums and what they cost, never what is computed.
 """
 
+from types import ModuleType
+
 from dalle_jax.errors import UserError
-from dalle_jax.models import attention, fused_gpu, fused_tpu
+from dalle_jax.models import attention
 
 ATTENTION = ("xla", "pallas", "splash")
 OLDEST_GPU = (8, 0)
@@ -19,7 +21,7 @@ def check_shapes(name: str, *, length: int, head_size: int) -> None:
     if name not in ATTENTION:
         raise ValueError(f"attention must be one of {ATTENTION}, got {name!r}")
     if name != "xla":
-        {"pallas": fused_gpu, "splash": fused_tpu}[name].check(length=length, head_size=head_size)
+        _module(name).check(length=length, head_size=head_size)
 
 
 def check_machine(name: str, *, machine: str, platform: str, capability: tuple[int, int] | None = None) -> None:
@@ -41,4 +43,17 @@ def check_machine(name: str, *, machine: str, platform: str, capability: tuple[i
 
 def attend(name: str):
     """The function of that name, with the arguments of `attention.attend`."""
-    return {"xla": attention.attend, "pallas": fused_gpu.attend, "splash": fused_tpu.attend}[name]
+    return _module(name).attend
+
+
+def _module(name: str) -> ModuleType:
+    """Imported for those who ask: both kernels stand on experimental parts of JAX, which a version may lack."""
+    if name == "pallas":
+        from dalle_jax.models import fused_gpu
+
+        return fused_gpu
+    if name == "splash":
+        from dalle_jax.models import fused_tpu
+
+        return fused_tpu
+    return attention
