@@ -85,6 +85,17 @@ def allowed(kind: str, *, text_len: int, grid: int) -> np.ndarray:
     return mask
 
 
+def compact_order(kind: str, *, text_len: int, grid: int) -> np.ndarray:
+    """int [S]: the positions in an order in which keys that a query may see lie in few blocks.
+
+    Raster order, but for a column layer's image, which goes column by column: in raster order each of its columns
+    meets every block of a row or more.
+    """
+    _check(kind, grid)
+    image = np.arange(grid * grid).reshape(grid, grid)
+    return np.concatenate([np.arange(text_len), text_len + (image.T if kind == "column" else image).ravel()])
+
+
 def cache_slots(kind: str, *, grid: int) -> int:
     """Image slots that decoding must keep per layer of this kind: a ring for row and conv, everything for the rest.
 

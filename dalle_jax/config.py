@@ -25,8 +25,8 @@ PACKAGE = "dalle_jax.configs"
 OVERRIDE = "--config."
 
 # A run that goes on in its workdir may change these, by exact key or by 'prefix.'. None of them changes what an update
-# computes, but for `steps` where a schedule ends with it, and `mesh`, which changes the order of sums. `data.lanes` is
-# checked against the checkpoint, which knows its own.
+# computes, but for `steps` where a schedule ends with it, and `mesh` and `model.attention`, which change the order of
+# sums. `data.lanes` is checked against the checkpoint, which knows its own.
 FREE_KEYS = (
     "steps",
     "log_every",
@@ -41,6 +41,7 @@ FREE_KEYS = (
     "rollback_after",
     "check_replicas_every",
     "mesh.",
+    "model.attention",
     "processes.",
     "data.lanes",
     "storage.offload",

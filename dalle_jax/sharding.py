@@ -311,6 +311,28 @@ def sum_by_parts(product: Callable[..., jax.Array], *factors: jax.Array, axes: t
     return jax.shard_map(own_part, mesh=mesh, in_specs=(rows,) * len(factors), out_specs=part)(*factors)
 
 
+def per_device(
+    function: Callable[..., Any],
+    *arrays: jax.Array,
+    names: Sequence[tuple[str | None, ...]],
+    results: Sequence[tuple[str | None, ...]],
+) -> Any:
+    """function(*arrays) on each device's pieces of them, for what the compiler cannot cut by itself, such as kernels.
+
+    names, results: logical names of the dimensions of every array and of every result; what has the same name is cut
+    alike. The whole arrays go in where no mesh is in use (`use`).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arrays)
+    cuts: dict[str | None, Any] = {}
+    for array, own in zip(arrays, names, strict=True):
+        cuts |= zip(own, spec(array.shape, own, mesh), strict=True)
+    specs = lambda many: tuple(PartitionSpec(*(cuts[name] for name in own)) for own in many)  # noqa: E731
+    local = jax.shard_map(function, mesh=mesh, in_specs=specs(names), out_specs=specs(results), check_vma=False)
+    return local(*arrays)
+
+
 def use(mesh: Mesh):
     """Context for tracing: `constrain` refers to this mesh inside."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

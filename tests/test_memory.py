@@ -28,12 +28,12 @@ from dalle_jax.train.task import Task
 # The remat ladder.
 
 
-def kept_units(remat, kind="row"):
+def kept_units(remat, kind="row", attention="xla"):
     """What a bfloat16 layer of the paper's size keeps for the backward pass, in values of 2 bytes per token and width.
 
     Counted on abstract values: the residuals of `jax.vjp` but for the layer's own parameters.
     """
-    config = TransformerConfig(num_layers=1, pattern="full", remat=remat, scan=False)
+    config = TransformerConfig(num_layers=1, pattern="full", remat=remat, scan=False, attention=attention)
     config.__dict__["kinds"] = (kind,)  # a single layer is 'conv' by the pattern
     shapes = transformer.model(config).abstract["blocks"]
     block = {
@@ -54,6 +54,12 @@ def kept_units(remat, kind="row"):
 def test_each_step_of_the_ladder_keeps_what_its_documentation_says(remat, units):
     assert round(kept_units(remat)) == units
     assert f"{remat:11}{units:5}" in transformer.run_layers.__doc__
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_a_fused_kernel_keeps_no_scores(kind):
+    assert round(kept_units("none", kind, attention="pallas")) == 34
+    assert "'none' is 34" in transformer.run_layers.__doc__
 
 
 SMALL = TransformerConfig(

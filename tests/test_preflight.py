@@ -111,6 +111,25 @@ def test_float16_is_for_gpus_and_its_stream_takes_four_bytes():
         _ = Job(paper.config, pod, paper.devices).task
 
 
+def test_fused_attention_holds_no_scores_and_runs_on_some_chips_only():
+    """Without remat every layer keeps its scores, and with it there are those of one: of a kernel there are none."""
+    shape = {"model.text_len": 64, "model.remat": "none", "model.head_size": 32}
+    blockwise = emulated().changed(shape)
+    fused = blockwise.changed({"model.attention": "pallas"})
+    kinds = [memory.by_kind(job) for job in (blockwise, fused)]
+    assert kinds[0]["activations"] > kinds[1]["activations"] and kinds[0]["temporaries"] >= kinds[1]["temporaries"]
+    assert sum(kinds[1].values()) < sum(kinds[0].values())
+    model = fused.task.model.config
+    assert flops.recomputed(model) == 3 * flops.attention(model) // 2  # 7 products backward instead of 4, 2 forward
+    seconds = [estimates.estimate(job, []).seconds for job in (blockwise, fused)]
+    assert seconds[0]["memory"] > seconds[1]["memory"] and seconds[0]["compute"] < seconds[1]["compute"]
+    old = topologies.Topology(hardware.find_chip("gpu", "v100-16"), (1, 8))
+    with pytest.raises(UserError, match="compute capability 8.0 or later .* got gpu:v100-16:1x8"):
+        _ = Job(fused.config, old, fused.devices).task
+    with pytest.raises(UserError, match="expected a TPU .* got gpu:h100:1x8: set --config.model.attention=xla"):
+        _ = fused.changed({"model.attention": "splash"}).task
+
+
 def test_what_a_mesh_must_exchange():
     """Weights of 4 bytes twice, gradients once, their quarters between the two copies; nothing along tensor."""
     job = emulated()

@@ -17,7 +17,7 @@ from flax import nnx
 
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
-from dalle_jax.models import attention
+from dalle_jax.models import kernels
 from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
 from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
@@ -31,7 +31,8 @@ class TransformerConfig:
 
     pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: a step of the ladder `blocks.REMAT` (see
     `run_layers`), 'full' as in the paper. scan: run the layers as a scan over the pattern's period (compile time
-    independent of depth). precision: one of `layers.PRECISIONS`.
+    independent of depth). precision: one of `layers.PRECISIONS`. attention: what computes it, one of
+    `kernels.ATTENTION`.
     """
 
     num_layers: int = 64
@@ -46,6 +47,7 @@ class TransformerConfig:
     remat: str = "full"
     scan: bool = True
     precision: str = "bf16"
+    attention: str = "xla"
 
     def __post_init__(self):
         for name in ("num_layers", "width", "heads", "head_size"):
@@ -53,7 +55,8 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_remat(self.remat)
         compute_dtype(self.precision)
-        _ = self.layout, self.kinds
+        kernels.check_shapes(self.attention, length=self.layout.length, head_size=self.head_size)
+        _ = self.kinds
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -153,10 +156,13 @@ def run_layers(stacked, x_BSD, config: TransformerConfig):
         attention     34   scores and softmax again
         dots           9   everything but the products with qkv and up: norms, activations, attention, out
         full           2   both residual blocks again from their inputs, as in the paper: a third more computing
+
+    A fused kernel (`config.attention`) keeps no scores: 'none' is 34 with it too, and computes no kernel twice.
     """
+    attend_kind = kernels.attend(config.attention)
 
     def one_layer(x, block, kind):
-        attend = functools.partial(attention.attend, kind=kind, text_len=config.text_len, grid=config.grid)
+        attend = functools.partial(attend_kind, kind=kind, text_len=config.text_len, grid=config.grid)
         return layer(block, x, attend=attend, remat=config.remat)
 
     kinds = config.kinds

@@ -115,7 +115,7 @@ def _work(job: Job) -> tuple[int, int, int, float]:
     executed = total + flops.recomputed(model) + _encode_flops(job)
     passes = 2 if model.remat == "none" else 3
     weights = passes * 2 * 2 * job.task.model.num_params / tensor * job.config.accumulate  # gathered, then read
-    scores = SCORE_BYTES * flops.attention(model) / (4 * model.head_size)
+    scores = SCORE_BYTES * flops.attention(model) / (4 * model.head_size) if model.attention == "xla" else 0
     tokens = TOKEN_BYTES * model.num_layers * model.layout.length * model.width
     return total, executed, model.layout.length, state + weights + sequences * (scores + tokens)
 

@@ -146,6 +146,12 @@ device_description_str: "{core.product}"
 """
 
 
+def compute_capability(chip: Chip) -> tuple[int, int] | None:
+    """Of an NVIDIA GPU, (9, 0); None of others."""
+    core = _GPU_CORES.get(chip.name)
+    return core.compute_capability if core else None
+
+
 def find_chip(platform: str, name: str) -> Chip:
     """Raises UserError for a chip that is not in the table."""
     if platform not in CHIPS:

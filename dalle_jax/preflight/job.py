@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
 from dalle_jax.errors import UserError
-from dalle_jax.models import Model, build
+from dalle_jax.models import Model, build, kernels
 from dalle_jax.models.layers import compute_dtype
+from dalle_jax.preflight.hardware import compute_capability
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import optimizer as optimizers
 from dalle_jax.train import powersgd, run
@@ -52,6 +53,14 @@ class Job:
             raise UserError(
                 f"expected a GPU for config.precision = {self.config.precision}, got {self.topology}: TPUs have no "
                 "float16 arithmetic, set --config.precision=bf16"
+            )
+        if self.config.name == "transformer":
+            chip = self.topology.chip
+            kernels.check_machine(
+                self.config.model.attention,
+                machine=str(self.topology),
+                platform=chip.platform,
+                capability=compute_capability(chip),
             )
         if self.helper is None:
             return build_task(self.config)

@@ -16,7 +16,7 @@ from dalle_jax.preflight.job import Job, shard_bytes
 
 # Numbers of the width that the backward pass finds saved, per token and layer, by `model.remat`. 'full': the stream as
 # it goes into attention and into the MLP. 'dots': also q, k, v, the hidden layer and both results. 'attention': also
-# what lies between, but no scores. 'none' adds the scores, below.
+# what lies between, but no scores. 'none' adds the scores, below, where they are arrays: a fused kernel keeps none.
 SAVED = {"full": 2, "dots": 2 + 3 + 4 + 2, "attention": 2 + 2 + 3 + 1 + 3 * 4 + 2, "none": 2 + 2 + 3 + 1 + 3 * 4 + 2}
 # Fitted to the compilers' temporaries of 12b (libtpu 0.0.42 on v4, v5p and v6e with 1, 2 and 4 sequences a chip, XLA of
 # jax 0.10.2 for H100 with 1, 4 and 16): how often what a scan saves is there, copies of the parameters in the compute
@@ -66,7 +66,7 @@ def _saved(model: TransformerConfig, item: int) -> int:
     """Of one sequence."""
     stream = 2 * (jnp.dtype(stream_dtype(model.precision)).itemsize - item)  # more than in the compute dtype
     saved = model.num_layers * model.layout.length * model.width * (item * SAVED[model.remat] + stream)
-    if model.remat == "none":
+    if model.remat == "none" and model.attention == "xla":
         saved += flops.attention(model) // (4 * model.head_size) * (4 + item) * SCORE_COPIES // 2
     return saved
 
@@ -85,7 +85,9 @@ def _whole(model: TransformerConfig, item: int, job: Job) -> int:
 def _working(model: TransformerConfig, item: int, mesh) -> int:
     """Of one sequence in the layer at work: its wide activations and scores with their gradients, or the logits."""
     layout = model.layout
-    scores = max(_scores(model, kind) for kind in set(model.kinds)) // mesh.shape["tensor"]
+    scores = 0
+    if model.attention == "xla":
+        scores = max(_scores(model, kind) for kind in set(model.kinds)) // mesh.shape["tensor"]
     layer = WORKING * layout.length * model.width * item + SCORE_COPIES * 4 * scores
     logits = 3 * 4 * (layout.text_len * layout.text_ids + layout.image_len * layout.image_vocab)
     return max(layer, logits // mesh.shape["tensor"])

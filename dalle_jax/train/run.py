@@ -20,7 +20,7 @@ from dalle_jax.data import sources
 from dalle_jax.data.lanes import Lanes
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.errors import UserError
-from dalle_jax.models import Model
+from dalle_jax.models import Model, kernels
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train import loop
 from dalle_jax.train.tasks import build_task
@@ -54,6 +54,7 @@ def train(
 def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, progress, beat) -> loop.Result:
     config = ml_collections.ConfigDict(config.to_dict())
     check_values(config)
+    _check_machine(config)
     tokenizer = _tokenizer(config, workdir) if "tokenizer" in config else None
     _check_workdir(config, workdir)
     own = workdir / DVAE
@@ -121,6 +122,19 @@ def check_values(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"expected config.optimizer.name = adamw with config.storage.offload, got {config.optimizer.name}: Muon "
             "needs whole matrices, so leave one of them out"
+        )
+
+
+def _check_machine(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for what these devices cannot run."""
+    if config.name == "transformer":
+        device = jax.devices()[0]
+        capability = getattr(device, "compute_capability", None)  # '9.0' of an NVIDIA GPU
+        kernels.check_machine(
+            config.model.attention,
+            machine=device.device_kind,
+            platform=jax.default_backend(),
+            capability=tuple(map(int, capability.split("."))) if capability else None,
         )
 
 
