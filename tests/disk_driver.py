@@ -35,7 +35,11 @@ def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
     said, sys.stderr = sys.stderr, io.StringIO()  # a full disk has no room for a log either
     with distributed.Watchdog(20.0, first_seconds=60) as watchdog:
         result = line_task.train(
-            folder / "run", mesh=sharding.make_mesh({"fsdp": -1}), hooks=[(1, full)], beat=watchdog.beat, steps=20
+            folder / "run",
+            mesh=sharding.make_mesh({"fsdp": -1}),
+            hooks=[(1, full)],
+            of_loop={"beat": watchdog.beat},
+            steps=20,
         )
     said.write(sys.stderr.getvalue())
     found = {"step": result.step, "checkpoints": checkpoint.complete_steps(folder / "run")}

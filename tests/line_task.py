@@ -67,7 +67,8 @@ def config(**values):
     return result
 
 
-def train(workdir, batches=None, *, mesh=None, hooks=(), task=LINE, beat=lambda step, phase: None, **values):
+def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=(), **values):
+    """`loop.run` without a word. of_loop: more of its arguments. values: of the config."""
     mesh = mesh or sharding.make_mesh({}, devices=jax.devices()[:1])
-    batches = batches or Numbers()
-    return loop.run(task, config(**values), workdir, mesh=mesh, batches=batches, hooks=hooks, progress=False, beat=beat)
+    told = {"mesh": mesh, "batches": batches or Numbers(), "hooks": hooks, "progress": False, **(of_loop or {})}
+    return loop.run(task, config(**values), workdir, **told)

@@ -2,9 +2,15 @@
 
 import types
 
+import numpy as np
 import pytest
+from line_task import train
+from matplotlib.axes import Axes
+from PIL import Image
 
 from dalle_jax.train import goodput
+
+barh = Axes.barh
 
 
 def test_the_ledger_books_every_second_once(tmp_path, monkeypatch):
@@ -48,3 +54,20 @@ def test_the_ledger_books_every_second_once(tmp_path, monkeypatch):
 def test_a_ledger_that_cannot_be_read_begins_again(tmp_path):
     (tmp_path / goodput.FILE).write_text("{")
     assert goodput.Ledger(tmp_path).starts == 1
+
+
+def test_the_picture_has_a_bar_of_every_kind(tmp_path, monkeypatch):
+    train(tmp_path, steps=4)
+    picture = np.asarray(Image.open(tmp_path / goodput.PICTURE).convert("RGB"))
+    assert (picture != 255).any()
+
+    drawn = []
+    monkeypatch.setattr(Axes, "barh", lambda self, *bars: drawn.append(bars) or barh(self, *bars))
+    ledger = goodput.Ledger(tmp_path)
+    ledger.seconds.update({kind: 10.0 * index for index, kind in enumerate(goodput.KINDS)})
+    goodput.draw(ledger, updates=4, path=tmp_path / goodput.PICTURE)
+    ((names, lengths),) = drawn
+    assert [name.split()[0].strip(":") for name in names] == list(goodput.KINDS)
+    assert lengths == list(ledger.seconds.values())
+    assert (np.asarray(Image.open(tmp_path / goodput.PICTURE).convert("RGB")) != picture).any()
+    goodput.draw(goodput.Ledger(tmp_path / "new"), updates=0, path=tmp_path / "empty.png")  # nothing to divide by

@@ -1,11 +1,11 @@
-"""Where the time of a run goes, over all its starts: a ledger in WORKDIR/goodput.json.
+"""Where the time of a run goes, over all its starts: a ledger in WORKDIR/goodput.json, and goodput.png of it.
 
     init        from the start of this process's run to its first update, restoring included
     compile     the first update's
     step        updates that count
     data        the device had nothing to do because the next batch was not there
     checkpoint  the loop waited for a checkpoint
-    look        validation, pictures and other hooks
+    look        validation, pictures, other hooks, and beginning and writing a profile
     lost        updates that a restart or a rollback made again
     down        from the last sign of life of a process that died to the next start
 
@@ -25,9 +25,22 @@ import jax
 
 from dalle_jax.checkpoint import write_file
 
-FILE = "goodput.json"
+FILE, PICTURE = "goodput.json", "goodput.png"
 KINDS = ("init", "compile", "step", "data", "checkpoint", "look", "lost", "down")
 WRITE_EVERY = 10.0  # seconds
+# What the picture calls them, and colours in which gain, what was asked for and loss differ.
+_WORDS = {
+    "init": "init: start, data, restore",
+    "compile": "compile",
+    "step": "step: updates that count",
+    "data": "data stall",
+    "checkpoint": "checkpoint: the loop waited",
+    "look": "look: validation, pictures",
+    "lost": "lost: updates made again",
+    "down": "down between starts",
+}
+_COLOURS = {"step": "#2a7e43", "look": "#7f8fa6"} | dict.fromkeys(("lost", "down"), "#b3362b")
+_OTHER = "#d9902f"
 
 
 class Ledger:
@@ -108,6 +121,36 @@ class Ledger:
 def share(seconds: Mapping[str, float]) -> float:
     """Goodput, 0 .. 1: seconds of updates that count in all seconds but those of looking."""
     return seconds["step"] / max(sum(seconds.values()) - seconds["look"], 1e-9)
+
+
+def draw(ledger: Ledger, *, updates: int, path: pathlib.Path) -> None:
+    """A bar for each kind of time, in seconds and per cent of all of it. updates: that count, of all starts.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed only here
+    from matplotlib.figure import Figure
+
+    seconds = {kind: ledger.seconds[kind] for kind in KINDS}
+    total = max(sum(seconds.values()), 1e-9)
+    figure = Figure(figsize=(9, 3.6))  # fixed margins: a layout engine draws everything twice
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.24, 0.13, 0.73, 0.77))
+    bars = axes.barh([_WORDS[kind] for kind in KINDS], list(seconds.values()))
+    for kind, bar in zip(KINDS, bars, strict=True):
+        bar.set_color(_COLOURS.get(kind, _OTHER))
+    axes.bar_label(bars, [f"{s:,.1f} s, {s / total:.1%}" for s in seconds.values()], padding=4, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(*seconds.values(), 1e-9))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("seconds", fontsize=8)
+    each = f", {seconds['step'] / updates:.3g} s each" if updates else ""
+    starts = f"{ledger.starts} start{'s' * (ledger.starts > 1)}"
+    axes.set_title(f"goodput {share(seconds):.1%} over {starts}: {updates:,} updates{each}", fontsize=9)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=100, format="png")
+    aside.replace(path)
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ The loop waits for the numbers of an update only after it has dispatched the nex
 the host. A checkpoint holds the state after update n and the data position after batch n; together with the seed
 nothing else decides what update n + 1 computes, so a run that was stopped anywhere goes on bit for bit. What an update
 is stands in `step.py`, what is measured in the task, how it is written in `report.py` and `metrics.py`, when it goes
-back in `rollback.py`, where the time goes in `goodput.py`.
+back in `rollback.py`, where the time goes in `goodput.py` and `tracing.py`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from dalle_jax import distributed, sharding
 from dalle_jax.checkpointer import Checkpoints
 from dalle_jax.data.lanes import Lanes
 from dalle_jax.errors import UserError
-from dalle_jax.train import goodput, powersgd, replicas
+from dalle_jax.train import goodput, powersgd, replicas, tracing
 from dalle_jax.train import optimizer as optimizers
 from dalle_jax.train import step as steps
 from dalle_jax.train.look import Look
@@ -58,14 +58,15 @@ def run(
     validation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None,
     hooks: Sequence[Hook] = (),
     progress: bool = True,
+    profile: tracing.Window | None = None,
     beat: Callable[[int, str], None] = lambda step, phase: None,
 ) -> Result:
     """Train until `config.steps`, from the newest complete checkpoint in the workdir if there is one.
 
     batches: endless; gets the position of the checkpoint. validation: makes a fresh iterator over held-out batches.
     hooks: called between updates; they must not keep the state, which the next update overwrites. progress: show a
-    bar on a terminal, lines elsewhere; False is silent but for warnings. beat: told the step and what begins in it, see
-    `distributed.Watchdog`.
+    bar on a terminal, lines elsewhere; False is silent but for warnings. profile: updates to trace into
+    WORKDIR/profile. beat: told the step and what begins in it, see `distributed.Watchdog`.
 
     On SIGTERM or Ctrl-C in any process the update that all of them agree on is finished and saved before this returns.
 
@@ -107,6 +108,7 @@ def run(
     rate = optimizers.schedule(config.optimizer, steps=config.steps)
     report = Report(task, config, workdir, start=start, rate=rate, progress=progress)
     rollback = Rollback(config.rollback_after, patience=config.log_every)
+    trace = tracing.Trace(workdir / tracing.FOLDER, profile, warn=to_terminal)
     check_replicas = replicas.make_check(steps.abstract_state(task, optimizer, mesh=mesh, **kept), mesh=mesh)
     began, saved, save_due = time.monotonic(), start, False
     n, turn, stop = start, 0, False
@@ -115,15 +117,20 @@ def run(
         try:
             while n < config.steps and not stop:
                 n, turn = n + 1, turn + 1
-                beat(n, "data")
-                waited = time.monotonic()
-                batch = sharding.shard_batch(next(batches), mesh)
-                if report.device_waits():
-                    ledger.move("data", time.monotonic() - waited)
-                beat(n, "update")
-                ledger.enter("compile" if turn == 1 else "step")
-                state, measured = update(state, frozen, batch, update_key)
-                ledger.enter("step")
+                if trace.due(n):
+                    beat(n, "profile")
+                    with report.pause(), ledger.during("look"):
+                        trace.turn()
+                with tracing.annotation(n):
+                    beat(n, "data")
+                    waited = time.monotonic()
+                    batch = sharding.shard_batch(next(batches), mesh)
+                    if report.device_waits():
+                        ledger.move("data", time.monotonic() - waited)
+                    beat(n, "update")
+                    ledger.enter("compile" if turn == 1 else "step")
+                    state, measured = update(state, frozen, batch, update_key)
+                    ledger.enter("step")
                 report.update(n, measured)  # waits for update n - 1
                 last = n == config.steps
                 if last:
@@ -184,6 +191,7 @@ def run(
             beat(saved, "end")
             report.finish()
             with ledger.during("look"):
+                trace.close()
                 report.draw_curves()
             with ledger.during("checkpoint"):
                 newest = checkpoints.latest() or 0
@@ -193,12 +201,14 @@ def run(
                     f"mend the storage, and give the command again, which goes on from update {newest}"
                 )
         finally:
+            trace.close()
             report.close()
             with ledger.during("checkpoint"):
                 checkpoints.close()
             ledger.write()
     seconds = time.monotonic() - began
     ledger.write(ended=True)
+    report.draw_goodput(ledger, saved)
     stopped_by = interrupted.signal or (signal.SIGTERM if stop else 0)
     report.summary(saved, seconds, start=start, workdir=workdir, ledger=ledger, interrupted=bool(stopped_by))
     return Result(saved, seconds, report.latest, int(stopped_by), state)

@@ -90,7 +90,8 @@ class Report:
         self.finish()
         began = time.monotonic()
         yield
-        self._since += time.monotonic() - began
+        if self._since:
+            self._since += time.monotonic() - began
 
     def _images_per_second(self) -> float:
         now = time.monotonic()
@@ -137,6 +138,11 @@ class Report:
         if jax.process_index() == 0:
             with surviving_a_full_disk("curves.png"):
                 metrics_files.save_curves(self._log.path, self._workdir / "curves.png")
+
+    def draw_goodput(self, ledger: goodput.Ledger, step: int) -> None:
+        if jax.process_index() == 0:
+            with surviving_a_full_disk(goodput.PICTURE):
+                goodput.draw(ledger, updates=step, path=self._workdir / goodput.PICTURE)
 
     def say(self, line: str) -> None:
         to_terminal(line)

@@ -22,7 +22,7 @@ from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, kernels
 from dalle_jax.tokenizer import Tokenizer
-from dalle_jax.train import loop
+from dalle_jax.train import loop, tracing
 from dalle_jax.train.tasks import build_task
 
 DVAE, TOKENIZER = "dvae", "tokenizer.model"  # inside the workdir
@@ -35,6 +35,7 @@ def train(
     *,
     hooks: Sequence[loop.Hook] = (),
     progress: bool = True,
+    profile: tracing.Window | None = None,
 ) -> loop.Result:
     """Train `config` in `workdir`, going on from its newest checkpoint; see `loop.run`.
 
@@ -48,10 +49,12 @@ def train(
     ) as watchdog:
         distributed.gather_json(None)  # the first collective connects all; until it is done the job is starting
         watchdog.beat(0, "prepare")
-        return _train(config, pathlib.Path(workdir), hooks=hooks, progress=progress, beat=watchdog.beat)
+        return _train(
+            config, pathlib.Path(workdir), hooks=hooks, progress=progress, profile=profile, beat=watchdog.beat
+        )
 
 
-def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, progress, beat) -> loop.Result:
+def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, progress, profile, beat) -> loop.Result:
     config = ml_collections.ConfigDict(config.to_dict())
     check_values(config)
     _check_machine(config)
@@ -79,6 +82,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
             validation=validation,
             hooks=hooks,
             progress=progress,
+            profile=profile,
             beat=beat,
         )
     finally:
