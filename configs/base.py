@@ -38,7 +38,7 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             # (docs/numerics.md). `model.precision` is the same value by another name, as a model alone needs it too.
             "precision": model.precision,
             "model": fields(model),
-            # Named sources, e.g. wds:PATTERN or folder:DIR; `validation` may be empty.
+            # Named sources, e.g. wds:PATTERN or folder:DIR, of a transformer tokens:DIR; `validation` may be empty.
             # `lanes` is the most processes that may ever read them, 0 those of the first start (data/lanes.py).
             "data": {"train": "", "validation": "", "lanes": 0, **fields(data)},
             "optimizer": optimizer(),

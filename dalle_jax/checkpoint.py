@@ -1,6 +1,7 @@
 """Checkpoints of a run (Orbax) and exported models (safetensors): the only place that knows either format.
 
     WORKDIR/config.json  checkpoints/STEP/{state,data,sha256.json}   a run: training state and position in the data
+    WORKDIR/dvae.sha256                                              of the dVAE whose codes a transformer speaks
     DIR/config.json      params.safetensors                          a model: parameters alone, keys joined by '/'
 
 Both are written aside and appear whole or not at all; what a crash left half-written is never read, and what a disk
@@ -28,6 +29,7 @@ from dalle_jax import digest
 from dalle_jax.errors import UserError
 
 CONFIG, PARAMS, CHECKPOINTS = "config.json", "params.safetensors", "checkpoints"
+DVAE_SHA256 = "dvae.sha256"
 COMMITTED = "_CHECKPOINT_METADATA"  # Orbax dates it at the very end, so the manifest leaves it out
 
 
@@ -244,6 +246,19 @@ def check_params(params: Any, abstract: Any, *, where: str) -> None:
                 f"expected parameter {'/'.join(path)} of shape {wanted.get(path)} in {where}, got {found.get(path)}: "
                 "the parameters do not belong to this config"
             )
+
+
+def check_dvae(folder: str | os.PathLike, sha256: str) -> None:
+    """Raises UserError if a transformer's folder says that it was trained on the codes of another dVAE than this one.
+
+    sha256: `digest.of_model` of the dVAE. Folders of versions that did not write it say nothing.
+    """
+    path = pathlib.Path(folder) / DVAE_SHA256
+    if path.exists() and (trained_with := path.read_text().strip()) != sha256:
+        raise UserError(
+            f"expected the dVAE whose codes the transformer in {folder} was trained on (sha256 {trained_with[:12]}), "
+            f"got another ({sha256[:12]}): put that one back into its folder `dvae`"
+        )
 
 
 def write_file(path: pathlib.Path, data: bytes) -> None:

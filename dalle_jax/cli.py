@@ -19,6 +19,7 @@ VERBS = {
     "demo": ("dalle_jax.demo", "train everything on generated scenes and draw captions never seen, in minutes"),
     "data": ("dalle_jax.data.report", "report what a source of captioned pictures holds and what would be dropped"),
     "tokenizer": ("dalle_jax.data.train_tokenizer", "train a BPE tokenizer on the captions of a source"),
+    "encode": ("dalle_jax.encode", "turn a source's pictures into a dVAE's codes once, to train a transformer on"),
     "train": ("dalle_jax.training", "train a model, or go on with the training in a workdir"),
     "inspect": ("dalle_jax.inspection", "say where a run stands: step, data, digests, checkpoints, goodput"),
     "preflight": ("dalle_jax.preflight.main", "say whether a config fits a pod that is not here, and how fast it is"),

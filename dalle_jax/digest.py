@@ -77,6 +77,11 @@ def of_parts(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
 
 
+def of_model(config: Mapping[str, Any], params: Any) -> str:
+    """One sha256 for a model: its config, plain json with every default in it, and its parameters."""
+    return of_parts({"config": json.dumps(dict(config), sort_keys=True), "params": of_tree(params)})
+
+
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Mapping):
         items = [(str(key), value) for key, value in tree.items()]

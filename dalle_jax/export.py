@@ -7,7 +7,7 @@ import shutil
 from dalle_jax import checkpoint
 from dalle_jax.errors import UserError
 
-BESIDES = ("tokenizer.model", "dvae", "clip")  # what a transformer needs to draw and to rank
+BESIDES = ("tokenizer.model", "dvae", checkpoint.DVAE_SHA256, "clip")  # what a transformer needs to draw and to rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from dalle_jax import checkpoint, distributed
-from dalle_jax.data.record import Record
+from dalle_jax.data.record import Dropped
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.features import Extractor
@@ -63,7 +63,7 @@ def evaluate_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> H
     drawn as in `sample_hook`, against `reference_count` of its pictures.
 
     Raises:
-      UserError: neither Inception nor CLIP, or one that cannot be read.
+      UserError: neither Inception nor CLIP, one that cannot be read, or a source without pictures.
     """
     asked, spec = config.evaluate, config.data.validation or config.data.train
     if not asked.weights and not asked.clip:
@@ -72,6 +72,7 @@ def evaluate_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> H
         )
     sampler, parts = _Sampler(config, workdir, captions=asked.count), {}
     if jax.process_index() == 0:  # before hours go by
+        parts["source"] = open_source(spec, captions_required=False)
         parts["inception"] = Extractor.load(asked.weights) if asked.weights else None
         parts["clip"] = Reranker.load(asked.clip) if asked.clip else None
 
@@ -80,7 +81,7 @@ def evaluate_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> H
         if pipe is None:
             return None
         if "probe" not in parts:
-            source = open_source(spec, captions_required=False)
+            source = parts["source"]
             count = min(asked.reference_count, len(source))
             rows = np.sort(np.random.default_rng(0).choice(len(source), count, replace=False))
             networks = {name: parts[name] for name in ("inception", "clip")}
@@ -115,10 +116,10 @@ class _Sampler:
 
 
 def _first_captions(spec: str, count: int) -> list[str]:
-    source, captions = open_source(spec), []
+    source, captions = open_source(spec, pictures_required=False), []
     for i in range(len(source)):
         record = source[i]
-        if isinstance(record, Record) and record.captions:
+        if not isinstance(record, Dropped) and record.captions:
             captions.append(record.captions[0])
         if len(captions) == count:
             break

@@ -23,7 +23,7 @@ LEVELS = (
     {"evaluate", "preflight", "serve"},
     {"configs"},  # a config reads the defaults of what it configures, and is loaded by its path
     {"hooks"},
-    {"demo", "training", "inspection", "export"},
+    {"demo", "encode", "training", "inspection", "export"},
     {"cli"},
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
@@ -45,6 +45,7 @@ ONLY_IN = {
         "preflight",
         "hooks",
         "demo",
+        "encode",
     },
     "grain": {"data"},
     "sentencepiece": {"tokenizer"},
@@ -62,6 +63,7 @@ NNX_ALLOWED = {
 # Compiled where arrays are made, updated, drawn for the log or decoded; a jit anywhere else hides a compilation.
 MAY_JIT = {
     "checkpointer.py",  # the copy that is written
+    "encode.py",
     "train/step.py",
     "train/replicas.py",
     "train/dvae_task.py",

@@ -179,7 +179,7 @@ def test_command_trains_on_every_caption_and_describes(monkeypatch, tmp_path, ca
         Dropped("b", "no image"),
         Record("c", pixel, tuple(TRAINING[90:])),
     ]
-    monkeypatch.setattr(train_tokenizer, "open_source", {"folder:x": slots}.get)
+    monkeypatch.setattr(train_tokenizer, "open_source", lambda spec, *, pictures_required: {"folder:x": slots}[spec])
     parser = argparse.ArgumentParser()
     train_tokenizer.add_arguments(parser)
     args = parser.parse_args(["folder:x", "--vocab-size", "340", "--out", str(tmp_path / "new")])

@@ -16,7 +16,7 @@ import numpy as np
 
 from dalle_jax.data import filters, transforms
 from dalle_jax.data.decode import BadImage, decode_image
-from dalle_jax.data.record import Dropped, Source
+from dalle_jax.data.record import Dropped, Encoded, Source
 from dalle_jax.errors import UserError
 from dalle_jax.layout import Layout
 from dalle_jax.tokenizer import Tokenizer, normalise
@@ -66,11 +66,12 @@ class DataConfig(filters.Filters):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One usable record: image uint8 [S, S, 3], text int32 [text_len] or None, and was the caption cut?"""
+    """One usable record: image uint8 [S, S, 3] or codes int32 [I], text int32 [text_len] or None; was the text cut?"""
 
-    image: np.ndarray
+    image: np.ndarray | None
+    codes: np.ndarray | None
     text: np.ndarray | None
-    cut: bool
+    cut: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Prepare:
     config: DataConfig
     layout: Layout | None
     tokenizer: Tokenizer | None
-    any_caption: bool  # choose among a record's captions at random, or take the first
+    at_random: bool  # choose among a record's captions and its encoded crops at random, or take the first
 
     def __call__(self, record, rng: np.random.Generator) -> Example | Dropped:
         if isinstance(record, Dropped):
@@ -88,28 +89,36 @@ class Prepare:
         if self.layout is not None and not record.captions:
             return Dropped(record.key, "no caption")
         captions = record.captions if self.layout is not None else ()
-        try:
-            image = decode_image(record.image, max_pixels=self.config.max_pixels)
-        except BadImage as error:
-            return Dropped(record.key, error.reason, error.detail)
-        height, width = image.shape[:2]
+        image = codes = None
+        if isinstance(record, Encoded):
+            height, width = record.height, record.width
+        else:
+            try:
+                image = decode_image(record.image, max_pixels=self.config.max_pixels)
+            except BadImage as error:
+                return Dropped(record.key, error.reason, error.detail)
+            height, width = image.shape[:2]
         if reason := filters.check(captions, width, height, self.config):
             return Dropped(record.key, reason)
-        image = transforms.AUGMENTATIONS[self.config.augment](image, self.config.image_size, rng)
+        if image is not None:
+            image = transforms.AUGMENTATIONS[self.config.augment](image, self.config.image_size, rng)
+        else:
+            codes = record.codes[int(rng.integers(len(record.codes))) if self.at_random else 0].astype(np.int32)
         if self.layout is None:
-            return Example(image, None, cut=False)
+            return Example(image, codes, None)
         captions = filters.good_captions(captions, self.config)
-        caption = captions[int(rng.integers(len(captions)))] if self.any_caption else captions[0]
+        caption = captions[int(rng.integers(len(captions)))] if self.at_random else captions[0]
         if self.config.caption_dropout and rng.random() < self.config.caption_dropout:
-            return Example(image, self.layout.text_slots([]), cut=False)
+            return Example(image, codes, self.layout.text_slots([]))
         longest = self.tokenizer.longest_piece * self.layout.caption_len  # characters that the text slots can hold
         caption = normalise(caption)[: longest + 1]  # one too many, so that it still counts as cut
         tokens = self.tokenizer.encode(caption, dropout=self.config.bpe_dropout, rng=rng)
-        return Example(image, self.layout.text_slots(tokens), cut=len(tokens) > self.layout.caption_len)
+        return Example(image, codes, self.layout.text_slots(tokens), cut=len(tokens) > self.layout.caption_len)
 
 
 class Batches:
-    """Iterator over batches: {"image": uint8 [B, S, S, 3]} and, with a layout, "text": int32 [B, text_len].
+    """Iterator over batches: {"image": uint8 [B, S, S, 3]}, or {"codes": int32 [B, I]} of a source of tokens; and,
+    with a layout, "text": int32 [B, text_len].
 
     Attributes, all counted in records up to the last batch given out and all part of the state:
       good: records used. cut: captions that were longer than the text slots. dropped: Counter of reason -> records.
@@ -153,7 +162,7 @@ class Batches:
         records = grain.MapDataset.source(source).seed(seed)
         if shuffle:
             records = records.shuffle()
-        examples = records.random_map(Prepare(config, layout, tokenizer, any_caption=shuffle))
+        examples = records.random_map(Prepare(config, layout, tokenizer, at_random=shuffle))
         examples = examples[process_index::process_count].repeat(epochs)
         ahead = max(config.threads, config.prefetch_batches * batch_size) if config.threads else 0
         read = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=ahead)
@@ -184,10 +193,8 @@ class Batches:
             self._stop_if_bad()
         if not batch or (len(batch) < self._batch_size and not self._keep_partial):
             raise StopIteration
-        arrays = {"image": np.stack([example.image for example in batch])}
-        if batch[0].text is not None:
-            arrays["text"] = np.stack([example.text for example in batch])
-        return arrays
+        names = [name for name in ("image", "codes", "text") if getattr(batch[0], name) is not None]
+        return {name: np.stack([getattr(example, name) for example in batch]) for name in names}
 
     def get_state(self) -> dict[str, Any]:
         """Position and counts after the last batch given out; plain json."""

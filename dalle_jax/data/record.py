@@ -1,6 +1,6 @@
-"""What a source hands out: a `Record`, or a `Dropped` that says why there is none.
+"""What a source hands out: a `Record` or `Encoded`, or a `Dropped` that says why there is none.
 
-Every slot of a source gives one of the two, so that bad data is counted and never raised: len(source) is everything
+Every slot of a source gives one of them, so that bad data is counted and never raised: len(source) is everything
 that was seen, and good + dropped = len(source). Knows the names of the faults; does not know any file format.
 """
 
@@ -36,6 +36,8 @@ REASONS = {
     "unsupported image": "pixels of a kind without a defined brightness",
     "decompression bomb": "more pixels or bytes, once decoded, than the limit",
     "too many bytes": "a member larger than any sensible image or caption",
+    # faults of a shard of tokens
+    "broken tokens": "codes that the dVAE does not have, or a slot that does not parse; encode that shard again",
 }
 
 
@@ -49,6 +51,21 @@ class Record:
 
     key: str
     image: bytes | np.ndarray
+    captions: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One picture as a dVAE's codes, and its captions.
+
+    key: its name, for people. codes: uint16 [K, I], K crops of I codes in raster order. height, width: of the picture
+    before it was cropped, in pixels. captions: not blank, stripped.
+    """
+
+    key: str
+    codes: np.ndarray
+    height: int
+    width: int
     captions: tuple[str, ...]
 
 
@@ -80,4 +97,4 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record | Dropped: ...
+    def __getitem__(self, index: int) -> Record | Encoded | Dropped: ...

@@ -1,4 +1,4 @@
-"""One string names a source: `wds:PATTERN`, `folder:DIR`, `coco:DIR`, `tfds:NAME/SPLIT`, `scenes:SPLIT`.
+"""One string names a source: `wds:PATTERN`, `folder:DIR`, `coco:DIR`, `tfds:NAME/SPLIT`, `scenes:SPLIT`, `tokens:DIR`.
 
 The only dispatch on the kind of a source. To add a kind: a class as `record.Source` asks, and an entry in `KINDS`.
 """
@@ -11,6 +11,7 @@ from dalle_jax.data.coco import OFFICIAL_SPLIT, CocoSource, official_layout
 from dalle_jax.data.folder import FolderSource
 from dalle_jax.data.record import Source
 from dalle_jax.data.shards import ShardSource
+from dalle_jax.data.tokens import TokenSource
 from dalle_jax.errors import UserError
 
 HELP = (
@@ -18,20 +19,33 @@ HELP = (
     "coco:JSON,DIR or coco:DIR[@val2014] (the official download), tfds:NAME/SPLIT[@DATA_DIR], "
     "scenes:train|val (built in)"
 )
+TOKENS = "tokens"  # of `dalle-jax encode`, for a transformer's config.data
 
 
-def open_source(spec: str, *, captions_required: bool = True) -> Source:
+def is_tokens(spec: str) -> bool:
+    """Does `spec` name codes of pictures, not pictures?"""
+    return spec.partition(":")[0] == TOKENS
+
+
+def open_source(spec: str, *, captions_required: bool = True, pictures_required: bool = True) -> Source:
     """Open what `spec` names.
 
     Args:
       spec: KIND:PLACE, see HELP.
       captions_required: give a picture without a usable caption as `Dropped`; otherwise as a record without captions,
         which is all that a dVAE needs.
+      pictures_required: refuse a source of tokens, which only a transformer can train on.
 
     Raises:
       UserError: no such kind or place, or nothing in it.
     """
     kind, colon, place = spec.partition(":")
+    if kind == TOKENS and place:
+        if pictures_required:
+            raise UserError(
+                f"expected a source of pictures, got {spec}, which holds codes: name what it was encoded from"
+            )
+        return TokenSource(spec, os.path.expanduser(place))
     if not colon or kind not in KINDS or not place:
         raise UserError(f"expected a source such as {HELP}, got {spec!r}")
     return KINDS[kind](spec, place, captions_required=captions_required)

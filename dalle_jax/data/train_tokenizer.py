@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import tqdm
 
-from dalle_jax.data.record import Record, Source
+from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import HELP, open_source
 from dalle_jax.errors import UserError
 from dalle_jax.tokenizer import RESERVED, Tokenizer
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
       UserError: no captions, an impossible vocabulary size or a directory that cannot be written.
     """
     logging.basicConfig(format="%(message)s")
-    captions = read_captions(open_source(args.source))
+    captions = read_captions(open_source(args.source, pictures_required=False))
     tokenizer = Tokenizer.train(captions, vocab_size=args.vocab_size)
     try:
         path = tokenizer.save(args.out)
@@ -47,7 +47,7 @@ def read_captions(source: Source) -> list[str]:
     captions = []
     for i in tqdm.trange(len(source), desc="captions", unit="record"):
         record = source[i]
-        if isinstance(record, Record):
+        if not isinstance(record, Dropped):
             captions.extend(record.captions)
     return captions
 

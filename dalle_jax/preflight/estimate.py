@@ -121,6 +121,8 @@ def _work(job: Job) -> tuple[int, int, int, float]:
 
 
 def _encode_flops(job: Job) -> int:
-    """Of encoding one picture with the frozen dVAE."""
+    """Of encoding one picture with the frozen dVAE; nothing where the data are codes."""
+    if job.has_codes:
+        return 0
     encode = lambda params, image: encode_images(job.helper, params, image)  # noqa: E731
     return flops.traced(encode, job.helper.abstract, job.example["image"])

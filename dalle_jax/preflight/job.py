@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
+from dalle_jax.data.sources import is_tokens
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, build, kernels
 from dalle_jax.models.layers import compute_dtype
@@ -43,6 +44,11 @@ class Job:
     def helper(self) -> Model | None:
         """The frozen dVAE of a transformer."""
         return _helper(self.config) if self.config.name == "transformer" else None
+
+    @property
+    def has_codes(self) -> bool:
+        """Does the transformer train on codes made before, so that no update asks for the dVAE?"""
+        return self.helper is not None and is_tokens(self.config.data.train)
 
     @functools.cached_property
     def task(self) -> Task:
@@ -113,9 +119,10 @@ class Job:
 
     @functools.cached_property
     def frozen(self) -> Any:
-        """The helper's parameters, whole on every chip as the loop puts them."""
+        """The helper's parameters, whole on every chip as the loop puts them where anything asks for them."""
         everywhere = sharding.replicated(self.mesh)
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), self.task.frozen)
+        frozen = self.task.frozen if run.reads_pictures(self.config) else {}
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), frozen)
 
     @functools.cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -123,6 +130,8 @@ class Job:
         place = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(sharding.TABLE["batch"]))
         size, side = self.config.batch_size, self.config.data.image_size
         arrays = {"image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=place)}
+        if self.has_codes:
+            arrays = {"codes": jax.ShapeDtypeStruct((size, self.config.model.grid**2), jnp.int32, sharding=place)}
         if self.helper is not None:
             text_len = self.config.model.text_len
             arrays["text"] = jax.ShapeDtypeStruct((size, text_len), jnp.int32, sharding=place)

@@ -8,6 +8,7 @@ for is `request.py`, which images are drawn together `waves.py`, the sampling it
 into ids before it and ids into pixels after it.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -20,6 +21,7 @@ from PIL import Image
 
 from dalle_jax import checkpoint, sharding
 from dalle_jax.data.transforms import centre
+from dalle_jax.digest import of_model as model_sha256
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params, build
 from dalle_jax.models.dvae import DVAEConfig, decode_images, encode_images
@@ -108,6 +110,7 @@ class Pipeline:
         checkpoint.check_params(params, model.abstract, where=str(folder))
         checkpoint.check_params(dvae_params, dvae.abstract, where=str(folder / "dvae"))
         _check_codes(dvae.config, model.config, where=str(folder / "dvae"))
+        checkpoint.check_dvae(folder, model_sha256(dataclasses.asdict(dvae.config), dvae_params))
         tokenizer = Tokenizer.load(folder)
         if tokenizer.vocab_size != model.config.text_vocab:
             raise UserError(

@@ -28,7 +28,7 @@ class Look:
         """Number of examples and device batch; a partial batch is cut to what the mesh divides."""
         ways = sharding.batch_ways(self._mesh) // sharding.batch_reader(self._mesh)[1]
         for index, batch in enumerate(self._validation()):
-            size = len(batch["image"]) // ways * ways
+            size = len(next(iter(batch.values()))) // ways * ways
             if index == self._most or not size:
                 return
             yield size, sharding.shard_batch({name: value[:size] for name, value in batch.items()}, self._mesh)

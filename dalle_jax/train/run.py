@@ -4,7 +4,7 @@ Makes the workdir self-contained before the first update: config.json, the token
 so a run can be moved, resumed and sampled from without the files it was started with.
 """
 
-import functools
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +19,12 @@ from dalle_jax import config as configs
 from dalle_jax.data import sources
 from dalle_jax.data.lanes import Lanes
 from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.record import Source
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, kernels
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train import loop, tracing
+from dalle_jax.train.task import Task
 from dalle_jax.train.tasks import build_task
 
 DVAE, TOKENIZER = "dvae", "tokenizer.model"  # inside the workdir
@@ -63,15 +65,18 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
     own = workdir / DVAE
     if config.name == "transformer" and (own / checkpoint.CONFIG).exists():
         task = build_task(ml_collections.ConfigDict({**config.to_dict(), "dvae": str(own)}))
+        checkpoint.check_dvae(workdir, task.frozen_sha256)
     else:
         task = build_task(config)
     mesh = make_mesh(config, task.model)
     if progress and jax.process_index() == 0:
         print(sharding.describe(mesh), file=sys.stderr)
     layout = task.model.config.layout if tokenizer else None
-    batches, validation = _data(config, mesh, layout=layout, tokenizer=tokenizer)
+    batches, validation = _data(config, mesh, layout=layout, tokenizer=tokenizer, dvae_sha256=task.frozen_sha256)
     distributed.gather_json(None)  # nobody reads any more what the first process writes now
-    _fill_workdir(config, workdir, task.frozen, tokenizer)
+    _fill_workdir(config, workdir, task, tokenizer)
+    if not reads_pictures(config):
+        task = dataclasses.replace(task, frozen={})  # nothing will ask for the dVAE: leave its memory to others
     try:
         return loop.run(
             task,
@@ -97,6 +102,12 @@ def make_mesh(config: ml_collections.ConfigDict, model: Model, *, devices: Seque
     """
     ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
     return sharding.make_mesh(config.mesh, devices=devices, unfit=ask)
+
+
+def reads_pictures(config: ml_collections.ConfigDict) -> bool:
+    """Does training or validation read pictures, or nothing but their codes?"""
+    train, validation = config.data.train, config.data.validation
+    return not sources.is_tokens(train) or bool(validation and not sources.is_tokens(validation))
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:
@@ -164,7 +175,7 @@ def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
         raise UserError(f"expected {workdir / checkpoint.CONFIG} beside the checkpoints there, got none: restore it")
 
 
-def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer):
+def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer, dvae_sha256: str):
     """The training batches, and a function that makes held-out ones (None without a validation source)."""
     if not config.data.train:
         raise UserError("a run needs data: name its source as --config.data.train=SOURCE, e.g. folder:DIR")
@@ -174,9 +185,16 @@ def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer):
         raise UserError(f"expected a possible config.data, got one where {error}") from error
     common = {"layout": layout, "tokenizer": tokenizer, "seed": config.seed}
     reader, readers = sharding.batch_reader(mesh)
-    open_source = functools.partial(sources.open_source, captions_required=tokenizer is not None)
+
+    def open_source(spec: str, asked_by: str, augment: str) -> Source:
+        needs_pictures = config.name != "transformer"
+        source = sources.open_source(spec, captions_required=tokenizer is not None, pictures_required=needs_pictures)
+        if sources.is_tokens(spec):
+            source.refuse_other(dvae_sha256=dvae_sha256, augment=augment, asked_by=asked_by)
+        return source
+
     batches = Lanes(
-        open_source(config.data.train),
+        open_source(config.data.train, "config.data.augment", data.augment),
         data,
         batch_size=config.batch_size,
         lanes=config.data.lanes,
@@ -187,7 +205,8 @@ def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer):
     )
     if not config.data.validation:
         return batches, None
-    held_out, plain = open_source(config.data.validation), data.without_randomness()
+    plain = data.without_randomness()
+    held_out = open_source(config.data.validation, "validation", plain.augment)
 
     def validation() -> Iterable[Mapping[str, np.ndarray]]:
         fresh = Batches(
@@ -213,13 +232,13 @@ def _in_step(batches: Iterable[Mapping[str, np.ndarray]]) -> Iterable[Mapping[st
     batches = iter(batches)
     while True:
         batch = next(batches, None)
-        size = min(distributed.gather_json(0 if batch is None else len(batch["image"])))
+        size = min(distributed.gather_json(0 if batch is None else len(next(iter(batch.values())))))
         if not size:
             return
         yield {name: value[:size] for name, value in batch.items()}
 
 
-def _fill_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, frozen, tokenizer) -> None:
+def _fill_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, task: Task, tokenizer) -> None:
     """Write what a resumed run and a sampler need; config.json last, as it says that the rest is there."""
     if jax.process_index() != 0:
         return
@@ -229,7 +248,8 @@ def _fill_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, froz
             tokenizer.save(workdir)
         if config.name == "transformer" and not (workdir / DVAE / checkpoint.CONFIG).exists():
             dvae_config = checkpoint.read_config(config.dvae)
-            checkpoint.save_params(workdir / DVAE, {key: dvae_config[key] for key in ("name", "model")}, frozen)
+            checkpoint.write_file(workdir / checkpoint.DVAE_SHA256, f"{task.frozen_sha256}\n".encode())
+            checkpoint.save_params(workdir / DVAE, {key: dvae_config[key] for key in ("name", "model")}, task.frozen)
         checkpoint.write_file(workdir / checkpoint.CONFIG, configs.to_json(config).encode())
     except OSError as error:
         raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error

@@ -12,7 +12,9 @@ import numpy as np
 
 from dalle_jax.models.layers import Model, Params
 
-Batch = Mapping[str, jax.Array]  # as the data pipeline made it: 'image' uint8 [B, H, W, 3], 'text' int32 [B, T]
+Batch = Mapping[
+    str, jax.Array
+]  # as the data pipeline made it: 'image' uint8 [B, H, W, 3] or 'codes', 'text' int32 [B, T]
 Metrics = dict[str, jax.Array]  # name -> float32 scalar
 
 
@@ -35,6 +37,7 @@ class Task:
       float32 scalars, averaged in the same way. `step` is an int32 scalar, the number of updates already made. A model
       of precision 'fp16-paper' also gets `scales=`, float32 [layers, 2], while it is differentiated.
     frozen: parameters of a helper model that get no update, {} if none. Passed as an argument, never baked in.
+    frozen_sha256: `digest.of_model` of the helper, '' if none.
     pictures: (params, frozen, batch, key) -> uint8 [N, H, W, 3], which the loop lays out in rows of eight, or uint8
       [rows, columns, H, W, 3], or None. Runs outside the update and may jit what it likes.
     warn: (metrics of the last interval as floats) -> one sentence for the person who watches, or None.
@@ -44,5 +47,6 @@ class Task:
     model: Model
     loss: Callable[..., tuple[jax.Array, Metrics]]
     frozen: Params = dataclasses.field(default_factory=dict)
+    frozen_sha256: str = ""
     pictures: Callable[[Params, Params, Batch, jax.Array], np.ndarray | None] = _no_pictures
     warn: Callable[[Mapping[str, float]], str | None] = _no_warning

@@ -1,8 +1,10 @@
 """From a config to its `Task`: the only dispatch of training on a model's name, and the checks that its parts fit."""
 
+import dataclasses
+
 import ml_collections
 
-from dalle_jax import checkpoint
+from dalle_jax import checkpoint, digest
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.models.clip import CLIPConfig
@@ -42,7 +44,8 @@ def _transformer_task(config: ml_collections.ConfigDict) -> Task:
     _check_sizes("config.model.grid", config.model.grid, config.dvae, model.config, field="grid")
     _check_sizes("config.model.image_vocab", config.model.image_vocab, config.dvae, model.config, field="vocab")
     _check_sizes("config.data.image_size", config.data.image_size, config.dvae, model.config)
-    return transformer_task(config, model, params)
+    task = transformer_task(config, model, params)
+    return dataclasses.replace(task, frozen_sha256=digest.of_model(dataclasses.asdict(model.config), params))
 
 
 def _clip_task(config: ml_collections.ConfigDict) -> Task:

@@ -1,7 +1,8 @@
 """The transformer's objective: captions and pictures in, weighted cross-entropy of text and image tokens out.
 
 Pictures become tokens inside the step, by the frozen dVAE's most likely code at each position (section 2.2, footnote
-6), because augmentation comes before encoding. The loss is 1/8 text and 7/8 image, each averaged over its tokens.
+6), because augmentation comes before encoding; a batch of codes, which `dalle-jax encode` made, is used as it is.
+The loss is 1/8 text and 7/8 image, each averaged over its tokens.
 """
 
 import functools
@@ -16,7 +17,10 @@ from dalle_jax.train.task import Task
 
 
 def transformer_task(config, dvae_model: Model, dvae_params: Params) -> Task:
-    """The task of `config.model` on tokens of this dVAE. Batches: 'image' uint8 [B, H, W, 3], 'text' int32 [B, T]."""
+    """The task of `config.model` on tokens of this dVAE.
+
+    Batches: 'image' uint8 [B, H, W, 3] or 'codes' int32 [B, I], and 'text' int32 [B, T].
+    """
     model = build("transformer", config.model)
     return Task(
         name="transformer",
@@ -42,7 +46,10 @@ def _cross_entropy(logits, targets):
 
 def _loss(model, dvae_model, params, frozen, batch, *, key, step, scales=None):
     del key, step  # nothing random, nothing scheduled
-    image_BI = jax.lax.stop_gradient(encode_images(dvae_model, frozen, batch["image"]))
+    if "codes" in batch:
+        image_BI = batch["codes"]
+    else:
+        image_BI = jax.lax.stop_gradient(encode_images(dvae_model, frozen, batch["image"]))
     text_logits, image_logits = model.apply(params, batch["text"], image_BI, scales)
     text, image = token_losses(text_logits, image_logits, batch["text"], image_BI)
     loss = TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image
