@@ -48,9 +48,9 @@ def output_and_gradients(attend, q, k, v, w):
 
 def assert_close(found, wanted, tolerance):
     """The largest error against the largest value: errors of sums do not shrink with what is left of them."""
-    for name, a, b in zip(("output", "dq", "dk", "dv"), jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    for i, (a, b) in enumerate(zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)):
         error = np.abs(np.asarray(a, np.float64) - b).max()
-        assert error <= tolerance * np.abs(b).max(), (name, error, np.abs(b).max())
+        assert error <= tolerance * np.abs(b).max(), (i, error, np.abs(b).max())
 
 
 # Block lists.
@@ -189,7 +189,7 @@ def test_gpu_kernels_give_the_same_bits_on_a_mesh():
 
 
 SMALL = TransformerConfig(
-    num_layers=6,
+    num_layers=5,
     width=32,
     heads=2,
     head_size=16,
@@ -204,10 +204,10 @@ SMALL = TransformerConfig(
 
 
 def test_a_model_with_gpu_kernels_equals_one_without(monkeypatch):
-    """Loss and gradients of six layers, scanned, computed again, on a mesh."""
+    """Loss and gradients of a scanned group and the convolution, computed again, on a mesh."""
     monkeypatch.setattr(fused_gpu, "attend", functools.partial(fused_gpu.attend, interpret=True))
-    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
-    text, image = np.arange(4 * 64).reshape(4, 64) % 11, np.arange(4 * 64).reshape(4, 64) % 7
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, devices=jax.devices()[:4])
+    text, image = np.arange(2 * 64).reshape(2, 64) % 11, np.arange(2 * 64).reshape(2, 64) % 7
     leaves, tree = jax.tree.flatten(transformer.model(SMALL).abstract)
     params = tree.unflatten([random(*leaf.shape, seed=i, scale=0.2) for i, leaf in enumerate(leaves)])
     params = jax.device_put(params, sharding.shardings(params, transformer.model(SMALL).axes, mesh))
@@ -222,7 +222,7 @@ def test_a_model_with_gpu_kernels_equals_one_without(monkeypatch):
         return jax.jit(jax.value_and_grad(loss))(params)
 
     for a, b in zip(*(jax.tree.leaves(loss_and_gradients(n)) for n in ("pallas", "xla")), strict=True):
-        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()  # float32 sums in another order, through six layers
+        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()  # float32 sums in another order, through five layers
 
 
 # The kernels for TPUs.
