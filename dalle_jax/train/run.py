@@ -4,6 +4,7 @@ Makes the workdir self-contained before the first update: config.json, the token
 so a run can be moved, resumed and sampled from without the files it was started with.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -14,7 +15,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax import checkpoint, distributed, sharding
+from dalle_jax import checkpoint, compilation_cache, distributed, sharding
 from dalle_jax import config as configs
 from dalle_jax.data import sources
 from dalle_jax.data.lanes import Lanes
@@ -77,7 +78,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
     _fill_workdir(config, workdir, task, tokenizer)
     if not reads_pictures(config):
         task = dataclasses.replace(task, frozen={})  # nothing will ask for the dVAE: leave its memory to others
-    try:
+    with contextlib.closing(batches), compilation_cache.kept(workdir):
         return loop.run(
             task,
             config,
@@ -90,8 +91,6 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
             profile=profile,
             beat=beat,
         )
-    finally:
-        batches.close()
 
 
 def make_mesh(config: ml_collections.ConfigDict, model: Model, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
