@@ -1,15 +1,19 @@
-"""Which captions a protocol takes, and that every protocol in the configs is complete."""
+"""Which captions a protocol takes and which network its Inception score, and that each of the configs is complete."""
 
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+from test_evaluate import run, small_batches, weights  # noqa: F401
 from test_protocols import CAPTIONS, IMAGES, coco  # noqa: F401
 
+from dalle_jax import checkpoint
 from dalle_jax import config as configs
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import captions, main, protocol
+from dalle_jax.evaluate import captions, distances, main, protocol
+from dalle_jax.evaluate.features import Extractor, Preparation
 from dalle_jax.evaluate.preprocess import CROPS, RESIZES
 from dalle_jax.evaluate.protocol import Draw, Evaluation, Measure
 
@@ -53,3 +57,36 @@ def test_names_of_values_are_those_of_functions():
             Measure(**values)
     with pytest.raises(UserError, match="unexpected keyword"):
         Evaluation.from_json({"pictures": "x", "nonsense": 1}, where="here")
+
+
+def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_path, capsys):  # noqa: F811
+    config, params = checkpoint.load_params(weights)
+    other, pictures = tmp_path / "other", f"folder:{coco / 'val2014'}"
+    params["logits"]["weight"] = 300 * params["logits"]["weight"]  # surer of its classes
+    checkpoint.save_params(other, config, params)
+    values = {
+        "source": f"coco:{coco}", "weights": weights, "reference_exactly": IMAGES, "measure.pools": "fid",
+        "measure.side": 32, "measure.blur": "(0.0,)", "measure.splits": 2,
+    }  # fmt: skip
+
+    def evaluated(**more):
+        words = [f"--config.{key}={value}" for key, value in {**values, **more}.items()]
+        common = ("--config", "configs/evaluate.py:coco", "--pictures", pictures, "--out", tmp_path / "out", "--json")
+        status = run(*common, *words)
+        return status, *capsys.readouterr()
+
+    same, scored = (json.loads(evaluated(**more)[1]) for more in ({}, {"score_weights": other}))
+    assert scored["scores"]["fid"] == same["scores"]["fid"] and "scored_by" not in same
+    extractor = Extractor.load(other)
+    prepare = Preparation(resize="dm-gan-score", crop="centre", side=32)
+    logits_NV = extractor.of_source(open_source(pictures, captions_required=False), prepare=prepare).logits_NV
+    order = np.random.default_rng(0).permutation(IMAGES)
+    want = distances.inception_score(logits_NV[order], splits=2)[0]
+    assert scored["scores"]["inception_score"] == pytest.approx(want, rel=1e-5)
+    assert want > 1.05 > same["scores"]["inception_score"]
+    assert scored["scored_by"]["digest"] == extractor.digest and scored["scored_by"]["resize"] == "dm-gan-score"
+    wrong = {"measure.score_pools": "torchvision"}
+    status, _, err = evaluated(score_weights=other, **wrong)
+    assert status == 2 and "expected the network 'torchvision' for dalle-coco-30k" in err
+    doubtful = json.loads(evaluated(**wrong)[1])
+    assert any("Inception score by the network 'fid' instead of 'torchvision'" in note for note in doubtful["notes"])

@@ -21,9 +21,8 @@ from dalle_jax import checkpoint
 from dalle_jax import config as configs
 from dalle_jax.data import scenes
 from dalle_jax.data.sources import open_source
-from dalle_jax.evaluate import captions, distances, drawing, main, picture_shards, published, store
+from dalle_jax.evaluate import captions, drawing, main, picture_shards, published, store
 from dalle_jax.evaluate.crew import Crew
-from dalle_jax.evaluate.features import Extractor, Preparation
 from dalle_jax.evaluate.main import evaluate
 from dalle_jax.evaluate.protocol import Evaluation
 from dalle_jax.models import clip
@@ -363,36 +362,6 @@ def test_given_pictures_score_as_drawn_ones_and_near_duplicates_are_found_and_re
     assert run(*common, "--out", tmp_path / "removed", "--config.overlap.remove=True") == 0
     removed = json.loads(capsys.readouterr().out)
     assert removed["reference"]["count"] == IMAGES - 3 and removed["scores"]["fid"] != report["scores"]["fid"]
-
-
-def test_the_inception_score_can_be_that_of_another_network(straight, words, coco, weights, tmp_path, capsys):  # noqa: F811
-    out, report = straight
-    config, params = checkpoint.load_params(weights)
-    other = tmp_path / "other"
-    checkpoint.save_params(other, config, jax.tree.map(lambda x: 0.9 * x, params))
-    words = [word for word in words if "blur" not in word and "clip" not in word]
-    more = (f"--config.score_weights={other}", "--config.measure.blur=(0.0,)", "--json", "--out", tmp_path / "out")
-    assert run("--pictures", f"wds:{out}/pictures/*.tar", *words, *more) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["scores"]["fid"] == report["scores"]["fid"] and told["resize"] == "dm-gan"
-    extractor = Extractor.load(other)
-    assert told["scored_by"] == {
-        "network": extractor.network, "digest": extractor.digest, "resize": "dm-gan-score",
-    }  # fmt: skip
-    prepare = Preparation(resize="dm-gan-score", crop="centre", side=32)
-    logits = extractor.of_source(open_source(f"wds:{out}/pictures/*.tar"), prepare=prepare).logits_NV
-    order = np.random.default_rng(0).permutation(DRAWN)
-    want = distances.inception_score(logits[order], splits=2)[0]
-    assert told["scores"]["inception_score"] == pytest.approx(want, rel=1e-5)
-    assert told["scores"]["inception_score"] != report["scores"]["inception_score"]
-    wrong = (*more, "--config.measure.score_pools=torchvision")
-    assert run("--pictures", f"wds:{out}/pictures/*.tar", *words, *wrong) == 2
-    assert "expected the network 'torchvision'" in capsys.readouterr().err
-    without = [word for word in wrong if "score_weights" not in str(word)]
-    assert run("--pictures", f"wds:{out}/pictures/*.tar", *words, *without) == 0
-    assert any(
-        "Inception score by the network 'fid' instead" in n for n in json.loads(capsys.readouterr().out)["notes"]
-    )
 
 
 def test_what_is_wrong_with_a_protocol_is_one_line(straight, model, words, coco, tmp_path, capsys):
