@@ -54,7 +54,6 @@ def test_fused_attention_compiles_into_the_training_step(topology, kernel):
     _, fused = preflight(topology, *words, f"--config.model.attention={kernel}")
     temporaries = [figures["compiler_bytes_per_chip"]["temporaries"] for figures in (plain, fused)]
     assert temporaries[1] < temporaries[0] - 5 * 100e6  # a third of a layer's 56 units, 0.19 GB a layer and sequence
-    assert fused["compiler_bytes_per_chip"]["total"] == pytest.approx(fused["bytes_per_chip"]["total"], rel=0.25)
 
 
 @pytest.mark.parametrize("topology", ["tpu:v5p:8x8x16", "gpu:h100:128x8"])
