@@ -48,7 +48,7 @@ BARS = (
     Bar("train_paper", "train_dense", 1.0),
     Bar("train_paper", "train_sparse", 1.5),
     Bar("train_full", "train_dense", None),
-    Bar("sample_paper", "sample_dense_cached", 4.0),
+    Bar("sample_paper", "sample_dense_cached", 8.0),
     Bar("sample_full", "sample_dense_cached", None),
     Bar("sample_paper", "sample_dense_shipped", 50.0),
     Bar("sample_paper", "sample_sparse_shipped", None),

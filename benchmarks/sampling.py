@@ -64,6 +64,7 @@ def on_processor(args) -> dict:
             "cache_bytes_per_candidate": bounds.cache_bytes(model.config, cache=engine.cache),
             "text_bytes": step.text,
             "step_bytes": step.weights + step.text + step.windows,
+            "step_operations": step.operations,
             "seconds": [],
         }
         if name == "ours":
