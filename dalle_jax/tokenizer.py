@@ -6,6 +6,7 @@ in UTF-8 bytes. Knows nothing of text slots, lengths or which captions are worth
 """
 
 import collections
+import functools
 import hashlib
 import io
 import itertools
@@ -13,7 +14,7 @@ import logging
 import os
 import pathlib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import sentencepiece
@@ -24,6 +25,7 @@ FILE_NAME = "tokenizer.model"
 RESERVED = 1 + 256  # the unknown piece and the byte pieces
 SPACE = "\u2581"  # how sentencepiece writes a space; as a character of a caption it is a space
 LONGEST_WORD = 256  # characters; dropout merges a longer word in parts, because its cost grows with the square
+KNOWN_WORDS = 1 << 16  # words whose undisturbed merges are remembered
 KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners: they build emoji and spell Persian and Indic words
 
 _log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Tokenizer:
                 self._id_of_piece[self._processor.id_to_piece(i)] = i
         self.longest_piece = max(map(len, self._id_of_piece))
         self._rank = {piece: -self._processor.get_score(i) for piece, i in self._id_of_piece.items()}
+        self._merged = functools.lru_cache(maxsize=KNOWN_WORDS)(self._merge_whole)
 
     def __reduce__(self):
         return Tokenizer, (self._model,)
@@ -168,33 +171,66 @@ class Tokenizer:
         return self._processor.decode([int(i) for i in ids])
 
     def _merge_with_dropout(self, text: str, dropout: float, rng: np.random.Generator) -> list[int]:
-        ids = []
+        ids, luck = [], _Luck(dropout, rng)
         for word in text.split(" ") if text else []:
             word = SPACE + word
             for start in range(0, len(word), LONGEST_WORD):
-                for piece in self._merge_word(word[start : start + LONGEST_WORD], dropout, rng):
-                    if piece in self._id_of_piece:
-                        ids.append(self._id_of_piece[piece])
-                    else:
-                        ids.extend(self._id_of_byte[byte] for byte in piece.encode())
+                part = word[start : start + LONGEST_WORD]
+                merges, whole = self._merged(part)
+                if luck.kept >= merges:  # no merge of this word is skipped
+                    luck.kept -= merges
+                    ids += whole
+                else:
+                    ids += self._ids(self._merge_word(part, luck.keeps))
         return ids
 
-    def _merge_word(self, word: str, dropout: float, rng: np.random.Generator) -> list[str]:
-        """Greedy BPE of one word (pieces never cross a space): the best merge left over, until none is."""
+    def _merge_whole(self, word: str) -> tuple[int, tuple[int, ...]]:
+        """Merges that one word takes where none is skipped, and its ids."""
+        pieces = self._merge_word(word, lambda: True)
+        return len(word) - len(pieces), tuple(self._ids(pieces))
+
+    def _ids(self, pieces: list[str]) -> list[int]:
+        ids = []
+        for piece in pieces:
+            if piece in self._id_of_piece:
+                ids.append(self._id_of_piece[piece])
+            else:
+                ids.extend(self._id_of_byte[byte] for byte in piece.encode())
+        return ids
+
+    def _merge_word(self, word: str, keeps: Callable[[], bool]) -> list[str]:
+        """Greedy BPE of one word (pieces never cross a space): at each step the best merge that `keeps` does not skip,
+        until none is left. The merges after that one need not be asked: nothing depends on their answers."""
         pieces = list(word)
         ranks = [self._rank.get(left + right) for left, right in itertools.pairwise(pieces)]
         while True:
-            merges = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
-            draws = rng.random(len(merges)).tolist()
-            kept = [merge for merge, draw in zip(merges, draws, strict=True) if draw >= dropout]
-            if not kept:
+            merges = sorted((rank, i) for i, rank in enumerate(ranks) if rank is not None)
+            i = next((i for _, i in merges if keeps()), None)
+            if i is None:
                 return pieces
-            _, i = min(kept)
             pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
             del ranks[i]
             for left in (i - 1, i):  # only the merged piece has new neighbours
                 if 0 <= left < len(ranks):
                     ranks[left] = self._rank.get(pieces[left] + pieces[left + 1])
+
+
+class _Luck:
+    """Merges that are kept with probability 1 - dropout each, counted in runs: one draw for each that is skipped.
+
+    kept: merges that will still be kept before one is skipped.
+    """
+
+    def __init__(self, dropout: float, rng: np.random.Generator):
+        self._dropout, self._rng = dropout, rng
+        self.kept = int(rng.geometric(dropout)) - 1
+
+    def keeps(self) -> bool:
+        if self.kept:
+            self.kept -= 1
+            return True
+        self.kept = int(self._rng.geometric(self._dropout)) - 1
+        return False
 
 
 def _file(path: str | os.PathLike) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """The pipeline: order, shares, exact resumption, counting, and what stops a run."""
 
+import dataclasses
 import io
 import json
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.data import filters
+from dalle_jax.data import filters, transforms
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.record import Dropped, Record
 from dalle_jax.errors import UserError
@@ -69,6 +70,34 @@ def assert_same(first, second):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
+
+
+class Photos(Numbers):
+    """The same as JPEG of 100 x 120 pixels, smooth as photos are."""
+
+    def __getitem__(self, i):
+        coarse = Image.fromarray(super().__getitem__(i).image).resize((120, 100), Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        coarse.save(file, "JPEG", quality=95)
+        return Record(f"key{i}", file.getvalue(), (caption(i),))
+
+
+def test_scaled_jpeg_gives_nearly_the_same_pictures_and_the_same_filters(tokenizer):
+    exact = DataConfig(image_size=16, augment="centre", threads=0, min_image_side=100)
+    scaled = dataclasses.replace(exact, scaled_jpeg=True)
+    pictures = [
+        np.concatenate([b["image"] for b in batches(Photos(8), tokenizer, config=config, shuffle=False, epochs=1)])
+        for config in (exact, scaled)
+    ]
+    assert len(pictures[1]) == 8  # the filter asks for the size before scaling
+    difference = np.abs(pictures[0].astype(float) - pictures[1])
+    assert 0 < difference.mean() < 2
+    assert [transforms.shortest(name, 256) for name in ("dvae", "transformer", "clip", "centre")] == [
+        384,
+        288,
+        512,
+        512,
+    ]
 
 
 def test_shapes(tokenizer):

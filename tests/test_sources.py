@@ -15,7 +15,7 @@ from PIL import Image
 
 from dalle_jax.cli import main as command
 from dalle_jax.data import cache, shards
-from dalle_jax.data.decode import BadImage, decode_image
+from dalle_jax.data.decode import BadImage, decode_image, decode_scaled
 from dalle_jax.data.record import Dropped, Record, Source
 from dalle_jax.data.sources import expand_braces, open_source, shard_paths
 from dalle_jax.errors import UserError
@@ -320,6 +320,38 @@ def test_decode_gives_upright_opaque_rgb():
     assert np.abs(cyan - (0, 255, 255)).max() < 8
     with pytest.raises(BadImage, match="unsupported image"):
         decoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
+
+
+def jpeg(image, **options):
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=95, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("shortest", "shape"), [(0, (400, 600)), (201, (400, 600)), (200, (200, 300)), (99, (100, 150)), (1, (50, 75))]
+)
+def test_scaled_decoding_leaves_the_shorter_side_that_is_needed(shortest, shape):
+    smooth = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    data = jpeg(Image.fromarray(smooth).resize((600, 400), Image.Resampling.BICUBIC))
+    pixels, size = decode_scaled(data, shortest=shortest)
+    assert pixels.shape == (*shape, 3) and size == (400, 600)
+    scale = 400 // shape[0]
+    averages = decode_image(data).reshape(shape[0], scale, shape[1], scale, 3).mean((1, 3))
+    assert np.abs(averages - pixels).mean() < 1.0  # nearly the average of each square; unscaled it is the same
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pixels, size = decode_scaled(jpeg(Image.open(io.BytesIO(data)), exif=turned), shortest=shortest)
+    assert pixels.shape == (shape[1], shape[0], 3) and size == (600, 400)
+
+
+def test_only_jpeg_is_decoded_scaled():
+    image = Image.effect_noise((64, 64), 80).convert("RGB")
+    for kind in ("PNG", "WEBP", "GIF"):
+        out = io.BytesIO()
+        image.save(out, kind)
+        pixels, size = decode_scaled(out.getvalue(), shortest=8)
+        assert np.array_equal(pixels, decode_image(out.getvalue())) and size == (64, 64)
 
 
 def test_decode_takes_arrays():

@@ -1,6 +1,7 @@
 """The tokenizer: every caption encodes and comes back, dropout included, reproducibly and on several threads."""
 
 import argparse
+import collections
 import concurrent.futures
 import pickle
 import sys
@@ -84,15 +85,32 @@ def test_full_dropout_leaves_characters(tokenizer):
     assert [tokenizer.decode([i]) for i in ids] == ["", "r", "e", "d", "", "s", "t", "a", "r"]
 
 
-def test_dropout_rate():
-    """A word of two characters with one merge stays apart with exactly the dropout's probability."""
-    tokenizer = Tokenizer.train(["ab"] * 10 + ["cd ef gh ij kl mn op qr"], vocab_size=290)
-    (whole,) = tokenizer.encode("ab")
-    rng = np.random.default_rng(0)
-    draws = 4000
-    split = sum(tokenizer._merge_word("ab", 0.1, rng) == ["a", "b"] for _ in range(draws))
-    assert tokenizer.decode([whole]) == "ab"
-    assert abs(split / draws - 0.1) < 5 * (0.1 * 0.9 / draws) ** 0.5  # five standard errors
+def merged_by_definition(tokenizer, word, dropout, rng):
+    """Provilkov et al. 2019, algorithm 1: at each step every possible merge is skipped with this probability."""
+    pieces = list(word)
+    while True:
+        ranks = {i: tokenizer._rank.get(pieces[i] + pieces[i + 1]) for i in range(len(pieces) - 1)}
+        kept = [(rank, i) for i, rank in ranks.items() if rank is not None and rng.random() >= dropout]
+        if not kept:
+            return pieces
+        _, i = min(kept)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_has_the_distribution_of_its_definition(tokenizer, dropout):
+    """Every way to cut two words comes as often as by the definition, which draws for every merge at every step."""
+    draws, rng = 4000, np.random.default_rng(0)
+    ours, wanted = collections.Counter(), collections.Counter()
+    for _ in range(draws):
+        ours[tuple(tokenizer.encode("green star", dropout=dropout, rng=rng))] += 1
+        words = [merged_by_definition(tokenizer, word, dropout, rng) for word in ("\u2581green", "\u2581star")]
+        wanted[tuple(tokenizer._ids([piece for word in words for piece in word]))] += 1
+    assert len(wanted) > 5
+    for ids in {**ours, **wanted}:
+        share = (ours[ids] + wanted[ids]) / (2 * draws)
+        error = (2 * share * (1 - share) / draws) ** 0.5  # of the difference of two shares
+        assert abs(ours[ids] - wanted[ids]) / draws < 5 * error, ids
 
 
 def test_dropout_varies_and_is_reproducible(tokenizer):

@@ -41,8 +41,21 @@ def decode_image(image: bytes | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> 
       BadImage: 'zero bytes', 'not an image', 'truncated image', 'broken image', 'unsupported image' or
         'decompression bomb'.
     """
+    return decode_scaled(image, shortest=0, max_pixels=max_pixels)[0]
+
+
+def decode_scaled(
+    image: bytes | np.ndarray, *, shortest: int, max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """`decode_image`, and height and width before scaling.
+
+    shortest: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its shorter side stays at least so many pixels. Its
+      decoder then computes fewer numbers instead of averaging more: some times faster, and nearly the average of each
+      square of pixels. 0: at its full size.
+    """
     if isinstance(image, np.ndarray):
-        return _check_array(image, max_pixels)
+        pixels = _check_array(image, max_pixels)
+        return pixels, pixels.shape[:2]
     if not image:
         raise BadImage("zero bytes")
     try:
@@ -50,9 +63,13 @@ def decode_image(image: bytes | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> 
             width, height = opened.size
             if width * height > max_pixels:
                 raise BadImage("decompression bomb", f"{width}x{height} pixels, the limit is {max_pixels}")
+            if shortest:
+                opened.draft(None, (shortest, shortest))
+            upright = opened.height, opened.width
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)
-            return _to_rgb(opened)
+            pixels = _to_rgb(opened)
+            return pixels, (height, width) if pixels.shape[:2] == upright else (width, height)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:

@@ -3,8 +3,8 @@
 Each takes uint8 [H, W, 3] and returns uint8 [size, size, 3]; the paper's listings are for size 256 and their constants
 scale with the size. Randomness comes from the generator that is handed in and from nowhere else.
 
-Shrinking averages areas as the listings ask, in numpy: Pillow's BOX filter counts border pixels wholly or not at all,
-which is no area average unless the ratio is an integer. A picture smaller than the size has to grow, which the
+Shrinking averages areas as the listings ask, in sparse products: Pillow's BOX filter counts border pixels wholly or not
+at all, which is no area average unless the ratio is an integer. A picture smaller than the size has to grow, which the
 listings never do; that, and `centre`, use Pillow's Lanczos filter as the released notebook does. CLIP's filter is
 bicubic.
 """
@@ -13,6 +13,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import scipy.sparse
 from PIL import Image
 
 DVAE_SHORTEST, DVAE_LONGEST = Fraction(9, 8), Fraction(12, 8)  # listing 1: 288 and 384 for size 256
@@ -53,6 +54,13 @@ def centre(image_uint8: np.ndarray, size: int, rng: np.random.Generator | None =
     return _lanczos(image_uint8[top : top + side, left : left + side], size)
 
 
+def shortest(augment: str, size: int) -> int:
+    """Pixels of a picture's shorter side that are enough: the most that an augmentation shrinks it to, and twice that
+    for those that filter, so that their filter still decides what is seen."""
+    share = {"dvae": DVAE_LONGEST, "transformer": TRANSFORMER_LONGEST}.get(augment, 2)
+    return math.ceil(share * size)
+
+
 AUGMENTATIONS = {"dvae": augment_dvae, "transformer": augment_transformer, "clip": augment_clip, "centre": centre}
 
 
@@ -65,10 +73,15 @@ def shrink_by_area(
     the aligned corners of the listings.
     """
     size = side if size is None else size
-    rows_RCX = _average(image_uint8.astype(np.float32), side, top, size)
-    both_CRX = _average(_transposed(rows_RCX), side, left, size)
-    rounded_CRX = (both_CRX + np.float32(0.5)).astype(np.uint8)  # averages stay in [0, 255]
-    return _transposed(rounded_CRX)
+    if side == len(image_uint8):  # every area is one pixel
+        return np.ascontiguousarray(image_uint8[top : top + size, left : left + size])
+    rows, weight_RH = _area_weights(len(image_uint8), side, top, size)
+    columns, weight_CW = _area_weights(len(image_uint8), side, left, size)
+    image_HWX = image_uint8[rows, columns].astype(np.float32)
+    rows_RWX = (weight_RH @ image_HWX.reshape(len(image_HWX), -1)).reshape(size, -1, 3)
+    both_CRX = (weight_CW @ _transposed(rows_RWX).reshape(-1, 3 * size)).reshape(size, size, 3)
+    both_CRX += np.float32(0.5)  # averages stay in [0, 255]
+    return _transposed(both_CRX.astype(np.uint8))
 
 
 def _transposed(image: np.ndarray) -> np.ndarray:
@@ -78,21 +91,22 @@ def _transposed(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.T).view(image.dtype).reshape(width, height, channels)
 
 
-def _average(image: np.ndarray, side: int, start: int, count: int) -> np.ndarray:
-    """Area averages of float32 [length, width, 3] along the first axis: outputs start .. start + count of `side`."""
-    length = len(image)
+def _area_weights(length: int, side: int, start: int, count: int) -> tuple[slice, scipy.sparse.csr_array]:
+    """Which inputs of a line of `length` the outputs start .. start + count of `side` average, and with what weights.
+
+    Returns: a slice of the line, and float32 [count, its length] with a few numbers a row: a product with it passes
+    over the picture once.
+    """
     ratio = (length - 1) / (side - 1) if side > 1 else float(length)
-    begin = np.arange(start, start + count) * ratio
-    first = np.floor(begin).astype(np.int64)
-    out, part = None, np.empty((count, *image.shape[1:]), np.float32)
-    for tap in range(math.ceil(ratio) + 1):
-        pixel = first + tap
-        overlap = np.minimum(pixel + 1, begin + ratio) - np.maximum(pixel, begin)
-        weight = (overlap.clip(0.0) / ratio).astype(np.float32)
-        np.take(image, pixel, axis=0, out=part, mode="clip")  # the edge repeats
-        part *= weight[:, None, None]
-        out = part.copy() if out is None else np.add(out, part, out=out)
-    return out
+    begin = np.arange(start, start + count)[:, None] * ratio
+    pixel = np.floor(begin).astype(np.int32) + np.arange(math.ceil(ratio) + 1, dtype=np.int32)
+    overlap = np.minimum(pixel + 1, begin + ratio) - np.maximum(pixel, begin)
+    weight = (overlap.clip(0.0) / ratio).astype(np.float32)
+    pixel = np.minimum(pixel, length - 1)  # the edge repeats
+    first, last = int(pixel[0, 0]), int(pixel[-1, -1])
+    ends = np.arange(0, pixel.size + 1, pixel.shape[1], dtype=np.int32)
+    weights = (weight.ravel(), pixel.ravel() - first, ends)
+    return slice(first, last + 1), scipy.sparse.csr_array(weights, shape=(count, last + 1 - first))
 
 
 def _crop(image: np.ndarray, rng: np.random.Generator, *, low: Fraction, high: Fraction, end_included: bool):
@@ -100,7 +114,7 @@ def _crop(image: np.ndarray, rng: np.random.Generator, *, low: Fraction, high: F
     side = min(image.shape[:2])
     offsets = []
     for length in image.shape[:2]:
-        first, last = math.floor(low * (length - side)), math.floor(high * (length - side))
+        first, last = (share.numerator * (length - side) // share.denominator for share in (low, high))
         offsets.append(int(rng.integers(first, last + 1 if end_included else max(first + 1, last))))
     top, left = offsets
     return image[top : top + side, left : left + side]
