@@ -14,7 +14,7 @@ faults, T, is simulated:
 
     R  seconds from a kill to the end of the first update after it (the ledger's down + init + compile, without what
        the killed process did after its last entry), the mean over the restarts that no further kill cut off; programs
-       come from JAX's compilation cache, as the launchers set it up
+       come from the workdir, where the first start kept them
     d  seconds that the loop waits for a checkpoint, of the straight run; its wait for the last one's end is in it
     C  seconds between checkpoints, the best for these: sqrt(2 d T) (Young 1974)
 
@@ -104,9 +104,7 @@ def main() -> int:
 class Soak:
     def __init__(self, args: argparse.Namespace):
         self._args, self._random, self._processes = args, random.Random(args.seed), []
-        cpu = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str((args.out / "programs").absolute())}
-        cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-        self._environment = os.environ | cpu | cache
+        self._environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         self.restarts, self.cpu = [], []  # seconds of those that could be measured
 
     def start(self, name: str, *, every: int = EVERY) -> None:

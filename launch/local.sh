@@ -7,8 +7,6 @@
 set -euo pipefail
 # JAX takes memory as it needs it, so that a data process or a second run finds some left.
 export XLA_PYTHON_CLIENT_PREALLOCATE="${XLA_PYTHON_CLIENT_PREALLOCATE:-false}"
-# Compiled programs stay beside the run, so that a restart reads them back (docs/faults.md says what that is worth).
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR-$2/programs}"
 
 processes="${PROCESSES:-1}"
 train=(dalle-jax train --config "$1" --workdir "$2" "${@:3}")

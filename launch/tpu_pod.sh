@@ -42,9 +42,7 @@ run)
     StartLimitBurst=50 KillMode=mixed TimeoutStopSec=300 Environment=DALLE_JAX_CACHE=bucket/cache)
   # shellcheck disable=SC2016 # the worker's shells expand these
   train='source launch/xla_flags.sh tpu && exec .venv/bin/dalle-jax train "$@"'
-  # Compiled programs stay beside the run, so that a restart, on a new slice too, reads them back.
-  programs="JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$3/programs}"
-  printf -v command ' %q' "${properties[@]/#/--property=}" "--setenv=$programs" bash -c "$train" train \
+  printf -v command ' %q' "${properties[@]/#/--property=}" bash -c "$train" train \
     --config "$2" --workdir "$3" "${@:4}"
   # shellcheck disable=SC2016
   on_workers all 'cd dalle-jax &&

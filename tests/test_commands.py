@@ -8,7 +8,7 @@ import pytest
 from broken_shards import CASES, expected_total, sample, tar
 from PIL import Image
 
-from dalle_jax import hooks
+from dalle_jax import compilation_cache, hooks
 from dalle_jax.cli import main as command
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.sheet import contact_sheet
@@ -79,6 +79,7 @@ def test_from_broken_shards_to_pictures(shards, tmp_path, capsys):
     seen = position(transformer, capsys)
     assert seen["good"] == STEPS * BATCH
     assert set(seen["dropped"]) == set(DROPPED)
+    assert list((transformer / compilation_cache.FOLDER).rglob("jit_update-*"))
 
     out = tmp_path / "samples"
     assert run(f"sample {transformer} 'a round stone' -n 2 --out {out}") == 0

@@ -28,7 +28,6 @@ SCRIPTS = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), *ROOT.glob("tests/*.s
 JOBSETS = sorted(LAUNCH.glob("*.yaml"))
 LAUNCHERS = [*(path for path in SCRIPTS if path.parent == LAUNCH and path.name != "xla_flags.sh"), *JOBSETS]
 CONFIG, WORKDIR = "configs/dvae.py:demo", "run s/dvae"  # a blank in a path must survive every shell
-CACHE = "JAX_COMPILATION_CACHE_DIR"
 SCHEMA = yaml.safe_load((ROOT / "tests" / "jobset_schema.yaml").read_text())
 
 
@@ -206,8 +205,6 @@ def stand_in(tmp_path, monkeypatch):
     log.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
-    monkeypatch.delenv(CACHE, raising=False)
-
     def make(program, code="exit 0"):
         path = folder / program
         words = f'{{ for word; do printf "%s\\0" "$word"; done; }} > "{log}/{program}.$(date +%s%N).$$"'
@@ -247,22 +244,6 @@ def test_slurm_requeues_what_can_go_on(stand_in, status, restarts, requeued):
     train = words[words.index("dalle-jax") + 1 :]
     assert train == ["train", "--config", CONFIG, "--workdir", WORKDIR, "--config.steps=3"]
     parse(train)
-
-
-@pytest.mark.parametrize(("path", "program"), [("slurm.sbatch", "srun"), ("local.sh", "dalle-jax")])
-@pytest.mark.parametrize(("own", "used"), [({}, f"{WORKDIR}/programs"), ({CACHE: "/mine"}, "/mine")], ids=str)
-def test_scripts_keep_compiled_programs_beside_the_run(stand_in, tmp_path, path, program, own, used):
-    stand_in(program, f'printf %s "${CACHE}" > "{tmp_path}/used"')
-    assert script(f"launch/{path}", CONFIG, WORKDIR, **own).returncode == 0
-    assert (tmp_path / "used").read_text() == used
-
-
-@pytest.mark.parametrize("path", JOBSETS, ids=name)
-def test_pods_keep_compiled_programs_beside_the_run(path):
-    _, _, container = pods_of(yaml.safe_load(path.read_text()))
-    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
-    workdir = parse(jobset_words(path)[0]).workdir
-    assert environment[CACHE] == f"{workdir}/programs"
 
 
 def test_slurm_gives_time_to_save():
@@ -320,7 +301,6 @@ def test_tpu_pod_trains_on_every_worker(stand_in, tmp_path):
     subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path, env={**os.environ, "USER": "me"}, timeout=60)
     (systemd,) = stand_in.calls("sudo")
     assert {"systemd-run", "--uid=me", "--property=Restart=on-failure"} <= set(systemd)
-    assert f"--setenv={CACHE}={WORKDIR}/programs" in systemd
     assert f"--property=RestartPreventExitStatus={cli.EXIT_USER_ERROR}" in systemd
     ((*train, last),) = stand_in.calls("dalle-jax")
     assert train == ["train", "--config", CONFIG, "--workdir", WORKDIR] and last == "--config.data.train=wds:*.tar"

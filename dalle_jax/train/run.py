@@ -4,6 +4,7 @@ Makes the workdir self-contained before the first update: config.json, the token
 so a run can be moved, resumed and sampled from without the files it was started with.
 """
 
+import contextlib
 import functools
 import pathlib
 import sys
@@ -14,7 +15,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax import checkpoint, distributed, sharding
+from dalle_jax import checkpoint, compilation_cache, distributed, sharding
 from dalle_jax import config as configs
 from dalle_jax.data import sources
 from dalle_jax.data.lanes import Lanes
@@ -71,7 +72,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
     batches, validation = _data(config, mesh, layout=layout, tokenizer=tokenizer)
     distributed.gather_json(None)  # nobody reads any more what the first process writes now
     _fill_workdir(config, workdir, task.frozen, tokenizer)
-    try:
+    with contextlib.closing(batches), compilation_cache.kept(workdir):
         return loop.run(
             task,
             config,
@@ -84,8 +85,6 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
             profile=profile,
             beat=beat,
         )
-    finally:
-        batches.close()
 
 
 def make_mesh(config: ml_collections.ConfigDict, model: Model, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
