@@ -1,0 +1,89 @@
+"""`benchmarks/train_step.py`: its suites are configs that exist, its table says what was measured."""
+
+import json
+import pathlib
+import sys
+import types
+
+import pytest
+
+from dalle_jax import config as configs
+from dalle_jax.models import build
+from dalle_jax.preflight import flops
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+TINY = {
+    "batch_size": 8, "precision": "fp32", "model.num_layers": 5, "model.width": 16, "model.heads": 2,
+    "model.head_size": 8, "model.text_len": 8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import train_step
+
+    return train_step
+
+
+def test_every_variant_of_a_suite_is_a_possible_model(benchmark):
+    for suite in benchmark.SUITES.values():
+        found = []
+        for variant in suite.variants:
+            values = {**suite.common, **dict(word.split("=", 1) for word in variant.split())}
+            config = configs.load(suite.config, [f"--config.{key}={value}" for key, value in values.items()])
+            assert build("transformer", config.model).config.layout.length == 1280
+            assert config.batch_size % config.accumulate == 0
+            found.append(configs.to_json(config))
+        assert len(set(found)) == len(found)
+        assert set(suite.split or ()) <= set(suite.variants)
+
+
+def test_names_of_devices_are_found(benchmark):
+    import train_step_measure as measure
+
+    for kind, name in {
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100-40", "TPU v4": "v4",
+        "NVIDIA A100-SXM4-80GB": "a100-80", "Tesla V100-SXM2-16GB": "v100-16", "TPU v5 lite": "v5e", "TPU v5": "v5p",
+        "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+    }.items():  # fmt: skip
+        assert measure.find_chip(types.SimpleNamespace(device_kind=kind)).name == name
+    assert measure.find_chip(types.SimpleNamespace(device_kind="cpu")) is None
+
+
+def test_the_table_says_what_was_measured_and_what_failed(benchmark):
+    suite = benchmark.Suite("configs/transformer.py:demo", {"batch_size": 4}, ("", "model.remat=none"))
+    row = {
+        "device": "1 x cpu", "chip": None, "peak_flops": 1e12, "matmul_flops": 1e12, "copy_bytes_per_second": 5e9,
+        "batch_size": 4, "compile_seconds": 3.0, "step_seconds": 0.5, "tokens_per_second": 640.0,
+        "model_flops_per_device": 1e11, "executed_flops_per_device": 1.5e11, "memory_bytes": 2e9, "date": "2026-01-02",
+        "peak_bytes": 3e9, "roofline_seconds": {"compute": 0.15, "memory": 0.2}, "load_before": 0.5,
+        "seconds": dict.fromkeys((*benchmark.PARTS, "host"), 0.125),
+    }  # fmt: skip
+    text = benchmark.table(suite, {"": row, "model.remat=none": {"failed": "RESOURCE_EXHAUSTED"}}, "the command")
+    assert "| as it is | 4 | 0.5 | 640 | 20.0% | 30.0% | 40% | 2.00 | 3.00 | 3.0 |" in text
+    assert "| remat=none | | failed: RESOURCE_EXHAUSTED" in text and "    the command\n" in text
+    assert text.count("0.125") == len(benchmark.PARTS) + 1 and "batch_size=4" in text
+
+
+@pytest.mark.slow
+def test_a_whole_call(benchmark, tmp_path, monkeypatch):
+    """Two variants on eight emulated devices, in processes of their own; one that is impossible is a row."""
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    words = ["--config", "configs/transformer.py:demo", "--out", str(tmp_path / "out"), "--seconds", "0.2"]
+    words += ["--name", "tiny", "--variants", "", "model.remat=full accumulate=2 batch_size=16", "model.heads=0"]
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *words, *(f"--config.{k}={v}" for k, v in TINY.items())])
+    assert benchmark.main() == 0
+    whole, again, impossible = json.loads((tmp_path / "train_step_tiny.json").read_text()).values()
+    assert "heads must be at least 1" in impossible["failed"]
+    config = build("transformer", configs.load("configs/transformer.py:demo", _words()).model).config
+    assert whole["model_flops_per_device"] == flops.transformer(config)  # eight sequences on eight devices
+    for row in (whole, again):
+        parts = row["seconds"]
+        gradients = parts["encode"] + parts["attention"] + parts["mlp"] + parts["heads"] + parts["rest"]
+        assert gradients > 0 and min(parts["encode"], parts["mlp"], parts["scores"], parts["heads"]) > 0
+        assert row["memory_bytes"] > 0 and row["executed_flops_per_device"] > row["model_flops_per_device"]
+
+
+def _words():
+    return [f"--config.{key}={value}" for key, value in TINY.items()]
