@@ -13,8 +13,6 @@ from dalle_jax import checkpoint, distributed
 from dalle_jax.data.record import Dropped
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate.features import Extractor
-from dalle_jax.evaluate.probe import Probe
 from dalle_jax.models import build
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.rerank import Reranker
@@ -65,6 +63,9 @@ def evaluate_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> H
     Raises:
       UserError: neither Inception nor CLIP, one that cannot be read, or a source without pictures.
     """
+    from dalle_jax.evaluate.features import Extractor  # SciPy's third of a second, which every restart would pay
+    from dalle_jax.evaluate.probe import Probe
+
     asked, spec = config.evaluate, config.data.validation or config.data.train
     if not asked.weights and not asked.clip:
         raise UserError(

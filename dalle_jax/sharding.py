@@ -92,8 +92,12 @@ def choose(
     for shape in matching:
         if unfit(shape) is None:
             return shape
-    reason = unfit(matching[0]) if matching else f"the sizes must multiply to {count}, along islands of {island}"
-    near = sorted(possible(count, island, unfit=unfit), key=lambda s: (round(_distance(wanted, s), 6), s[1]))[:NEAREST]
+    if matching:  # what is wrong with the sizes that were asked for, whatever the others become
+        reason = unfit(tuple(1 if size == CHOOSE else size for size in wanted)) or unfit(matching[0])
+    else:
+        reason = f"the sizes must multiply to {count}, along islands of {island}"
+    by_distance = lambda s: (round(_distance(wanted, s), 6), 0 if wanted[1] == CHOOSE else s[1])  # noqa: E731
+    near = sorted(possible(count, island, unfit=unfit), key=by_distance)[:NEAREST]
     offer = f"the nearest possible: {', or '.join(map(_text, near))}" if near else "no other layout is possible either"
     raise UserError(f"mesh {_text(wanted)} does not fit {count} device(s): {reason}; {offer}")
 

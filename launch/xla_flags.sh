@@ -34,12 +34,10 @@ gpu)
   ;;
 tpu)
   flags=(
-    # Gathers run beside the matmuls that need them, fused with them, over several steps of the fused loop.
+    # Gathers run beside the matmuls that need them. How the two are fused is left to libtpu: it has ways of its own for
+    # every generation, and refuses xla_tpu_enable_async_collective_fusion=true on all but v5e.
     --xla_enable_async_all_gather=true
-    --xla_tpu_enable_async_collective_fusion=true
-    --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
-    --xla_tpu_enable_async_collective_fusion_multiple_steps=true
-    # The tensor core computes while the interconnect carries the fused collective.
+    # The tensor core computes while the interconnect carries a collective.
     --xla_tpu_overlap_compute_collective_tc=true
     # Point-to-point exchanges between neighbours run beside the computation too.
     --xla_enable_async_collective_permute=true

@@ -5,6 +5,7 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -128,6 +129,31 @@ def test_all_axes_at_once_with_accumulation(name, options, capfd):
     check(name, (2, 2, 2), accumulate=2, **options)
     if name == "transformer":  # XLA says so where it finds no way between two layouts but to make an array whole
         assert "full rematerialization" not in capfd.readouterr().err
+
+
+def test_a_whole_models_gradients_are_summed_by_parts():
+    """Without a tensor axis every matrix of every layer is; values and gradients are those of one device."""
+    task, _ = task_of("transformer", **{"model.num_layers": 2})
+    leaves, tree = jax.tree.flatten(task.model.abstract)
+    rng = np.random.default_rng(0)  # not the model's own: behind heads of zeros no layer has a gradient
+    params = tree.unflatten([rng.normal(0, 0.1, leaf.shape).astype(np.float32) for leaf in leaves])
+    mesh, batch = sharding.make_mesh({"replica": 2, "fsdp": 4}), next(batches("transformer"))
+    places = sharding.shardings(task.model.abstract, task.model.axes, mesh)
+
+    def gradients(params, batch):
+        loss = lambda p: task.loss(p, task.frozen, batch, key=None, step=0)[0]  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    def on_mesh(params, batch):
+        with sharding.use(mesh):
+            return gradients(params, batch)
+
+    placed = jax.device_put(params, places), sharding.shard_batch(batch, mesh)
+    traced = jax.jit(on_mesh, out_shardings=(sharding.replicated(mesh), places)).trace(*placed)
+    assert str(traced.jaxpr).count("reduce_scatter[") == 2 * 4  # layers, and the matrices of each
+    found, wanted = traced.lower().compile()(*placed), jax.jit(gradients)(params, batch)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted[1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * largest), found, wanted)
 
 
 @pytest.mark.slow  # each compiles a program of its own: half a minute

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pathlib
+import re
 import types
 
 import jax
@@ -75,6 +77,22 @@ def test_a_missing_compiler_names_the_extra(text, extra, monkeypatch, capsys):
     assert cli.main(["preflight", "--config", "configs/transformer.py:12b", "--topology", text]) == 2
     err = capsys.readouterr().err
     assert extra in err and "pip install" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "variable", "flag"),
+    [
+        ("gpu:h100:1x8", "XLA_FLAGS", "--xla_gpu_enable_pipelined_all_gather=true"),
+        ("tpu:v5p:2x2x1", "LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=true"),
+    ],
+)
+def test_programs_are_compiled_with_the_flags_of_the_launchers(text, variable, flag, monkeypatch, tmp_path):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setenv(variable, "--mine=1")
+    flags = topologies.environment(topologies.parse(text))[variable].split()
+    assert flag in flags and flags[-1] == "--mine=1"
+    monkeypatch.setattr(topologies, "LAUNCH_FLAGS", tmp_path / "xla_flags.sh")  # an installed wheel has none
+    assert variable not in topologies.environment(topologies.parse(text))
 
 
 def test_every_gpu_has_a_target_description():
@@ -321,8 +339,31 @@ def test_report_says_the_verdict_and_the_change(result):
     too_large = search.Result(**{**vars(result), "verdict": compiled.Verdict(fits=False, total_bytes=10**11)})
     changed = search.Result(**{**vars(result), "changed": {"accumulate": 2}})
     text = report.table(too_large, [changed])
-    assert "DOES NOT FIT" in text and "--config.accumulate=2" in text
+    assert "DOES NOT FIT" in text and "--config.accumulate=2" in text and "by our model: the compiler gave" in text
     assert "does not fit" in report.sweep_table([changed, too_large])
+
+
+def test_a_program_that_cannot_be_read_exchanges_what_its_mesh_needs(result, monkeypatch):
+    """libtpu cannot print some programs; the table and the roofline have their network nevertheless."""
+    unread = dataclasses.replace(result.verdict, collectives=None)
+    monkeypatch.setattr(search, "compile_update", lambda job: unread)
+    found = search.examine(result.job)
+    assert found.collectives == [c for c in estimates.expected(result.job) if c.bytes] and found.collectives
+    assert found.estimate.seconds["inside"] > 0
+    figures = main._json(found)
+    assert figures["collectives"] and not figures["collectives_compiled"] and main._json(result)["collectives_compiled"]
+
+
+def test_documented_tables_agree_with_the_byte_model():
+    """Of every job that fits; of one that is far too large the compiler's schedule is not worth much."""
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "pods_preflight.md").read_text()
+    tables = re.findall(
+        r"total +([\d.]+)   by our model\n +([\d.]+)   by the compiler.*?^(FITS|DOES NOT FIT)", text, re.M | re.S
+    )
+    assert len(tables) == 8 and [verdict for *_, verdict in tables].count("FITS") >= 5
+    for ours, compilers, verdict in tables:
+        if verdict == "FITS":
+            assert float(ours) == pytest.approx(float(compilers), rel=0.15)
 
 
 def test_the_smallest_change_is_one_that_was_compiled(result, monkeypatch):

@@ -56,8 +56,8 @@ class Estimate:
         return self.steps * self.step_seconds / SECONDS_PER_DAY
 
 
-def estimate(job: Job, found: Sequence[Collective] | None) -> Estimate:
-    """found: the compiled program's collectives; None leaves the network out."""
+def estimate(job: Job, found: Sequence[Collective]) -> Estimate:
+    """found: the compiled program's collectives, or `expected`."""
     chip, config = job.topology.chip, job.config
     model_flops, executed, tokens, traffic = _work(job)
     sequences = job.sequences * config.accumulate  # of one chip and update
@@ -67,8 +67,8 @@ def estimate(job: Job, found: Sequence[Collective] | None) -> Estimate:
         "compute": executed * sequences / tensor / (peak * COMPUTE_SHARE),
         "memory": traffic / (chip.memory_bandwidth * MEMORY_SHARE),
     }
-    inside = sum(c.bytes for c in found or () if c.inside)
-    outside = sum(c.bytes for c in found or () if not c.inside)
+    inside = sum(c.bytes for c in found if c.inside)
+    outside = sum(c.bytes for c in found if not c.inside)
     if inside:
         seconds["inside"] = inside / (chip.inside_bandwidth * LINK_SHARE)
     if outside:

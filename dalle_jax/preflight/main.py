@@ -75,7 +75,8 @@ def _json(result) -> dict[str, Any]:
         "flops_per_sequence": guess.flops_per_sequence,
         "executed_flops_per_sequence": guess.executed_flops_per_sequence,
         "flops_per_step": guess.flops_per_sequence * job.config.batch_size,
-        "collectives": None if verdict.collectives is None else [dataclasses.asdict(c) for c in verdict.collectives],
+        "collectives": [dataclasses.asdict(c) for c in result.collectives],
+        "collectives_compiled": verdict.collectives is not None,  # else what the mesh makes necessary, by our model
         "seconds_per_step": {**guess.seconds, "total": guess.step_seconds},
         "binding": guess.binding,
         "tokens_per_second": guess.tokens_per_second,

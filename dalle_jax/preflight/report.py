@@ -30,7 +30,7 @@ def table(result: Result, changes: Sequence[Result]) -> str:
         f"FLOPs per sequence {guess.flops_per_sequence:.4g}, with recomputation and the dVAE "
         f"{guess.executed_flops_per_sequence:.4g}; per step {guess.flops_per_sequence * job.config.batch_size:.4g}",
         "",
-        *_collectives(verdict),
+        *_collectives(result),
         "",
         "estimated seconds per step: "
         + ", ".join(f"{name} {seconds:.3g}" for name, seconds in guess.seconds.items())
@@ -65,11 +65,10 @@ def _parts(verdict) -> str:
     )
 
 
-def _collectives(verdict) -> list[str]:
-    if verdict.collectives is None:
-        return ["collectives: the compiler gave no program to read; the network is left out of the estimate"]
-    lines = ["collectives per step        times  GB received by a chip"]
-    for c in verdict.collectives:
+def _collectives(result: Result) -> list[str]:
+    by = "" if result.verdict.collectives is not None else "   by our model: the compiler gave no program to read"
+    lines = [f"collectives per step        times  GB received by a chip{by}"]
+    for c in result.collectives:
         where = "" if c.inside else "  between islands"
         lines.append(f"  {c.kind:<18} {c.count:>12,} {c.bytes / GB:>10.3f}  along {c.axis}{where}")
     return lines

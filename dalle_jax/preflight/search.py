@@ -15,6 +15,7 @@ from dalle_jax.models.blocks import REMAT
 from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import memory
 from dalle_jax.preflight import topology as topologies
+from dalle_jax.preflight.collectives import Collective
 from dalle_jax.preflight.compiled import Verdict, compile_update
 from dalle_jax.preflight.job import Job
 from dalle_jax.sharding import CHOOSE, MESH_AXES
@@ -27,12 +28,14 @@ MARGIN = 1.15  # the byte model is trusted to this factor when it prunes
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """changed: config keys that differ from what was asked for, or 'topology'. bytes: the byte model's, by kind."""
+    """changed: config keys that differ from what was asked for, or 'topology'. bytes: the byte model's, by kind.
+    collectives: the compiled program's or, where there is none to read, those that the mesh makes necessary."""
 
     job: Job
     changed: Mapping[str, Any]
     bytes: Mapping[str, int]
     verdict: Verdict
+    collectives: Sequence[Collective]
     estimate: estimates.Estimate
 
 
@@ -40,7 +43,10 @@ def examine(job: Job, changed: Mapping[str, Any] | None = None) -> Result:
     """Compile one job and put all figures together. Raises UserError for an impossible mesh or batch."""
     model_bytes = memory.by_kind(job)
     verdict = compile_update(job)
-    return Result(job, changed or {}, model_bytes, verdict, estimates.estimate(job, verdict.collectives))
+    found = verdict.collectives
+    if found is None:
+        found = [c for c in estimates.expected(job) if c.bytes]
+    return Result(job, changed or {}, model_bytes, verdict, found, estimates.estimate(job, found))
 
 
 def smallest_changes(result: Result, *, tell: Callable[[str], None]) -> list[Result]:

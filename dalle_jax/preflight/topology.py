@@ -7,7 +7,10 @@ that was told so before its first import: `environment`.
 import dataclasses
 import importlib.util
 import math
+import pathlib
 import re
+import shutil
+import subprocess
 from typing import Any
 
 from dalle_jax.errors import UserError
@@ -24,6 +27,8 @@ NO_TPU_HOST = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
 }
+LAUNCH_FLAGS = pathlib.Path(__file__).resolve().parents[2] / "launch" / "xla_flags.sh"
+FLAGS = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}  # where that file puts them
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}  # compilers' own warnings
 
 
@@ -76,7 +81,10 @@ def parse(text: str) -> Topology:
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """Variables that must be set before JAX is imported to compile for this topology.
+    """Variables that must be set before JAX is imported to compile for this topology, as the launchers do.
+
+    The launchers' flags are among them, as they decide how a program is scheduled and thereby how much memory it needs;
+    flags that are set already win. Outside of a checkout, where there are no launchers, nothing is added.
 
     Raises:
       UserError: the platform's compiler is not installed.
@@ -88,14 +96,23 @@ def environment(topology: Topology) -> dict[str, str]:
                 f"expected libtpu to compile for {topology}, got none installed: "
                 "pip install -e '.[tpu]' (no TPU is needed)"
             )
-        return {"JAX_PLATFORMS": "cpu", **NO_TPU_HOST, **QUIET}
+        return {"JAX_PLATFORMS": "cpu", **NO_TPU_HOST, **QUIET, **_launch_flags("tpu")}
     if not installed("jax_cuda12_plugin") and not installed("jax_cuda13_plugin"):
         raise UserError(
             f"expected JAX's CUDA plugin to compile for {topology}, got none installed: "
             "pip install -e '.[preflight-gpu]' (5 GB; no GPU is needed)"
         )
     # With a platform named, JAX does not load the plugins of others; a GPU that is here must not be touched.
-    return {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "", **QUIET}
+    here = {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**here, **QUIET, **_launch_flags("gpu")}
+
+
+def _launch_flags(platform: str) -> dict[str, str]:
+    if not LAUNCH_FLAGS.is_file() or shutil.which("bash") is None:
+        return {}
+    name = FLAGS[platform]
+    words = ["bash", "-c", f'source "$0" "$1" && printf %s "${name}"', str(LAUNCH_FLAGS), platform]
+    return {name: subprocess.run(words, check=True, capture_output=True, text=True).stdout}
 
 
 def devices(topology: Topology) -> list[Any]:
