@@ -21,6 +21,7 @@ from dalle_jax import config as configs
 from dalle_jax.data import scenes
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.sources import open_source
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.evaluate.scenes import accuracy, shows
 from dalle_jax.hooks import sample_hook
@@ -167,14 +168,20 @@ def train_stage(config, workdir: pathlib.Path, **options) -> None:
 
 
 def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
-    """Trains tokenizer.model on training captions unless it is there."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Trains tokenizer.model on training captions unless it is there.
+
+    Raises:
+      UserError: the workdir cannot be written.
+    """
     config = configs.load("configs/transformer.py:demo")
     source = open_source(config.data.train)
     captions = (source[i].captions[0] for i in range(TOKENIZER_CAPTIONS))
     file = workdir / "tokenizer.model"
-    if not file.exists():
-        Tokenizer.train(captions, vocab_size=config.model.text_vocab).save(file)
+    try:
+        if not file.exists():
+            Tokenizer.train(captions, vocab_size=config.model.text_vocab).save(file)
+    except OSError as error:
+        raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error
     return file
 
 

@@ -238,9 +238,15 @@ def test_dependencies_are_what_is_imported():
 
 
 def test_constraints_satisfy_the_metadata():
-    """The tested set holds every direct dependency, and none below its lower bound."""
-    pattern = re.compile(r"^([\w-]+)==([\d.]+)", re.MULTILINE)
-    tested = {name.lower(): version for name, version in pattern.findall((ROOT / "constraints.txt").read_text())}
+    """The tested set holds every direct dependency on every Python, and none below its lower bound."""
+    pattern = re.compile(r"^([\w-]+)==([\d.]+)(?:; python_version (<|>=) \"3\.12\")?$", re.MULTILINE)
+    lines = pattern.findall((ROOT / "constraints.txt").read_text())
+    older, newer = ({name.lower(): v for name, v, python in lines if python != other} for other in (">=", "<"))
+    for tested in (older, newer):
+        _satisfies_the_metadata(tested)
+
+
+def _satisfies_the_metadata(tested):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [line for name in ("test", "clip", "convert") for line in project["optional-dependencies"][name]]
     for line in project["dependencies"] + extras:

@@ -21,32 +21,33 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.
 SHARED = pathlib.Path(__file__).parents[1] / "../shared/data/photos"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared broken files are not here: {SHARED}")
 
-# Which samples of each shared shard are good; its MANIFEST.json leaves some to the loader, decided here:
+# How many samples of each shared shard are good, and why the others are dropped; its MANIFEST.json leaves some to the
+# loader, decided here:
 # a blank caption is dropped, a text file that is not UTF-8 is dropped though its json may be readable, the first sample
 # of a key stays, and members that are not adjacent are not joined.
-GOOD = {
-    "01_truncated_jpeg": 3,
-    "02_zero_byte": 3,
-    "03_missing_member": 4,
-    "04_empty_caption": 2,
-    "05_huge_caption": 6,
-    "06_languages": 15,
-    "07_not_utf8": 4,
-    "08_tar_cut_in_member": 5,
-    "09_tar_cut_in_header": 2,
-    "10_tar_no_eof": 3,
-    "11_tar_bad_checksum": 4,
-    "12_bomb": 2,
-    "13_duplicate_keys": 4,
-    "14_not_images": 2,
-    "15_bad_json": 10,
-    "16_empty_archive": 0,
-    "17_zero_bytes": 0,
-    "18_gzip_named_tar": 3,
-    "19_garbage": 0,
-    "20_odd_names": 8,
-    "21_not_grouped": 0,
-    "22_mixed": 16,
+OUTCOMES = {
+    "01_truncated_jpeg": (3, {"truncated image": 3}),
+    "02_zero_byte": (3, {"zero bytes": 1, "empty caption": 1}),
+    "03_missing_member": (4, {"no image": 1, "no caption": 1}),
+    "04_empty_caption": (2, {"empty caption": 3}),
+    "05_huge_caption": (6, {}),
+    "06_languages": (15, {}),
+    "07_not_utf8": (4, {"not utf-8": 7}),
+    "08_tar_cut_in_member": (5, {"truncated tar": 1}),
+    "09_tar_cut_in_header": (2, {"truncated tar": 1}),
+    "10_tar_no_eof": (3, {}),
+    "11_tar_bad_checksum": (4, {"bad tar header": 1}),
+    "12_bomb": (2, {"decompression bomb": 4}),
+    "13_duplicate_keys": (4, {"duplicate key": 3, "no caption": 1}),
+    "14_not_images": (2, {"not an image": 5, "truncated image": 1}),
+    "15_bad_json": (10, {}),
+    "16_empty_archive": (0, {"empty shard": 1}),
+    "17_zero_bytes": (0, {"empty shard": 1}),
+    "18_gzip_named_tar": (3, {}),
+    "19_garbage": (0, {"not a tar file": 1}),
+    "20_odd_names": (8, {"link": 2}),
+    "21_not_grouped": (0, {"members apart": 4}),
+    "22_mixed": (16, {"truncated image": 2, "zero bytes": 2, "no caption": 2, "not an image": 2}),
 }
 
 
@@ -149,7 +150,9 @@ def test_report_of_all_broken_shards(tmp_path, capsys):
     """One JSON object on stdout: all the good records, all the reasons; exit status 0."""
     for number, (data, _, _) in enumerate(CASES.values()):
         (tmp_path / f"{number:02d}.tar").write_bytes(data)
-    assert command(["data", f"wds:{tmp_path}/*.tar", "--json", "--max-pixels", "10000000"]) == 0
+    listed = tmp_path / "dropped.jsonl"
+    words = ["data", f"wds:{tmp_path}/*.tar", "--json", "--max-pixels", "10000000", "--dropped", str(listed)]
+    assert command(words) == 0
     report = json.loads(capsys.readouterr().out)
     good, dropped = expected_total()
     assert (report["good"], report["dropped"]) == (good, dropped)
@@ -157,6 +160,17 @@ def test_report_of_all_broken_shards(tmp_path, capsys):
     assert {reason: len(named) for reason, named in report["dropped_examples"].items()} == {
         reason: min(count, 3) for reason, count in dropped.items()
     }
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert collections.Counter(line["reason"] for line in lines) == dropped
+    assert all(line["key"] for line in lines) and all(line in lines for line in _examples(report))
+
+
+def _examples(report):
+    return [
+        {"key": named["key"], "reason": reason, "detail": named["detail"]}
+        for reason, examples in report["dropped_examples"].items()
+        for named in examples
+    ]
 
 
 def test_report_exit_status_when_nothing_is_good(tmp_path, capsys):
@@ -188,18 +202,16 @@ def test_training_batches_survive_and_stop_at_the_share(tmp_path):
 
 
 @shared
-@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("name", OUTCOMES)
 def test_shared_broken_shard(name):
     manifest = {
         pathlib.Path(shard["shard"]).stem: shard["samples"]
         for shard in json.loads((SHARED / "bad/MANIFEST.json").read_text())["shards"]
     }
     good, dropped = outcome(open_source(f"wds:{SHARED}/bad/{name}.tar"))
-    assert len(good) == GOOD[name] == len(set(good))
-    sound = {entry["key"] for entry in manifest[name] if entry["status"].startswith("ok")}
-    assert sound <= set(good)
-    if any(not entry["status"].startswith("ok") for entry in manifest[name]) and len(good) < len(manifest[name]):
-        assert dropped
+    assert (len(good), dropped) == OUTCOMES[name]
+    assert len(set(good)) == len(good)
+    assert {entry["key"] for entry in manifest[name] if entry["status"].startswith("ok")} <= set(good)
 
 
 @shared
@@ -226,14 +238,18 @@ def test_shared_broken_folder():
     expected = json.loads((SHARED / "bad_folder/MANIFEST.json").read_text())
     source = open_source(f"folder:{SHARED}/bad_folder")
     items = {source[i].key.rpartition(".")[0]: source[i] for i in range(len(source))}
-    dropped = {key for key, item in items.items() if isinstance(item, Dropped)}
-    for key in items.keys() - dropped:
+    dropped = {key: item.reason for key, item in items.items() if isinstance(item, Dropped)}
+    for key in items.keys() - dropped.keys():
         try:
             decode_image(items[key].image)
-        except BadImage:
-            dropped.add(key)
-    assert dropped == {*expected["skip"], *expected["by_choice"]}
-    assert items.keys() - dropped == set(expected["good"])
+        except BadImage as bad:
+            dropped[key] = bad.reason
+    assert dropped == {
+        "emptycaption": "empty caption", "html": "not an image", "latin1": "not utf-8", "nocaption": "no caption",
+        "noimage": "no image", "truncated": "truncated image", "zero": "zero bytes",
+    }  # fmt: skip
+    assert dropped.keys() == {*expected["skip"], *expected["by_choice"]}
+    assert items.keys() - dropped.keys() == set(expected["good"])
     assert list(items["multi"].captions) == expected["multi_captions"]
 
 
@@ -247,6 +263,29 @@ def test_shared_broken_coco_json():
     assert reasons == {"no caption": 6, "no image": 2, "empty caption": 1, "duplicate key": 1}
     with pytest.raises(UserError, match="does not parse"):
         open_source(f"coco:{SHARED}/bad_folder/captions_cut.json,{SHARED}/folder/images")
+
+
+@shared
+@pytest.mark.parametrize(
+    "spec, good", [("wds:{}/bad/*.tar", None), ("folder:{}/bad_folder", 5), ("wds:{}/odd.tar", 48)]
+)
+def test_shared_files_through_the_report_and_the_batches(spec, good, capsys):
+    """No good record is lost on either way, and both count the same reasons."""
+    spec = spec.format(SHARED)
+    assert command(["data", spec, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    if good is None:
+        good = sum(kept for kept, _ in OUTCOMES.values())
+        assert report["dropped"] == sum(
+            (collections.Counter(bad) for _, bad in OUTCOMES.values()), collections.Counter()
+        )
+    assert report["good"] == good and report["records"] == good + sum(report["dropped"].values())
+    config = pipeline.DataConfig(image_size=16, max_bad_share=0.6, threads=0)
+    batches = pipeline.Batches(
+        open_source(spec), config, batch_size=8, seed=0, layout=None, tokenizer=None, shuffle=False, epochs=1
+    )
+    assert sum(len(batch["image"]) for batch in batches) == good
+    assert batches.dropped == report["dropped"]
 
 
 def test_no_reason_has_two_meanings():

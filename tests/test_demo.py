@@ -56,6 +56,13 @@ def test_updates_follow_the_speed_of_the_machine(tmp_path, monkeypatch):
     assert plan(100.0) == 77  # a training that has begun keeps its number
 
 
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--workdir", str(tmp_path / "file" / "demo")]) == 2
+    assert "error: expected a workdir to write to" in capsys.readouterr().err
+
+
 def test_tuning_and_report_captions_are_disjoint():
     for name in demo.TUNED_ON:
         tuned = {caption for caption, _ in scenes.captions(name, "tune", 64)}

@@ -15,6 +15,8 @@ from dalle_jax.data import scenes
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.sample import pipeline
+from dalle_jax.sample.main import file_names
+from dalle_jax.sample.picture import Picture
 from dalle_jax.sample.request import Request
 from dalle_jax.sample.results import Kept
 from dalle_jax.sample.waves import capacity, ladder, plan
@@ -333,6 +335,15 @@ def test_command_writes_pictures_and_a_sheet(folder, pipe, tmp_path, capsys):
     told = capsys.readouterr()
     assert re.match(r"\d+ images a wave: .* MB each, 80% of .* GB free holds \d+", told.err)
     assert re.match(r"4 pictures of 2 caption\(s\) in .* s: ", told.out)
+
+
+def test_every_picture_of_a_command_has_its_own_file():
+    """Captions that are alike as file names, and ones longer than a file name may be."""
+    pixels, long = np.zeros((1, 1, 3), np.uint8), "a very long road " * 20
+    captions = ["a star", "A star!", "a  star", f"{long} east", f"{long} west", "\U00020000" * 90, "?"]
+    names = file_names([Picture.from_array(pixels, caption=text, seed=7, settings={}) for text in captions])
+    assert names[:3] == ["a-star-7.png", "a-star-7-2.png", "a-star-7-3.png"] and names[-1] == "caption-7.png"
+    assert len(set(names)) == len(names) and max(len(name.encode()) for name in names) < 100
 
 
 def test_missing_and_foreign_parts_are_named(folder, tmp_path, capsys):

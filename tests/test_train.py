@@ -227,6 +227,9 @@ def test_a_run_leaves_everything_behind(straight, folder):
     workdir, result = straight
     assert (result.step, result.signal, int(result.state["step"])) == (6, 0, 6)
     assert {"train/loss", "train/images_per_second", "train/learning_rate", "validation/loss"} <= set(result.metrics)
+    parts = {"reconstruction_nats_per_value", "kl_nats_per_token", "elbo_nats_per_value", "beta", "temperature"}
+    parts |= {"relaxed_error", "hard_error", "codes_used", "codes_used_share", "code_perplexity"}
+    assert {f"{kind}/{name}" for kind in ("train", "validation") for name in parts} <= set(result.metrics)
     lines = metrics.read(workdir / "metrics.jsonl")
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
     assert [line["step"] for line in lines if "validation/loss" in line] == [3, 6]

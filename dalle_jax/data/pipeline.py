@@ -265,5 +265,5 @@ class Batches:
         if seen % min(CHECK_EVERY, self._records) == 0 and bad > self._config.max_bad_share * seen:
             raise UserError(
                 f"expected at most {self._config.max_bad_share:.0%} broken records in {self._name}, "
-                f"got {bad / seen:.0%}: mend the data or raise max_bad_share\n{self.table()}"
+                f"got {bad / seen:.0%}: mend the data or raise config.data.max_bad_share\n{self.table()}"
             )

@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture", metavar="PNG", help=f"draw {EXAMPLES} examples (default: examples.png; none with --json)"
     )
+    parser.add_argument(
+        "--dropped", metavar="FILE", help="write every dropped record's key and reason, one JSON a line"
+    )
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="look at N records, evenly spread")
     parser.add_argument("--pictures-only", action="store_true", help="captions are not needed, as for a dVAE")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
@@ -76,10 +79,19 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"expected sensible limits, got an impossible one: {error}") from error
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     picture = args.picture or (None if args.json else "examples.png")
-    if picture and not os.access(pathlib.Path(picture).resolve().parent, os.W_OK):
-        raise UserError(f"expected a writable place for the picture, got {picture}: choose another with --picture")
+    for option, path in (("picture", picture), ("dropped", args.dropped)):
+        if path and not os.access(pathlib.Path(path).resolve().parent, os.W_OK):
+            raise UserError(f"expected a writable place for --{option}, got {path}: choose another")
     source = open_source(args.source, captions_required=not args.pictures_only)
-    return report(source, config=config, as_json=args.json, tokenizer=tokenizer, picture=picture, limit=args.limit)
+    return report(
+        source,
+        config=config,
+        as_json=args.json,
+        tokenizer=tokenizer,
+        picture=picture,
+        dropped=args.dropped,
+        limit=args.limit,
+    )
 
 
 def report(
@@ -89,6 +101,7 @@ def report(
     as_json: bool,
     tokenizer: Tokenizer | None = None,
     picture: str | None = None,
+    dropped: str | None = None,
     limit: int = 0,
 ) -> int:
     """Prints the report of `source` on stdout, its progress on stderr; returns the exit status.
@@ -96,16 +109,19 @@ def report(
     Args:
       config: its filters, max_pixels and threads are used.
       picture: where to draw the examples; None for no picture.
+      dropped: where to list all that was dropped, one JSON {"key", "reason", "detail"} a line; None for no list.
       limit: at most so many records, evenly spread; 0 for all.
 
     Raises:
-      UserError: the picture cannot be written.
+      UserError: the picture or the list cannot be written.
     """
     rows = range(len(source))
     if 0 < limit < len(source):
         rows = [int(row) for row in np.linspace(0, len(source) - 1, limit)]
     seen = survey(source, rows, config=config, tokenizer=tokenizer)
     summary = summarise(source.name, seen, unit="tokens" if tokenizer else "words", total=len(source))
+    if dropped:
+        write_dropped([outcome for outcome in seen if isinstance(outcome, Dropped)], dropped)
     good = [row for row, outcome in zip(rows, seen, strict=True) if isinstance(outcome, Seen)]
     if picture and good:
         chosen = [good[i] for i in np.linspace(0, len(good) - 1, min(EXAMPLES, len(good))).astype(int)]
@@ -176,6 +192,19 @@ def summarise(name: str, seen: list[Seen | Dropped], *, unit: str, total: int) -
         "caption_length": _statistics(lengths),
         "picture": None,
     }
+
+
+def write_dropped(records: list[Dropped], path: str) -> None:
+    """One JSON a line for each of these records.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in records]
+    try:
+        pathlib.Path(path).write_text("".join(lines))
+    except OSError as error:
+        raise UserError(f"expected a file to write to, got {path} ({error.strerror}): choose another") from error
 
 
 def _statistics(values: np.ndarray) -> dict[str, float] | None:

@@ -1,11 +1,13 @@
 """`dalle-jax sample`: pictures for captions, as PNG files and one sheet."""
 
 import argparse
+import itertools
 import json
 import pathlib
 import re
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import tqdm
@@ -20,6 +22,7 @@ from dalle_jax.sample.sheet import contact_sheet
 
 SHEET = "sheet.png"
 BAR = "{l_bar}{bar}| {n:.2f} of {total} captions [{elapsed}<{remaining}]"
+MOST_NAME_BYTES = 80  # of a caption in a file name
 SHEET_SIDE = 128  # pixels that a small picture is enlarged to on the sheet, about
 
 
@@ -86,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
             on_rows=on_rows if sys.stderr.isatty() else None,
         )
     flat = [picture for row in pictures for picture in row]
-    files = [args.out / f"{_file_name(picture.caption)}-{picture.seed}.png" for picture in flat]
+    files = [args.out / name for name in file_names(flat)]
     sheet = contact_sheet(
         [np.asarray(picture) for picture in flat],
         [_title(picture) for picture in flat],
@@ -120,5 +123,13 @@ def _open(path: pathlib.Path) -> Image.Image:
         raise UserError(f"expected a picture to complete, got {path} ({error}): check the file") from error
 
 
-def _file_name(caption: str) -> str:
-    return re.sub(r"[^\w]+", "-", caption.lower()).strip("-")[:80] or "caption"
+def file_names(pictures: Sequence[Picture]) -> list[str]:
+    """CAPTION-SEED.png; where captions look alike as file names, CAPTION-SEED-2.png and so on."""
+    names: list[str] = []
+    for picture in pictures:
+        words = re.sub(r"[^\w]+", "-", picture.caption.lower()).strip("-")
+        words = words.encode()[:MOST_NAME_BYTES].decode(errors="ignore") or "caption"
+        stem = f"{words}-{picture.seed}"
+        ways = itertools.chain([f"{stem}.png"], (f"{stem}-{number}.png" for number in itertools.count(2)))
+        names.append(next(name for name in ways if name not in names))
+    return names
