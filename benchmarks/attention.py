@@ -171,7 +171,7 @@ def predicted(chip: Chip, batch: int) -> list[dict]:
     rows, fused = [], "splash" if chip.platform == "tpu" else "pallas"
     for kind in KINDS:
         for heads in HEADS:
-            seconds = {}
+            found = []
             for way in ("dense", "xla", fused):
                 pairs = batch * heads * scores(way, kind)
                 state = 2 * batch * heads * LENGTH * HEAD_SIZE
@@ -182,11 +182,12 @@ def predicted(chip: Chip, batch: int) -> list[dict]:
                 by_memory = [b / (MEMORY_SHARE * chip.memory_bandwidth) for b in moved]
                 by_work = [f / (SMALL_PRODUCT_SHARE * chip.peak_flops["bf16"]) for f in work]
                 forward, both = map(max, by_memory, by_work)
-                seconds[way] = both
-                rows.append(
+                found.append(
                     {"kind": kind, "heads": heads, "way": way, "bytes_forward": moved[0], "bytes_both": moved[1]}
-                    | {"forward": forward, "both": both, "wins": seconds.get("xla", both) / both}
+                    | {"forward": forward, "both": both}
                 )
+            baseline = next(row["both"] for row in found if row["way"] == "xla")
+            rows += [row | {"wins": baseline / row["both"]} for row in found]
     return rows
 
 

@@ -29,13 +29,13 @@ import ml_collections
 import numpy as np
 
 from dalle_jax import checkpoint
-from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.sheet import contact_sheet
 from dalle_jax.tokenizer import Tokenizer
-from dalle_jax.train.run import SOURCE_KEYS
+from dalle_jax.train.run import data_config
 from dalle_jax.train.tasks import build_task
 
 SAMPLES, COLUMNS, BATCH = 32, 8, 16
@@ -78,10 +78,9 @@ class Run:
         self.steps = checkpoint.complete_steps(folder)[-1]
 
     def batches(self, spec: str):
-        values = {key: value for key, value in self.config.data.items() if key not in SOURCE_KEYS}
         return Batches(
             open_source(spec),
-            DataConfig(**values).without_randomness(),
+            data_config(self.config).without_randomness(),
             batch_size=BATCH,
             seed=0,
             layout=self.task.model.config.layout,

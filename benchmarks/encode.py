@@ -10,8 +10,6 @@ are random, which changes no time. Writes the table and the raw seconds to `benc
 import argparse
 import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compare import machine
 
 from dalle_jax import config as configs
 from dalle_jax import sharding
@@ -124,13 +123,7 @@ def main() -> int:
     result = {
         "date": datetime.date.today().isoformat(),
         "command": f"python benchmarks/encode.py --rounds {args.rounds}",
-        "machine": {
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "load_before": round(os.getloadavg()[0], 2),
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", **machine()},
         "flops": {variant: count(variant) for variant in COUNTED},
         "seconds": {variant: measure(variant, args.rounds) for variant in TIMED},
     }

@@ -21,7 +21,6 @@ import datetime
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from compare import machine
 from PIL import Image
 
 from dalle_jax import host_memory
@@ -169,7 +169,7 @@ def measure_rates(args: argparse.Namespace) -> dict:
                     versions = side.versions
                     side.close()
                 rates[f"{kind} to {size}"] = found
-    return {"machine": machine() | {"peers": versions}, "images_per_second": rates, "differences": differences}
+    return {"machine": here() | {"peers": versions}, "images_per_second": rates, "differences": differences}
 
 
 def measure_stall() -> dict:
@@ -194,15 +194,14 @@ def measure_stall() -> dict:
         words = [f"--config.{key}={value}" for key, value in values.items()]
         train(configs.load("configs/transformer.py:demo", words), folder / "run", progress=False)
         seconds = json.loads((folder / "run" / "goodput.json").read_text())["seconds"]
-    return {"machine": machine(), "updates": STALL_UPDATES, "seconds": seconds}
+    return {"machine": here(), "updates": STALL_UPDATES, "seconds": seconds}
 
 
-def machine() -> dict:
+def here() -> dict:
     return {
         "date": datetime.date.today().isoformat(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
+        **machine(),
+        "threads": len(os.sched_getaffinity(0)),
         "pillow": Image.__version__,
     }
 

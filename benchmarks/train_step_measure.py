@@ -28,7 +28,7 @@ import numpy as np
 from dalle_jax import config as configs
 from dalle_jax import host_memory, sharding
 from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT
-from dalle_jax.models import attention, blocks, build
+from dalle_jax.models import blocks, build, kernels
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.models.layers import compute_dtype, stream_dtype
 from dalle_jax.preflight import estimate
@@ -77,7 +77,7 @@ def measure(config, *, seconds: float, split: bool = True, dvae: Mapping[str, An
     chip = known or Chip("measured", "gpu", 0, {precision: matmul}, copy, copy)
     rated = dataclasses.replace(job, topology=Topology(chip, (1, len(devices))))
     vars(rated)["helper"] = job.helper
-    guess = estimate.estimate(rated, None)
+    guess = estimate.estimate(rated, [])
     sequences = config.batch_size / len(devices)
     least = {
         "compute": guess.seconds["compute"] * estimate.COMPUTE_SHARE,
@@ -230,10 +230,15 @@ class Parts:
 
         return call
 
-    def _layer(self, kind: str):
+    def _attend(self, kind: str):
+        """Attention of the layers of this kind, by the code that the config asks for."""
         config = self._config
-        attend = functools.partial(attention.attend, kind=kind, text_len=config.text_len, grid=config.grid)
-        return lambda block, x_BSD: blocks.layer(block, x_BSD, attend=attend, remat=config.remat)
+        whole = kernels.attend(config.attention)
+        return functools.partial(whole, kind=kind, text_len=config.text_len, grid=config.grid)
+
+    def _layer(self, kind: str):
+        attend, remat = self._attend(kind), self._config.remat
+        return lambda block, x_BSD: blocks.layer(block, x_BSD, attend=attend, remat=remat)
 
     def _mlp(self, block, x_BSD):
         policy = blocks.REMAT[self._config.remat].get("mlp")
@@ -241,9 +246,8 @@ class Parts:
         return mlp(block, x_BSD.reshape(-1, x_BSD.shape[-1])).reshape(x_BSD.shape)
 
     def _gradient_of_scores(self, kind: str):
-        config = self._config
-        attend = functools.partial(attention.attend, kind=kind, text_len=config.text_len, grid=config.grid)
-        again = any(part in blocks.REMAT[config.remat] for part in ("attend", "attention"))
+        attend = self._attend(kind)
+        again = any(part in blocks.REMAT[self._config.remat] for part in ("attend", "attention"))
 
         def call(q, k, v):
             out, pull = jax.vjp(jax.checkpoint(attend) if again else attend, q, k, v)

@@ -19,7 +19,7 @@ import numpy as np
 from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
 from dalle_jax.data import scenes
-from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.probe import by_clip
@@ -30,7 +30,7 @@ from dalle_jax.sample.sheet import contact_sheet
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train import metrics, step
 from dalle_jax.train import optimizer as optimizers
-from dalle_jax.train.run import SOURCE_KEYS, train
+from dalle_jax.train.run import data_config, train
 from dalle_jax.train.tasks import build_task
 
 REPORT_KEYS = {
@@ -218,7 +218,7 @@ def time_update(config) -> float:
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     batches = Batches(
         open_source(config.data.train),
-        DataConfig(**{key: value for key, value in config.data.items() if key not in SOURCE_KEYS}),
+        data_config(config),
         batch_size=config.batch_size,
         layout=task.model.config.layout,
         tokenizer=Tokenizer.load(config.tokenizer),

@@ -63,7 +63,7 @@ def evaluate_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> H
     Raises:
       UserError: neither Inception nor CLIP, one that cannot be read, or a source without pictures.
     """
-    from dalle_jax.evaluate.features import Extractor  # SciPy's third of a second, which every restart would pay
+    from dalle_jax.evaluate.features import Extractor  # most of SciPy, which every restart would pay
     from dalle_jax.evaluate.probe import Probe
 
     asked, spec = config.evaluate, config.data.validation or config.data.train

@@ -310,7 +310,7 @@ def test_preflight_leaves_the_dvae_out_of_an_update_on_codes():
     pictures, codes = jobs
     assert set(codes.batch) == {"codes", "text"} and not codes.frozen and pictures.frozen
     extra = [
-        estimate.estimate(job, None).executed_flops_per_sequence - flops.transformer(job.task.model.config)
+        estimate.estimate(job, []).executed_flops_per_sequence - flops.transformer(job.task.model.config)
         for job in jobs
     ]
     assert extra[0] > 0 == extra[1]

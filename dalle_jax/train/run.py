@@ -174,14 +174,23 @@ def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
         raise UserError(f"expected {workdir / checkpoint.CONFIG} beside the checkpoints there, got none: restore it")
 
 
+def data_config(config: ml_collections.ConfigDict) -> DataConfig:
+    """How records are prepared: what `config.data` says beside the names of its sources.
+
+    Raises:
+      UserError: values that are impossible.
+    """
+    try:
+        return DataConfig(**{key: value for key, value in config.data.items() if key not in SOURCE_KEYS})
+    except ValueError as error:
+        raise UserError(f"expected a possible config.data, got one where {error}") from error
+
+
 def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer, dvae_sha256: str):
     """The training batches, and a function that makes held-out ones (None without a validation source)."""
     if not config.data.train:
         raise UserError("a run needs data: name its source as --config.data.train=SOURCE, e.g. folder:DIR")
-    try:
-        data = DataConfig(**{key: value for key, value in config.data.items() if key not in SOURCE_KEYS})
-    except ValueError as error:
-        raise UserError(f"expected a possible config.data, got one where {error}") from error
+    data = data_config(config)
     common = {"layout": layout, "tokenizer": tokenizer, "seed": config.seed}
     reader, readers = sharding.batch_reader(mesh)
 

@@ -12,9 +12,8 @@ import numpy as np
 
 from dalle_jax.models.layers import Model, Params
 
-Batch = Mapping[
-    str, jax.Array
-]  # as the data pipeline made it: 'image' uint8 [B, H, W, 3] or 'codes', 'text' int32 [B, T]
+# As the data pipeline made it: 'image' uint8 [B, H, W, 3] or 'codes' int32 [B, I], and 'text' int32 [B, T].
+Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]  # name -> float32 scalar
 
 
