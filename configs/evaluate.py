@@ -39,7 +39,7 @@ def _protocol(name: str, draw: Draw, measure: Measure, **values) -> ConfigDict:
             "reference": "",  # another source, or a .npz of statistics; '': the pictures of `source`
             "reference_exactly": 0,  # pictures that it must have; 0: any number
             "reference_count": 0,  # of them, drawn by the seed; 0: all
-            "count": 0,  # pictures that are taken of `--pictures`, by the seed; 0: all
+            "count": 0,  # pictures that are taken of `--pictures`, by the seed; 0: as many as `draw.count`
             "weights": "",  # Inception v3: what `dalle-jax convert inception` wrote, or a published file
             "score_weights": "",  # of the one whose classes give the Inception score; '': the same
             "clip": "",  # workdir or model directory: CLIP score and R-precision, and whose features 'clip' means

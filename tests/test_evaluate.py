@@ -144,6 +144,8 @@ def test_the_command(weights, folders, tmp_path, capsys):
         report["weights"] == Extractor.load(weights).digest and report["evaluation"]["measure"]["resize"] == "pytorch"
     )
     assert any("fewer than 128 features" in note for note in report["notes"])
+    assert "reference pictures left out: 1 x not an image" in report["notes"]
+    assert "reference pictures of 3 different sizes, each squeezed to a square" in report["notes"]
     scores = report["scores"]
     assert scores["fid"] > 0 and scores["kid_subset_size"] == 12 and 0 <= scores["precision"] <= 1
 

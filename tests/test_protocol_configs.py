@@ -72,8 +72,8 @@ def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_p
     params["logits"]["weight"] = 10 * (weight_FV - np.outer(mean_F, mean_F @ weight_FV) / (mean_F @ mean_F))
     checkpoint.save_params(other, config, params)
     values = {
-        "source": f"coco:{coco}", "weights": weights, "reference_exactly": IMAGES, "measure.pools": "fid",
-        "measure.side": 32, "measure.blur": "(0.0,)", "measure.splits": 2,
+        "source": f"coco:{coco}", "weights": weights, "reference_exactly": IMAGES, "count": IMAGES,
+        "measure.pools": "fid", "measure.side": 32, "measure.blur": "(0.0,)", "measure.splits": 2,
     }  # fmt: skip
 
     def evaluated(**more):
@@ -82,6 +82,7 @@ def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_p
         status = run(*common, *words)
         return status, *capsys.readouterr()
 
+    assert evaluated(count=0)[2].splitlines()[-1].count("got a count of 30000: give more pictures") == 1
     same, scored = (json.loads(evaluated(**more)[1]) for more in ({}, {"score_weights": other}))
     assert scored["scores"]["fid"] == same["scores"]["fid"] and "scored_by" not in same
     extractor = Extractor.load(other)
@@ -90,6 +91,9 @@ def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_p
     want = distances.inception_score(logits_NV[order], splits=2)[0]
     assert scored["scores"]["inception_score"] == pytest.approx(want, rel=1e-5)
     assert want > 1.05 > same["scores"]["inception_score"]
+    scored_by = f"IS by {extractor.network} {extractor.digest[:12]}, resize dm-gan-score."
+    assert scored_by in (tmp_path / "out" / "report.md").read_text()
+    assert "count 12 instead of 30000" in scored["evaluation"]["departures"]
     assert scored["scored_by"]["digest"] == extractor.digest and scored["scored_by"]["resize"] == "dm-gan-score"
     wrong = {"measure.score_pools": "torchvision"}
     status, _, err = evaluated(score_weights=other, **wrong)

@@ -21,7 +21,9 @@ from dalle_jax import checkpoint
 from dalle_jax import config as configs
 from dalle_jax.data import scenes
 from dalle_jax.data.sources import open_source
+from dalle_jax.errors import UserError
 from dalle_jax.evaluate import captions, drawing, main, picture_shards, published, store
+from dalle_jax.evaluate import report as evaluation_report
 from dalle_jax.evaluate.crew import Crew
 from dalle_jax.evaluate.main import evaluate
 from dalle_jax.evaluate.protocol import Evaluation
@@ -130,6 +132,12 @@ def test_the_job_leaves_shards_a_report_a_table_and_a_curve(straight, model, coc
         published.WARNING in table and "| DALL-E | 27.5 | 28 | 45.5 | 83.5 | 85 | 17.9 |" in table and "17.89" in table
     )
     assert f"| 2 | {report['blur'][1]['fid']:.4f} |" in table
+    assert f"the best of 2 each by CLIP {report['drawn']['ranked_by'][:12]}, seed 0." in table
+    assert "not dalle-coco-30k as it is: draw.best_of 2 instead of 512; draw.count 10 instead of 30000; " in table
+    alone = {**report, "drawn": {**report["drawn"], "ranked_by": None}}
+    assert f"Drawn by checkpoint {report['drawn']['checkpoint'][:12]}, seed 0." in evaluation_report.table(alone)
+    free = ("source", "weights", "clip", "shard_size")
+    assert not any(name in " ".join(report["evaluation"]["departures"]) for name in free)
     assert Image.open(out / "blur.png").width > 500
 
 
@@ -179,6 +187,14 @@ def test_a_shard_is_cut_behind_its_last_whole_picture(straight, tmp_path):
         assert picture_shards.growing(path).read_bytes() == whole[: ([0, *ends])[complete]]
 
 
+def test_two_jobs_do_not_draw_into_one_shard(tmp_path):
+    shard = picture_shards.GrowingShard(tmp_path / "00000.tar")
+    with pytest.raises(UserError, match="another process"):
+        picture_shards.GrowingShard(tmp_path / "00000.tar")
+    shard.close()
+    picture_shards.GrowingShard(tmp_path / "00000.tar").close()
+
+
 def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words, tmp_path, monkeypatch):
     """Killed in the second shard with bytes of the next picture written: the same shards, bit for bit."""
     out, drawn = tmp_path / "out", []
@@ -209,7 +225,7 @@ def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words,
     assert report["blur"] == straight[1]["blur"]
 
 
-def test_features_that_are_there_are_not_made_again_unless_the_pictures_changed(straight, model, words, coco, tmp_path):
+def test_features_that_are_there_are_not_made_again_unless_the_pictures_changed(coco, tmp_path, capsys):
     source, other = tmp_path / "coco", tmp_path / "features"
     shutil.copytree(coco, source)
     pictures = open_source(f"coco:{source}")
@@ -231,17 +247,23 @@ def test_features_that_are_there_are_not_made_again_unless_the_pictures_changed(
 
     def make():
         return store.parts(
-            counting, pictures, prepare=prepare, rows=np.arange(IMAGES), folder=other, crew=Crew(), tell=""
+            counting, pictures, prepare=prepare, rows=np.arange(IMAGES), folder=other, crew=Crew(), tell="set"
         )
 
     files = make()
     assert len(files) == 3 and counting.rows == list(range(IMAGES))
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said] == [f"set; {done} of 12 pictures" for done in (5, 10, 12)]
+    assert said[-1].endswith(" a second, 0:00:00 left")
     assert make() == files and len(counting.rows) == IMAGES
     shutil.copy(
         source / "val2014" / "COCO_val2014_000000000007.jpg", source / "val2014" / "COCO_val2014_000000000014.jpg"
     )
     files[2].write_bytes(files[2].read_bytes()[:-40])
     assert make() == files and counting.rows[IMAGES:] == [5, 6, 7, 8, 9, 10, 11]
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "set; 5 of 7 pictures", "set; 7 of 7 pictures",
+    ]  # fmt: skip
     assert sum(len(store.load(file)) for file in files) == IMAGES
 
 
@@ -359,6 +381,8 @@ def test_given_pictures_score_as_drawn_ones_and_near_duplicates_are_found_and_re
     }  # fmt: skip
     assert told["reference"]["count"] == IMAGES and told["scores"]["fid"] == report["scores"]["fid"]
     assert Image.open(tmp_path / "told" / "overlap.png").width > 500
+    table = (tmp_path / "told" / "report.md").read_text()
+    assert f"3 pictures of the reference (25.0%) have one of folder:{training} at a cosine of 0.99999" in table
     assert run(*common, "--out", tmp_path / "removed", "--config.overlap.remove=True") == 0
     removed = json.loads(capsys.readouterr().out)
     assert removed["reference"]["count"] == IMAGES - 3 and removed["scores"]["fid"] != report["scores"]["fid"]
@@ -387,6 +411,15 @@ def test_what_is_wrong_with_a_protocol_is_one_line(straight, model, words, coco,
     for number, (word, message) in enumerate(wrong.items()):
         assert run(model, *words, word, "--out", tmp_path / str(number)) == 2, word
         assert message in capsys.readouterr().err.splitlines()[-1]
+    assert run("--pictures", f"wds:{out}/pictures/*.tar", *words, "--config.draw.count=11", "--out", tmp_path) == 2
+    assert "got a count of 11: give more pictures" in capsys.readouterr().err
+    assert run("--pictures", f"wds:{out}/pictures/*.tar", *words, "--out", out) == 2
+    assert "holds an evaluation that draws its pictures" in capsys.readouterr().err
+    more = tmp_path / "more"
+    shutil.copytree(out, more)
+    shutil.copy(more / "pictures" / "00000.tar", more / "pictures" / "00009.tar")
+    assert run(model, *words, "--out", more) == 2
+    assert f"expected the {DRAWN} drawn pictures in" in capsys.readouterr().err.splitlines()[-1]
     for word in ("--config.draw.temperature=0.5", "--config.draw.count=9"):
         assert run(model, *words, word, "--out", out) == 2
         assert "holds the pictures of another evaluation (draw." in capsys.readouterr().err

@@ -4,14 +4,12 @@ OUT/pictures/00000.tar ...: pictures `shard_size` at a time in the order of the 
 """
 
 import pathlib
-import sys
-import time
 
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.captions import Plan
 from dalle_jax.evaluate.crew import Crew
-from dalle_jax.evaluate.features import progress
 from dalle_jax.evaluate.picture_shards import GrowingShard, growing
+from dalle_jax.evaluate.progress import Clock, bar, say
 from dalle_jax.evaluate.protocol import Draw
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.request import Request
@@ -33,7 +31,8 @@ def draw_all(
     terminal, a line for each shard elsewhere.
 
     Raises:
-      UserError: the last seeds are beyond what a picture can have, or a shard holds other pictures.
+      UserError: the last seeds are beyond what a picture can have, a shard holds other pictures, or somebody else is
+        drawing it.
       OSError: the folder cannot be written.
     """
     folder = out / PICTURES
@@ -46,14 +45,14 @@ def draw_all(
     together = _together(pipe, draw)
     todo = sum(len(shards[number]) for number in own)
     everything = sum(len(shards[number]) for number in crew.own(len(shards)))
-    clock = _Clock(todo)
-    with progress(everything, "drawing" if tell else "", done=everything - todo) as bar:
+    clock = Clock(todo)
+    with bar(everything, "drawing" if tell else "", done=everything - todo) as shown:
         for number in own:
             shard = GrowingShard(paths[number])
             try:
                 waiting = _missing(shard, shards[number])
                 clock.skip(len(shards[number]) - len(waiting))
-                bar.update(len(shards[number]) - len(waiting))
+                shown.update(len(shards[number]) - len(waiting))
                 for start in range(0, len(waiting), together):
                     crew.beat("draw")
                     indices = waiting[start : start + together]
@@ -62,12 +61,12 @@ def draw_all(
                     more = [{"id": plan.ids[i], "key": f"{i:09d}"} for i in indices]
                     shard.add(list(zip([f"{i:09d}" for i in indices], drawn, more, strict=True)))
                     clock.done(len(indices))
-                    bar.update(len(indices))
+                    shown.update(len(indices))
                 shard.finish()
             finally:
                 shard.close()
-            if tell and not sys.stderr.isatty():
-                print(f"{paths[number].name} of {len(shards)} shards; {clock}", file=sys.stderr, flush=True)
+            if tell:
+                say(f"{paths[number].name} of {len(shards)} shards drawn; {clock}")
     return paths
 
 
@@ -101,21 +100,3 @@ def _request(caption: str, draw: Draw, seed: int) -> Request:
         top_p=None if draw.top_p == 1 else draw.top_p,
         guidance=draw.guidance,
     )
-
-
-class _Clock:
-    """How many pictures are drawn, how fast, and when the rest will be."""
-
-    def __init__(self, todo: int):
-        self._todo, self._drawn, self._began = todo, 0, time.monotonic()
-
-    def skip(self, count: int) -> None:
-        self._todo -= count
-
-    def done(self, count: int) -> None:
-        self._drawn += count
-
-    def __str__(self) -> str:
-        rate = self._drawn / max(time.monotonic() - self._began, 1e-9)
-        hours = (self._todo - self._drawn) / rate / 3600 if rate else 0.0
-        return f"{self._drawn} of {self._todo} pictures drawn, {rate:.3g} a second, {hours:.2f} h left"

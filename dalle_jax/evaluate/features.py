@@ -12,13 +12,11 @@ import functools
 import hashlib
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 
 import jax
 import numpy as np
-import tqdm
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import checkpoint, digest, sharding
@@ -28,7 +26,7 @@ from dalle_jax.data.decode import BadImage, decode_image
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import preprocess
+from dalle_jax.evaluate import preprocess, progress
 from dalle_jax.models import Model, Params, build, inception
 
 BATCH = 32  # pictures a device
@@ -165,7 +163,7 @@ class Extractor:
           UserError: no picture of the source can be read.
         """
         rows = range(len(source)) if rows is None else rows
-        with progress(len(rows), tell) as bar:
+        with progress.bar(len(rows), tell) as bar:
             found = self.of_rows(source, prepare=prepare, rows=rows, advance=bar.update)
         return refuse_none(found, source)
 
@@ -203,13 +201,6 @@ def refuse_none(found: Found, source: Source) -> Found:
 
 def counted(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
-
-
-def progress(total: int, tell: str, *, done: int = 0):
-    """A bar with the time that is left, on a terminal; none where `tell` is ''."""
-    return tqdm.tqdm(
-        total=total, initial=done, unit=" pictures", desc=tell, disable=None if tell else True, file=sys.stderr
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ IN_CONFIG = {
 }  # fmt: skip
 PROCESSES = {"start_seconds": 300, "hang_seconds": 600, "compile_seconds": 3_600}  # where no config says it
 NOT_PROTOCOL = ("name", "processes")  # keys of a config that decide no score
+FREE = (*repeat.PLACES, "draw.shard_size", "overlap.least")  # values that a protocol leaves to the user
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,13 +125,26 @@ def _asked(args: argparse.Namespace) -> tuple[Evaluation, Expected, dict[str, in
         config = configs.load(args.config, args.overrides).to_dict()
         if config["name"] != "evaluate":
             raise UserError(f"expected a protocol such as configs/evaluate.py:coco, got {args.config}: give one")
-        values = {key: value for key, value in config.items() if key not in NOT_PROTOCOL}
-        if args.pictures:
-            values |= {"pictures": args.pictures, "draw": None}
         if args.pictures and args.model:
             raise UserError("expected DIR, whose pictures are drawn, or --pictures, got both: leave one out")
+        values, own = (_values(found, args.pictures) for found in (config, configs.load(args.config, []).to_dict()))
+        values["departures"] = _departures(own, values)
         return Evaluation.from_json(values, where=args.config), Expected(), config["processes"]
     return _by_flags(args), Expected(), PROCESSES
+
+
+def _values(config: dict, pictures: str | None) -> dict:
+    """A config's values of an `Evaluation`; of given pictures a protocol takes as many as it would draw."""
+    values = {key: value for key, value in config.items() if key not in NOT_PROTOCOL}
+    if pictures:
+        values |= {"pictures": pictures, "count": values["count"] or values["draw"]["count"], "draw": None}
+    return values
+
+
+def _departures(own: dict, values: dict) -> list[str]:
+    """What is not as the protocol itself has it."""
+    changed = configs.differences(own, values)
+    return [f"{key} {b!r} instead of {a!r}" for key, (a, b) in sorted(changed.items()) if key not in FREE]
 
 
 def _by_flags(args: argparse.Namespace) -> Evaluation:

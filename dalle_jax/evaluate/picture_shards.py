@@ -4,6 +4,7 @@ A shard grows as a hidden file, one whole picture after the other, and gets its 
 of it is cut behind its last whole picture, and the rest is appended: the same bytes as if nobody had stopped it.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import tarfile
 from collections.abc import Sequence
 
 from dalle_jax.data.tar_members import BLOCK, members
+from dalle_jax.errors import UserError
 from dalle_jax.sample.picture import Picture
 
 PARTS = ("png", "txt", "json")  # of a picture, in this order
@@ -26,8 +28,10 @@ class GrowingShard:
     """
 
     def __init__(self, path: pathlib.Path):
+        """Raises UserError if another process is writing it."""
         self.path, self._aside = path, growing(path)
         self._file = self._aside.open("a+b")
+        _take(self._file, self._aside)
         self.names, whole = _whole_pictures(self._file.fileno())
         self._file.truncate(whole)
 
@@ -52,8 +56,8 @@ class GrowingShard:
         self._file.write(END)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         os.replace(self._aside, self.path)
+        self._file.close()
 
     def close(self) -> None:
         self._file.close()
@@ -62,6 +66,19 @@ class GrowingShard:
 def growing(path: pathlib.Path) -> pathlib.Path:
     """The file of a shard that is not full yet."""
     return path.with_name(f".{path.name}.part")
+
+
+def _take(file: io.IOBase, path: pathlib.Path) -> None:
+    """Lock the file until it is closed, by a kill too; two jobs in one folder would draw the same pictures."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"expected to draw into {path} alone, but another process is: wait for it, or use another --out"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
 
 
 def _whole_pictures(descriptor: int) -> tuple[list[str], int]:

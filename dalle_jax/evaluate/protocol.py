@@ -115,15 +115,16 @@ class Overlap:
 class Evaluation:
     """One evaluation as a whole.
 
-    protocol: its name in reports, '' for one that somebody put together. pictures: source of the pictures that are
-    judged, '' where `draw` says how they are made. source: of the captions that are drawn. reference: source or .npz of
-    statistics, '' for the pictures of `source`. reference_exactly: readable pictures that the reference must have, 0
-    for any number. count, reference_count: pictures that are taken of each set by the seed, 0 for all. weights: path of
-    Inception v3. score_weights: of the one whose classes give the Inception score, '' for the same. clip: model
-    directory of a CLIP, '' for none.
+    protocol: its name in reports, '' for one that somebody put together. departures: what is not as the protocol has
+    it, in words. pictures: source of the pictures that are judged, '' where `draw` says how they are made. source: of
+    the captions that are drawn. reference: source or .npz of statistics, '' for the pictures of `source`.
+    reference_exactly: readable pictures that the reference must have, 0 for any number. count, reference_count:
+    pictures that are taken of each set by the seed, 0 for all. weights: path of Inception v3. score_weights: of the one
+    whose classes give the Inception score, '' for the same. clip: model directory of a CLIP, '' for none.
     """
 
     protocol: str = ""
+    departures: tuple[str, ...] = ()
     pictures: str = ""
     source: str = ""
     reference: str = ""
@@ -138,6 +139,7 @@ class Evaluation:
     overlap: Overlap = dataclasses.field(default_factory=Overlap)
 
     def __post_init__(self):
+        object.__setattr__(self, "departures", tuple(self.departures))
         for name in ("reference_exactly", "reference_count", "count"):
             _at_least(name, getattr(self, name), 0)
         if (self.draw is None) != bool(self.pictures):

@@ -32,8 +32,8 @@ def versions() -> dict[str, str]:
     import jax
 
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    device = jax.local_devices()[0]
-    return {"dalle-jax": dalle_jax.__version__, **found, "python": platform.python_version(), "device": str(device)}
+    device = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+    return {"dalle-jax": dalle_jax.__version__, **found, "python": platform.python_version(), "device": device}
 
 
 def described(source: str, found: Found, crop: str) -> dict[str, Any]:
@@ -77,10 +77,12 @@ def table(report: Mapping[str, Any]) -> str:
     names = [name for name in COLUMNS if any(name in row for row in report["blur"])]
     lines = [f"# {report['protocol'] or 'Evaluation'}", ""]
     lines += [NO_INCEPTION, ""] if measure["features"] == "clip" else []
+    crop = measure["crop"] + (f", the reference {measure['reference_crop']}" if measure["reference_crop"] else "")
     lines += [
         f"{pictures['count']} pictures ({pictures['source']}) against {reference['count']} ({reference['source']}), "
-        f"{report['network']} {report['weights'][:12]}, resize {report['resize']}, crop {measure['crop']}.",
+        f"{report['network']} {report['weights'][:12]}, resize {report['resize']}, crop {crop}.",
         "",
+        *_more(report),
         _row("blur radius", *(COLUMNS[name][0] for name in names)),
         _row(*["---"] * (len(names) + 1)),
     ]
@@ -97,6 +99,26 @@ def table(report: Mapping[str, Any]) -> str:
     elif report["protocol"] == "dalle-cub":
         lines += [f"FID of DALL-E on CUB by the paper: {published.CUB}.", ""]
     return "\n".join(lines)
+
+
+def _more(report: Mapping[str, Any]) -> list[str]:
+    """Paragraphs on what made the pictures, what scored their classes, and what the reference shares with training."""
+    said, draw = [], report["evaluation"]["draw"]
+    if "drawn" in report:
+        ranked_by = report["drawn"]["ranked_by"]
+        chosen = f"the best of {draw['best_of']} each by CLIP {ranked_by[:12]}, " if ranked_by else ""
+        said += [f"Drawn by checkpoint {report['drawn']['checkpoint'][:12]}, {chosen}seed {draw['seed']}."]
+    if "scored_by" in report:
+        scored = report["scored_by"]
+        said += [f"IS by {scored['network']} {scored['digest'][:12]}, resize {scored['resize']}."]
+    if "overlap" in report:
+        found = report["overlap"]
+        said += [
+            f"{found['duplicates']} pictures of the reference ({found['share']:.1%}) have one of {found['source']} at "
+            f"a cosine of {found['least']:g} or more by CLIP {found['clip'][:12]} and "
+            f"{'were left out' if found['removed'] else 'count all the same'}."
+        ]
+    return [line for paragraph in said for line in (paragraph, "")]
 
 
 def _published() -> list[str]:
@@ -124,21 +146,25 @@ def _save_curve(path: pathlib.Path, report: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(6 * len(scores), 4.8))
     FigureCanvasAgg(figure)
     with_published = report["protocol"] in published.PROTOCOLS
+    ours = "this evaluation" + (", not the protocol as it is" if report["evaluation"]["departures"] else "")
+    networks = {"fid": report["network"], "inception_score": report.get("scored_by", report)["network"]}
     for index, name in enumerate(scores):
         axes = figure.add_subplot(1, len(scores), index + 1)
-        points = sorted((row["radius"], row[name]) for row in rows)
-        axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.5, color="black", label="this evaluation")
+        radii, values = zip(*sorted((row["radius"], row[name]) for row in rows), strict=True)
+        axes.plot(radii, values, marker="o", linewidth=2.5, color="black", label=ours)
         for curve in published.CURVES if with_published else ():
             if name == "fid":
                 axes.plot(*zip(*curve.fid.items(), strict=True), marker=".", alpha=0.7, label=curve.model)
             else:
                 axes.plot([0], [curve.inception_score], marker="_", markersize=12, linestyle="", label=curve.model)
         axes.set_xlabel("radius of the Gaussian blur of both sets, pixels")
-        axes.set_title(f"{COLUMNS[name][0]} ({report['network']})", fontsize=10)
+        axes.set_xticks(radii)
+        axes.set_ylim(bottom=min(0, *values))  # FID of a set with itself may be rounding below 0
+        axes.set_title(f"{COLUMNS[name][0]} ({networks[name]})", fontsize=10)
         axes.legend(fontsize=7)
     if with_published:
         note = f"Others: {published.COGVIEW}. {published.WARNING}"
-        figure.text(0.01, 0.01, note, fontsize=6, wrap=True)
+        figure.text(0.01, 0.01, note, fontsize=7, wrap=True)
     elif report["evaluation"]["measure"]["features"] == "clip":
         figure.text(0.01, 0.01, NO_INCEPTION, fontsize=7)
     figure.subplots_adjust(bottom=0.2)

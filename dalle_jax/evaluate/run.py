@@ -18,7 +18,7 @@ from dalle_jax.evaluate import captions, clip, drawing, overlap, report, scores,
 from dalle_jax.evaluate.captions import Plan
 from dalle_jax.evaluate.clip import ClipExtractor
 from dalle_jax.evaluate.crew import Crew
-from dalle_jax.evaluate.features import Extractor, Found
+from dalle_jax.evaluate.features import Extractor, Found, counted
 from dalle_jax.evaluate.protocol import Evaluation
 from dalle_jax.evaluate.repeat import Expected
 from dalle_jax.evaluate.sets import Features, PictureSet, open_pictures
@@ -72,11 +72,15 @@ class _Job:
         self.evaluation, self.measure, self.out = evaluation, evaluation.measure, out
         self.crew, self.tell, self.expected, self.save_statistics = crew, tell, expected, save_statistics
         self.notes: list[str] = []
+        if evaluation.departures:
+            self.notes.append(f"not {evaluation.protocol} as it is: {'; '.join(evaluation.departures)}")
         self.features = Features(self.measure, out / FEATURES, crew, tell)
         resize = self.measure.score_resize or self.measure.resize
         self.score_features = dataclasses.replace(
             self.features, measure=dataclasses.replace(self.measure, resize=resize)
         )
+        if evaluation.draw is None and (out / captions.PLAN).exists():
+            raise UserError(f"{out} holds an evaluation that draws its pictures: give another --out for given ones")
         if save_statistics and len(self.measure.blur) > 1:
             raise UserError(f"expected one radius of blur to save statistics of, got {self.measure.blur}: name one")
         self.clip = Reranker.load(evaluation.clip) if evaluation.clip else None
@@ -107,7 +111,7 @@ class _Job:
             shards = drawing.draw_all(self.pipe, self.plan, evaluation.draw, self.out, crew=crew, tell=self.tell)
             crew.wait(shards)
             spec = f"wds:{self.out / drawing.PICTURES}/*.tar"
-        pictures = self.given or self._set("pictures", open_pictures(spec))
+        pictures = self.given or self._drawn(spec)
         ours = [make(self.extractor, pictures, radius) for radius in radii]
         scored = [self.score_features.make(self.scorer, pictures, radius) for radius in radii if self.scorer]
         by_clip = None if self.clip is None else make(ClipExtractor(self.clip), pictures)
@@ -129,7 +133,7 @@ class _Job:
             notes += [note for note in more if note not in notes]
             if radius == radii[0]:
                 told = self._told(spec, pictures, found, reference)
-                notes += self._doubts(found)
+                notes += self._doubts(found, reference)
         if by_clip is not None:
             found = self.features.load(by_clip, pictures)
             more, more_notes = clip.caption_scores(
@@ -212,6 +216,13 @@ class _Job:
             crop, count = measure.reference_crop or measure.crop, self.evaluation.reference_count
         return PictureSet.of(name, source, crop=crop, count=count, seed=measure.seed)
 
+    def _drawn(self, spec: str) -> PictureSet:
+        """Every picture of the plan. Raises UserError if the shards hold more or fewer."""
+        source, count = open_pictures(spec), len(self.plan.captions)
+        if len(source) != count:
+            raise UserError(f"expected the {count} drawn pictures in {spec}, got {len(source)}: delete this folder")
+        return PictureSet.of("pictures", source, crop=self.measure.crop, count=count, seed=self.measure.seed)
+
     def _training(self) -> PictureSet | None:
         asked = self.evaluation.overlap
         if not asked.source:
@@ -247,7 +258,7 @@ class _Job:
     def _check_reference(self, found: Found) -> None:
         exactly = self.evaluation.reference_exactly
         if exactly and len(found) != exactly:
-            lost = ", ".join(f"{count} x {reason}" for reason, count in found.dropped.items()) or "none dropped"
+            lost = counted(found.dropped) or "none dropped"
             raise UserError(
                 f"expected {exactly} pictures in {self.reference.source.name} for {self.evaluation.protocol}, got "
                 f"{len(found)} ({lost}): complete it, or take what is there by --config.reference_exactly=0"
@@ -322,10 +333,18 @@ class _Job:
             }
         return told
 
-    def _doubts(self, found: Found) -> list[str]:
+    def _doubts(self, found: Found, reference: Found | None) -> list[str]:
         notes = []
-        if len(found.sizes) > 1 and self.measure.crop == "none":
-            notes.append(f"pictures of {len(found.sizes)} different sizes, each squeezed to a square")
+        crops = self.measure.crop, self.measure.reference_crop or self.measure.crop
+        for name, one, crop in zip(("pictures", "reference pictures"), (found, reference), crops, strict=True):
+            if one is None:
+                continue
+            if one.dropped:
+                notes.append(f"{name} left out: {counted(one.dropped)}")
+            if len(one.sizes) > 1 and crop == "none":
+                notes.append(f"{name} of {len(one.sizes)} different sizes, each squeezed to a square")
+        if self.plan is not None and self.plan.dropped:
+            notes.append(f"records left out, which give no caption to draw: {counted(self.plan.dropped)}")
         if self.clip is not None and self.pipe is not None and _ranked_by(self.pipe, self.evaluation.draw):
             if self.pipe.reranker.digest == self.clip.digest:
                 notes.append("the CLIP that judges has also chosen the pictures: its scores favour them")

@@ -25,7 +25,7 @@ def compare(
     ours = statistics_of(found, {})
     scores, notes = {}, []
     scores["fid"] = distances.fid(ours.mean_F, ours.covariance_FF, theirs.mean_F, theirs.covariance_FF)
-    for name, count in (("pictures", ours.count), ("reference", theirs.count)):
+    for name, count in (("pictures", ours.count), ("reference pictures", theirs.count)):
         if 0 < count < len(ours.mean_F):
             notes.append(f"{count} {name} are fewer than {len(ours.mean_F)} features: FID of so few is much too high")
     if found.logits_NV.shape[1] and len(found) >= splits:

@@ -46,8 +46,10 @@ class PictureSet:
         rows = np.arange(len(source))
         if count:
             if not 2 <= count <= len(rows):
+                key = "reference_count" if name == "reference" else "count"
                 raise UserError(
-                    f"expected 2 to {len(rows)} pictures of {source.name}, as it has, got a count of {count}"
+                    f"expected 2 to {len(rows)} pictures of {source.name}, as it has, got a count of {count}: give "
+                    f"more pictures, or another number by --config.{key}=N (--count N)"
                 )
             rows = np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False))
         return cls(name, source, rows, crop, count)

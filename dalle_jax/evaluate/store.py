@@ -18,7 +18,8 @@ from dalle_jax import checkpoint
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.evaluate import moments
 from dalle_jax.evaluate.crew import Crew
-from dalle_jax.evaluate.features import Extractor, Found, Preparation, hash_of, progress
+from dalle_jax.evaluate.features import Extractor, Found, Preparation, hash_of
+from dalle_jax.evaluate.progress import Clock, bar, say
 
 PART = 1_024  # rows; a minute or two of Inception on two cores
 
@@ -47,15 +48,21 @@ def parts(
     files = [folder / f"{name}-{number:05d}.npz" for number in range(len(pieces))]
     folder.mkdir(parents=True, exist_ok=True)
     own = crew.own(len(pieces))
-    with progress(sum(len(pieces[number]) for number in own), tell) as bar:
+    todo = sum(len(pieces[number]) for number in own)
+    clock = Clock(todo)
+    with bar(todo, tell) as shown:
         for number in own:
             crew.beat(tell or "features")
             if _still_true(files[number], source):
-                bar.update(len(pieces[number]))
+                shown.update(len(pieces[number]))
+                clock.skip(len(pieces[number]))
                 continue
-            found = extractor.of_rows(source, prepare=prepare, rows=pieces[number], advance=bar.update)
+            found = extractor.of_rows(source, prepare=prepare, rows=pieces[number], advance=shown.update)
             moments.check_features(found.features_NF)  # before hours go by
             checkpoint.write_file(files[number], _packed(found))
+            clock.done(len(pieces[number]))
+            if tell and len(pieces) > 1:
+                say(f"{tell}; {clock}")
     return files
 
 
