@@ -75,7 +75,12 @@ class Step:
     weights: int
     text: int
     windows: int
-    operations: int
+    products: int  # operations, with weights
+    attention: int  # operations
+
+    @property
+    def operations(self) -> int:
+        return self.products + self.attention
 
     def seconds(self, chip: Chip, precision: str = "bf16") -> float:
         reading = (self.weights + self.text + self.windows) / chip.memory_bandwidth
@@ -98,7 +103,8 @@ def step(engine: Engine, captions: int, candidates: int) -> Step:
         weights=sum(leaf.size * leaf.dtype.itemsize for leaf in read),
         text=text * captions * item,
         windows=windows * item,
-        operations=2 * (numbers * images + windows + text * images),
+        products=2 * numbers * images,
+        attention=2 * (windows + text * images),
     )
 
 

@@ -349,3 +349,19 @@ def test_abstract_engine_compiles_what_the_real_one_runs():
     assert of(wave["arrays"]) == of(programs["begin"].out_info) == of(programs["advance"].out_info)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(wave["arrays"]["cache"]))
     assert programs["advance"].memory_analysis().alias_size_in_bytes >= held
+
+
+def test_a_step_copies_no_store_and_adds_no_branch_twice():
+    """What XLA's CPU backend would do to other ways of writing the same step: copy column layers' whole stores before
+    it reads and writes a little of them, and add up all earlier branches for every reader of the stream, so that a
+    layer costs more the later it comes."""
+
+    def advance(**sizes):
+        config = dataclasses.replace(TINY, **sizes)
+        return Engine(transformer.model(config), None, mesh=ONE).compile(2, 3)["advance"]
+
+    operations = [advance(num_layers=n, pattern="full").cost_analysis()["flops"] for n in (2, 3, 4)]
+    assert operations[2] - operations[1] == operations[1] - operations[0] > 0
+    program = advance(num_layers=3).as_text()
+    assert "f32[6,2,16,8]" in program  # the store of the column layer
+    assert not [line for line in program.splitlines() if " copy(" in line and "f32[6,2,16,8]" in line]

@@ -9,6 +9,8 @@ Dimensions: B batch, C captions, M candidates of a caption, S sequence, T text, 
 of a block, N heads, H head width. When decoding, B counts images, C x M.
 """
 
+import functools
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -137,24 +139,37 @@ def attend_cached(q_BNH, k_BNH, v_BNH, text, cache, kind: str, *, position, grid
     Stores may be of another dtype than the queries, which they are read in.
     Returns: output [B, N, H] and the new cache. Equal to `attend` at that position.
     """
-    B, N, H = q_BNH.shape
     dtype = q_BNH.dtype
     slot, start, size, visible_K = _cache_view(kind, position, grid)
-    cache = {
-        name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[:, :, None].astype(cache[name].dtype), slot, axis=2)
-        for name, new in (("k", k_BNH), ("v", v_BNH))
-    }
-    k_local, v_local = (jax.lax.dynamic_slice_in_dim(cache[x], start, size, axis=2).astype(dtype) for x in ("k", "v"))
-    k_text, v_text = text["k"].astype(dtype), text["v"].astype(dtype)
-    q_CMNH = _scaled(q_BNH).reshape(len(k_text), -1, N, H)
-    from_text = jnp.einsum("cmnh,cnkh->cmnk", q_CMNH, k_text, preferred_element_type=jnp.float32).reshape(B, N, -1)
-    local = jnp.einsum("bnh,bnkh->bnk", _scaled(q_BNH), k_local, preferred_element_type=jnp.float32)
+    views, updated = {}, {}
+    for name, new in (("k", k_BNH), ("v", v_BNH)):
+        views[name], updated[name] = _view_and_update(cache[name], new[:, :, None], slot, start, size)
+    k_local, v_local, k_text, v_text = (store[name].astype(dtype) for store in (views, text) for name in ("k", "v"))
+    by_caption = functools.partial(einops.rearrange, pattern="(c m) n ... -> c n m ...", c=len(k_text))
+    by_image = functools.partial(einops.rearrange, pattern="c n m ... -> (c m) n ...")
+    q_BNH = _scaled(q_BNH)
+    from_text = jnp.einsum("cnmh,cnkh->cnmk", by_caption(q_BNH), k_text, preferred_element_type=jnp.float32)
+    local = jnp.einsum("bnh,bnkh->bnk", q_BNH, k_local, preferred_element_type=jnp.float32)
     local = jnp.where(visible_K, local, MASKED)
-    weights_text, weights_local, total_BN = _joint_softmax(from_text, local)
-    weights_text = weights_text.astype(dtype).reshape(*q_CMNH.shape[:3], -1)
-    out = jnp.einsum("cmnk,cnkh->cmnh", weights_text, v_text, preferred_element_type=jnp.float32).reshape(B, N, H)
-    out += jnp.einsum("bnk,bnkh->bnh", weights_local.astype(dtype), v_local, preferred_element_type=jnp.float32)
-    return (out / total_BN[..., None]).astype(dtype), cache
+    top_BN = jnp.maximum(by_image(from_text.max(-1, initial=MASKED)), local.max(-1))
+    weights_text = jnp.exp(from_text - by_caption(top_BN)[..., None])
+    weights_local = jnp.exp(local - top_BN[..., None])
+    total_BN = by_image(weights_text.sum(-1)) + weights_local.sum(-1)
+    out_text = jnp.einsum("cnmk,cnkh->cnmh", weights_text.astype(dtype), v_text, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bnk,bnkh->bnh", weights_local.astype(dtype), v_local, preferred_element_type=jnp.float32)
+    return ((by_image(out_text) + out) / total_BN[..., None]).astype(dtype), updated
+
+
+def _view_and_update(stored, new, slot, start, size: int):
+    """What this position reads of a store [B, N, slots, H], with `new` [B, N, 1, H] in its slot, and the new store.
+
+    Of a part, what is written is read out of the view, so that XLA's CPU backend cannot write before it has read:
+    free to choose, it copies the whole store first, twice.
+    """
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=2)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
+    view = put(cut(stored, start, size), new.astype(stored.dtype), slot - start)
+    return view, view if size == stored.shape[2] else put(stored, cut(view, slot - start, 1), slot)
 
 
 def _cache_view(kind: str, position, grid: int):

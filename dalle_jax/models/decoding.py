@@ -167,11 +167,11 @@ def _product(equation: str, weight, x, dtype):
 def _scale(x_DB):
     """The divisor of layer norm for columns of mean zero, one number a column.
 
-    Summed in two steps, each too short for XLA's CPU backend to make two passes of it.
+    Averaged in two steps, each too short for XLA's CPU backend to make two passes of it.
     """
     rows = math.gcd(x_DB.shape[0], 1 << (x_DB.shape[0].bit_length() // 2))
-    square_B = jnp.square(x_DB).reshape(rows, -1, x_DB.shape[1]).sum(0).sum(0)
-    return jax.lax.rsqrt(square_B / x_DB.shape[0] + EPSILON)
+    square_B = jnp.square(x_DB).reshape(rows, -1, x_DB.shape[1]).mean(0).mean(0)
+    return jax.lax.rsqrt(square_B + EPSILON)
 
 
 def _qkv(layer, x_DB, dtype):
@@ -182,9 +182,15 @@ def _qkv(layer, x_DB, dtype):
 
 def _project(layer, x_DB, mixed_BNH):
     out = _product("dx,bx->db", layer["out"], mixed_BNH.reshape(len(mixed_BNH), -1), mixed_BNH.dtype)
-    return x_DB + out + layer["out_bias"][:, None]
+    return _added(x_DB, out, layer["out_bias"])
 
 
 def _mlp(layer, x_DB, dtype):
     hidden_FB = _product("fd,db->fb", layer["up"], x_DB, dtype) * _scale(x_DB) + layer["up_bias"][:, None]
-    return x_DB + _product("df,fb->db", layer["down"], quick_gelu(hidden_FB), dtype) + layer["down_bias"][:, None]
+    return _added(x_DB, _product("df,fb->db", layer["down"], quick_gelu(hidden_FB), dtype), layer["down_bias"])
+
+
+def _added(x_DB, branch_DB, bias_D):
+    """The stream after a branch. With the bias added last, XLA's CPU backend would not keep the stream, and would sum
+    up all branches so far anew for every reader of it."""
+    return x_DB + (branch_DB + bias_D[:, None])
