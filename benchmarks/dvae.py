@@ -2,9 +2,10 @@
 
     python benchmarks/dvae.py --peer-python PEER/bin/python
 
-`peer_openai_dvae.py` says how to make that environment. The paper's network at a quarter of its width and with
-half of its blocks, over pictures of a quarter of its side, with 1024 codes. A training step is loss, gradients and AdamW; ours is the training's own, which
-also keeps the moving average and measures hard reconstruction of every eighth picture; theirs is that loss in torch.
+`peer_openai_dvae.py` says how to make that environment. The paper's network at a quarter of its width and with half of
+its blocks, over pictures of a quarter of its side, with 1024 codes. A training step is loss, gradients and AdamW; ours
+is the training's own, which also keeps the moving average and measures hard reconstruction of every eighth picture;
+theirs is that loss in torch.
 
 A table of single convolutions shows where the time goes: forward, gradient of the input and gradient of the weights, in
 both layouts and precisions. `jax.lax.conv_general_dilated` alone is timed on our side, for a layout that the model does
