@@ -237,12 +237,14 @@ class Parts:
         return functools.partial(whole, kind=kind, text_len=config.text_len, grid=config.grid)
 
     def _layer(self, kind: str):
-        attend, remat = self._attend(kind), self._config.remat
-        return lambda block, x_BSD: blocks.layer(block, x_BSD, attend=attend, remat=remat)
+        config = self._config
+        ways = {"attend": self._attend(kind), "remat": config.remat, "matmuls": config.matmuls}
+        return functools.partial(blocks.layer, **ways)
 
     def _mlp(self, block, x_BSD):
         policy = blocks.REMAT[self._config.remat].get("mlp")
-        mlp = jax.checkpoint(blocks.mlp, policy=policy) if policy else blocks.mlp
+        mlp = functools.partial(blocks.mlp, multiply=blocks.MATMULS[self._config.matmuls])
+        mlp = jax.checkpoint(mlp, policy=policy) if policy else mlp
         return mlp(block, x_BSD.reshape(-1, x_BSD.shape[-1])).reshape(x_BSD.shape)
 
     def _gradient_of_scores(self, kind: str):

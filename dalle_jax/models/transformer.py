@@ -18,7 +18,7 @@ from flax import nnx
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
 from dalle_jax.models import kernels
-from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
+from dalle_jax.models.blocks import MATMULS, Blocks, Deviations, check_remat, layer
 from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
 
@@ -32,8 +32,9 @@ class TransformerConfig:
     pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: a step of the ladder `blocks.REMAT` (see
     `run_layers`), 'full' as in the paper. scan: run the layers as a scan over the pattern's period (compile time
     independent of depth). precision: one of `layers.PRECISIONS`. attention: what computes it, one of
-    `kernels.ATTENTION`. loss_parts: in how many parts of the vocabulary, one after another, training computes the
-    logits: no more than a part of them exists at once, and the backward pass computes them again. 1: as a whole.
+    `kernels.ATTENTION`. matmuls: of the layers in training, 'model' in the precision's dtype or 'fp8' (`fp8.py`).
+    loss_parts: in how many parts of the vocabulary, one after another, training computes the logits: no more than a
+    part of them exists at once, and the backward pass computes them again. 1: as a whole.
     """
 
     num_layers: int = 64
@@ -49,6 +50,7 @@ class TransformerConfig:
     scan: bool = True
     precision: str = "bf16"
     attention: str = "xla"
+    matmuls: str = "model"
     loss_parts: int = 1
 
     def __post_init__(self):
@@ -58,6 +60,12 @@ class TransformerConfig:
         check_remat(self.remat)
         compute_dtype(self.precision)
         kernels.check_shapes(self.attention, length=self.layout.length, head_size=self.head_size)
+        if self.matmuls not in MATMULS:
+            raise ValueError(f"matmuls must be one of {tuple(MATMULS)}, got {self.matmuls!r}")
+        if self.matmuls == "fp8" and self.precision.startswith("fp16"):
+            raise ValueError(
+                f"matmuls fp8 has scales of its own, expected precision bf16 or fp32, got {self.precision}"
+            )
         _ = self.kinds
         ids = self.layout.text_ids, self.layout.image_vocab
         if self.loss_parts < 1 or any(count % self.loss_parts for count in ids):
@@ -177,7 +185,7 @@ def run_layers(stacked, x_BSD, config: TransformerConfig):
 
     def one_layer(x, block, kind):
         attend = functools.partial(attend_kind, kind=kind, text_len=config.text_len, grid=config.grid)
-        return layer(block, x, attend=attend, remat=config.remat)
+        return layer(block, x, attend=attend, remat=config.remat, matmuls=config.matmuls)
 
     kinds = config.kinds
     period = len(attention_pattern.PERIOD) if config.pattern == "paper" else 1
