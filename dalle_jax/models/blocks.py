@@ -144,9 +144,8 @@ def mlp(block, x, *, multiply=linear):
 
     def branch(x):
         hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
-        hidden = quick_gelu(
-            checkpoint_name(_biased(_linear(multiply, hidden, block, "up"), block["up_bias"]), "product")
-        )
+        hidden = checkpoint_name(_biased(_linear(multiply, hidden, block, "up"), block["up_bias"]), "product")
+        hidden = quick_gelu(hidden)
         return _biased(_linear(multiply, hidden, block, "down"), block["down_bias"])
 
     return _residual(branch, block, x, branch=1)

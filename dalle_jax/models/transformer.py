@@ -63,9 +63,7 @@ class TransformerConfig:
         if self.matmuls not in MATMULS:
             raise ValueError(f"matmuls must be one of {tuple(MATMULS)}, got {self.matmuls!r}")
         if self.matmuls == "fp8" and self.precision.startswith("fp16"):
-            raise ValueError(
-                f"matmuls fp8 has scales of its own, expected precision bf16 or fp32, got {self.precision}"
-            )
+            raise ValueError(f"matmuls fp8 has its own scales: expected precision bf16 or fp32, got {self.precision}")
         _ = self.kinds
         ids = self.layout.text_ids, self.layout.image_vocab
         if self.loss_parts < 1 or any(count % self.loss_parts for count in ids):
