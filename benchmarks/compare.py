@@ -1,15 +1,18 @@
-"""Training and sampling speed next to DALLE-pytorch, both at one shape, in turns, on two CPU threads, float32.
+"""Training and sampling speed next to another package, both at one shape, in turns, on two CPU threads, float32.
 
     python benchmarks/compare.py --peer-python PEER/bin/python
+    python benchmarks/compare.py --peer emu3 --peer-python PEER/bin/python
 
-`peer_dalle_pytorch.py` says how to make that environment. Each round measures every work once, ours and theirs in
-turns, so that what else the machine does hits both; a ratio is the middle one of the rounds. `--slow-rounds` is for
-what takes the peer minutes (sampling as shipped). Writes the table and the raw seconds to `benchmarks/results/`.
+`peer_dalle_pytorch.py` and `peer_emu3.py` say how to make their environments. Each round measures every work once,
+ours and theirs in turns, so that what else the machine does hits both; a ratio is the middle one of the rounds.
+`--slow-rounds` is for what takes the peer minutes (DALLE-pytorch's sampling as shipped). Writes the table and the raw
+seconds to `benchmarks/results/`.
 
 A training step is loss, gradients and AdamW on given image tokens; ours also keeps its moving average. A sample is
 captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Width and blocks of our decoder are
 chosen so that both do about the same arithmetic, which every run counts and reports. The peer's default filter keeps
-half of text and image vocabulary together, which at this shape is nearly all image tokens. Both sides keep freed memory
+half of text and image vocabulary together, which at this shape is nearly all image tokens. Emu3 stops at image tokens,
+without pixels. Both sides keep freed memory
 (`dalle_jax/host_memory.py`, as every `dalle-jax` command does; the peer by the same settings in its environment).
 """
 
@@ -18,20 +21,17 @@ import dataclasses
 import datetime
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
+from peers import PeerProcess, machine
 
 from dalle_jax import host_memory  # does not import JAX
 
 RESULTS = Path(__file__).parent / "results"
-FAST_PEER = ("train_dense", "train_sparse", "sample_dense_cached")
-SLOW_PEER = ("sample_dense_shipped", "sample_sparse_shipped")
 OURS = ("train_paper", "train_full", "sample_paper", "sample_full")
 
 
@@ -44,15 +44,48 @@ class Bar:
     least: float | None
 
 
-BARS = (
-    Bar("train_paper", "train_dense", 1.0),
-    Bar("train_paper", "train_sparse", 1.5),
-    Bar("train_full", "train_dense", None),
-    Bar("sample_paper", "sample_dense_cached", 8.0),
-    Bar("sample_full", "sample_dense_cached", None),
-    Bar("sample_paper", "sample_dense_shipped", 50.0),
-    Bar("sample_paper", "sample_sparse_shipped", None),
-)
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A package to compare with. slow: works of it that take minutes."""
+
+    title: str
+    script: str
+    fast: tuple[str, ...]
+    slow: tuple[str, ...]
+    bars: tuple[Bar, ...]
+
+
+PEERS = {
+    "dalle_pytorch": Peer(
+        "DALLE-pytorch 1.6.6",
+        "peer_dalle_pytorch.py",
+        ("train_dense", "train_sparse", "sample_dense_cached"),
+        ("sample_dense_shipped", "sample_sparse_shipped"),
+        (
+            Bar("train_paper", "train_dense", 1.0),
+            Bar("train_paper", "train_sparse", 1.5),
+            Bar("train_full", "train_dense", None),
+            Bar("sample_paper", "sample_dense_cached", 8.0),
+            Bar("sample_full", "sample_dense_cached", None),
+            Bar("sample_paper", "sample_dense_shipped", 50.0),
+            Bar("sample_paper", "sample_sparse_shipped", None),
+        ),
+    ),
+    "emu3": Peer(
+        "Emu3 of transformers 5.24.0",
+        "peer_emu3.py",
+        ("train_eager", "train_compiled", "sample_cached"),
+        (),
+        (
+            Bar("train_paper", "train_eager", None),
+            Bar("train_paper", "train_compiled", None),
+            Bar("train_full", "train_eager", None),
+            Bar("train_full", "train_compiled", None),
+            Bar("sample_paper", "sample_cached", None),
+            Bar("sample_full", "sample_cached", None),
+        ),
+    ),
+}
 
 
 class Ours:
@@ -162,6 +195,17 @@ def decoder_multiply_adds() -> int:
     return flops.traced(functools.partial(decode_images, dvae), dvae.abstract, ids_BI) // 2
 
 
+def arithmetic(about: dict) -> str:
+    """How much both sides compute, in a sentence. about: the peer's last answer."""
+    if "decoder_multiply_adds" in about:
+        sides = {"ours": decoder_multiply_adds(), "theirs": about["decoder_multiply_adds"]}
+        counts = " and ".join(f"{side} {count / 1e6:.1f}" for side, count in sides.items())
+        return f"Decoders of the dVAEs: {counts} million multiply-adds an image."
+    sides = {"ours": transformer("full").num_params, "theirs": about["parameters"]}
+    counts = " and ".join(f"{side} {count / 1e6:.2f}" for side, count in sides.items())
+    return f"Parameters: {counts} million. Samples end at pixels on our side and at image tokens on theirs."
+
+
 def sampler(pattern: str):
     """A function that draws one batch of pictures, pixels included."""
     import jax
@@ -185,37 +229,12 @@ def sampler(pattern: str):
     return sample
 
 
-class PeerProcess:
-    """`peer_dalle_pytorch.py --serve` in its own environment; its models stay built between rounds."""
-
-    def __init__(self, python: str):
-        command = [python, "-W", "ignore", str(Path(__file__).with_name("peer_dalle_pytorch.py")), "--serve"]
-        environment = os.environ | host_memory.as_environment()
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-        self.torch, self.decoder_multiply_adds = "", 0
-
-    def measure(self, work: str, repeats: int) -> list[float]:
-        print(work, repeats, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the peer ended while measuring {work}: its message is above")
-        answer = json.loads(line)
-        self.torch, self.decoder_multiply_adds = answer["torch"], answer["decoder_multiply_adds"]
-        return answer["seconds"]
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-
-def run_rounds(peer: PeerProcess, args) -> dict[str, list[list[float]]]:
+def run_rounds(peer: Peer, process: PeerProcess, args) -> dict[str, list[list[float]]]:
     """work -> for each round, the seconds of its repeats. A work that has no round is missing."""
     ours, seconds = Ours(), {}
     for index in range(max(args.rounds, args.slow_rounds)):
-        theirs = FAST_PEER * (index < args.rounds) + SLOW_PEER * (index < args.slow_rounds)
-        turns = [(ours, work) for work in OURS] + [(peer, work) for work in theirs]
+        theirs = peer.fast * (index < args.rounds) + peer.slow * (index < args.slow_rounds)
+        turns = [(ours, work) for work in OURS] + [(process, work) for work in theirs]
         turns.sort(key=lambda turn: turn[1])  # sample_* and train_* of both sides next to each other
         for side, work in turns:
             repeats = args.train_steps if work.startswith("train") else 1
@@ -226,13 +245,13 @@ def run_rounds(peer: PeerProcess, args) -> dict[str, list[list[float]]]:
     return seconds
 
 
-def summarise(seconds: dict[str, list[list[float]]]) -> dict:
+def summarise(peer: Peer, seconds: dict[str, list[list[float]]]) -> dict:
     """Rates of every work and the ratio of every bar whose works were measured."""
     each = {"train": BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2), "sample": BATCH}
     middles = {work: [statistics.median(round_) for round_ in rounds] for work, rounds in seconds.items()}
     rates = {work: each[work.split("_")[0]] / statistics.median(middle) for work, middle in middles.items()}
     bars = []
-    for bar in BARS:
+    for bar in peer.bars:
         if bar.peer in middles:
             pairs = zip(middles[bar.peer], middles[bar.ours], strict=False)  # slow works have fewer rounds
             ratios = [theirs / ours for theirs, ours in pairs]
@@ -244,36 +263,18 @@ def summarise(seconds: dict[str, list[list[float]]]) -> dict:
     return {"rates": rates, "bars": bars}
 
 
-def machine() -> dict:
-    import jax
-
-    model = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor() or platform.machine(),
-        "threads": THREADS,
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-
-
-def table(result: dict) -> str:
+def table(peer: Peer, result: dict) -> str:
     """The result as markdown."""
     about = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    decoders = result["decoder_multiply_adds"]
     lines = [
-        "# Speed next to DALLE-pytorch 1.6.6",
+        f"# Speed next to {peer.title}",
         "",
         f"{result['date']}; {about}.",
         f"Shape: {', '.join(f'{key} {value}' for key, value in SHAPE.items())}, batch {BATCH}; float32.",
         "",
         f"    {result['command']}",
         "",
-        f"Decoders of the dVAEs: {' and '.join(f'{side} {n / 1e6:.1f}' for side, n in decoders.items())} million "
-        "multiply-adds an image.",
+        result["about"],
         "",
         "| ours | theirs | our rate | their rate | ratio (lowest and highest round) | bar |",
         "|---|---|---|---|---|---|",
@@ -289,6 +290,7 @@ def table(result: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", choices=PEERS, default="dalle_pytorch")
     parser.add_argument("--peer-python", required=True, help="the interpreter of the peer's environment")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, default=1, help="rounds that include the peer as shipped")
@@ -302,22 +304,23 @@ def main() -> int:
     about = machine()
     if about["load_before"] > 0.5:
         print(f"warning: the machine is busy (load {about['load_before']}), which hurts both sides", file=sys.stderr)
-    peer = PeerProcess(args.peer_python)
-    seconds = run_rounds(peer, args)
-    peer.close()
+    peer = PEERS[args.peer]
+    process = PeerProcess(args.peer_python, peer.script)
+    seconds = run_rounds(peer, process, args)
+    process.close()
     result = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/compare.py --peer-python PEER/bin/python --rounds {args.rounds} "
-        f"--slow-rounds {args.slow_rounds} --train-steps {args.train_steps}",
-        "machine": {**about, "torch": peer.torch},
-        "decoder_multiply_adds": {"ours": decoder_multiply_adds(), "theirs": peer.decoder_multiply_adds},
-        **summarise(seconds),
+        "command": f"python benchmarks/compare.py --peer {args.peer} --peer-python PEER/bin/python "
+        f"--rounds {args.rounds} --slow-rounds {args.slow_rounds} --train-steps {args.train_steps}",
+        "machine": {**about, "torch": process.about["torch"]},
+        "about": arithmetic(process.about),
+        **summarise(peer, seconds),
         "seconds": seconds,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "dalle_pytorch.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "dalle_pytorch.md").write_text(table(result))
-    print(table(result))
+    (args.out / f"{args.peer}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / f"{args.peer}.md").write_text(table(peer, result))
+    print(table(peer, result))
     return 0 if all(bar["met"] is not False for bar in result["bars"]) else 1
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compare import machine
+from peers import machine
 
 from dalle_jax import config as configs
 from dalle_jax import sharding

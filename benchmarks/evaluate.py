@@ -22,7 +22,7 @@ import tempfile
 import time
 
 import numpy as np
-from compare import machine
+from peers import machine
 from PIL import Image
 
 from dalle_jax import host_memory  # does not import JAX

@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from compare import machine
+from peers import machine
 from PIL import Image
 
 from dalle_jax import host_memory

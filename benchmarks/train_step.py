@@ -57,6 +57,7 @@ SUITES = {
         (
             "",
             "model.pattern=full",
+            "model.attention=pallas",
             "batch_size=24",
             "model.remat=full batch_size=64",
             "model.remat=attention batch_size=8",
@@ -65,6 +66,8 @@ SUITES = {
             "optimizer.moments=bf16 storage.params=bf16",
             "batch_size=64 accumulate=4",
             "precision=fp32 batch_size=8",
+            "model.loss_parts=8",
+            "model.matmuls=fp8",
             "model.scan=False",
         ),
         split=("", "model.pattern=full"),

@@ -37,7 +37,7 @@ from dalle_jax.preflight.job import Job, shard_bytes
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import powersgd
 from dalle_jax.train import step as steps
-from dalle_jax.train.transformer_task import token_losses
+from dalle_jax.train.transformer_task import feature_losses
 
 LEAST_TIMES, MOST_TIMES = 3, 50
 MATMUL_SIDE = {"cpu": 1_536}  # of the product that says what the device reaches; 8192 elsewhere
@@ -184,7 +184,7 @@ class Parts:
         x = np.random.default_rng(3).normal(size=shape).astype(stream_dtype(config.precision))
         x_BSD = sharding.shard_batch({"x": x}, job.mesh)["x"]
         both = {name: params[name] for name in ("text_head", "image_head")}
-        heads = times * clock(jax.value_and_grad(self._heads_loss, (0, 1)), both, x_BSD, batch["text"])
+        heads = times * clock(jax.value_and_grad(self._heads_loss, (0, 1)), both, x_BSD, params, batch["text"])
         counts = Counter(config.kinds)
         of_kind = {kind: clock(self._gradient(self._layer(kind)), params, x_BSD) for kind in counts}
         scores = {kind: clock(self._gradient_of_scores(kind), *self._qkv(x_BSD)) for kind in counts}
@@ -237,12 +237,14 @@ class Parts:
         return functools.partial(whole, kind=kind, text_len=config.text_len, grid=config.grid)
 
     def _layer(self, kind: str):
-        attend, remat = self._attend(kind), self._config.remat
-        return lambda block, x_BSD: blocks.layer(block, x_BSD, attend=attend, remat=remat)
+        config = self._config
+        ways = {"attend": self._attend(kind), "remat": config.remat, "matmuls": config.matmuls}
+        return functools.partial(blocks.layer, **ways)
 
     def _mlp(self, block, x_BSD):
         policy = blocks.REMAT[self._config.remat].get("mlp")
-        mlp = jax.checkpoint(blocks.mlp, policy=policy) if policy else blocks.mlp
+        mlp = functools.partial(blocks.mlp, multiply=blocks.MATMULS[self._config.matmuls])
+        mlp = jax.checkpoint(mlp, policy=policy) if policy else mlp
         return mlp(block, x_BSD.reshape(-1, x_BSD.shape[-1])).reshape(x_BSD.shape)
 
     def _gradient_of_scores(self, kind: str):
@@ -261,16 +263,12 @@ class Parts:
         made = {"qkv"[i]: np.random.default_rng(i).normal(size=shape).astype(dtype) for i in range(3)}
         return sharding.shard_batch(made, self._job.mesh).values()
 
-    def _heads_loss(self, heads, x_BSD, text_BT):
+    def _heads_loss(self, heads, x_BSD, params, text_BT):
         """The two output heads and the loss, of random image tokens; the last norm is in the rest."""
         config = self._config
         image_BI = jax.random.randint(self._update.key, (len(text_BT), config.layout.image_len), 0, config.image_vocab)
-        x_text, x_image = x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
-        logits = [
-            jnp.einsum("...d,dv->...v", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-            for x, head in ((x_text, heads["text_head"]), (x_image, heads["image_head"]))
-        ]
-        text, image = token_losses(*logits, text_BT, image_BI)
+        features = x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
+        text, image = feature_losses(self._job.task.model, {**params, **heads}, features, text_BT, image_BI)
         return TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image
 
 

@@ -8,7 +8,7 @@ import pytest
 from line_task import train
 
 from dalle_jax import cli
-from dalle_jax.train import goodput, tracing
+from dalle_jax.train import breakdown, goodput, tracing
 
 
 def updates_in(workdir):
@@ -51,6 +51,7 @@ def test_the_updates_asked_for_are_traced(tmp_path):
     result = traced(tmp_path, 5, 7, checkpoint_every=6)
     assert result.step == 12 and updates_in(tmp_path) == [[5, 6]]
     assert goodput.read(tmp_path)["seconds"]["look"] > 0
+    assert (tmp_path / tracing.PICTURE).read_bytes().startswith(b"\x89PNG")
     again = traced(tmp_path, 5, 7)  # the launcher's command again, when they are past
     assert again.step == 12 and len(updates_in(tmp_path)) == 1
 
@@ -96,3 +97,18 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capfd):
     (tmp_path / tracing.FOLDER).write_text("a file where the folder goes")
     assert traced(tmp_path, 2, 3).step == 12
     assert capfd.readouterr().err.count("training goes on without a profile") == 1
+
+
+def test_the_picture_of_a_trace_counts_all_its_time():
+    """Two operations at once share their time; what holds others does not count beside them."""
+    events = [
+        ("while.3", 0, 100), ("dot.1", 0, 20), ("loop_fusion.2", 10, 20), ("copy.7", 50, 10),
+        ("all-gather-start.1", 60, 5), ("__cublas$gemm.4", 95, 5),
+    ]  # fmt: skip
+    found = breakdown.seconds_by_kind(events)
+    assert {kind: round(1e9 * seconds) for kind, seconds in found.items()} == {
+        "products": 21, "exchange": 4, "kernels": 0, "copies": 8, breakdown.REST: 17, breakdown.IDLE: 50,
+    }  # fmt: skip
+    assert sum(found.values()) == pytest.approx(100e-9)
+    with pytest.raises(ValueError, match="no operation"):
+        breakdown.seconds_by_kind(events[:1])

@@ -93,13 +93,18 @@ def _linear_backward(inputs, axes, saved, cotangent):
     outputs = weight.ndim - inputs
     over_outputs = tuple(range(cotangent.ndim - outputs, cotangent.ndim)), tuple(range(inputs, weight.ndim))
     by_x = jnp.tensordot(cotangent, weight, over_outputs)
+    return by_x, gradient_of_weight(x, weight, cotangent, inputs, axes)
+
+
+def gradient_of_weight(x, weight, cotangent, inputs: int, axes: tuple[str | None, ...] | None):
+    """Of `linear(x, weight, inputs, axes)`, which says how."""
     if axes and (kept := sharding.kept_part(weight.shape, axes, batch=len(x))):
-        return by_x, _gradient_by_parts(x, cotangent, weight.shape, inputs, *kept)
+        return _gradient_by_parts(x, cotangent, weight.shape, inputs, *kept)
     leading = (tuple(range(x.ndim - inputs)),) * 2
     if x.size <= cotangent.size:
-        return by_x, jnp.tensordot(x, cotangent, leading)
+        return jnp.tensordot(x, cotangent, leading)
     by_weight = jnp.tensordot(cotangent, x, leading)
-    return by_x, jnp.moveaxis(by_weight, range(outputs, weight.ndim), range(inputs))
+    return jnp.moveaxis(by_weight, range(weight.ndim - inputs, weight.ndim), range(inputs))
 
 
 def _gradient_by_parts(x, cotangent, shape, inputs, cut, mesh_axes):

@@ -18,7 +18,7 @@ from flax import nnx
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
 from dalle_jax.models import kernels
-from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
+from dalle_jax.models.blocks import MATMULS, Blocks, Deviations, check_remat, layer
 from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
 
@@ -32,7 +32,9 @@ class TransformerConfig:
     pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: a step of the ladder `blocks.REMAT` (see
     `run_layers`), 'full' as in the paper. scan: run the layers as a scan over the pattern's period (compile time
     independent of depth). precision: one of `layers.PRECISIONS`. attention: what computes it, one of
-    `kernels.ATTENTION`.
+    `kernels.ATTENTION`. matmuls: of the layers in training, 'model' in the precision's dtype or 'fp8' (`fp8.py`).
+    loss_parts: in how many parts of the vocabulary, one after another, training computes the logits: no more than a
+    part of them exists at once, and the backward pass computes them again. 1: as a whole.
     """
 
     num_layers: int = 64
@@ -48,6 +50,8 @@ class TransformerConfig:
     scan: bool = True
     precision: str = "bf16"
     attention: str = "xla"
+    matmuls: str = "model"
+    loss_parts: int = 1
 
     def __post_init__(self):
         for name in ("num_layers", "width", "heads", "head_size"):
@@ -56,7 +60,14 @@ class TransformerConfig:
         check_remat(self.remat)
         compute_dtype(self.precision)
         kernels.check_shapes(self.attention, length=self.layout.length, head_size=self.head_size)
+        if self.matmuls not in MATMULS:
+            raise ValueError(f"matmuls must be one of {tuple(MATMULS)}, got {self.matmuls!r}")
+        if self.matmuls == "fp8" and self.precision.startswith("fp16"):
+            raise ValueError(f"matmuls fp8 has its own scales: expected precision bf16 or fp32, got {self.precision}")
         _ = self.kinds
+        ids = self.layout.text_ids, self.layout.image_vocab
+        if self.loss_parts < 1 or any(count % self.loss_parts for count in ids):
+            raise ValueError(f"loss_parts must divide {ids[0]} text ids and {ids[1]} codes, got {self.loss_parts}")
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -107,13 +118,28 @@ class Transformer(nnx.Module):
         Returns: float32 text logits [B, T, text_ids], where slot p predicts what slot p + 1 reads, and float32 image
         logits [B, I, image_vocab], where position p predicts code p. No position sees a later token.
         """
+        text_D, image_D = self.features(text_BT, image_BI, scales)
+        return tuple(self.logits(x, head) for x, head in zip((text_D, image_D), self.heads(), strict=True))
+
+    def features(self, text_BT, image_BI, scales=None):
+        """What the heads read, [B, T, D] of text positions and [B, I, D] of image positions; arguments as above."""
         config, dtype, stream = self.config, compute_dtype(self.config.precision), stream_dtype(self.config.precision)
         x_BSD = jnp.concatenate([self._embed_text(text_BT), self._embed_image(image_BI)], axis=1).astype(stream)
         x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
         x_BSD = run_layers(self.blocks.stacked(dtype, vectors=stream, scales=scales), x_BSD, config)
         x_BSD = layer_norm(x_BSD, self.norm_gain[...], self.norm_bias[...])
-        text_D, image_D = x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
-        return self._head(text_D, self.text_head), self._head(image_D, self.image_head)
+        return x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
+
+    def heads(self):
+        """The output matrices, [D, text_ids] and [D, image_vocab]."""
+        return self.text_head[...], self.image_head[...]
+
+    def logits(self, x_BSD, head_DV):
+        """Features and an output matrix, or some columns of it -> float32 [B, S, V]."""
+        # Where the paper asks for float32 logits, an accelerator must not round the factors to bfloat16 or TF32.
+        exact = jax.lax.Precision.HIGHEST if self.config.precision == "fp16-paper" else None
+        weight = head_DV.astype(x_BSD.dtype)
+        return jnp.einsum("...d,dv->...v", x_BSD, weight, preferred_element_type=jnp.float32, precision=exact)
 
     def _embed_text(self, text_BT):
         return _look_up(self.text_embedding, text_BT, "vocab") + self.text_position[...]
@@ -123,12 +149,6 @@ class Transformer(nnx.Module):
         previous = jnp.pad(image_BI[:, :-1], [(0, 0), (1, 0)], constant_values=layout.start_of_image)
         position_ID = (self.row_position[...][:, None] + self.column_position[...][None]).reshape(-1, self.config.width)
         return _look_up(self.image_embedding, previous, "image_input") + position_ID
-
-    def _head(self, x, head):
-        # Where the paper asks for float32 logits, an accelerator must not round the factors to bfloat16 or TF32.
-        exact = jax.lax.Precision.HIGHEST if self.config.precision == "fp16-paper" else None
-        weight = head[...].astype(x.dtype)
-        return jnp.einsum("...d,dv->...v", x, weight, preferred_element_type=jnp.float32, precision=exact)
 
 
 def _deviations(config: TransformerConfig) -> Deviations:
@@ -164,7 +184,7 @@ def run_layers(stacked, x_BSD, config: TransformerConfig):
 
     def one_layer(x, block, kind):
         attend = functools.partial(attend_kind, kind=kind, text_len=config.text_len, grid=config.grid)
-        return layer(block, x, attend=attend, remat=config.remat)
+        return layer(block, x, attend=attend, remat=config.remat, matmuls=config.matmuls)
 
     kinds = config.kinds
     period = len(attention_pattern.PERIOD) if config.pattern == "paper" else 1

@@ -89,7 +89,7 @@ def _working(model: TransformerConfig, item: int, mesh) -> int:
     if model.attention == "xla":
         scores = max(_scores(model, kind) for kind in set(model.kinds)) // mesh.shape["tensor"]
     layer = WORKING * layout.length * model.width * item + SCORE_COPIES * 4 * scores
-    logits = 3 * 4 * (layout.text_len * layout.text_ids + layout.image_len * layout.image_vocab)
+    logits = 3 * 4 * (layout.text_len * layout.text_ids + layout.image_len * layout.image_vocab) // model.loss_parts
     return max(layer, logits // mesh.shape["tensor"])
 
 

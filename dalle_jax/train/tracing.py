@@ -1,7 +1,7 @@
 """`--profile START:STOP`: what device and host do in some updates, written for XProf and TensorBoard.
 
-Only the first process traces. A trace is for people: one that cannot be taken or written is a warning, and no way of
-ending a run leaves one open.
+Beside the trace goes a picture of it, WORKDIR/profile.png (`breakdown.py`). Only the first process traces. A trace is
+for people: one that cannot be taken or written is a warning, and no way of ending a run leaves one open.
 """
 
 import argparse
@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import jax
 
-FOLDER = "profile"  # inside the workdir
+from dalle_jax.train import breakdown
+
+FOLDER, PICTURE = "profile", "profile.png"  # inside the workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,13 @@ class Trace:
             self._open = False
             with self._survived():
                 jax.profiler.stop_trace()
+                self._draw()
+
+    def _draw(self):
+        try:
+            breakdown.draw(self._folder, self._folder.with_name(PICTURE))
+        except ValueError as error:
+            self._warn(f"warning: {PICTURE} was not drawn of {self._folder}: {error}")
 
     @contextlib.contextmanager
     def _survived(self):
