@@ -8,8 +8,13 @@ programs reach, everything else hidden behind it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.models import Model
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.preflight import flops
@@ -122,7 +127,11 @@ def _work(job: Job) -> tuple[int, int, int, float]:
 
 def _encode_flops(job: Job) -> int:
     """Of encoding one picture with the frozen dVAE; nothing where the data are codes."""
-    if job.has_codes:
-        return 0
-    encode = lambda params, image: encode_images(job.helper, params, image)  # noqa: E731
-    return flops.traced(encode, job.helper.abstract, job.example["image"])
+    return 0 if job.has_codes else _encode_flops_of(job.helper)
+
+
+@functools.cache
+def _encode_flops_of(dvae: Model) -> int:
+    side = dvae.config.image_size
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+    return flops.traced(lambda params, image: encode_images(dvae, params, image), dvae.abstract, image)

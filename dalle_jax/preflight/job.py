@@ -5,6 +5,7 @@ The update is `train/step.py`'s own, the state's places are those it trains with
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -40,10 +41,13 @@ class Job:
     topology: Topology
     devices: tuple[Any, ...]
 
-    @functools.cached_property
+    @property
     def helper(self) -> Model | None:
         """The frozen dVAE of a transformer."""
-        return _helper(self.config) if self.config.name == "transformer" else None
+        if self.config.name != "transformer":
+            return None
+        model = self.config.model
+        return _helper(self.config.dvae, (model.grid, model.image_vocab, self.config.data.image_size))
 
     @property
     def has_codes(self) -> bool:
@@ -112,10 +116,22 @@ class Job:
         rest = 4 * (model.num_params // cut - instead)
         return sent * (4 if self._compression.format == "fp32" else 2) + rest, instead * item + rest
 
-    @functools.cached_property
+    @property
     def state(self) -> steps.State:
         """The training state as jax.ShapeDtypeStruct with shardings."""
-        return steps.abstract_state(self.task, self.optimizer, mesh=self.mesh, **self._kept)
+        config = self.config.to_dict()
+        model = {key: value for key, value in config["model"].items() if key != "remat"}
+        parts = model, config["optimizer"], config["storage"], config["compression"], config["steps"]
+        decides = config["name"], json.dumps(parts, sort_keys=True), self.mesh
+        if decides not in self._states:
+            found = steps.abstract_state(self.task, self.optimizer, mesh=self.mesh, **self._kept)
+            self._states[decides] = found
+        return self._states[decides]
+
+    @functools.cached_property
+    def _states(self) -> dict[Any, steps.State]:
+        """Of this job and all that `changed` makes of it, by what decides them: a search asks for hundreds."""
+        return {}
 
     @functools.cached_property
     def frozen(self) -> Any:
@@ -177,15 +193,19 @@ class Job:
         config.update_from_flattened_dict(dict(values))
         job = Job(config.lock(), self.topology, self.devices)
         if not any(key.startswith(("name", "model.", "objective.", "data.", "dvae")) for key in values):
-            vars(job).update(helper=self.helper, task=self.task)  # the same, and slow to build
+            vars(job).update(task=self.task)  # the same, and slow to build
+        vars(job).update(_states=self._states)
         return job
 
 
-def _helper(config: ml_collections.ConfigDict) -> Model:
-    """The definition of the dVAE in config.dvae, or of the first of DVAES that fits the transformer."""
-    wanted = config.model.grid, config.model.image_vocab, config.data.image_size
-    if config.dvae:
-        found = [build("dvae", checkpoint.read_config(config.dvae)["model"])]
+@functools.cache
+def _helper(dvae: str, wanted: tuple[int, int, int]) -> Model:
+    """The definition of the dVAE in config.dvae, or of the first of DVAES that fits the transformer.
+
+    wanted: grid, codes, and pixels of a side. One object for all jobs of a search, as it is slow to build.
+    """
+    if dvae:
+        found = [build("dvae", checkpoint.read_config(dvae)["model"])]
     else:
         found = [build("dvae", configs.load(name).model) for name in DVAES]
     for model in found:
@@ -193,7 +213,7 @@ def _helper(config: ml_collections.ConfigDict) -> Model:
             return model
     raise UserError(
         f"expected a dVAE with grid, codes and pixels per side of {wanted}, got none in "
-        f"{config.dvae or 'configs/dvae.py'}: name its folder as --config.dvae=DIR or change config.model"
+        f"{dvae or 'configs/dvae.py'}: name its folder as --config.dvae=DIR or change config.model"
     )
 
 

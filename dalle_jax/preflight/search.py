@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dalle_jax.errors import UserError
@@ -87,9 +87,9 @@ def describe(changed: Mapping[str, Any]) -> str:
     return " ".join(words) or "as asked"
 
 
-def _confirmed(candidates: Sequence[tuple[dict[str, Any], Job]], tell) -> list[Result]:
+def _confirmed(candidates: Iterable[tuple[dict[str, Any], Job]], tell) -> list[Result]:
     """The first candidate that really fits, as a list of one; [] if none of the first few does."""
-    for changed, candidate in candidates[:MOST_COMPILED]:
+    for changed, candidate in itertools.islice(candidates, MOST_COMPILED):
         tell(f"trying {describe(changed)}")
         result = examine(candidate, changed)
         if result.verdict.fits:
@@ -127,11 +127,11 @@ def _remats(job: Job) -> list[str]:
     return list(REMAT) if "remat" in job.config.model else []
 
 
-def _more_chips(job: Job) -> list[tuple[dict[str, Any], Job]]:
-    """The same config on 2, 4, 8 ... times the chips, as few as the byte model lets fit."""
+def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
+    """The same config on 2, 4, 8 ... times the chips, with what the byte model lets fit there; one after the other, as
+    to look for the next takes as long as to compile one."""
     chosen = {"mesh.replica": CHOOSE, "mesh.fsdp": CHOOSE}  # sizes for these chips say nothing about more
     asked = {key: size for key, size in chosen.items() if job.config.mesh[key.removeprefix("mesh.")] != size}
-    found = []
     for doubling in range(1, 6):
         shape = list(job.topology.shape)
         for _ in range(doubling):
@@ -143,8 +143,8 @@ def _more_chips(job: Job) -> list[tuple[dict[str, Any], Job]]:
             options = next(filter(None, (_combinations(larger, keys) for keys in (0, 1, 2))), [])
         except UserError:  # a slice that does not exist, or a batch that does not divide
             continue
-        found += [({"topology": str(pod), **asked, **changed}, candidate) for changed, candidate in options[:1]]
-    return found
+        for changed, candidate in options[:1]:
+            yield {"topology": str(pod), **asked, **changed}, candidate
 
 
 def _ranked(job: Job, candidates, *, most_bytes: float) -> list[tuple[dict[str, Any], Job]]:
