@@ -159,7 +159,8 @@ def _save_curve(path: pathlib.Path, report: Mapping[str, Any]) -> None:
                 axes.plot([0], [curve.inception_score], marker="_", markersize=12, linestyle="", label=curve.model)
         axes.set_xlabel("radius of the Gaussian blur of both sets, pixels")
         axes.set_xticks(radii)
-        axes.set_ylim(bottom=min(0, *values))  # FID of a set with itself may be rounding below 0
+        low, high = min(0, *values), max(axes.dataLim.y1, 1e-6)  # a set and itself: 0, or rounding below it
+        axes.set_ylim(low, high + 0.08 * (high - low))
         axes.set_title(f"{COLUMNS[name][0]} ({networks[name]})", fontsize=10)
         axes.legend(fontsize=7)
     if with_published:
