@@ -374,7 +374,8 @@ def test_the_smallest_change_is_one_that_was_compiled(result, monkeypatch):
     job = Job(asked.config, topologies.Topology(chip, (1, 8)), asked.devices)
 
     def only_16_bits(job):
-        return compiled.Verdict(fits=job.config.storage.params == "bf16", total_bytes=size, collectives=[])
+        fits = job.config.storage.params == "bf16"
+        return compiled.Verdict(fits=fits, total_bytes=memory.total(job), collectives=[])
 
     monkeypatch.setattr(search, "compile_update", only_16_bits)
     first = search.examine(job)
@@ -382,6 +383,23 @@ def test_the_smallest_change_is_one_that_was_compiled(result, monkeypatch):
     (found,) = search.smallest_changes(first, tell=lines.append)
     assert dict(found.changed) == {"storage.params": "bf16"} and found.verdict.fits
     assert lines[-1] == "trying --config.storage.params=bf16" and len(lines) > 1
+
+
+def test_a_candidate_that_failed_says_how_far_to_trust_the_byte_model(result, monkeypatch):
+    """The compiler wants twice the model's bytes: after the first, only what has room for that is compiled."""
+    lines, job = [], result.job
+
+    def twice(job):
+        total = 2 * memory.total(job)
+        return compiled.Verdict(fits=total <= job.topology.usable_bytes, total_bytes=total, collectives=[])
+
+    monkeypatch.setattr(search, "compile_update", twice)
+    chip, size = dataclasses.replace(job.topology.chip, usable_share=1.0), memory.total(job)
+    chips = [dataclasses.replace(chip, memory_bytes=int(share * size)) for share in (1.5, 1.9, 2.1)]
+    pods = [topologies.Topology(chip, (1, 8)) for chip in chips]
+    candidates = [({"topology": str(i)}, dataclasses.replace(job, topology=pod)) for i, pod in enumerate(pods)]
+    (found,) = search._confirmed(candidates, lines.append)
+    assert lines == ["trying --topology 0", "trying --topology 2"] and found.verdict.fits
 
 
 def test_roofline_names_what_binds(result):

@@ -88,12 +88,23 @@ def describe(changed: Mapping[str, Any]) -> str:
 
 
 def _confirmed(candidates: Iterable[tuple[dict[str, Any], Job]], tell) -> list[Result]:
-    """The first candidate that really fits, as a list of one; [] if none of the first few does."""
-    for changed, candidate in itertools.islice(candidates, MOST_COMPILED):
+    """The first candidate that really fits, as a list of one; [] if none of the first few does.
+
+    Each that does not says by how much the byte model is too low here; those that it then puts too high are left out.
+    """
+    factor, failed = 1.0, 0
+    for changed, candidate in candidates:
+        expected = memory.total(candidate)
+        if expected * factor > candidate.topology.usable_bytes:
+            continue
         tell(f"trying {describe(changed)}")
         result = examine(candidate, changed)
         if result.verdict.fits:
             return [result]
+        factor = max(factor, result.verdict.total_bytes / expected)
+        failed += 1
+        if failed == MOST_COMPILED:
+            break
     return []
 
 
@@ -129,7 +140,7 @@ def _remats(job: Job) -> list[str]:
 
 def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
     """The same config on 2, 4, 8 ... times the chips, with what the byte model lets fit there; one after the other, as
-    to look for the next takes as long as to compile one."""
+    to look for the next takes seconds."""
     chosen = {"mesh.replica": CHOOSE, "mesh.fsdp": CHOOSE}  # sizes for these chips say nothing about more
     asked = {key: size for key, size in chosen.items() if job.config.mesh[key.removeprefix("mesh.")] != size}
     for doubling in range(1, 6):
@@ -143,7 +154,7 @@ def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
             options = next(filter(None, (_combinations(larger, keys) for keys in (0, 1, 2))), [])
         except UserError:  # a slice that does not exist, or a batch that does not divide
             continue
-        for changed, candidate in options[:1]:
+        for changed, candidate in options:
             yield {"topology": str(pod), **asked, **changed}, candidate
 
 
