@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--demo", type=pathlib.Path, required=True, help="a workdir of `dalle-jax demo`")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the runs; again to go on")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["fp32", "moments paper"])
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
@@ -68,7 +69,7 @@ def main() -> None:
         if time.monotonic() > deadline:
             os.kill(os.getpid(), signal.SIGTERM)  # the loop saves and returns
 
-    for seed in SEEDS:
+    for seed in args.seeds:
         for variant in args.variants:
             workdir = folder(args.out, variant, seed)
             if losses(workdir):
