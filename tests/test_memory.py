@@ -8,6 +8,7 @@ import types
 import chex
 import jax
 import jax.numpy as jnp
+import line_task
 import ml_collections
 import numpy as np
 import optax
@@ -165,10 +166,11 @@ def built(**values):
     return optimizer.build(config, steps=1000, axes=MODEL.axes)
 
 
-def train(opt, *, updates, storage=FLOAT32, accumulate=1, mesh=None):
+def train(opt, *, updates, storage=FLOAT32, accumulate=1, mesh=None, ema_every=1):
     mesh = mesh or sharding.make_mesh({}, devices=jax.devices()[:1])
     state = step.init_state(TASK, opt, key=jax.random.key(0), mesh=mesh, storage=storage)
-    update = step.make_update(TASK, opt, mesh=mesh, ema_decay=0.9, storage=storage, accumulate=accumulate)
+    options = {"ema_decay": 0.9, "ema_every": ema_every, "storage": storage, "accumulate": accumulate}
+    update = step.make_update(TASK, opt, mesh=mesh, **options)
     rng, losses = np.random.default_rng(0), []
     for _ in range(updates):
         batch = sharding.shard_batch({"ids": rng.integers(0, 32, 16).astype(np.int32)}, mesh)
@@ -282,6 +284,36 @@ def test_offloaded_moments_live_on_the_host_and_nothing_else_changes(kept):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         on_host = path[0].key == "opt_state" and leaf.ndim
         assert leaf.sharding.memory_kind == ("pinned_host" if on_host else "device"), path
+
+
+@pytest.mark.parametrize("every, updates", [(1, 3), (3, 5)])
+def test_an_average_in_host_memory_is_the_same(every, updates):
+    """But for the rounding of sums of numbers up to 1, which the compiler may contract to other operations."""
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    run = functools.partial(train, built(), updates=updates, mesh=mesh, ema_every=every)
+    (_, state), (_, wanted) = run(storage=step.Storage(offload_average=True)), run()
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    jax.tree.map(close, *map(jax.device_get, (state, wanted)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        assert leaf.sharding.memory_kind == ("pinned_host" if path[0].key == "ema" else "device"), path
+    average = step.average_of(state)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(average)} == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (average, state["ema"])))
+
+
+def test_a_run_with_its_average_in_host_memory_goes_on_bit_for_bit(tmp_path):
+    """Stopped between two moves of it; and the average is the one that is kept on the device."""
+    run_in = functools.partial(line_task.train, ema={"decay": 0.9, "every": 3})
+    host = {"params": "fp32", "offload": False, "offload_average": True}
+    straight = run_in(tmp_path / "straight", storage=host, steps=8)
+    run_in(tmp_path / "stopped", storage=host, steps=4)
+    resumed = run_in(tmp_path / "stopped", storage=host, steps=8)
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(r.state) for r in (straight, resumed)))
+    plain = run_in(tmp_path / "plain", steps=8)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, *(jax.device_get(r.state["ema"]) for r in (straight, plain)))
+    average, params = (np.asarray(straight.state[name]["matrix"]) for name in ("ema", "params"))
+    assert np.abs(average - params).max() > 1e-3
 
 
 @pytest.mark.slow  # a minute of the TPU compiler

@@ -199,6 +199,30 @@ def update_from_host(optimizer, grads, state, params, *, value, keep, axes):
     return join(layer_changes, changes), join(join(layer_state, rest_state), counters)
 
 
+def average_on_host(average: Any, params: Any, decay, *, axes: Any) -> Any:
+    """decay * average + (1 - decay) * params, of an average that lies in host memory, and stays there.
+
+    It passes through the device: stacked layers one at a time, in a loop, the rest at once.
+    """
+    old, structure = jax.tree.flatten(average)
+    new, names = structure.flatten_up_to(params), structure.flatten_up_to(axes)
+    stacked = [name[0] == "layers" for name in names]
+
+    def mixed(old, new):
+        here = jax.device_put(old, jax.memory.Space.Device)
+        here = [decay * a + (1.0 - decay) * p.astype(a.dtype) for a, p in zip(here, new, strict=True)]
+        return jax.device_put(here, jax.memory.Space.Host)
+
+    def part(layers):
+        return tuple([x for x, s in zip(tree, stacked, strict=True) if s == layers] for tree in (old, new))
+
+    of_layers = []
+    if any(stacked):
+        _, of_layers = jax.lax.scan(lambda _, xs: (None, mixed(*xs)), None, part(True))
+    of_layers, of_rest = iter(of_layers), iter(mixed(*part(False)))
+    return structure.unflatten(next(of_layers if s else of_rest) for s in stacked)
+
+
 def _moment(path) -> str | None:
     """'mu' or 'nu' of .mu['blocks']['up']; another field's name or None for anything else."""
     fields = [step.name for step in path if isinstance(step, jax.tree_util.GetAttrKey)]

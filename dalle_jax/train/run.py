@@ -132,6 +132,11 @@ def check_values(config: ml_collections.ConfigDict) -> None:
             f"expected config.compression.rank = 0 for a {config.name}, got {config.compression.rank}: its loss is no "
             "mean over examples, so the replicas' gradients do not add up to its gradient"
         )
+    if config.storage.offload_average and not config.ema.decay:
+        raise UserError(
+            "expected config.ema.decay above 0 with config.storage.offload_average, got 0: then the average is the "
+            "parameters; leave one of them out"
+        )
     if config.storage.offload and config.optimizer.name != "adamw":
         raise UserError(
             f"expected config.optimizer.name = adamw with config.storage.offload, got {config.optimizer.name}: Muon "
