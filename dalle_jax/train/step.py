@@ -42,8 +42,7 @@ class Storage:
     offload: the optimizer's moments (AdamW's alone) live in the hosts' memory; each update takes them through the
       device, one stacked layer at a time. The device then holds the moments' bytes less at all times; during the
       update the changes of all parameters come on top, 4 bytes each, so it pays where activations make the peak.
-    offload_average: so does the moving average, which passes through the device in the updates that move it, as the
-      paper's does (appendix E).
+    offload_average: so does the moving average, which passes through the device in every update.
     """
 
     params: str = "fp32"
@@ -230,10 +229,9 @@ def make_update(
             return each(params, frozen, own, keys, step, scale)
 
     def averaged(ema, params, due):
-        if storage.offload_average:
-            moved = lambda: moments.average_on_host(ema, params, ema_decay, axes=task.model.axes)  # noqa: E731
-            return jax.lax.cond(due, moved, lambda: ema) if ema_every > 1 else moved()
         decay = jnp.where(due, ema_decay, 1.0 if ema_decay else 0.0)
+        if storage.offload_average:  # in every update: XLA has no conditional over arrays in host memory
+            return moments.average_on_host(ema, params, decay, axes=task.model.axes)
         return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new.astype(old.dtype), ema, params)
 
     def update(state, frozen, batch, key):
