@@ -129,13 +129,13 @@ def check_values(config: ml_collections.ConfigDict) -> None:
             )
     if config.compression.rank and config.name != "transformer":
         raise UserError(
-            f"expected config.compression.rank = 0 for a {config.name}, got {config.compression.rank}: its loss is no "
-            "mean over examples, so the replicas' gradients do not add up to its gradient"
+            f"expected config.compression.rank = 0 for a {config.name}, got {config.compression.rank}: its loss may be "
+            "no mean over examples (CLIP's pairs, a dVAE's `balance`), of which replicas could take a part each"
         )
     if config.storage.offload_average and not config.ema.decay:
         raise UserError(
-            "expected config.ema.decay above 0 with config.storage.offload_average, got 0: then the average is the "
-            "parameters; leave one of them out"
+            "expected config.ema.decay above 0 with config.storage.offload_average, got 0, with which the average is "
+            "the parameters: leave one of them out"
         )
     if config.storage.offload and config.optimizer.name != "adamw":
         raise UserError(
