@@ -70,7 +70,7 @@ class Checkpoints:
             raise UserError(
                 f"expected a workdir to write to, got {self._folder} ({error.strerror}): choose another"
             ) from error
-        self._manager = self._open()
+        self._manager: ocp.CheckpointManager | None = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -96,11 +96,13 @@ class Checkpoints:
         Waits for the save before, and warns if that one or the start of this one failed.
         """
         self._finish()
-        if step in self._manager.all_steps():
+        # Where process 0 cannot make a folder the others wait for it long.
+        problem = _anywhere(self._unwritable() or self._unopened())
+        if problem is None and step in self._manager.all_steps():
             return
         self._writing = step
-        if full := _anywhere(self._unwritable()):  # where process 0 cannot make a folder the others wait for it long
-            return self._failed(full)
+        if problem:
+            return self._failed(problem)
         try:
             state = self._set_apart(state)
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
@@ -134,6 +136,7 @@ class Checkpoints:
         """
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         try:
+            self._manager = self._manager or self._open()
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise UserError(
@@ -163,14 +166,16 @@ class Checkpoints:
                     "the one before it is used"
                 )
             distributed.gather_json(None)  # nobody looks before it is done
-            self._manager.reload()
+            if self._manager:
+                self._manager.reload()
         return None
 
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._finish()
         self._starter.shutdown()
-        self._manager.close()
+        if self._manager:
+            self._manager.close()
 
     def _finish(self) -> None:
         if self._writing is None:
@@ -187,15 +192,29 @@ class Checkpoints:
     def _failed(self, reason: str) -> None:
         step, self._writing = self._writing, None
         self._apart = None  # whoever failed may still hold it
-        newest = max(checkpoint.steps_in(self._folder), default=None)
-        left = "there is no earlier one" if newest is None else f"the newest complete one is that of update {newest}"
+        self._manager = None  # it has forgotten which checkpoints it did not delete
         self._warn(
             f"WARNING: the checkpoint of update {step} could not be written ({reason}): "
-            f"training goes on, {left}; make room or mend the storage before the next one"
+            f"training goes on, {self._left()}; make room or mend the storage before the next one"
         )
         with contextlib.suppress(OSError):
             self._tidy(step)
-        self._manager = self._open()  # the old one has forgotten which checkpoints it did not delete
+
+    def _left(self) -> str:
+        """What there is besides a checkpoint that failed, in a few words."""
+        try:
+            newest = max(checkpoint.steps_in(self._folder), default=None)
+        except OSError as error:  # of an object store that is away
+            return f"earlier ones cannot be seen now ({_reason(error)})"
+        return "there is no earlier one" if newest is None else f"the newest complete one is that of update {newest}"
+
+    def _unopened(self) -> str | None:
+        """Opens Orbax's manager again after a failure; why that does not work, None if it does."""
+        try:
+            self._manager = self._manager or self._open()
+        except Exception as error:  # of the many kinds that the libraries of object stores raise
+            return _reason(error)
+        return None
 
     def _unwritable(self) -> str | None:
         """Why this process can write nothing, None if it can."""

@@ -6,7 +6,7 @@ import sys
 
 import jax
 import numpy as np
-from test_clip import TINY, random_batch, tiny_config
+from test_clip import ONE_LAYER, TINY, random_batch, tiny_config
 
 from dalle_jax import distributed, sharding
 from dalle_jax.train import optimizer as optimizers
@@ -23,8 +23,7 @@ def train(mesh):
     the step size.
     """
     words = ("optimizer.name=adamw", "optimizer.eps=1e-3", "optimizer.schedule.warmup_steps=0")
-    words += ("model.image_layers=1", "model.text_layers=1")  # they compile in half of the time
-    config = tiny_config(*(f"--config.{word}" for word in words), batch_size=BATCH)
+    config = tiny_config(*(f"--config.{word}" for word in words), *ONE_LAYER, batch_size=BATCH)
     task = build_task(config)
     built = optimizers.build(config.optimizer, steps=UPDATES, axes=task.model.axes)
     state = steps.init_state(task, built, key=jax.random.key(0), mesh=mesh)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dalle_jax"
 
 # Lowest first. A unit imports only from levels below its own; units of one level never see each other.
 LEVELS = (
-    {"errors", "host_memory"},
+    {"errors", "fonts", "host_memory"},
     {"pixels", "attention_pattern", "layout"},
     {"digest"},
     {"config", "tokenizer", "clip_tokenizer", "sharding", "checkpoint", "compilation_cache", "distributed"},

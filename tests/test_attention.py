@@ -10,6 +10,7 @@ from dalle_jax import attention_pattern
 from dalle_jax.models import attention
 
 KINDS = attention_pattern.KINDS
+attend = jax.jit(attention.attend, static_argnums=3, static_argnames=("text_len", "grid"))
 SHAPES = [(5, 4), (3, 8), (1, 1), (2, 13)]  # text_len, grid; 13 is wider than half a convolution window
 
 
@@ -35,7 +36,7 @@ def random_qkv(text_len, grid, batch=2, heads=2, head_size=4, scale=2.0):
 def test_blocks_equal_dense_attention_under_the_mask(kind, text_len, grid):
     q, k, v = random_qkv(text_len, grid)
     mask = attention_pattern.allowed(kind, text_len=text_len, grid=grid)
-    got = jax.jit(lambda *qkv: attention.attend(*qkv, kind, text_len=text_len, grid=grid))(q, k, v)
+    got = attend(q, k, v, kind, text_len=text_len, grid=grid)
     want = np.stack([dense(*(x[b].astype(np.float64) for x in (q, k, v)), mask) for b in range(q.shape[0])])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)  # float32 sums of up to 171 terms
 
@@ -87,7 +88,7 @@ def test_cached_steps_equal_whole_sequence(kind, text_len, grid):
     for x in (k, v):  # candidates of a caption share its text
         shared = x[:, :text_len].reshape(captions, candidates, text_len, heads, head_size)
         shared[:] = shared[:, :1]
-    want = attention.attend(q, k, v, kind, text_len=text_len, grid=grid)[:, text_len:]
+    want = np.asarray(attend(q, k, v, kind, text_len=text_len, grid=grid))[:, text_len:]
     text = {name: x[::candidates, :text_len].transpose(0, 2, 1, 3) for name, x in (("k", k), ("v", v))}
     images = captions * candidates
     cache = attention.empty_cache(kind, grid=grid, images=images, heads=heads, head_size=head_size, dtype=jnp.float32)

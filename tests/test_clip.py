@@ -1,6 +1,7 @@
 """CLIP: what its text tower sees, its loss by the paper's pseudo-code, equality of its ways of computing, training."""
 
 import dataclasses
+import functools
 import json
 
 import chex
@@ -14,6 +15,7 @@ from dalle_jax import sharding
 from dalle_jax.errors import UserError
 from dalle_jax.models import build, clip
 from dalle_jax.models.clip import CLIPConfig
+from dalle_jax.models.layers import Model
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.tokenizer import Tokenizer
 from dalle_jax.train import clip_task, run
@@ -37,11 +39,16 @@ TINY = CLIPConfig(
 )
 
 
+apply = jax.jit(Model.apply, static_argnums=0, static_argnames="method")
+encode_images, encode_captions = (jax.jit(f, static_argnums=0) for f in (clip.encode_images, clip.encode_captions))
+
+
+@functools.cache
 def random_params(config, seed=0):
-    """Fresh parameters, all of them moved, so that nothing is hidden by zeros."""
-    params = jax.jit(clip.model(config).init)(jax.random.key(seed))
+    """Fresh parameters, all of them moved, so that nothing is hidden by zeros. Nobody here changes them."""
+    params = jax.device_get(jax.jit(clip.model(config).init)(jax.random.key(seed)))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32), params)
+    return jax.tree.map(lambda x: jnp.asarray(x + 0.2 * rng.standard_normal(x.shape).astype(np.float32)), params)
 
 
 def random_batch(config, batch=4, seed=0):
@@ -55,6 +62,9 @@ def tiny_config(*words, batch_size=8):
     sizes = {f"model.{key}": value for key, value in dataclasses.asdict(TINY).items() if key not in ("mean", "std")}
     values = sizes | {"batch_size": batch_size, "data.image_size": TINY.image_size}
     return configs.load("configs/clip.py:demo", [*(f"--config.{key}={value}" for key, value in values.items()), *words])
+
+
+ONE_LAYER = ("--config.model.image_layers=1", "--config.model.text_layers=1")  # compiles in half of the time
 
 
 @pytest.mark.parametrize(("variant", "parameters"), [("b32", 151_277_313), ("b16", 149_620_737), ("l14", 427_616_513)])
@@ -75,11 +85,12 @@ def test_no_text_state_depends_on_a_later_token():
     params, (_, text) = random_params(TINY), random_batch(TINY, batch=1)
     stacked = params["text"]["blocks"]
 
+    @jax.jit
     def states(ids):
         x = params["text"]["embedding"][ids] + params["text"]["position"]
-        return np.asarray(clip._run(stacked, x, clip.attention.attend_text, TINY))[0]
+        return clip._run(stacked, x, clip.attention.attend_text, TINY)[0]
 
-    before = states(text)
+    before = np.asarray(states(text))
     for place in range(TINY.text_len):
         other = text.copy()
         other[0, place] = (text[0, place] + 1) % 11
@@ -92,14 +103,14 @@ def test_only_what_comes_before_the_end_mark_counts():
     text = np.stack([layout.text_slots([1, 2])] * 3)
     text[1, 4:] = layout.end_of_text  # padded as Hugging Face does
     text[2, 2] = 5
-    features = np.asarray(model.apply(params, text, method="encode_text"))
+    features = np.asarray(apply(model, params, text, method="encode_text"))
     np.testing.assert_allclose(features[0], features[1], atol=1e-6)
     assert np.abs(features[0] - features[2]).max() > 1e-3
 
 
 def test_vectors_are_of_unit_length_and_pixels_are_normalised():
     model, params, (image, text) = clip.model(TINY), random_params(TINY), random_batch(TINY)
-    for vectors in (clip.encode_images(model, params, image), clip.encode_captions(model, params, text)):
+    for vectors in (encode_images(model, params, image), encode_captions(model, params, text)):
         assert vectors.shape == (4, 8) and vectors.dtype == jnp.float32
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1.0, atol=1e-6)
     mean = np.array(TINY.mean) * 255
@@ -143,9 +154,8 @@ def test_accuracies_count_nearest_partners():
 
 def test_the_scale_is_clipped_at_100_and_can_come_back():
     model, batch = clip.model(TINY), random_batch(TINY)
-    params = random_params(TINY)
-    params["log_scale"] = jnp.array([9.0])
-    assert float(model.apply(params, clip.normalised(batch[0], TINY), batch[1])[2]) == pytest.approx(100.0)
+    params = random_params(TINY) | {"log_scale": jnp.array([9.0])}
+    assert float(apply(model, params, clip.normalised(batch[0], TINY), batch[1])[2]) == pytest.approx(100.0)
     slope = jax.grad(lambda x, sign: sign * clip.at_most(x, 2.0))
     assert [float(slope(x, sign)) for x in (1.0, 3.0) for sign in (1.0, -1.0)] == [1.0, -1.0, 1.0, 0.0]
 
@@ -170,8 +180,8 @@ def test_scan_equals_loop_and_remat_equals_none():
 
 def test_bf16_is_close_to_fp32():
     params, (image, _) = random_params(TINY), random_batch(TINY)
-    exact = clip.encode_images(clip.model(TINY), params, image)
-    rounded = clip.encode_images(clip.model(dataclasses.replace(TINY, precision="bf16")), params, image)
+    exact = encode_images(clip.model(TINY), params, image)
+    rounded = encode_images(clip.model(dataclasses.replace(TINY, precision="bf16")), params, image)
     assert rounded.dtype == jnp.float32
     assert 0 < np.linalg.norm(exact - rounded) < 0.05 * np.linalg.norm(exact)  # 8 bits of mantissa through 2 layers
 
@@ -181,7 +191,7 @@ def test_eight_devices_train_as_one_does():
 
     The loss of eight batches of one is zero, so the test would see a loss that stayed on its device.
     """
-    config = tiny_config("--config.optimizer.name=adamw")
+    config = tiny_config("--config.optimizer.name=adamw", *ONE_LAYER)
     task = build_task(config)
     image, text = random_batch(TINY, batch=8)
     built = optimizers.build(config.optimizer, steps=10, axes=task.model.axes)
@@ -243,7 +253,8 @@ def workdir(tmp_path_factory):
     Tokenizer.train([f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "star")], vocab_size=300).save(folder)
     words = ["steps=3", f"tokenizer={folder}", "model.text_vocab=0", "data.train=scenes:train@24", "log_every=1"]
     words += ["validation_batches=1", "validate_every=3", "data.validation=scenes:val@24", "data.threads=0"]
-    config = tiny_config(*(f"--config.{word}" for word in words))
+    words += ["optimizer.name=adamw"]
+    config = tiny_config(*(f"--config.{word}" for word in words), *ONE_LAYER)
     run.train(config, folder / "run", progress=False)
     (folder / "tokenizer.model").unlink()
     return folder / "run"

@@ -100,7 +100,7 @@ def test_bfloat16_stays_near_float32(tiny):
 
 def test_every_parameter_takes_part(tiny):
     model, params = tiny
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # zero biases and dead units would hide a use
+    params = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.1), params)  # zeros, dead units would hide a use
     x = pixels.to_laplace(pixels.to_unit(some_images()))
 
     def total(params):
@@ -117,7 +117,7 @@ def test_folding_pixels_keeps_every_position_in_its_place():
     model = build("dvae", sizes)
     params = init(model)
     for network in ("encoder", "decoder"):
-        params[network]["tower"] = jax.tree.map(jnp.zeros_like, params[network]["tower"])
+        params[network]["tower"] = jax.tree.map(np.zeros_like, params[network]["tower"])
         if network == "decoder":
             params[network]["tower"]["group_1_block_1"]["skip"]["weight"] = jnp.eye(6, 8)[None, None]
     image = pixels.to_unit(some_images(1))

@@ -236,7 +236,7 @@ def test_bad_input_is_one_clear_line(words, message, weights, folders, tmp_path,
 
 def test_weights_that_make_nan_are_refused(weights, folders):
     extractor = Extractor.load(weights)
-    extractor._params = jax.tree.map(lambda x: x * np.nan, extractor._params)
+    extractor._params = jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), extractor._params)
     from dalle_jax.data.sources import open_source
 
     found = extractor.of_source(open_source(f"folder:{folders[0]}", captions_required=False), prepare=Preparation())

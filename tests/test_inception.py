@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from dalle_jax import checkpoint
 from dalle_jax.convert import inception as importer
+from dalle_jax.convert.state_dict import read_state_dict
 from dalle_jax.errors import UserError
 from dalle_jax.models import build, inception
 
@@ -195,6 +196,15 @@ def test_wrong_state_dicts_are_refused(damage, message):
     damage(state)
     with pytest.raises(UserError, match=message):
         importer.convert(state)
+
+
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
+    """Its bytes are read as a pickle; what that stumbles on depends on the first of them."""
+    pytest.importorskip("torch", reason="reading a .pth takes PyTorch: pip install 'dalle-jax[convert]'")
+    for content in (b"hello\n", b"abc def\n", b"<html></html>", b"PK", b""):
+        (tmp_path / "a.pth").write_bytes(content)
+        with pytest.raises(UserError, match="expected a state dict"):
+            read_state_dict(str(tmp_path / "a.pth"))
 
 
 def test_impossible_sizes_are_refused():

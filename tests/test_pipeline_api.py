@@ -46,10 +46,10 @@ def folder(tmp_path_factory):
         "precision": "fp32",
     }
     for name, config, path in (("transformer", model, folder), ("dvae", DVAE, folder / "dvae")):
-        params = jax.jit(build(name, config).init)(jax.random.key(1))
-        noise = jax.random.normal(jax.random.key(2), (max(x.size for x in jax.tree.leaves(params)),))
+        params = jax.device_get(jax.jit(build(name, config).init)(jax.random.key(1)))
+        noise = np.asarray(jax.random.normal(jax.random.key(2), (max(x.size for x in jax.tree.leaves(params)),)))
         params = jax.tree.map(lambda x, noise=noise: x + 0.3 * noise[: x.size].reshape(x.shape), params)
-        checkpoint.save_params(path, {"name": name, "model": config}, jax.device_get(params))
+        checkpoint.save_params(path, {"name": name, "model": config}, params)
     return folder
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_clip import TINY
+from test_clip import TINY, apply, encode_images
 
 from dalle_jax import checkpoint
 from dalle_jax.errors import UserError
@@ -31,12 +31,12 @@ def folder(tmp_path_factory):
     model = clip.model(config)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
     images = np.stack([plain(colour) for colour in COLOURS])
-    vectors = np.asarray(clip.encode_images(model, params, images))
+    vectors = np.asarray(encode_images(model, params, images))
     wanted = np.linalg.pinv(vectors).T  # its dot product is 1 with the colour's picture and 0 with the others
     text = np.stack([config.layout.text_slots(tokenizer.encode(colour)) for colour in COLOURS])
     states = params | {"text": params["text"] | {"projection": np.eye(16, dtype=np.float32)}}
     wide = clip.model(dataclasses.replace(config, embed=16))
-    read = np.asarray(wide.apply(states, text, method="encode_text")) * 4.0  # of layer-normed states: length sqrt(16)
+    read = np.asarray(apply(wide, states, text, method="encode_text")) * 4.0  # of layer-normed states: length sqrt(16)
     params["text"]["projection"] = (np.linalg.pinv(read) @ wanted).astype(np.float32)
     folder = tmp_path_factory.mktemp("model")
     checkpoint.save_params(folder, {"name": "clip", "model": dataclasses.asdict(config)}, params)

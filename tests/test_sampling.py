@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_transformer
-from test_transformer import TINY, random_batch
+from test_transformer import TINY, apply, random_batch
 
 from dalle_jax import sharding
 from dalle_jax.models import attention, decoding, transformer
@@ -24,7 +24,7 @@ def uncached(config, params, text_CT, image_CMI):
     """Image logits [C, M, I, V] of the whole forward pass."""
     captions, candidates = image_CMI.shape[:2]
     text = np.repeat(text_CT, candidates, axis=0)
-    logits = transformer.model(config).apply(params, text, image_CMI.reshape(captions * candidates, -1))[1]
+    logits = apply(transformer.model(config), params, text, image_CMI.reshape(captions * candidates, -1))[1]
     return np.asarray(logits).reshape(captions, candidates, *logits.shape[1:])
 
 
@@ -83,7 +83,7 @@ def test_greedy_sampling_takes_the_most_likely_token_of_the_uncached_model():
     """top_k = 1 leaves one choice, so the sampled picture must be its own argmax under the full forward pass."""
     ids = sample(top_k=1)
     text = np.repeat(random_batch(TINY, batch=2)[0], 3, axis=0)
-    logits = transformer.model(TINY).apply(random_params(TINY), text, ids.reshape(6, -1))[1]
+    logits = apply(transformer.model(TINY), random_params(TINY), text, ids.reshape(6, -1))[1]
     np.testing.assert_array_equal(ids.reshape(6, -1), logits.argmax(-1))
 
 
@@ -102,7 +102,7 @@ def test_the_caption_still_matters_at_the_last_position():
     model, params = transformer.model(TINY), random_params(TINY)
     text = random_batch(TINY, batch=2)[0]
     image = sample(captions=1, candidates=1, text=text[:1])[0]
-    first, second = (model.apply(params, text[i : i + 1], image)[1][0, -1] for i in range(2))
+    first, second = (apply(model, params, text[i : i + 1], image)[1][0, -1] for i in range(2))
     assert np.abs(first - second).max() > 1e-2
 
 

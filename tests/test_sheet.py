@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+from dalle_jax import fonts
 from dalle_jax.data import scenes
 from dalle_jax.sample.sheet import contact_sheet, wrap
 
@@ -46,3 +47,18 @@ def test_a_caption_is_broken_between_words_and_loses_none():
     assert lines[0].split() == text.split()[: len(lines[0].split())]
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert wrap("", font, 100) == [""]
+
+
+def test_letters_that_no_plain_font_has_are_drawn():
+    image = np.zeros((64, 64, 3), np.uint8)
+    drawn = [np.asarray(contact_sheet([image], [text], columns=1)) for text in ("\u0436", "\u0434", "\u4e00")]
+    assert len({page.tobytes() for page in drawn}) == 3  # a missing letter is the same box whatever it is
+
+
+def test_each_letter_has_a_font_or_is_named(monkeypatch):
+    chosen, missing = fonts.fonts_for(["a \u0436\n"])
+    assert [*chosen] == ["DejaVu Sans"] and not missing
+    monkeypatch.setattr(fonts, "letters", lambda file: frozenset("abc" if "DejaVuSans.ttf" in file else "xy"))
+    chosen, missing = fonts.fonts_for(["abcd", "e\nx"])
+    assert len(chosen) == 2 and [*chosen][0] == "DejaVu Sans" and missing == {"d", "e"}
+    assert not any(name.startswith("Last Resort") for name in chosen)

@@ -10,6 +10,7 @@ import pytest
 
 from dalle_jax.layout import Layout
 from dalle_jax.models import transformer
+from dalle_jax.models.layers import Model
 from dalle_jax.models.transformer import TransformerConfig
 
 TINY = TransformerConfig(
@@ -33,14 +34,14 @@ def random_batch(config, batch=2, seed=0):
     return text, rng.integers(config.image_vocab, size=(batch, config.layout.image_len)).astype(np.int32)
 
 
+apply = jax.jit(Model.apply, static_argnums=0)
+
+
 def random_params(config, seed=0):
     """Fresh parameters with every zero-initialised one made random, so that nothing is hidden by zeros."""
-    params = transformer.model(config).init(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
+    params = jax.device_get(jax.jit(transformer.model(config).init)(jax.random.key(seed)))
+    rng = np.random.default_rng(seed)  # and not JAX, which compiles for every shape
+    return jax.tree.map(lambda x: jnp.asarray(x + np.float32(0.3) * rng.standard_normal(x.shape, np.float32)), params)
 
 
 def test_parameter_count_of_the_paper():
@@ -67,8 +68,8 @@ def test_every_parameter_dimension_is_named():
 def test_initial_values():
     """Output heads start at zero, so a fresh model predicts uniformly; matrices have the stated deviations."""
     config = dataclasses.replace(TINY, width=64, num_layers=8)
-    params = transformer.model(config).init(jax.random.key(0))
-    text_logits, image_logits = transformer.model(config).apply(params, *random_batch(config))
+    params = jax.jit(transformer.model(config).init)(jax.random.key(0))
+    text_logits, image_logits = apply(transformer.model(config), params, *random_batch(config))
     assert not text_logits.any() and not image_logits.any()
     assert np.std(params["blocks"]["qkv"]) == pytest.approx(0.125 / 8, rel=0.03)
     assert np.std(params["blocks"]["down"]) == pytest.approx(0.125 / 16 / 4, rel=0.03)  # fan-in 256, 1/sqrt(2 * 8)
@@ -136,8 +137,8 @@ def test_scanned_program_does_not_grow_with_depth():
 
 def test_bf16_is_close_to_fp32():
     params, batch = random_params(TINY), random_batch(TINY)
-    exact = transformer.model(TINY).apply(params, *batch)
-    rounded = transformer.model(dataclasses.replace(TINY, precision="bf16")).apply(params, *batch)
+    exact = apply(transformer.model(TINY), params, *batch)
+    rounded = apply(transformer.model(dataclasses.replace(TINY, precision="bf16")), params, *batch)
     for a, b in zip(exact, rounded, strict=True):
         assert b.dtype == jnp.float32
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a)  # 8 bits of mantissa through 6 layers

@@ -23,6 +23,7 @@ from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.data.record import Dropped, Record, Source
 from dalle_jax.data.sources import HELP, open_source
 from dalle_jax.errors import UserError
+from dalle_jax.fonts import fonts_for
 from dalle_jax.tokenizer import Tokenizer
 
 EXAMPLES = 10  # records in the picture
@@ -125,8 +126,14 @@ def report(
     good = [row for row, outcome in zip(rows, seen, strict=True) if isinstance(outcome, Seen)]
     if picture and good:
         chosen = [good[i] for i in np.linspace(0, len(good) - 1, min(EXAMPLES, len(good))).astype(int)]
-        draw([source[row] for row in chosen], picture, config=config)
+        undrawable = draw([source[row] for row in chosen], picture, config=config)
         summary["picture"] = str(picture)
+        if undrawable:
+            print(
+                f"dalle-jax: no installed font has {len(undrawable)} of the letters in {picture}, such as "
+                f"{min(undrawable)!r}: they are drawn as boxes (install a font of their script)",
+                file=sys.stderr,
+            )
     print(json.dumps(summary) if as_json else as_text(summary))
     if not good:
         print(f"dalle-jax: no record of {source.name} can be used", file=sys.stderr)
@@ -267,8 +274,11 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def draw(records: list[Record], path: str, *, config: DataConfig) -> None:
+def draw(records: list[Record], path: str, *, config: DataConfig) -> set[str]:
     """One PNG with these records, cropped to the centre as validation sees them, each under its first caption.
+
+    Returns:
+      The letters that no installed font has, drawn as boxes.
 
     Raises:
       UserError: the file cannot be written.
@@ -278,16 +288,18 @@ def draw(records: list[Record], path: str, *, config: DataConfig) -> None:
     columns = min(5, len(records))
     rows = -(-len(records) // columns)
     figure = Figure(figsize=(2.4 * columns, 3.0 * rows), layout="constrained")
-    for place, record in enumerate(records):
+    captions = [textwrap.fill(_printable(record.captions[0])[:75], 26) if record.captions else "" for record in records]
+    fonts, undrawable = fonts_for(captions)
+    for place, (record, caption) in enumerate(zip(records, captions, strict=True)):
         axes = figure.add_subplot(rows, columns, place + 1)
         image = decode_image(record.image, max_pixels=config.max_pixels)
         axes.imshow(transforms.centre(image, config.image_size))
-        caption = textwrap.fill(_printable(record.captions[0])[:75], 26) if record.captions else ""
-        axes.set_title(caption, fontsize=8, parse_math=False, wrap=True)
+        axes.set_title(caption, fontsize=8, family=list(fonts), parse_math=False, wrap=True)
         axes.set_axis_off()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # scripts that matplotlib's font lacks
+            warnings.filterwarnings("ignore", message="Glyph")  # of what is returned as undrawable
             figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
         raise UserError(f"expected to write the picture {path}, got {error}: choose another with --picture") from error
+    return undrawable

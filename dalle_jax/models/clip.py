@@ -83,8 +83,9 @@ class CLIPConfig:
         return self.image_size // self.patch
 
 
+@functools.cache
 def model(config: CLIPConfig) -> Model:
-    """CLIP as pure functions; methods `__call__`, `encode_image` and `encode_text`."""
+    """CLIP as pure functions, the same one for the same config; methods `__call__`, `encode_image`, `encode_text`."""
     return Model(config, functools.partial(CLIP, config))
 
 

@@ -7,6 +7,7 @@ Array names end in their dimensions: B batch, H height, W width, C channels, G g
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +76,9 @@ class DVAEConfig:
         return 1.0 / (self.groups * self.blocks_per_group) ** 2
 
 
+@functools.cache
 def model(config: DVAEConfig) -> Model:
-    """The definition as pure functions; methods `encode`, `decode` and `decode_ids` of `DVAE`."""
+    """The definition as pure functions, the same one for the same config; methods `encode`, `decode`, `decode_ids`."""
     return Model(config, lambda rngs: DVAE(config, rngs))
 
 

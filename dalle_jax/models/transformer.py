@@ -67,8 +67,9 @@ class TransformerConfig:
         return attention_pattern.layer_kinds(self.num_layers, self.pattern)
 
 
+@functools.cache
 def model(config: TransformerConfig) -> Model:
-    """The transformer as pure functions."""
+    """The transformer as pure functions, the same one for the same config."""
     return Model(config, functools.partial(Transformer, config))
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dalle_jax.fonts import fonts_for, letters
+
 _PAPER, _INK, _LINE = (255, 255, 255), (40, 40, 40), (208, 208, 208)
 _RIGHT, _WRONG = (30, 150, 70), (205, 40, 40)
 _SPACE, _FRAME, _TEXT = 12, 3, 13  # pixels: between cells, width of a marked frame, height of the letters
@@ -39,11 +41,11 @@ def contact_sheet(
         if values is not None and len(values) != len(images):
             raise ValueError(f"expected one of {name} for each of {len(images)} pictures, got {len(values)}")
     columns = min(columns, len(images))
-    font = ImageFont.load_default(_TEXT)
+    fonts = [_font(text) for text in captions or ()]
     width = scale * max(image.shape[1] for image in images)
     height = scale * max(image.shape[0] for image in images)
-    texts = [wrap(text, font, width) for text in captions] if captions is not None else [[]] * len(images)
-    line_height = sum(font.getmetrics()) + 1
+    texts = [wrap(text, font, width) for text, font in zip(captions or (), fonts, strict=True)] or [[]] * len(images)
+    line_height = max((sum(font.getmetrics()) for font in fonts), default=0) + 1
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
     row_heights = [height + line_height * max(len(texts[i]) for i in row) + (4 if captions else 0) for row in rows]
 
@@ -64,7 +66,7 @@ def contact_sheet(
             page.paste(picture, (left, top))
             for line, text in enumerate(texts[i]):
                 middle = outer + column * (width + outer) + width / 2
-                pen.text((middle, top + height + 4 + line * line_height), text, _INK, font, anchor="ma")
+                pen.text((middle, top + height + 4 + line * line_height), text, _INK, fonts[i], anchor="ma")
         top += row_height + outer
     return page
 
@@ -84,3 +86,11 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
                 lines.append("")
             lines[-1] += letter
     return lines
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font for plain Latin letters, otherwise the installed one that has the most of the text's."""
+    if text.isascii():
+        return ImageFont.load_default(_TEXT)
+    fonts, _ = fonts_for([text])
+    return ImageFont.truetype(max(fonts.values(), key=lambda file: len(letters(file) & set(text))), _TEXT)
