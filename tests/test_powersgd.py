@@ -266,6 +266,26 @@ def test_what_makes_no_sense_is_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    "words, most",
+    [
+        # A matrix of the demo, on one device a replica, has 9/1024 of its numbers for each unit of rank.
+        (("precision=bf16", "compression.rank=96", "compression.format=paper"), 85),
+        (("precision=fp32", "compression.rank=96", "compression.format=fp32"), 85),
+        (("precision=bf16", "compression.rank=48", "compression.format=fp32"), 42),  # factors of 4 bytes
+        (("precision=fp32", "compression.rank=128", "compression.format=paper"), 127),  # the whole width
+    ],
+)
+def test_a_rank_that_saves_nothing_is_refused(words, most):
+    words = [f"--config.{word}" for word in ("mesh.replica=2", "mesh.fsdp=1", *words)]
+    config = configs.load("configs/transformer.py:demo", words)
+    make = functools.partial(run.make_mesh, config, build("transformer", config.model), devices=jax.devices()[:2])
+    with pytest.raises(UserError, match=f"leaves something out, got .* choose at most {most}, or 0"):
+        make()
+    config.compression.rank = most
+    assert make().shape["replica"] == 2
+
+
 def test_pieces_that_devices_cannot_share_are_refused():
     mesh = AbstractMesh((2, 3, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     model = task_of("fp32").model

@@ -23,8 +23,9 @@ from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.record import Source
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, kernels
+from dalle_jax.models.layers import compute_dtype
 from dalle_jax.tokenizer import Tokenizer
-from dalle_jax.train import loop, tracing
+from dalle_jax.train import loop, powersgd, tracing
 from dalle_jax.train.task import Task
 from dalle_jax.train.tasks import build_task
 
@@ -97,10 +98,17 @@ def make_mesh(config: ml_collections.ConfigDict, model: Model, *, devices: Seque
     """The mesh of `config.mesh` over `devices` (default: all), with every -1 chosen so that model and batch fit.
 
     Raises:
-      UserError: no such mesh, with the nearest possible ones; see `sharding.make_mesh` and `sharding.demand`.
+      UserError: no such mesh, with the nearest possible ones; see `sharding.make_mesh` and `sharding.demand`. Or
+        `config.compression` saves nothing on it; see `powersgd.refuse_waste`.
     """
     ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
-    return sharding.make_mesh(config.mesh, devices=devices, unfit=ask)
+    mesh = sharding.make_mesh(config.mesh, devices=devices, unfit=ask)
+    if config.compression.rank:
+        compression = powersgd.Compression(**config.compression)
+        found = powersgd.layouts(model.abstract, model.axes, compression=compression, mesh=mesh)
+        item = compute_dtype(config.precision)(0).dtype.itemsize
+        powersgd.refuse_waste(found, form=compression.format, item=item)
+    return mesh
 
 
 def reads_pictures(config: ml_collections.ConfigDict) -> bool:
