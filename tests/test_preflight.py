@@ -27,9 +27,9 @@ from dalle_jax.train import step as steps
 SMALL = ("--config.batch_size=16", "--config.steps=100", "--config.model.num_layers=2")
 
 
-def emulated(chip="h100", shape=(1, 8)):
-    """A job of the demo transformer on the eight emulated devices, which stand for GPUs of a host."""
-    pod = topologies.Topology(hardware.find_chip("gpu", chip), shape)
+def emulated(chip="h100", shape=(1, 8), platform="gpu"):
+    """A job of the demo transformer on the eight emulated devices, which stand for GPUs of a host, or for TPUs."""
+    pod = topologies.Topology(hardware.find_chip(platform, chip), shape)
     config = configs.load("configs/transformer.py:demo", [*SMALL, "--config.mesh.fsdp=4", "--config.mesh.replica=2"])
     return Job(config, pod, tuple(jax.devices()))
 
@@ -221,10 +221,24 @@ def test_state_bytes_are_those_of_real_arrays():
 
 
 def test_moments_in_host_memory_are_not_counted():
-    job, offloaded = emulated(), emulated().changed({"storage.offload": True, "optimizer.name": "adamw"})
-    bytes_here, fewer = memory.by_kind(job.changed({"optimizer.name": "adamw"})), memory.by_kind(offloaded)
+    job = emulated("v5e", (2, 4), "tpu").changed({"optimizer.name": "adamw"})
+    bytes_here, fewer = memory.by_kind(job), memory.by_kind(job.changed({"storage.offload": True}))
     assert fewer["optimizer"] < 100 < 2 * bytes_here["parameters"] < bytes_here["optimizer"] + 100  # counters alone
     assert fewer["temporaries"] - bytes_here["temporaries"] == bytes_here["parameters"]  # the changes of an update
+
+
+def test_of_what_a_gpus_host_holds_the_average_is_taken_off_and_the_moments_are_refused():
+    """A compiler for GPUs that are not here knows no host memory: it sees the average on the device."""
+    plain, job = emulated(), emulated().changed({"storage.offload_average": True})
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(job.state)} == {"device"}
+    expected = memory.by_kind(plain) | {"ema": 0}
+    assert memory.by_kind(job) == expected
+    verdicts = [compiled.compile_update(j) for j in (plain, job)]
+    assert verdicts[0].total_bytes - verdicts[1].total_bytes == memory.by_kind(plain)["ema"]
+    on_tpu = emulated("v5e", (2, 4), "tpu").changed({"storage.offload_average": True})
+    assert memory.by_kind(on_tpu)["ema"] == 0 == on_tpu.average_bytes_taken_off
+    with pytest.raises(UserError, match="expected config.storage.offload = false with gpu:h100:1x8, got true"):
+        memory.by_kind(job.changed({"storage.offload": True, "optimizer.name": "adamw"}))
 
 
 def test_more_memory_is_asked_for_where_more_is_kept():

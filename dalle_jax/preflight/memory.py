@@ -36,7 +36,7 @@ def by_kind(job: Job) -> dict[str, int]:
     held = {
         "parameters": shard_bytes(state["params"]),
         "optimizer": shard_bytes(state["opt_state"]),
-        "ema": shard_bytes(state["ema"]),
+        "ema": shard_bytes(state["ema"]) - job.average_bytes_taken_off,
         "frozen": shard_bytes(job.frozen),
         **({"compression": shard_bytes(state["error"])} if "error" in state else {}),
     }
