@@ -285,6 +285,17 @@ def test_offloaded_moments_live_on_the_host_and_nothing_else_changes(kept):
         assert leaf.sharding.memory_kind == ("pinned_host" if on_host else "device"), path
 
 
+def test_offloaded_moments_of_a_model_without_stacked_layers(tmp_path):
+    """Such as the dVAE: everything passes at once."""
+    runs = []
+    for offload in (False, True):
+        storage = {"params": "fp32", "offload": offload, "offload_average": False}
+        runs.append(line_task.train(tmp_path / str(offload), storage=storage, steps=4, checkpoint_every=0).state)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, runs))
+    kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(run["opt_state"]) if x.ndim} for run in runs]
+    assert kinds == [{"device"}, {"pinned_host"}]
+
+
 def test_an_average_in_host_memory_is_the_same():
     """But for the rounding of sums of numbers up to 1, which the compiler may contract to other operations."""
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})

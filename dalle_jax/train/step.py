@@ -247,20 +247,21 @@ def make_update(
                 in_range = jax.vmap(scales.finite)(grads).all(0) if compressor else scales.finite(grads)
             if compressor:
                 metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-                known = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
+                all_finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
                 rounding = jax.random.fold_in(key, LEFT_OUT)
                 grads, error, grad_norm = compressor.exchange(grads, state["error"], rounding)
-                grad_norm = jnp.where(known, grad_norm, jnp.inf)
+                grad_norm = jnp.where(all_finite, grad_norm, jnp.inf)
             else:
                 grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+            known = {"value": metrics["loss"], "norm": grad_norm}
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
             if storage.offload:
                 changes, opt_state = moments.update_from_host(
-                    optimizer, grads, opt_state, wide, value=metrics["loss"], keep=keep, axes=task.model.axes
+                    optimizer, grads, opt_state, wide, **known, keep=keep, axes=task.model.axes
                 )
             else:
-                changes, new_opt_state = optimizer.update(grads, opt_state, wide, value=metrics["loss"])
+                changes, new_opt_state = optimizer.update(grads, opt_state, wide, **known)
                 opt_state = keep(new_opt_state, opt_state)
             wide = optax.apply_updates(wide, changes)
             new_params = moments.narrowed_like(wide, params, jax.random.fold_in(key, ROUNDING))
