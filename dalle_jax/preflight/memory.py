@@ -2,7 +2,8 @@
 
 The training state is exact, from the shardings it trains with. Gradients, activations and temporaries are a formula
 of what is there at the fullest moment, the backward pass of the last layers, without the compiler's padding; the
-tests hold it to 15 % of what the compiler needs.
+tests hold it to 15 % of what the compiler needs. Compression adds what it has left out, which is held, and nothing
+on top: it works on one matrix after another, in what the backward pass has left free by then.
 """
 
 import math
@@ -52,8 +53,6 @@ def by_kind(job: Job) -> dict[str, int]:
         activations = SAVED_COPIES[platform] * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
         working = PARAMETER_COPIES[platform] * compute + _whole(model, item, job)
         working += job.sequences * _working(model, item, job.mesh)
-    if "error" in state:
-        working += 3 * 4 * numbers  # gradients before and after compression, and what is left out, in float32
     if job.config.storage.offload:
         working += 4 * numbers  # the changes of all parameters, in float32 too
     return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
