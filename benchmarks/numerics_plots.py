@@ -7,6 +7,8 @@ Variants that have not been trained are left out.
 """
 
 import argparse
+import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -33,15 +35,18 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 FLOAT16_NORMAL, FLOAT16_SMALLEST = -14, -24  # exponents
 BRANCHES = ("attention", "MLP")
 FAR = 40.0  # log2 of a scale that overflows everywhere
+FREE_UPDATES = 400
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the folder of numerics.py")
     parser.add_argument("--docs", type=pathlib.Path, default=DOCS)
+    pictures = {"losses": losses, "moments": rounding, "scales": scales}
+    parser.add_argument("--pictures", nargs="+", choices=pictures, default=list(pictures))
     args = parser.parse_args()
-    for name, draw in (("losses", losses), ("moments", rounding), ("scales", scales)):
-        figure = draw(args.out)
+    for name in args.pictures:
+        figure = pictures[name](args.out)
         figure.savefig(args.docs / f"numerics_{name}.png", dpi=90)
 
 
@@ -152,45 +157,62 @@ def rounding(out: pathlib.Path) -> Figure:
 
 
 def scales(out: pathlib.Path) -> Figure:
-    """The scale of every branch over training, and the largest one that a batch allows at its end."""
+    """Left: the scale of every branch over training, below the largest one that the trained model allows it. Right: the
+    same model's gradients, but scales that start in the middle of those largest ones and have no bounds; parameters
+    do not move there."""
     workdir = numerics.folder(out, "fp16-paper", numerics.SEEDS[0])
-    figure, ((left, right),) = figure_of(1, 2, 3.8)
-    most = largest_scales(workdir)  # [layers, branches]
-    print("largest scale without an overflow, log2, by layer:", *(f"{a:.1f} {b:.1f};" for a, b in most))
-    for index, (layer, branch) in enumerate(np.ndindex(most.shape)):
-        found = curve(workdir, f"train/log2_scale/{index:03d}")
-        style = {"color": f"C{layer}", "linestyle": "-" if branch == 0 else "--"}
-        left.plot(list(found), list(found.values()), label=f"layer {layer} {BRANCHES[branch]}", **style)
-    for branch, name in enumerate(BRANCHES):
-        right.plot(range(len(most)), most[:, branch], marker="o", label=name)
-    rule = scaling.of(trained(workdir)[1].model, replicas=1)
-    for axes in (left, right):
-        for value, name in ((rule.most, "largest allowed"), (rule.start, "at the start")):
-            axes.axhline(np.log2(value), color="grey", linewidth=0.7, linestyle=":")
-            axes.annotate(name, (0.02, np.log2(value)), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-        axes.set(ylabel="log2 of the scale", ylim=(12, 30))
-        axes.legend(fontsize=8, loc="upper right", ncols=2)
-    left.set(title="scale of each residual branch", xlabel="update")
-    right.set(title="largest scale without an overflow, trained model", xlabel="layer", xticks=range(len(most)))
-    return figure
-
-
-def largest_scales(workdir: pathlib.Path) -> np.ndarray:
-    """log2 [layers, 2], to a half: every branch goes down by itself until all gradients of a batch are finite."""
     config, task = trained(workdir)
     rule = scaling.of(task.model, replicas=1)
     _, params = checkpoint.load_model_dir(workdir)
-    source = open_source(config.data.train)
-    common = {"layout": task.model.config.layout, "tokenizer": Tokenizer.load(workdir), "seed": 0}
-    batches = Batches(source, data_config(config), batch_size=config.batch_size, shuffle=True, epochs=None, **common)
-    batch = next(batches)
-    batches.close()
 
     @jax.jit
-    def finite(scale):
+    def finite(scale, batch):
         loss = lambda params: task.loss(params, task.frozen, batch, key=None, step=None, scales=scale)[0]  # noqa: E731
         return rule.finite(jax.grad(loss)(params))
 
+    source = open_source(config.data.train)
+    common = {"layout": task.model.config.layout, "tokenizer": Tokenizer.load(workdir), "seed": 0}
+    batches = Batches(source, data_config(config), batch_size=config.batch_size, shuffle=True, epochs=None, **common)
+    most = largest_scales(rule, functools.partial(finite, batch=next(batches)))  # [layers, branches]
+    print("largest scale without an overflow, log2, by layer:", *(f"{a:.1f} {b:.1f};" for a, b in most))
+    start = np.median(most)
+    free = dataclasses.replace(rule, start=2.0**start, least=0.0, most=np.inf)
+    state, seen = free.init(), []
+    for _ in range(FREE_UPDATES):
+        seen.append(np.log2(state["scale"]))
+        state = free.moved(state, finite(state["scale"], next(batches)))
+    batches.close()
+    falls = (np.diff(seen, axis=0) < 0).sum(0)
+    print(f"free scales from 2^{start:.1f}, {FREE_UPDATES} updates: falls by layer", falls.tolist())
+
+    figure, ((left, right),) = figure_of(1, 2, 4.2)
+    for index, (layer, branch) in enumerate(np.ndindex(most.shape)):
+        found = curve(workdir, f"train/log2_scale/{index:03d}")
+        style = {"color": f"C{layer}", "linestyle": "-" if branch == 0 else "--"}
+        name = f"layer {layer} {BRANCHES[branch]}"
+        # One above the other they would hide each other: the first is the widest.
+        left.plot(list(found), list(found.values()), **style, linewidth=1.5 * (most.size - index))
+        left.axhline(most[layer, branch], **style, linewidth=1)
+        right.plot(np.array(seen)[:, layer, branch], **style, label=name)
+    notes = {
+        "at the start": (0.3, np.log2(rule.start)),
+        "all scales": (0.5, np.log2(rule.start) + 2.2),
+        "largest allowed (dotted)": (0.3, np.log2(rule.most) - 0.6),
+        "largest without an overflow, trained model": (0.3, most.max() + 0.3),
+    }
+    for note, place in notes.items():
+        left.annotate(note, place, xycoords=("axes fraction", "data"), fontsize=8)
+    for value in (rule.most, rule.start):
+        left.axhline(np.log2(value), color="black", linewidth=1.5, linestyle=":")
+    left.set_ylim(12, 27)
+    left.set(title="scale of each residual branch in training", xlabel="update", ylabel="log2 of the scale")
+    right.set(title=f"the rule alone, from 2^{start:.1f}, without bounds", xlabel="update", ylabel="log2 of the scale")
+    right.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def largest_scales(rule: scaling.Scaling, finite) -> np.ndarray:
+    """log2 [layers, 2], to a half: every branch goes down by itself until all gradients of a batch are finite."""
     powers = np.full(rule.shape, FAR)
     while not (ok := np.asarray(finite(2.0**powers))).all():
         powers = np.where(ok, powers, powers - 0.5)
