@@ -8,6 +8,7 @@
         --workdir runs/transformer
 
 12b     Ramesh et al. 2021, appendix B: 64 layers x 3968, 256 text and 32x32 image tokens
+12b_v100  the same with the paper's arithmetic and layout, for 128 machines of 8 V100 with 16 GB; docs/numerics.md
 5b6     its smaller models of section 2.5 and Table 1: 64 layers x 2688
 2b8     64 layers x 1920
 1b3     24 layers x 2048, the size of ruDALL-E Malevich
@@ -69,6 +70,17 @@ def _paper(**sizes) -> ConfigDict:
     return config
 
 
+def _12b_v100() -> ConfigDict:
+    """Sections 2.4 and 2.5, appendix E."""
+    config = _paper()
+    config.precision = "fp16-paper"
+    config.optimizer.moments = "paper"
+    config.compression.update(rank=896, format="paper")
+    config.storage.offload_average = True
+    config.mesh.update(replica=128, fsdp=8)
+    return config
+
+
 def _small(
     *, data: DataConfig, steps: int, learning_rate: float, save_every: int, picture_every: int, **model
 ) -> ConfigDict:
@@ -119,6 +131,7 @@ def demo() -> ConfigDict:
 
 VARIANTS = {
     "12b": _paper,
+    "12b_v100": _12b_v100,
     "5b6": lambda: _paper(width=2_688, heads=42),
     "2b8": lambda: _paper(width=1_920, heads=30),
     "1b3": lambda: _paper(num_layers=24, width=2_048, heads=32),

@@ -45,6 +45,7 @@ FREE_KEYS = (
     "processes.",
     "data.lanes",
     "storage.offload",
+    "storage.offload_average",
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",

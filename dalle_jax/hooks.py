@@ -18,6 +18,7 @@ from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.sample.sheet import contact_sheet
 from dalle_jax.tokenizer import Tokenizer
+from dalle_jax.train import step as steps
 from dalle_jax.train.loop import Hook
 
 CAPTIONS = 16
@@ -101,7 +102,7 @@ class _Sampler:
 
     def draw(self, step: int, state) -> tuple[Pipeline | None, list[str], list[np.ndarray]]:
         """Pipeline, captions and a picture uint8 each; no pipeline on all processes but the first."""
-        ema = distributed.whole(state["ema"])
+        ema = distributed.whole(steps.average_of(state))
         if jax.process_index() != 0:
             return None, [], []
         if not self._captions:

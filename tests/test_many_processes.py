@@ -6,6 +6,7 @@ import shutil
 import clip_driver
 import jax
 import numpy as np
+import powersgd_driver
 import processes
 import pytest
 import train_driver
@@ -155,3 +156,17 @@ def test_two_processes_train_a_clip_on_the_captions_of_both(tmp_path):
         with np.load(tmp_path / f"{rank}.npz") as arrays:
             for index, leaf in enumerate(jax.tree.leaves(params)):
                 np.testing.assert_allclose(arrays[f"arr_{index}"], leaf, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_compress_gradients_as_eight_devices_of_one_do(tmp_path):
+    """The same losses, norms, parameters and sums of what was left out, where the replicas are processes."""
+    started = processes.start("powersgd_driver.py", tmp_path, 2, devices=4)
+    wanted, arrays = powersgd_driver.train()  # meanwhile
+    assert processes.statuses(started) == [0, 0], (tmp_path / "0.log").read_text()
+    assert wanted[0]["loss"] != wanted[1]["loss"] and np.abs(arrays["error"]["matrix"]).max() > 1e-3
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == [{name: pytest.approx(value, rel=1e-5) for name, value in one.items()} for one in wanted]
+        with np.load(tmp_path / f"{rank}.npz") as saved:
+            for index, leaf in enumerate(jax.tree.leaves(arrays)):
+                np.testing.assert_allclose(saved[f"arr_{index}"], leaf, rtol=1e-5, atol=1e-6)

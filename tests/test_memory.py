@@ -1,4 +1,4 @@
-"""What saves memory: the remat ladder, 16-bit parameters and moments, the moments in host memory."""
+"""What saves memory: the remat ladder, 16-bit parameters and moments, moments and the average in host memory."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import types
 import chex
 import jax
 import jax.numpy as jnp
+import line_task
 import ml_collections
 import numpy as np
 import optax
@@ -22,7 +23,7 @@ from dalle_jax.models import transformer
 from dalle_jax.models.blocks import REMAT
 from dalle_jax.models.layers import Model, param
 from dalle_jax.models.transformer import TransformerConfig
-from dalle_jax.train import formats, moments, optimizer, step
+from dalle_jax.train import formats, loop, moments, optimizer, step
 from dalle_jax.train.task import Task
 
 # The remat ladder.
@@ -282,6 +283,54 @@ def test_offloaded_moments_live_on_the_host_and_nothing_else_changes(kept):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         on_host = path[0].key == "opt_state" and leaf.ndim
         assert leaf.sharding.memory_kind == ("pinned_host" if on_host else "device"), path
+
+
+def test_offloaded_moments_of_a_model_without_stacked_layers(tmp_path):
+    """Such as the dVAE: everything passes at once."""
+    runs = []
+    for offload in (False, True):
+        storage = {"params": "fp32", "offload": offload, "offload_average": False}
+        runs.append(line_task.train(tmp_path / str(offload), storage=storage, steps=4, checkpoint_every=0).state)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, runs))
+    kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(run["opt_state"]) if x.ndim} for run in runs]
+    assert kinds == [{"device"}, {"pinned_host"}]
+
+
+def test_an_average_in_host_memory_is_the_same():
+    """But for the rounding of sums of numbers up to 1, which the compiler may contract to other operations."""
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    run = functools.partial(train, built(), updates=3, mesh=mesh)
+    (_, state), (_, wanted) = run(storage=step.Storage(offload_average=True)), run()
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    jax.tree.map(close, *map(jax.device_get, (state, wanted)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        assert leaf.sharding.memory_kind == ("pinned_host" if path[0].key == "ema" else "device"), path
+    average = step.average_of(state)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(average)} == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (average, state["ema"])))
+
+
+def test_a_run_with_its_average_in_host_memory_and_halved_steps_goes_on_bit_for_bit(tmp_path):
+    """Stopped between two moves of the average, which is the one that is kept on the device."""
+
+    def run(name, steps, **storage):
+        config = line_task.config(steps=steps, ema={"decay": 0.9, "every": 3})
+        config.storage.update(storage)
+        config.optimizer.schedule.name = "plateau"
+        config.optimizer.schedule.plateau.update(window=1, patience=2, min_improvement=0.5)  # halves again and again
+        mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+        options = {"mesh": mesh, "batches": line_task.Numbers(), "progress": False}
+        return loop.run(line_task.LINE, config, tmp_path / name, **options)
+
+    straight = run("straight", 8, offload_average=True)
+    run("stopped", 4, offload_average=True)
+    resumed = run("stopped", 8, offload_average=True)
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(r.state) for r in (straight, resumed)))
+    assert 0.5**5 < float(optimizer.plateau_scale(resumed.state["opt_state"])) < 0.5
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, *(jax.device_get(r.state["ema"]) for r in (straight, run("plain", 8))))
+    average, params = (np.asarray(straight.state[name]["matrix"]) for name in ("ema", "params"))
+    assert np.abs(average - params).max() > 1e-3
 
 
 @pytest.mark.slow  # a minute of the TPU compiler

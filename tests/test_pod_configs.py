@@ -58,7 +58,7 @@ def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, islan
     assert config.check_replicas_every == config.checkpoint_every > 0 and config.keep_every_hours == 12.0
 
 
-@pytest.mark.parametrize("name", ["12b", "5b6", "2b8", "1b3", "400m"])
+@pytest.mark.parametrize("name", ["12b", "12b_v100", "5b6", "2b8", "1b3", "400m"])
 def test_transformers_have_the_papers_optimizer_and_batch(name):
     """Ramesh et al. 2021, appendix B: the numbers once more, so that a change of a default is noticed."""
     config = configs.load(f"configs/transformer.py:{name}")

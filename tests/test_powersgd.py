@@ -11,8 +11,8 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from line_task import LINE, train
+from test_precision import equations, task_of, tokens
 from test_precision import made as plain
-from test_precision import task_of, tokens
 
 from dalle_jax import config as configs
 from dalle_jax import sharding
@@ -92,6 +92,14 @@ def test_what_was_applied_and_what_is_left_out_add_up_to_the_gradients(form):
         assert np.sqrt(np.square(deviation).mean()) < 4 * IDENTITY[form], name
 
 
+def test_what_a_gradient_is_compressed_by_is_drawn_once():
+    """Another update, and so other random bits: the same gradients lead to the same mean."""
+    compressor, exchange = made(4, 2, 4, "bf16")
+    first, second = (exchange(gradients(0, 4), compressor.fresh(), jax.random.key(n)) for n in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first[0], second[0])
+    assert all((np.asarray(first[1][n]) != np.asarray(second[1][n])).any() for n in first[1])  # rounded otherwise
+
+
 def test_a_zero_gradient_stays_zero_and_the_largest_numbers_do_no_harm():
     compressor, exchange = made(4, 2, 4, "paper")
     zero = jax.tree.map(jnp.zeros_like, gradients(0, 4))
@@ -153,6 +161,37 @@ def test_only_factors_and_uncompressed_tensors_cross_the_replica_axis():
     uncompressed = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in rest)
     assert set(crossing) == {"all-to-all", "all-gather", "all-reduce"}
     assert uncompressed * 4 * ring <= crossing["all-reduce"] < uncompressed * 4 * ring + 500  # and a few scalars
+
+
+def test_what_is_kept_and_sent_has_the_papers_formats():
+    """An update with all of it: of the hidden matrices' moments 16 bits are kept (1-6-9, 0-6-10) and of their gradients
+    16 bits sent and left out (1-6-9), of all else 32; factors are multiplied in float32. `test_precision.py` sees what
+    is inside the model."""
+    mesh, task = sharding.make_mesh({"replica": 2, "fsdp": 4}), task_of("fp16-paper")
+    words = ["--config.optimizer.name=adamw", "--config.optimizer.moments=paper"]
+    config = configs.load("configs/transformer.py:demo", words).optimizer
+    built = optimizer.build(config, steps=100, axes=task.model.axes)
+    kept = {"mesh": mesh, "compression": Compression(4, "paper")}
+    state = step.abstract_state(task, built, **kept)
+
+    def dtypes(tree):
+        return {powersgd.name(path): leaf.dtype.name for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    wide = dict.fromkeys(dtypes(state["params"]), "float32")
+    matrices = {f"blocks-{name}": "uint16" for name in ("qkv", "out", "up", "down")}
+    for moment in ("mu", "nu"):
+        assert dtypes(optax.tree.get(state["opt_state"], moment)) == wide | matrices
+    assert dtypes(state["error"]) == matrices and dtypes(state["params"]) == dtypes(state["ema"]) == wide
+    program = jax.make_jaxpr(step.make_update(task, built, **kept))(state, {}, tokens(0), jax.random.key(1))
+    maps = [eqn.params["jaxpr"] for eqn in equations(program.jaxpr) if eqn.primitive.name == "shard_map"]
+    named = lambda eqns, *names: [eqn for eqn in eqns if eqn.primitive.name in names]  # noqa: E731
+    (exchange,) = (list(equations(inside)) for inside in maps if named(equations(inside), "all_to_all"))
+    sent = named(exchange, "all_to_all", "all_gather")
+    assert len(sent) == 2 * 2 * len(matrices)  # P and Q, there and back
+    assert {v.aval.dtype.name for eqn in sent for v in (*eqn.invars, *eqn.outvars)} == {"uint16"}
+    products = named(exchange, "dot_general")
+    assert len(products) >= 3 * len(matrices)
+    assert {v.aval.dtype.name for eqn in products for v in (*eqn.invars, *eqn.outvars)} == {"float32"}
 
 
 def test_what_is_not_compressed_gets_the_ordinary_gradient():
@@ -219,12 +258,32 @@ def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_replicas(tmp_path):
         (lambda: Compression(8, "fp16"), "format must be one of fp32, bf16, paper"),
         (lambda: made(1, 8, 8, "bf16"), "expected several replicas .* set --config.mesh.replica"),
         (lambda: made(2, 4, 6, "bf16"), "multiple of 4, .* got 6: choose 4"),
-        (lambda: run.check_values(configs.load("configs/dvae.py:demo", ["--config.compression.rank=8"])), "no mean"),
+        (lambda: run.check_values(configs.load("configs/dvae.py:demo", ["--config.compression.rank=8"])), "be no mean"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):
     with pytest.raises(UserError, match=re.compile(message)):
         make()
+
+
+@pytest.mark.parametrize(
+    "words, most",
+    [
+        # A matrix of the demo, on one device a replica, has 9/1024 of its numbers for each unit of rank.
+        (("precision=bf16", "compression.rank=96", "compression.format=paper"), 85),
+        (("precision=fp32", "compression.rank=96", "compression.format=fp32"), 85),
+        (("precision=bf16", "compression.rank=48", "compression.format=fp32"), 42),  # factors of 4 bytes
+        (("precision=fp32", "compression.rank=128", "compression.format=paper"), 127),  # the whole width
+    ],
+)
+def test_a_rank_that_saves_nothing_is_refused(words, most):
+    words = [f"--config.{word}" for word in ("mesh.replica=2", "mesh.fsdp=1", *words)]
+    config = configs.load("configs/transformer.py:demo", words)
+    make = functools.partial(run.make_mesh, config, build("transformer", config.model), devices=jax.devices()[:2])
+    with pytest.raises(UserError, match=f"leaves something out, got .* choose at most {most}, or 0"):
+        make()
+    config.compression.rank = most
+    assert make().shape["replica"] == 2
 
 
 def test_pieces_that_devices_cannot_share_are_refused():

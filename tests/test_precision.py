@@ -289,21 +289,33 @@ def compile_once(tmp_path):
         jax.config.update(name, value)
 
 
+COMPRESSED = {"compression": {"rank": 4, "format": "paper"}}
+
+
 @pytest.mark.usefixtures("compile_once")
-def test_a_run_goes_on_bit_for_bit_and_logs_every_scale(tmp_path):
-    task = task_of("fp16-paper")
-    run_in = functools.partial(train, task=task, optimizer={"moments": "paper"})
+@pytest.mark.parametrize(
+    "sizes, compression", [({}, {}), pytest.param({"replica": 2, "fsdp": 2}, COMPRESSED, marks=pytest.mark.slow)]
+)  # a minute, for a program of each of four devices
+def test_a_run_goes_on_bit_for_bit_and_logs_every_scale(tmp_path, sizes, compression):
+    """With the paper's moments; and with everything that the paper has, together."""
+    mesh = sharding.make_mesh(sizes, devices=jax.devices()[: 4 if sizes else 1])
+    run_in = functools.partial(
+        train, task=task_of("fp16-paper"), mesh=mesh, optimizer={"moments": "paper"}, **compression
+    )
     straight = run_in(tmp_path / "straight", Tokens(), steps=8)
     run_in(tmp_path / "stopped", Tokens(), steps=4)
     resumed = run_in(tmp_path / "stopped", Tokens(), steps=8)
-    assert "uint16" in {leaf.dtype.name for leaf in jax.tree.leaves(straight.state["opt_state"])}
+    for part in ("opt_state", "error") if compression else ("opt_state",):
+        assert "uint16" in {leaf.dtype.name for leaf in jax.tree.leaves(straight.state[part])}
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(r.state) for r in (straight, resumed)))
     last = metrics.read(tmp_path / "stopped" / "metrics.jsonl")[-1]
     scales = {name: value for name, value in last.items() if "scale" in name}
     assert sorted(scales) == [f"train/log2_scale/{block:03d}" for block in range(4)]  # layer 0: attention, MLP; 1: ...
-    # The mean over updates 5 to 8 of the exponent before each, which grows by 1/1000.
-    np.testing.assert_allclose(list(scales.values()), 13 + 0.0055, atol=1e-4)
-    assert float(straight.state["scales"]["scale"][0, 0]) == pytest.approx(2 ** (13 + 8 / 1000), rel=1e-6)
+    # The mean over updates 5 to 8 of the exponent before each, which grows by 1/1000; where two devices of a replica
+    # share its batch, of scales twice as large.
+    start = 14 if compression else 13
+    np.testing.assert_allclose(list(scales.values()), start + 0.0055, atol=1e-4)
+    assert float(straight.state["scales"]["scale"][0, 0]) == pytest.approx(2 ** (start + 8 / 1000), rel=1e-6)
     assert (tmp_path / "stopped" / "curves.png").exists()
 
 
@@ -326,6 +338,8 @@ def test_one_key_sets_the_precision():
         ("clip:demo", ["precision=fp16-paper"], "got a CLIP: use fp16-global"),
         ("transformer:demo", ["precision=fp16"], "precision must be one of .*fp16-global"),
         ("transformer:demo", ["precision=fp16-paper", "storage.params=bf16"], "expected config.storage.params = fp32"),
+        ("transformer:demo", ["storage.offload_average=true", "ema.decay=0.0"], "average is the parameters"),
+        ("transformer:demo", ["storage.offload=true"], "optimizer.name = adamw with config.storage.offload, got muon"),
     ],
 )
 def test_what_makes_no_sense_is_refused(spec, words, message):

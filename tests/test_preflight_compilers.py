@@ -17,13 +17,14 @@ COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin
 WIDE = ("--config.model.num_layers=5", "--config.batch_size=8")
 
 
-def preflight(topology: str, *words: str) -> tuple[int, dict]:
+def preflight(topology: str, *words: str, config: str = "12b") -> tuple[int, dict]:
     """Exit status and JSON of the command, in a process of its own; skips where the compiler is missing."""
     names = COMPILERS[topology.partition(":")[0]]
     if not any(importlib.util.find_spec(name) for name in names):
         pytest.skip(f"needs {' or '.join(names)} to compile for {topology}")
     clean = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    command = [sys.executable, "-m", "dalle_jax.cli", "preflight", "--config", "configs/transformer.py:12b", "--json"]
+    spec = f"configs/transformer.py:{config}"
+    command = [sys.executable, "-m", "dalle_jax.cli", "preflight", "--config", spec, "--json"]
     done = subprocess.run(
         [*command, "--topology", topology, *words], capture_output=True, text=True, timeout=1100, env=clean
     )
@@ -32,15 +33,20 @@ def preflight(topology: str, *words: str) -> tuple[int, dict]:
 
 
 @pytest.mark.parametrize(
-    ("topology", "words"),
+    ("topology", "config", "words"),
     [
-        ("tpu:v5p:2x2x1", ("--config.model.num_layers=13", "--config.batch_size=8")),
-        ("gpu:h100:1x8", WIDE),
-        ("gpu:h100:8x8", ("--config.mesh.fsdp=64", "--config.accumulate=4")),
+        ("tpu:v5p:2x2x1", "12b", ("--config.model.num_layers=13", "--config.batch_size=8")),
+        ("gpu:h100:1x8", "12b", WIDE),
+        ("gpu:h100:8x8", "12b", ("--config.mesh.fsdp=64", "--config.accumulate=4")),
+        (
+            "gpu:v100-16:2x8",
+            "12b_v100",
+            ("--config.model.num_layers=5", "--config.batch_size=16", "--config.mesh.replica=2"),
+        ),
     ],
 )
-def test_byte_model_and_compiler_agree_within_15_percent(topology, words):
-    _, figures = preflight(topology, *words)
+def test_byte_model_and_compiler_agree_within_15_percent(topology, config, words):
+    _, figures = preflight(topology, *words, config=config)
     assert figures["bytes_per_chip"]["total"] == pytest.approx(figures["compiler_bytes_per_chip"]["total"], rel=0.15)
 
 
@@ -73,3 +79,12 @@ def test_12b_does_not_fit_eight_v100():
     assert status == 1 and figures["fits"] is False
     assert figures["compiler_bytes_per_chip"]["total"] > figures["chip_bytes"]
     assert all("topology" in change["changed"] and change["fits"] for change in figures["changes"])
+
+
+def test_the_papers_own_layout_does_not_fit_its_gpus():
+    """With float32 parameters and gradients, which the paper had not, nor a layer's worth of working memory."""
+    status, figures = preflight("gpu:v100-16:128x8", config="12b_v100")
+    assert status == 1 and figures["fits"] is False and figures["chips"] == 1024
+    assert figures["bytes_per_chip"]["total"] == pytest.approx(figures["compiler_bytes_per_chip"]["total"], rel=0.15)
+    assert figures["mesh"] == {"replica": 128, "fsdp": 8, "tensor": 1}
+    assert 0.8 < figures["compression_saved"] < 0.86

@@ -48,7 +48,7 @@ def compile_update(job: Job) -> Verdict:
     memory = compiled.memory_analysis()
     # The update does not read all of the frozen helper (its decoder), which lies in memory nevertheless.
     held = shard_bytes([job.state, job.frozen, job.batch])
-    arguments = max(held, memory.argument_size_in_bytes)
+    arguments = max(held, memory.argument_size_in_bytes) - job.average_bytes_taken_off
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = arguments + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Verdict(

@@ -81,8 +81,14 @@ class Job:
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The mesh that the training would take. Raises UserError for one that does not fit the chips or the batch."""
+        """The mesh that the training would take. Raises UserError for one that does not fit the chips or the batch, and
+        for what cannot be compiled without the machine."""
         run.check_values(self.config)
+        if self.config.storage.offload and self._without_host_memory:
+            raise UserError(
+                f"expected config.storage.offload = false with {self.topology}, got true: moments in host memory can "
+                "be compiled for TPUs alone without the machine; leave it out, or ask for a TPU"
+            )
         return run.make_mesh(self.config, self.task.model, devices=self.devices)
 
     @property
@@ -98,7 +104,21 @@ class Job:
 
     @property
     def _kept(self) -> dict[str, Any]:
-        return {"storage": steps.Storage(**self.config.storage), "compression": self._compression}
+        storage = steps.Storage(**self.config.storage)
+        if self._without_host_memory:
+            storage = dataclasses.replace(storage, offload_average=False)
+        return {"storage": storage, "compression": self._compression}
+
+    @property
+    def _without_host_memory(self) -> bool:
+        """JAX's devices of a GPU topology have no memory spaces: what a host keeps cannot be compiled as such."""
+        return self.topology.chip.platform == "gpu"
+
+    @property
+    def average_bytes_taken_off(self) -> int:
+        """Bytes of a moving average that the host will hold, though the program is compiled with it on the chip."""
+        taken_off = self._without_host_memory and self.config.storage.offload_average
+        return shard_bytes(self.state["ema"]) if taken_off else 0
 
     @property
     def _compression(self) -> powersgd.Compression:

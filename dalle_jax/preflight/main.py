@@ -69,6 +69,7 @@ def _json(result) -> dict[str, Any]:
             "code": verdict.code_bytes,
             "total": verdict.total_bytes,
         },
+        "bytes_across_replicas": dict(zip(("sent", "without_compression"), job.across_replicas, strict=True)),
         "compression_saved": 1 - job.across_replicas[0] / job.across_replicas[1],
         "chip_bytes": job.topology.chip.memory_bytes,
         "usable_bytes": job.topology.usable_bytes,

@@ -2,11 +2,13 @@
 
 The training state is exact, from the shardings it trains with. Gradients, activations and temporaries are a formula
 of what is there at the fullest moment, the backward pass of the last layers, without the compiler's padding; the
-tests hold it to 15 % of what the compiler needs.
+tests hold it to 15 % of what the compiler needs. Compression adds what it has left out, which is held, and nothing
+on top: it works on one matrix after another, in what the backward pass has left free by then.
 """
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from dalle_jax.models.layers import compute_dtype, stream_dtype
@@ -29,18 +31,19 @@ WORKING = 16  # numbers of the width per token of the layer at work, with its gr
 
 
 def by_kind(job: Job) -> dict[str, int]:
-    """Bytes by kind: parameters, optimizer, ema, frozen, left_out (with compression), gradients, activations,
-    temporaries."""
+    """Bytes by kind: parameters, optimizer, ema, frozen, compression (what it has left out, where there is any),
+    gradients, activations, temporaries."""
     state = job.state
     held = {
         "parameters": shard_bytes(state["params"]),
         "optimizer": shard_bytes(state["opt_state"]),
-        "ema": shard_bytes(state["ema"]),
+        "ema": shard_bytes(state["ema"]) - job.average_bytes_taken_off,
         "frozen": shard_bytes(job.frozen),
-        **({"left_out": shard_bytes(state["error"])} if "error" in state else {}),
+        **({"compression": shard_bytes(state["error"])} if "error" in state else {}),
     }
     item = compute_dtype(job.config.model.precision)(0).dtype.itemsize
-    compute = held["ema"] * item // 4  # the parameters, or their gradients, in the compute dtype
+    numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state["params"]))
+    compute = numbers * item  # the parameters, or their gradients, in the compute dtype
     gradients = compute + (2 * held["parameters"] if job.config.accumulate > 1 else 0)
     if job.helper is None:
         activations, working = _traced(job)
@@ -50,10 +53,8 @@ def by_kind(job: Job) -> dict[str, int]:
         activations = SAVED_COPIES[platform] * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
         working = PARAMETER_COPIES[platform] * compute + _whole(model, item, job)
         working += job.sequences * _working(model, item, job.mesh)
-    if "error" in state:
-        working += 3 * held["ema"]  # gradients before and after compression, and what is left out, in float32
     if job.config.storage.offload:
-        working += held["ema"]  # the changes of all parameters, in float32 too
+        working += 4 * numbers  # the changes of all parameters, in float32 too
     return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
 
 

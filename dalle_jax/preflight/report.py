@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dalle_jax.preflight.search import Result, describe
 
 GB = 1e9
-NAMES = {"frozen": "frozen dVAE", "ema": "moving average", "left_out": "left out"}
+NAMES = {"frozen": "frozen dVAE", "ema": "moving average", "compression": "left out"}
 
 
 def table(result: Result, changes: Sequence[Result]) -> str:
@@ -31,6 +31,7 @@ def table(result: Result, changes: Sequence[Result]) -> str:
         f"{guess.executed_flops_per_sequence:.4g}; per step {guess.flops_per_sequence * job.config.batch_size:.4g}",
         "",
         *_collectives(result),
+        *_compression(job),
         "",
         "estimated seconds per step: "
         + ", ".join(f"{name} {seconds:.3g}" for name, seconds in guess.seconds.items())
@@ -72,6 +73,16 @@ def _collectives(result: Result) -> list[str]:
         where = "" if c.inside else "  between islands"
         lines.append(f"  {c.kind:<18} {c.count:>12,} {c.bytes / GB:>10.3f}  along {c.axis}{where}")
     return lines
+
+
+def _compression(job) -> list[str]:
+    sent, instead = job.across_replicas
+    if sent == instead:
+        return []
+    return [
+        f"gradients that a chip averages across replicas: {sent / GB:.3f} GB instead of {instead / GB:.3f}, which "
+        f"saves {1 - sent / instead:.0%}"
+    ]
 
 
 def _changes(changes: Sequence[Result]) -> list[str]:

@@ -35,10 +35,10 @@ class Look:
 
     def validate(self, state: steps.State) -> dict[str, float]:
         """Mean of every metric over the held-out examples; the same noise each time."""
-        sizes, values = [], []
+        sizes, values, params = [], [], steps.average_of(state)
         for index, (size, batch) in enumerate(self._batches()):
             key = jax.random.fold_in(self._key, index)
-            values.append(self._evaluate(state["ema"], self._frozen, batch, key, state["step"]))
+            values.append(self._evaluate(params, self._frozen, batch, key, state["step"]))
             sizes.append(size)
         if not values:
             raise UserError(
@@ -52,7 +52,7 @@ class Look:
         """pictures/STEP.png of the first held-out batch, or of this one where nothing is held out."""
         if self._first is None:
             self._first = next(iter(self._batches()), (0, batch))[1] if self._validation is not None else batch
-        pictures = self._task.pictures(state["ema"], self._frozen, self._first, self._key)
+        pictures = self._task.pictures(steps.average_of(state), self._frozen, self._first, self._key)
         pictures = None if pictures is None else distributed.whole(pictures)
         if pictures is not None and jax.process_index() == 0:
             with surviving_a_full_disk(f"pictures/{n:07d}.png"):

@@ -143,13 +143,12 @@ def scale_by_clipped_adam(b1: float, b2: float, eps: float) -> optax.GradientTra
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
-def update_from_host(optimizer, grads, state, params, *, value, keep, axes):
+def update_from_host(optimizer, grads, state, params, *, value, norm, keep, axes):
     """`optimizer.update` and keep(new state, old state) for a state whose arrays lie in host memory, and stay there.
 
     The moments of stacked layers pass through the device one layer at a time, in a loop; those of the rest at once.
-    What is not at hand is stood in for by scalars: other gradients by their norms, so that clipping by the global norm
-    does not notice. So the optimizer must treat parameters element by element but for that norm: AdamW does, Muon
-    does not.
+    What is not at hand is stood in for by scalars. So the optimizer must treat parameters element by element, but for
+    the gradient's global norm, which it is told: AdamW does, Muon does not.
 
     Returns: the changes of the parameters, on the device, and the new state.
     """
@@ -157,16 +156,15 @@ def update_from_host(optimizer, grads, state, params, *, value, keep, axes):
         _keys(path): names[0] == "layers"
         for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     }
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
 
     def choose(tree, layers: bool):
         """Arrays that are or are not stacked; None for the others and for counters."""
         pick = lambda path, x: x if x.ndim and stacked[_keys(path)] == layers else None  # noqa: E731
         return jax.tree_util.tree_map_with_path(pick, tree)
 
-    def filled(part, like, scalar):
+    def filled(part, like):
         return jax.tree.map(
-            lambda x, full: x if x is not None else full if not full.ndim else scalar.astype(full.dtype),
+            lambda x, full: x if x is not None else full if not full.ndim else jnp.zeros([], full.dtype),
             part,
             like,
             is_leaf=lambda x: x is None,
@@ -174,11 +172,9 @@ def update_from_host(optimizer, grads, state, params, *, value, keep, axes):
 
     def update(grads_part, state_part, params_part):
         here = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), state_part)
-        rest = jnp.sqrt(jnp.maximum(norm**2 - sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads_part)), 0.0))
-        others = sum(g is None for g in jax.tree.leaves(grads_part, is_leaf=lambda x: x is None))
-        old = filled(here, state, jnp.float32(0))
-        g = filled(grads_part, grads, rest / max(others, 1) ** 0.5)
-        changes, new = optimizer.update(g, old, filled(params_part, params, jnp.float32(0)), value=value)
+        old = filled(here, state)
+        g = filled(grads_part, grads)
+        changes, new = optimizer.update(g, old, filled(params_part, params), value=value, norm=norm)
         new = keep(new, old)
         back = jax.tree.map(
             lambda x, part: None if part is None else jax.device_put(x, jax.memory.Space.Host),
@@ -189,14 +185,40 @@ def update_from_host(optimizer, grads, state, params, *, value, keep, axes):
         picked = jax.tree.map(lambda c, g: None if g is None else c, changes, grads_part, is_leaf=lambda x: x is None)
         return picked, back, new
 
-    parts = [tuple(choose(tree, layers) for tree in (grads, state, params)) for layers in (True, False)]
-    _, (layer_changes, layer_state) = jax.lax.scan(lambda _, xs: (None, update(*xs)[:2]), None, parts[0])
-    changes, rest_state, new = update(*parts[1])
+    layers, rest = (tuple(choose(tree, which) for tree in (grads, state, params)) for which in (True, False))
+    changes, new_state, new = update(*rest)
     join = lambda a, b: jax.tree.map(  # noqa: E731
         lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None
     )
+    if any(stacked.values()):
+        _, (layer_changes, layer_state) = jax.lax.scan(lambda _, xs: (None, update(*xs)[:2]), None, layers)
+        changes, new_state = join(layer_changes, changes), join(layer_state, new_state)
     counters = jax.tree.map(lambda old, x: None if old.ndim else x, state, new)
-    return join(layer_changes, changes), join(join(layer_state, rest_state), counters)
+    return changes, join(new_state, counters)
+
+
+def average_on_host(average: Any, params: Any, decay, *, axes: Any) -> Any:
+    """decay * average + (1 - decay) * params, of an average that lies in host memory, and stays there.
+
+    It passes through the device: stacked layers one at a time, in a loop, the rest at once.
+    """
+    old, structure = jax.tree.flatten(average)
+    new, names = structure.flatten_up_to(params), structure.flatten_up_to(axes)
+    stacked = [name[0] == "layers" for name in names]
+
+    def mixed(old, new):
+        here = jax.device_put(old, jax.memory.Space.Device)
+        here = [decay * a + (1.0 - decay) * p.astype(a.dtype) for a, p in zip(here, new, strict=True)]
+        return jax.device_put(here, jax.memory.Space.Host)
+
+    def part(layers):
+        return tuple([x for x, s in zip(tree, stacked, strict=True) if s == layers] for tree in (old, new))
+
+    of_layers = []
+    if any(stacked):
+        _, of_layers = jax.lax.scan(lambda _, xs: (None, mixed(*xs)), None, part(True))
+    of_layers, of_rest = iter(of_layers), iter(mixed(*part(False)))
+    return structure.unflatten(next(of_layers if s else of_rest) for s in stacked)
 
 
 def _moment(path) -> str | None:

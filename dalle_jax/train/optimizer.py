@@ -70,7 +70,8 @@ def _cosine(start: float, end: float, steps: int) -> optax.Schedule:
 
 
 def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.GradientTransformationExtraArgs:
-    """The whole optimizer; `update` takes the loss as `value=`, which only the plateau schedule reads.
+    """The whole optimizer; `update` takes the loss as `value=`, which only the plateau schedule reads, and where it is
+    known the gradient's global norm as `norm=`, to clip by.
 
     config: name, learning_rate, schedule, b1, b2, eps, weight_decay (times the step size), clip_norm (global norm, 0
     for none), momentum (Muon's) and plateau with window (updates averaged into one value), patience (windows without
@@ -85,7 +86,7 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
     rate = schedule(config, steps=steps)
     if config["name"] not in OPTIMIZERS:
         raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {config['name']!r}")
-    parts = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
+    parts = [_clip(config["clip_norm"])] if config["clip_norm"] else []
     core = _adamw(config, rate, axes) if config["name"] == "adamw" else _muon(config, rate, axes)
     parts.append(moments.stored(core, matrices=hidden_mask(axes), kept=config["moments"]))
     if config["schedule"]["name"] == "plateau":
@@ -100,6 +101,17 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
             )
         )
     return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def _clip(most: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` by a norm that may be known: of compressed gradients it is that of their factors."""
+
+    def update(updates, state, params=None, *, norm=None, **extra):
+        del params, extra
+        norm = optax.tree.norm(updates) if norm is None else norm
+        return jax.tree.map(lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _adamw(config: Mapping[str, Any], rate: optax.Schedule, axes: Any) -> optax.GradientTransformation:

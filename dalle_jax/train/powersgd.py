@@ -279,6 +279,23 @@ def sent_numbers(found: dict[str, Pieces]) -> tuple[int, int]:
     return sent, sum(pieces.matrices * math.prod(pieces.piece) for pieces in found.values())
 
 
+def refuse_waste(found: dict[str, Pieces], *, form: str, item: int) -> None:
+    """Raises UserError for factors that have no fewer bytes than the gradients, or that hold all of them.
+
+    form: of what is sent. item: bytes of a number of a gradient that is not compressed.
+    """
+    sent, instead = sent_numbers(found)
+    wire = 4 if form == "fp32" else 2
+    if sent * wire >= instead * item or all(pieces.rank == pieces.piece[0] for pieces in found.values()):
+        of_rank_one = sum(pieces.matrices * sum(pieces.piece) for pieces in found.values())
+        most = min((instead * item - 1) // (of_rank_one * wire), max(pieces.piece[0] for pieces in found.values()) - 1)
+        most *= next(iter(found.values())).count
+        raise UserError(
+            f"expected a config.compression.rank that leaves something out, got one with {sent * wire:,} bytes a "
+            f"device in place of {instead * item:,}: choose at most {most}, or 0 to compress nothing"
+        )
+
+
 def _written(x, form: str, key=None):
     """float32 -> the format; to the nearest, or at random with the right mean where there is a key."""
     if form == "paper":

@@ -23,8 +23,9 @@ from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.record import Source
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, kernels
+from dalle_jax.models.layers import compute_dtype
 from dalle_jax.tokenizer import Tokenizer
-from dalle_jax.train import loop, tracing
+from dalle_jax.train import loop, powersgd, tracing
 from dalle_jax.train.task import Task
 from dalle_jax.train.tasks import build_task
 
@@ -97,10 +98,17 @@ def make_mesh(config: ml_collections.ConfigDict, model: Model, *, devices: Seque
     """The mesh of `config.mesh` over `devices` (default: all), with every -1 chosen so that model and batch fit.
 
     Raises:
-      UserError: no such mesh, with the nearest possible ones; see `sharding.make_mesh` and `sharding.demand`.
+      UserError: no such mesh, with the nearest possible ones; see `sharding.make_mesh` and `sharding.demand`. Or
+        `config.compression` saves nothing on it; see `powersgd.refuse_waste`.
     """
     ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
-    return sharding.make_mesh(config.mesh, devices=devices, unfit=ask)
+    mesh = sharding.make_mesh(config.mesh, devices=devices, unfit=ask)
+    if config.compression.rank:
+        compression = powersgd.Compression(**config.compression)
+        found = powersgd.layouts(model.abstract, model.axes, compression=compression, mesh=mesh)
+        item = compute_dtype(config.precision)(0).dtype.itemsize
+        powersgd.refuse_waste(found, form=compression.format, item=item)
+    return mesh
 
 
 def reads_pictures(config: ml_collections.ConfigDict) -> bool:
@@ -129,8 +137,13 @@ def check_values(config: ml_collections.ConfigDict) -> None:
             )
     if config.compression.rank and config.name != "transformer":
         raise UserError(
-            f"expected config.compression.rank = 0 for a {config.name}, got {config.compression.rank}: its loss is no "
-            "mean over examples, so the replicas' gradients do not add up to its gradient"
+            f"expected config.compression.rank = 0 for a {config.name}, got {config.compression.rank}: its loss may be "
+            "no mean over examples (CLIP's pairs, a dVAE's `balance`), of which replicas could take a part each"
+        )
+    if config.storage.offload_average and not config.ema.decay:
+        raise UserError(
+            "expected config.ema.decay above 0 with config.storage.offload_average, got 0, with which the average is "
+            "the parameters: leave one of them out"
         )
     if config.storage.offload and config.optimizer.name != "adamw":
         raise UserError(

@@ -42,10 +42,12 @@ class Storage:
     offload: the optimizer's moments (AdamW's alone) live in the hosts' memory; each update takes them through the
       device, one stacked layer at a time. The device then holds the moments' bytes less at all times; during the
       update the changes of all parameters come on top, 4 bytes each, so it pays where activations make the peak.
+    offload_average: so does the moving average, which passes through the device in every update.
     """
 
     params: str = "fp32"
     offload: bool = False
+    offload_average: bool = False
 
     def __post_init__(self):
         moments.dtype(self.params, key="config.storage.params")
@@ -112,6 +114,8 @@ def abstract_state(
     if storage.offload:
         move = lambda s, place: sharding.on_host(place) if s.ndim else place  # noqa: E731
         places["opt_state"] = jax.tree.map(move, shapes["opt_state"], places["opt_state"])
+    if storage.offload_average:
+        places["ema"] = jax.tree.map(sharding.on_host, places["ema"])
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
 
 
@@ -224,6 +228,12 @@ def make_update(
             each = jax.vmap(accumulated, in_axes=(None, None, 0, 0, None, None), spmd_axis_name="replica")
             return each(params, frozen, own, keys, step, scale)
 
+    def averaged(ema, params, due):
+        decay = jnp.where(due, ema_decay, 1.0 if ema_decay else 0.0)
+        if storage.offload_average:  # in every update: XLA has no conditional over arrays in host memory
+            return moments.average_on_host(ema, params, decay, axes=task.model.axes)
+        return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new.astype(old.dtype), ema, params)
+
     def update(state, frozen, batch, key):
         with sharding.use(mesh):
             params, step, opt_state = state["params"], state["step"], state["opt_state"]
@@ -237,27 +247,26 @@ def make_update(
                 in_range = jax.vmap(scales.finite)(grads).all(0) if compressor else scales.finite(grads)
             if compressor:
                 metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-                known = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
+                all_finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
                 rounding = jax.random.fold_in(key, LEFT_OUT)
                 grads, error, grad_norm = compressor.exchange(grads, state["error"], rounding)
-                grad_norm = jnp.where(known, grad_norm, jnp.inf)
+                grad_norm = jnp.where(all_finite, grad_norm, jnp.inf)
             else:
                 grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+            known = {"value": metrics["loss"], "norm": grad_norm}
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
             if storage.offload:
                 changes, opt_state = moments.update_from_host(
-                    optimizer, grads, opt_state, wide, value=metrics["loss"], keep=keep, axes=task.model.axes
+                    optimizer, grads, opt_state, wide, **known, keep=keep, axes=task.model.axes
                 )
             else:
-                changes, new_opt_state = optimizer.update(grads, opt_state, wide, value=metrics["loss"])
+                changes, new_opt_state = optimizer.update(grads, opt_state, wide, **known)
                 opt_state = keep(new_opt_state, opt_state)
             wide = optax.apply_updates(wide, changes)
             new_params = moments.narrowed_like(wide, params, jax.random.fold_in(key, ROUNDING))
             params = keep(new_params, params)
-            decay = jnp.where((step + 1) % ema_every == 0, ema_decay, 1.0 if ema_decay else 0.0)
-            average = lambda old, new: decay * old + (1.0 - decay) * new.astype(old.dtype)  # noqa: E731
-            ema = jax.tree.map(average, state["ema"], params)
+            ema = averaged(state["ema"], params, (step + 1) % ema_every == 0)
             skipped = state["skipped"] + jnp.where(finite, 0, 1)
             new = {"params": params, "ema": ema, "opt_state": opt_state, "step": step + 1, "skipped": skipped}
             measured = {"grad_norm": grad_norm, "skipped": skipped}
@@ -271,6 +280,11 @@ def make_update(
             return new, {**metrics, **measured}
 
     return jax.jit(update, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+
+
+def average_of(state: State) -> Any:
+    """The moving average, on the devices wherever it lies between updates."""
+    return jax.tree.map(lambda average, p: jax.device_put(average, p.sharding), state["ema"], state["params"])
 
 
 def make_evaluate(task: Task, *, mesh: Mesh) -> Callable[..., Metrics]:
