@@ -159,3 +159,14 @@ def test_plateau_halves_at_most_five_times_and_only_without_improvement():
 def test_unknown_names_are_refused(wrong):
     with pytest.raises(UserError, match="must be one of"):
         optimizer.build(config(**wrong), steps=1, axes=AXES)
+
+
+def test_clipping_is_optaxs_but_for_a_norm_that_is_told():
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
+    clip = optimizer._clip(2.0)
+    wanted = optax.clip_by_global_norm(2.0).update(grads, optax.EmptyState())[0]
+    for told, scale in (({}, 1.0), ({"norm": jnp.float32(5)}, 1.0), ({"norm": jnp.float32(10)}, 0.5)):
+        found, _ = clip.update(grads, clip.init(grads), value=jnp.float32(0), **told)
+        jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda g, scale=scale: scale * g, wanted))
+    found, _ = clip.update(grads, clip.init(grads), norm=jnp.float32(1.9))
+    jax.tree.map(np.testing.assert_array_equal, found, grads)
