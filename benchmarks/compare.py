@@ -12,7 +12,8 @@ A training step is loss, gradients and AdamW on given image tokens; ours also ke
 captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Width and blocks of our decoder are
 chosen so that both do about the same arithmetic, which every run counts and reports. The peer's default filter keeps
 half of text and image vocabulary together, which at this shape is nearly all image tokens. Emu3 stops at image tokens,
-without pixels. Both sides keep freed memory
+without pixels. `sample_products` is no sampler: it does the matrix products of the image tokens alone, which nothing
+that samples in float32 can be without, and so bounds the ratio. Both sides keep freed memory
 (`dalle_jax/host_memory.py`, as every `dalle-jax` command does; the peer by the same settings in its environment).
 """
 
@@ -32,7 +33,7 @@ from peers import PeerProcess, machine
 from dalle_jax import host_memory  # does not import JAX
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("train_paper", "train_full", "sample_paper", "sample_full")
+OURS = ("train_paper", "train_full", "sample_paper", "sample_full", "sample_products")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ PEERS = {
             Bar("train_full", "train_dense", None),
             Bar("sample_paper", "sample_dense_cached", 8.0),
             Bar("sample_full", "sample_dense_cached", None),
+            Bar("sample_products", "sample_dense_cached", None),
             Bar("sample_paper", "sample_dense_shipped", 50.0),
             Bar("sample_paper", "sample_sparse_shipped", None),
         ),
@@ -83,6 +85,7 @@ PEERS = {
             Bar("train_full", "train_compiled", None),
             Bar("sample_paper", "sample_cached", None),
             Bar("sample_full", "sample_cached", None),
+            Bar("sample_products", "sample_cached", None),
         ),
     ),
 }
@@ -98,7 +101,8 @@ class Ours:
         """Seconds of each repeat."""
         if work not in self.works:
             verb, pattern = work.split("_")
-            self.works[work] = (trainer if verb == "train" else sampler)(pattern)
+            make = {"train": trainer, "sample": products if pattern == "products" else sampler}[verb]
+            self.works[work] = make(pattern)
             for _ in range(2):
                 self.works[work]()
         seconds = []
@@ -227,6 +231,31 @@ def sampler(pattern: str):
         np.asarray(to_pixels(dvae, dvae_params, ids_CMI.reshape(BATCH, -1)))
 
     return sample
+
+
+def products(_: str):
+    """A function that does the matrix products of one batch's image tokens, one after another, and nothing else."""
+    import jax
+
+    width, depth, codes = SHAPE["heads"] * SHAPE["head_size"], SHAPE["layers"], SHAPE["image_vocab"]
+    sizes = depth * [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] + [(width, codes)]
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    *hidden, head = [jax.random.normal(key, size) / size[0] ** 0.5 for key, size in zip(keys, sizes, strict=True)]
+
+    def narrowed(x_BD):
+        """As wide as the stream, and so that all of it is needed; of the same size, so that nothing overflows."""
+        parts_BPD = x_BD.reshape(BATCH, -1, width)
+        return parts_BPD.sum(1) / parts_BPD.shape[1] ** 0.5
+
+    def token(_, x_BD):
+        for i in range(0, len(hidden), 4):
+            qkv, out, up, down = hidden[i : i + 4]
+            x_BD = narrowed(x_BD @ qkv) @ out @ up @ down
+        return narrowed(x_BD @ head)
+
+    run = jax.jit(lambda x_BD: jax.lax.fori_loop(0, SHAPE["grid"] ** 2, token, x_BD))
+    x_BD = jax.random.normal(jax.random.key(1), (BATCH, width))
+    return lambda: run(x_BD).block_until_ready()
 
 
 def run_rounds(peer: Peer, process: PeerProcess, args) -> dict[str, list[list[float]]]:
