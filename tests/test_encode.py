@@ -166,7 +166,7 @@ def test_crops_are_the_augmentations_of_the_seed_and_all_are_used(folder, dvae, 
     np.testing.assert_array_equal(source[3].codes, encode_here(dvae, wanted))
     assert len({codes.tobytes() for codes in source[3].codes}) > 1
     good = [slot for slot in source if isinstance(slot, Encoded)]
-    rows = {slot.codes[crop].tobytes(): (slot.key, crop) for slot in reversed(good) for crop in range(3, -1, -1)}
+    rows = {slot.codes[crop].tobytes(): (slot.key, crop) for crop in range(3, -1, -1) for slot in reversed(good)}
     endless, first = batches(source, shuffle=True), batches(source, shuffle=False)
     seen = [rows[codes.astype(np.uint16).tobytes()] for _ in range(60) for codes in next(endless)["codes"]]
     assert {crop for _, crop in seen} == {0, 1, 2, 3} and len({key for key, _ in seen}) == len(good)

@@ -164,8 +164,7 @@ def test_formats_of_all_tensors_are_the_papers():
                 inside += 1
                 assert "float16" in of(eqn), eqn
         if eqn.primitive.name == "scan" and not eqn.params["reverse"]:
-            carried = eqn.outvars[: eqn.params["num_carry"]]
-            assert [(v.aval.shape, v.aval.dtype.name) for v in carried] == [(stream, "float32")]
+            assert [v.aval.dtype.name for v in eqn.outvars if v.aval.shape == stream] == ["float32"]  # what it carries
     assert inside > 3 * 6  # forward, computed again and backward: q, k, v; out; up; down; scores and sums
 
 
