@@ -8,3 +8,14 @@ FLAGS = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+
+# Whole files go to the processes of pytest in this order, then by name: for a long one at the end, all would wait.
+LONGEST_FIRST = (
+    "demo many_processes memory train distributed powersgd meshes transformer sampling precision encode protocols "
+    "attention_kernels survival clip pipeline_api commands"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))

@@ -50,7 +50,8 @@ def test_the_hook_scores_samples_of_held_out_captions(model, weights, monkeypatc
     config = configs.load("configs/transformer.py:demo", [f"--config.evaluate.{word}" for word in words])
     assert [every for every, _ in hooks.hooks_of(config, model)] == [2_000, 5]
     every, score = hooks.evaluate_hook(config, model)
-    state = {"ema": checkpoint.load_params(model)[1]}
+    average = jax.device_put(checkpoint.load_params(model)[1])
+    state = {"ema": average, "params": average}
     scores = score(5, state)
     assert set(scores) == {"samples/fid", "samples/clip_fid", "samples/clip_score"}
     assert scores["samples/fid"] > 0 and score(10, state) == scores  # the same captions and seeds
