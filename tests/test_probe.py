@@ -55,7 +55,7 @@ def test_the_hook_scores_samples_of_held_out_captions(model, weights, monkeypatc
     scores = score(5, state)
     assert set(scores) == {"samples/fid", "samples/clip_fid", "samples/clip_score"}
     assert scores["samples/fid"] > 0 and score(10, state) == scores  # the same captions and seeds
-    other = score(15, {"ema": jax.tree.map(lambda x: -x, state["ema"])})
+    other = score(15, {**state, "ema": jax.tree.map(lambda x: -x, state["ema"])})
     assert other["samples/fid"] != scores["samples/fid"]
 
 
