@@ -24,11 +24,10 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
-from peers import PeerProcess, machine
+from peers import PeerProcess, Works, machine
 
 from dalle_jax import host_memory  # does not import JAX
 
@@ -91,26 +90,12 @@ PEERS = {
 }
 
 
-class Ours:
-    """Our models, each compiled at its first use and kept."""
-
-    def __init__(self):
-        self.works = {}
-
-    def measure(self, work: str, repeats: int) -> list[float]:
-        """Seconds of each repeat."""
-        if work not in self.works:
-            verb, pattern = work.split("_")
-            make = {"train": trainer, "sample": products if pattern == "products" else sampler}[verb]
-            self.works[work] = make(pattern)
-            for _ in range(2):
-                self.works[work]()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self.works[work]()
-            seconds.append(time.perf_counter() - start)
-        return seconds
+def build_work(work: str):
+    """The function that does one of OURS once."""
+    if work == "sample_products":
+        return products()
+    verb, pattern = work.split("_")
+    return (trainer if verb == "train" else sampler)(pattern)
 
 
 def transformer(pattern: str):
@@ -233,7 +218,7 @@ def sampler(pattern: str):
     return sample
 
 
-def products(_: str):
+def products():
     """A function that does the matrix products of one batch's image tokens, one after another, and nothing else."""
     import jax
 
@@ -260,7 +245,7 @@ def products(_: str):
 
 def run_rounds(peer: Peer, process: PeerProcess, args) -> dict[str, list[list[float]]]:
     """work -> for each round, the seconds of its repeats. A work that has no round is missing."""
-    ours, seconds = Ours(), {}
+    ours, seconds = Works(build_work), {}
     for index in range(max(args.rounds, args.slow_rounds)):
         theirs = peer.fast * (index < args.rounds) + peer.slow * (index < args.slow_rounds)
         turns = [(ours, work) for work in OURS] + [(process, work) for work in theirs]

@@ -18,10 +18,9 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
-from peers import PeerProcess, machine
+from peers import PeerProcess, Works, machine
 
 from dalle_jax import host_memory  # does not import JAX
 
@@ -46,25 +45,10 @@ WAYS = ("nhwc_fp32", "nchw_fp32", "nhwc_bf16")
 CONV_REPEATS = 5
 
 
-class Ours:
-    """Our works, each compiled at its first use and kept."""
-
-    def __init__(self):
-        self.works = {}
-
-    def measure(self, work: str, repeats: int) -> list[float]:
-        """Seconds of each repeat."""
-        if work not in self.works:
-            verb, _, way = work.partition("_")
-            self.works[work] = {"train": trainer, "encode": encoder, "conv": convolution}[verb](way)
-            for _ in range(2):
-                self.works[work]()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self.works[work]()
-            seconds.append(time.perf_counter() - start)
-        return seconds
+def build_work(work: str):
+    """The function that does one of our works once."""
+    verb, _, way = work.partition("_")
+    return {"train": trainer, "encode": encoder, "conv": convolution}[verb](way)
 
 
 def config_of(precision: str):
@@ -153,7 +137,7 @@ def convolution(way: str):
 
 def run_rounds(peer: PeerProcess, args) -> dict[str, dict[str, list[float]]]:
     """side -> work -> for each round the middle of its seconds."""
-    sides = {"ours": Ours(), "theirs": peer}
+    sides = {"ours": Works(build_work), "theirs": peer}
     turns = [(side, work, args.steps) for side, works in (("ours", OURS), ("theirs", THEIRS)) for work in works]
     turns += [
         (side, f"conv_{part}_{index}_{way}", CONV_REPEATS)

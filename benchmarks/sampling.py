@@ -17,7 +17,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ import unittest.mock
 from pathlib import Path
 
 from peer_dalle_pytorch import SHAPE, THREADS
+from peers import machine
 
 from dalle_jax import host_memory  # does not import JAX
 
@@ -231,21 +231,6 @@ def compile_for(args) -> None:
                 }
             )
             keep(args, "compiled", {"topology": str(pod), "usable_bytes": pod.usable_bytes}, rows)
-
-
-def machine() -> dict:
-    import jax
-
-    model = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor() or platform.machine(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
 
 
 def keep(args, part: str, measured: dict, rows: list[dict]) -> None:
