@@ -1,10 +1,14 @@
 """From the same picture files with the same weights to the same scores as pytorch-fid, torch-fidelity and clean-fid.
 
 The weights are random, so the numbers mean nothing; that they agree does. The pictures are fewer than the features,
-the hardest case for a distance of covariances. Skipped where a package is missing.
+the hardest case for a distance of covariances; the slow test has as many as the features, too. Skipped where a package
+is missing.
 """
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,15 +27,19 @@ SAME_FID = 1e-3  # absolute
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    return draw(COUNT, tmp_path_factory)
+
+
+def draw(count, tmp_path_factory):
     """Two folders of PNG files: pictures of coarse noise, the second set finer and darker."""
     made = []
     for coarse, most in ((20, 255), (10, 200)):
         folder = tmp_path_factory.mktemp("pictures")
-        for number in range(COUNT):
-            rng = np.random.default_rng(1_000 * coarse + number)
+        for number in range(count):
+            rng = np.random.default_rng(10_000 * coarse + number)
             small = rng.integers(0, most, (HEIGHT // coarse, WIDTH // coarse, 3), np.uint8)
             image = Image.fromarray(small).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-            image.save(folder / f"{number:02d}.png")
+            image.save(folder / f"{number:04d}.png")
         made.append(folder)
     return made
 
@@ -97,6 +105,37 @@ def test_the_command_of_torch_fidelity(folders, weights, ours):
     assert scores["kid_subset_size"] == COUNT
     assert scores["kid"] == pytest.approx(want["kernel_inception_distance_mean"], rel=1e-3)  # float32 there
     assert (scores["precision"], scores["recall"]) == (want["precision"], want["recall"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2_048, 1_000])
+def test_both_packages_on_whole_sets(count, weights, tmp_path, tmp_path_factory, monkeypatch):
+    """FID to 1e-3 absolute on sets of as many pictures as features and of fewer, by each one's own way from the files
+    to the number; ours in a process of its own, without the flags of the other tests."""
+    theirs = pytest.importorskip("pytorch_fid.fid_score", reason=WHY.format("pytorch-fid"))
+    fidelity = pytest.importorskip("torch_fidelity", reason=WHY.format("torch-fidelity"))
+    import pytorch_fid.inception
+    import torch
+
+    pair = [str(folder) for folder in draw(count, tmp_path_factory)]
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+    def ours(resize):
+        words = ["--pictures", pair[0], "--reference", pair[1], "--weights", weights, "--resize", resize, "--splits", 1]
+        words = [sys.executable, "-m", "dalle_jax.cli", "evaluate", *words, "--out", tmp_path / resize, "--json"]
+        done = subprocess.run(list(map(str, words)), env=environ, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)["scores"]["fid"]
+
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: torch.load(weights))
+    want = {"pytorch": theirs.calculate_fid_given_paths(pair, 50, "cpu", 2_048, num_workers=0)}
+    want["tf1"] = fidelity.calculate_metrics(
+        input1=pair[0], input2=pair[1], feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights), cuda=False, save_cpu_ram=True, cache=False, verbose=False,
+        batch_size=50, fid=True,
+    )["frechet_inception_distance"]  # fmt: skip
+    got = {resize: ours(resize) for resize in want}
+    print(f"{count} pictures: here {got}, pytorch-fid and torch-fidelity {want}")
+    assert got == pytest.approx(want, rel=0, abs=SAME_FID)
 
 
 def test_the_resize_of_clean_fid():

@@ -12,7 +12,7 @@ from dalle_jax import checkpoint
 from dalle_jax import config as configs
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import captions, distances, main, protocol
+from dalle_jax.evaluate import captions, distances, main, protocol, published
 from dalle_jax.evaluate.features import Extractor, Preparation
 from dalle_jax.evaluate.preprocess import CROPS, RESIZES
 from dalle_jax.evaluate.protocol import Draw, Evaluation, Measure
@@ -100,3 +100,15 @@ def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_p
     assert status == 2 and "expected the network 'torchvision' for dalle-coco-30k" in err
     doubtful = json.loads(evaluated(**wrong)[1])
     assert any("Inception score by the network 'fid' instead of 'torchvision'" in note for note in doubtful["notes"])
+
+
+def test_on_cub_the_inception_score_is_said_to_be_no_published_one(coco, weights, tmp_path, capsys):  # noqa: F811
+    pictures = f"folder:{coco / 'val2014'}"
+    values = {"source": f"coco:{coco}", "weights": weights, "measure.pools": "fid", "measure.side": 32}
+    values |= {"measure.blur": "(0.0,)", "measure.splits": 2}
+    words = [f"--config.{key}={value}" for key, value in values.items()]
+    out = tmp_path / "out"
+    assert run("--config", "configs/evaluate.py:cub", "--pictures", pictures, "--out", out, "--json", *words) == 0
+    assert published.CUB_SCORE in json.loads(capsys.readouterr().out)["notes"]
+    table = (out / "report.md").read_text()
+    assert f"- {published.CUB_SCORE}" in table and published.CUB in table

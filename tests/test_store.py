@@ -29,7 +29,7 @@ def test_features_that_are_there_are_not_made_again_unless_the_pictures_changed(
             made = {"keys": [str(r) for r in rows], "rows": rows.tolist(), "captions": [""] * len(rows)}
             hashes = [store.hash_of(source[row].image) for row in rows]
             zeros = np.zeros((len(rows), 3), np.float32)
-            return store.Found(zeros, zeros, **made, hashes=hashes, dropped={}, sizes={(1, 1): len(rows)})
+            return store.Found(zeros, zeros, **made, hashes=hashes, dropped={}, sizes=[(1, 1)] * len(rows))
 
     counting, prepare = Counting(), store.Preparation()
 

@@ -30,6 +30,7 @@ from dalle_jax.evaluate import preprocess, progress
 from dalle_jax.models import Model, Params, build, inception
 
 BATCH = 32  # pictures a device
+LISTS = {"keys": "key", "rows": "row", "captions": "caption", "hashes": "hash", "sizes": "size"}  # of a set, of one
 
 _features = jax.jit(Model.apply, static_argnums=0)
 
@@ -64,8 +65,8 @@ class Found:
     """Features of the pictures of a source that could be read, in the source's order.
 
     features_NF: float32; logits_NV: float32, V = 0 where the network has none. keys: their names; rows: their places in
-    the source; captions: the first of each, '' for none; hashes: sha256 of each picture as it was stored. dropped:
-    reason -> count. sizes: (height, width) -> count.
+    the source; captions: the first of each, '' for none; hashes: sha256 of each picture as it was stored; sizes: height
+    and width of each in pixels. dropped: reason -> count.
     """
 
     features_NF: np.ndarray
@@ -74,8 +75,8 @@ class Found:
     rows: list[int]
     captions: list[str]
     hashes: list[str]
+    sizes: list[tuple[int, int]]
     dropped: dict[str, int]
-    sizes: dict[tuple[int, int], int]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -88,22 +89,16 @@ class Found:
     def without(self, rows: Collection[int]) -> "Found":
         """The same set without the pictures in these places of the source."""
         kept = [i for i, row in enumerate(self.rows) if row not in rows]
-        lists = {name: [getattr(self, name)[i] for i in kept] for name in ("keys", "rows", "captions", "hashes")}
+        lists = {name: [getattr(self, name)[i] for i in kept] for name in LISTS}
         return dataclasses.replace(self, features_NF=self.features_NF[kept], logits_NV=self.logits_NV[kept], **lists)
 
     @classmethod
     def joined(cls, parts: Sequence["Found"]) -> "Found":
         """Consecutive parts of a source as one."""
         arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("features_NF", "logits_NV")}
-        lists = {
-            name: [value for part in parts for value in getattr(part, name)]
-            for name in ("keys", "rows", "captions", "hashes")
-        }
-        counts = {
-            name: dict(sum((collections.Counter(getattr(part, name)) for part in parts), collections.Counter()))
-            for name in ("dropped", "sizes")
-        }
-        return cls(**arrays, **lists, **counts)
+        lists = {name: [value for part in parts for value in getattr(part, name)] for name in LISTS}
+        dropped = sum((collections.Counter(part.dropped) for part in parts), collections.Counter())
+        return cls(**arrays, **lists, dropped=dict(dropped))
 
 
 class Extractor:
@@ -169,22 +164,19 @@ class Extractor:
 
     def of_rows(self, source: Source, *, prepare: Preparation, rows, advance: Callable[[int], None]) -> Found:
         """Features of these rows, none it may be. advance: told how many more rows are done."""
-        batches, kept, sizes, dropped = [], [], collections.Counter(), collections.Counter()
+        batches, kept, dropped = [], [], collections.Counter()
         with futures.ThreadPoolExecutor() as pool:
             for taken in _side_by_side(pool, functools.partial(_read, source, self, prepare), rows, self.batch):
                 good = [outcome for outcome in taken if not isinstance(outcome, Dropped)]
                 dropped.update(outcome.reason for outcome in taken if isinstance(outcome, Dropped))
-                sizes.update(one.size for one in good)
                 if good:
                     batches.append(self(np.stack([one.x for one in good])))
                 kept += [dataclasses.replace(one, x=None) for one in good]
                 advance(len(taken))
         none = np.zeros((0, self.features), np.float32), np.zeros((0, self.classes), np.float32)
         features_NF, logits_NV = (np.concatenate(parts) for parts in zip(none, *batches, strict=True))
-        lists = {name: [getattr(one, name[:-1]) for one in kept] for name in ("keys", "rows", "captions")}
-        return Found(
-            features_NF, logits_NV, **lists, hashes=[o.hash for o in kept], dropped=dict(dropped), sizes=dict(sizes)
-        )
+        lists = {name: [getattr(one, single) for one in kept] for name, single in LISTS.items()}
+        return Found(features_NF, logits_NV, **lists, dropped=dict(dropped))
 
 
 def refuse_none(found: Found, source: Source) -> Found:

@@ -40,5 +40,10 @@ CONFLICTING = (
     ("34.60", "Make-A-Scene (Gafni et al. 2022), of their own reimplementation"),
     ("17.89", "tables of Muse (Chang et al. 2023) and Kandinsky (Razzhigaev et al. 2023); where from is not said"),
 )
+CUB_PROTOCOL = "dalle-cub"
 CUB = "about 56: 16.09 of DM-GAN (its repository) and the nearly 40 more of section 3.1"
+CUB_SCORE = (
+    "Published Inception scores on CUB are by a network trained on birds, which is not here: this one's does not "
+    "compare with them."
+)
 PROTOCOLS = ("dalle-coco-30k", "dm-gan-coco-30k", "coco-30k-pytorch", "coco-30k-clean", "coco-30k-tf1")  # of MS-COCO

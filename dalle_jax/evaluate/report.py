@@ -3,6 +3,7 @@
 Knows the report's form; computes no score.
 """
 
+import collections
 import importlib.metadata
 import json
 import pathlib
@@ -38,12 +39,12 @@ def versions() -> dict[str, str]:
 
 def described(source: str, found: Found, crop: str) -> dict[str, Any]:
     """A set of pictures in a report."""
-    sizes = {f"{width}x{height}": count for (height, width), count in sorted(found.sizes.items())}
+    sizes = sorted(collections.Counter(found.sizes).items())
     return {
         "source": source,
         "count": len(found),
         "dropped": found.dropped,
-        "sizes": sizes,
+        "sizes": {f"{width}x{height}": count for (height, width), count in sizes},
         "crop": crop,
         "sha256": found.digest,
     }
@@ -96,7 +97,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines += [f"- {note}" for note in report["notes"]] + ([""] if report["notes"] else [])
     if report["protocol"] in published.PROTOCOLS:
         lines += _published()
-    elif report["protocol"] == "dalle-cub":
+    elif report["protocol"] == published.CUB_PROTOCOL:
         lines += [f"FID of DALL-E on CUB by the paper: {published.CUB}.", ""]
     return "\n".join(lines)
 

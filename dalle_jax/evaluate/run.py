@@ -14,7 +14,7 @@ from typing import Any
 from dalle_jax import digest
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import captions, clip, drawing, overlap, report, scores, statistics, store
+from dalle_jax.evaluate import captions, clip, drawing, overlap, published, report, scores, statistics, store
 from dalle_jax.evaluate.captions import Plan
 from dalle_jax.evaluate.clip import ClipExtractor
 from dalle_jax.evaluate.crew import Crew
@@ -74,6 +74,8 @@ class _Job:
         self.notes: list[str] = []
         if evaluation.departures:
             self.notes.append(f"not {evaluation.protocol} as it is: {'; '.join(evaluation.departures)}")
+        if evaluation.protocol == published.CUB_PROTOCOL:
+            self.notes.append(published.CUB_SCORE)
         self.features = Features(self.measure, out / FEATURES, crew, tell)
         resize = self.measure.score_resize or self.measure.resize
         self.score_features = dataclasses.replace(
@@ -341,8 +343,9 @@ class _Job:
                 continue
             if one.dropped:
                 notes.append(f"{name} left out: {counted(one.dropped)}")
-            if len(one.sizes) > 1 and crop == "none":
-                notes.append(f"{name} of {len(one.sizes)} different sizes, each squeezed to a square")
+            sizes = len(set(one.sizes))
+            if sizes > 1 and crop == "none":
+                notes.append(f"{name} of {sizes} different sizes, each squeezed to a square")
         if self.plan is not None and self.plan.dropped:
             notes.append(f"records left out, which give no caption to draw: {counted(self.plan.dropped)}")
         if self.clip is not None and self.pipe is not None and _ranked_by(self.pipe, self.evaluation.draw):

@@ -18,7 +18,7 @@ from dalle_jax import checkpoint
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.evaluate import moments
 from dalle_jax.evaluate.crew import Crew
-from dalle_jax.evaluate.features import Extractor, Found, Preparation, hash_of
+from dalle_jax.evaluate.features import LISTS, Extractor, Found, Preparation, hash_of
 from dalle_jax.evaluate.progress import Clock, bar, say
 
 PART = 1_024  # rows; a minute or two of Inception on two cores
@@ -70,15 +70,12 @@ def load(path: pathlib.Path) -> Found:
     """What is in a part."""
     with np.load(path, allow_pickle=False) as file:
         lists = json.loads(str(file["lists"]))
-        sizes = {(height, width): count for height, width, count in lists.pop("sizes")}
+        sizes = [(height, width) for height, width in lists.pop("sizes")]
         return Found(features_NF=file["features"], logits_NV=file["logits"], **lists, sizes=sizes)
 
 
 def _packed(found: Found) -> bytes:
-    sizes = [(*size, count) for size, count in found.sizes.items()]
-    lists = {name: getattr(found, name) for name in ("keys", "rows", "captions", "hashes", "dropped")} | {
-        "sizes": sizes
-    }
+    lists = {name: getattr(found, name) for name in (*LISTS, "dropped")}
     out = io.BytesIO()
     np.savez(out, features=found.features_NF, logits=found.logits_NV, lists=json.dumps(lists))
     return out.getvalue()
