@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import random_parameters
 
 from dalle_jax import config as configs
 from dalle_jax import sharding
@@ -44,11 +45,9 @@ encode_images, encode_captions = (jax.jit(f, static_argnums=0) for f in (clip.en
 
 
 @functools.cache
-def random_params(config, seed=0):
-    """Fresh parameters, all of them moved, so that nothing is hidden by zeros. Nobody here changes them."""
-    params = jax.device_get(jax.jit(clip.model(config).init)(jax.random.key(seed)))
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(x + 0.2 * rng.standard_normal(x.shape).astype(np.float32)), params)
+def random_params(config):
+    """As arrays of JAX, which traced ids can index. Nobody here changes them."""
+    return jax.tree.map(jnp.asarray, random_parameters(clip.model(config), deviation=0.25))
 
 
 def random_batch(config, batch=4, seed=0):

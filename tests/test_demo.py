@@ -10,12 +10,20 @@ from dalle_jax import cli, demo
 from dalle_jax.data import scenes
 
 FEW = ["--config.steps=3", "--config.batch_size=16", "--config.validation_batches=1", "--config.picture_every=3"]
+SHALLOW = {  # most of the test's time is the compiler's
+    "configs/transformer.py:demo": ["--config.model.num_layers=2"],
+    "configs/clip.py:demo": ["--config.model.image_layers=1", "--config.model.text_layers=1"],
+}
+
+
+def few(load):
+    """`configs.load` for a handful of updates of models of few layers."""
+    return lambda spec, words=(): load(spec, [*words, *FEW, *SHALLOW.get(spec, ())])
 
 
 @pytest.mark.parametrize("best_of", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, capsys):
-    load = demo.configs.load
-    monkeypatch.setattr(demo.configs, "load", lambda spec, words=(): load(spec, [*words, *FEW]))
+    monkeypatch.setattr(demo.configs, "load", few(demo.configs.load))
     monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.5))
     monkeypatch.setattr(demo.choose_temperature, "__kwdefaults__", {"each": 2})
@@ -73,8 +81,7 @@ def test_tuning_and_report_captions_are_disjoint():
 
 def test_an_interrupted_stage_ends_the_demo(tmp_path, monkeypatch):
     """SIGTERM while the dVAE trains: exit status 143, and no transformer is begun."""
-    load = demo.configs.load
-    monkeypatch.setattr(demo.configs, "load", lambda spec, words=(): load(spec, [*words, *FEW]))
+    monkeypatch.setattr(demo.configs, "load", few(demo.configs.load))
     monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
     begun = []
 

@@ -37,9 +37,8 @@ def init(model):
 
     def fresh(leaf):
         fan_in = np.prod(leaf.shape[:-1])
-        return jnp.asarray(
-            rng.normal(0.0, fan_in**-0.5, leaf.shape) if leaf.ndim == 4 else np.zeros(leaf.shape), leaf.dtype
-        )
+        value = rng.normal(0.0, fan_in**-0.5, leaf.shape) if leaf.ndim == 4 else np.zeros(leaf.shape)
+        return jnp.asarray(value.astype(leaf.dtype))  # in numpy: JAX compiles a conversion for every shape
 
     return jax.tree.map(fresh, model.abstract)
 

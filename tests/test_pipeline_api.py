@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from parameters import random_parameters
 from PIL import Image
 
 import dalle_jax
@@ -46,10 +47,7 @@ def folder(tmp_path_factory):
         "precision": "fp32",
     }
     for name, config, path in (("transformer", model, folder), ("dvae", DVAE, folder / "dvae")):
-        params = jax.device_get(jax.jit(build(name, config).init)(jax.random.key(1)))
-        noise = np.asarray(jax.random.normal(jax.random.key(2), (max(x.size for x in jax.tree.leaves(params)),)))
-        params = jax.tree.map(lambda x, noise=noise: x + 0.3 * noise[: x.size].reshape(x.shape), params)
-        checkpoint.save_params(path, {"name": name, "model": config}, params)
+        checkpoint.save_params(path, {"name": name, "model": config}, random_parameters(build(name, config)))
     return folder
 
 
@@ -350,8 +348,7 @@ def test_missing_and_foreign_parts_are_named(folder, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     coarse = {**DVAE, "groups": 1}
-    params = jax.jit(build("dvae", coarse).init)(jax.random.key(1))
-    checkpoint.save_params(other / "dvae", {"name": "dvae", "model": coarse}, jax.device_get(params))
+    checkpoint.save_params(other / "dvae", {"name": "dvae", "model": coarse}, random_parameters(build("dvae", coarse)))
     for words, told in (
         (["sample", str(other), "a star"], "expected a dVAE of 12 codes on a grid of 4"),
         *(

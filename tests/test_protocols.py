@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import processes
 import pytest
+from parameters import random_parameters
 from PIL import Image
 from test_clip import TINY
 from test_evaluate import run, small_batches, weights  # noqa: F401
@@ -63,7 +64,7 @@ def model(folder, tmp_path_factory):  # noqa: F811
     shutil.copytree(folder, place)
     tokenizer = Tokenizer.load(folder)
     config = dataclasses.replace(TINY, text_vocab=tokenizer.vocab_size, text_len=16)
-    params = jax.device_get(jax.jit(clip.model(config).init)(jax.random.key(0)))
+    params = random_parameters(clip.model(config), deviation=0.25)
     checkpoint.save_params(place / "clip", {"name": "clip", "model": dataclasses.asdict(config)}, params)
     tokenizer.save(place / "clip")
     return place

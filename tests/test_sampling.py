@@ -1,14 +1,12 @@
 """Sampling: cached equals uncached, draws follow the filtered distribution, images do not disturb each other."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_transformer
-from test_transformer import TINY, apply, random_batch
+from test_transformer import TINY, apply, random_batch, random_params
 
 from dalle_jax import sharding
 from dalle_jax.models import attention, decoding, transformer
@@ -16,8 +14,6 @@ from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
 
 ONE = sharding.make_mesh({}, devices=jax.devices()[:1])
-random_params = functools.cache(test_transformer.random_params)  # nobody here changes them
-SHORT = dataclasses.replace(TINY, num_layers=3)  # one layer of each kind
 
 
 def uncached(config, params, text_CT, image_CMI):
@@ -55,8 +51,9 @@ def cached(config, params, text_CT, image_CMI, *, weights="model", cache="model"
 
 @pytest.mark.parametrize("pattern", ["paper", "full"])
 def test_cached_logits_equal_uncached_at_every_position(pattern):
-    """All kinds in one stack, two captions with two candidates of their own, 1e-4 absolute on logits of order 10."""
-    config = dataclasses.replace(TINY, pattern=pattern)
+    """All kinds in one stack, some more than once, two captions with two candidates of their own, 1e-4 absolute on
+    logits of order 10."""
+    config = dataclasses.replace(TINY, pattern=pattern, num_layers=6 if pattern == "paper" else 3)
     params = random_params(config)
     text_CT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1].reshape(2, 2, -1)
     want = uncached(config, params, text_CT, image)
@@ -154,23 +151,23 @@ def test_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
 def test_the_engine_draws_from_the_filtered_distribution_at_the_end_of_a_picture():
     """The first code of the last row, drawn by 1,000 candidates of each of three captions after the same rows, against
     numpy on the logits of the whole forward pass; one caption is guided."""
-    params, (text, image), count = random_params(SHORT), random_batch(SHORT, batch=3), 1000
+    params, (text, image), count = random_params(TINY), random_batch(TINY, batch=3), 1000
     settings = [(3.0, None, None), (2.0, 4, None), (4.0, 6, 0.8)]
     temperature, top_k, top_p = zip(*settings, strict=True)
-    engine, rows, guidance = Engine(transformer.model(SHORT), params, mesh=ONE), SHORT.grid - 1, [1.0, 1.0, 1.5]
+    engine, rows, guidance = Engine(transformer.model(TINY), params, mesh=ONE), TINY.grid - 1, [1.0, 1.0, 1.5]
     wave = engine.begin(
         text, image_keys(np.arange(3 * count).reshape(3, count)), temperature=temperature, top_k=top_k, top_p=top_p,
         guidance=guidance, given_CI=image, given_rows=rows,
     )  # fmt: skip
-    place = rows * SHORT.grid
-    drawn_CM = engine.ids(engine.advance(wave, 0, SHORT.grid))[..., place]
-    empty = np.stack([SHORT.layout.text_slots([])] * 3)
-    logits = uncached(SHORT, params, np.concatenate([text, empty]), np.tile(image, (2, 1))[:, None])[:, 0, place]
+    place = rows * TINY.grid
+    drawn_CM = engine.ids(engine.advance(wave, 0, TINY.grid))[..., place]
+    empty = np.stack([TINY.layout.text_slots([])] * 3)
+    logits = uncached(TINY, params, np.concatenate([text, empty]), np.tile(image, (2, 1))[:, None])[:, 0, place]
     c, u = np.split(logits.astype(float), 2)
     for caption, own in enumerate(settings):
         want = numpy_filter(u[caption] + guidance[caption] * (c[caption] - u[caption]), *own)
         assert (want > 0.02).sum() > 1  # a choice
-        share = np.bincount(drawn_CM[caption], minlength=SHORT.image_vocab) / count
+        share = np.bincount(drawn_CM[caption], minlength=TINY.image_vocab) / count
         error = np.sqrt(want * (1 - want) / count)
         assert (np.abs(share - want) <= 5 * error + 1e-6).all(), (caption, share, want)
 
@@ -242,16 +239,16 @@ def test_same_pictures_on_any_number_of_devices(sizes):
 
 
 def test_bf16_and_8_bit_weights_and_caches_stay_close_and_are_small():
-    params, text = random_params(SHORT), random_batch(SHORT, batch=2)[0]
-    image = random_batch(SHORT, batch=4, seed=1)[1].reshape(2, 2, -1)
-    exact = cached(SHORT, params, text, image)
+    params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
+    image = random_batch(TINY, batch=4, seed=1)[1].reshape(2, 2, -1)
+    exact = cached(TINY, params, text, image)
     for kind, near in (({"weights": "int8"}, 0.03), ({"cache": "fp8"}, 0.1)):  # 7 bits, 3 bits of mantissa
-        error = np.linalg.norm(cached(SHORT, params, text, image, **kind) - exact) / np.linalg.norm(exact)
+        error = np.linalg.norm(cached(TINY, params, text, image, **kind) - exact) / np.linalg.norm(exact)
         assert 0 < error < near, (kind, error)
-    half = dataclasses.replace(SHORT, precision="bf16")  # 7 bits of mantissa, of everything
+    half = dataclasses.replace(TINY, precision="bf16")  # 7 bits of mantissa, of everything
     assert decoding.empty_cache(half, 1)[0]["k"].dtype == jnp.bfloat16
     assert 0 < np.linalg.norm(cached(half, params, text, image) - exact) < 0.03 * np.linalg.norm(exact)
-    model = transformer.model(SHORT)
+    model = transformer.model(TINY)
     wide, small = Engine(model, params, mesh=ONE), Engine(model, params, mesh=ONE, weights="int8", cache="fp8")
     matrix = small._weights[0][0]["up"]
     assert matrix["int8"].dtype == jnp.int8 and matrix["int8"].shape == wide._weights[0][0]["up"].shape
