@@ -108,7 +108,8 @@ def test_the_command_of_torch_fidelity(folders, weights, ours):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2_048, 1_000])
+@pytest.mark.timeout(7_200)
+@pytest.mark.parametrize("count", [1_000, 2_048])
 def test_both_packages_on_whole_sets(count, weights, tmp_path, tmp_path_factory, monkeypatch):
     """FID to 1e-3 absolute on sets of as many pictures as features and of fewer, by each one's own way from the files
     to the number; ours in a process of its own, without the flags of the other tests."""
