@@ -90,7 +90,10 @@ class _Api:
     async def _answer(self, request: Request, order: schema.Order) -> Response:
         job, pipe = self._batcher.submit(order), self._batcher.pipe
         if order.stream:
-            stream = answer.events(job, pipe=pipe, cancel=self._batcher.cancel)
+            rejected = self._batcher.metrics.rejected
+            stream = answer.events(
+                job, pipe=pipe, cancel=self._batcher.cancel, count=lambda code: rejected.labels(code).inc()
+            )
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
         pictures = await self._wait(request, job)
