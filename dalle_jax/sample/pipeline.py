@@ -64,8 +64,14 @@ class Pipeline:
         weights: str = "model",
         cache: str = "model",
     ):
-        """can_guide: the transformer saw pictures without their captions in training. The rest is as in `load`."""
+        """can_guide: the transformer saw pictures without their captions in training. The rest is as in `load`.
+
+        Raises:
+          UserError: devices, tensor, weights or cache out of range.
+        """
         devices = jax.local_devices() if devices is None else list(devices)
+        if not devices or not all(isinstance(device, jax.Device) for device in devices):
+            raise UserError(f"devices must be at least one of jax.local_devices(), or None for all, got {devices}")
         heads = transformer.config.heads
         if not isinstance(tensor, int) or tensor < 1 or len(devices) % tensor or heads % tensor:
             raise UserError(
@@ -100,15 +106,11 @@ class Pipeline:
         bfloat16 and change the pictures a little.
 
         Raises:
-          UserError: a part is missing, damaged, or does not belong to the others, or `tensor` does not divide the
-            devices or the model.
+          UserError: a part is missing, damaged, or does not belong to the others, or an argument is out of range.
         """
         folder = pathlib.Path(folder)
-        config, params = checkpoint.load_model_dir(folder, name="transformer")
-        dvae_config, dvae_params = checkpoint.load_model_dir(folder / "dvae", name="dvae")
-        model, dvae = build("transformer", config["model"]), build("dvae", dvae_config["model"])
-        checkpoint.check_params(params, model.abstract, where=str(folder))
-        checkpoint.check_params(dvae_params, dvae.abstract, where=str(folder / "dvae"))
+        config, model, params = _part(folder, "transformer")
+        _, dvae, dvae_params = _part(folder / "dvae", "dvae")
         _check_codes(dvae.config, model.config, where=str(folder / "dvae"))
         checkpoint.check_dvae(folder, model_sha256(dataclasses.asdict(dvae.config), dvae_params))
         tokenizer = Tokenizer.load(folder)
@@ -198,6 +200,8 @@ class Pipeline:
 
     def check(self, request: Request) -> None:
         """Raises UserError, one sentence, if this model cannot draw what is asked for."""
+        if not isinstance(request, Request):
+            raise UserError(f"requests must be a list of Request, got {request!r} in it: make one of it")
         check(request, self.model.config, can_rank=self.reranker is not None, can_guide=self.can_guide)
         if request.image is not None:
             _pixels(request.image)
@@ -299,7 +303,8 @@ class Pipeline:
                 seen_MI = ids_MI[: min(place.count, requests[index].n)]
                 pictures = functools.partial(self._preview, seen_MI, row + 1)
                 preview = Preview(index, row + 1, config.grid, done / requests[index].candidates, pictures)
-                if on_rows(preview) is False:
+                more = on_rows(preview)
+                if isinstance(more, bool | np.bool) and not more:
                     cancelled.add(index)
             if all(index in cancelled for index, _ in places):
                 break
@@ -336,6 +341,23 @@ class Pipeline:
             Picture.from_array(pixels, caption=request.caption, seed=seed, score=score, settings=settings)
             for pixels, seed, score in zip(self.decode(kept.ids()), kept.seeds(), kept.scores(), strict=True)
         ]
+
+
+def _part(folder: pathlib.Path, name: str) -> tuple[dict, Model, Params]:
+    """Config, definition and parameters of the model of this name in a folder.
+
+    Raises:
+      UserError: it is missing, damaged, another one, or of impossible sizes.
+    """
+    config, params = checkpoint.load_model_dir(folder, name=name)
+    try:
+        model = build(name, config["model"])
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"expected a possible {name} in {folder}, got one where {error}: put its config.json back"
+        ) from error
+    checkpoint.check_params(params, model.abstract, where=str(folder))
+    return config, model, params
 
 
 def _check_codes(dvae: DVAEConfig, transformer: TransformerConfig, *, where: str) -> None:
