@@ -13,7 +13,7 @@ from dalle_jax.models.transformer import TransformerConfig
 
 MAX_SEED = 2**32
 MAX_CANDIDATES = 4096  # of one request
-MAX_CAPTION = 10_000  # characters, far more than the text slots of any model hold
+MAX_CAPTION = 32_000  # characters, far more than the text slots of any model hold; a prompt's in OpenAI's Images API
 TEMPERATURES = (0.001, 1000)  # at the ends nothing is left to chance, and everything; beyond, float32 runs over
 MAX_GUIDANCE = 1000
 
