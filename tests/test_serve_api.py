@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import shlex
 import urllib.request
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from stand_in_server import GRID, NAME, SIDE, NoisePipeline, serving
+from stand_in_server import EDITS, GRID, NAME, SIDE, NoisePipeline, post, serving
+from test_serve_bodies import form
 
 from dalle_jax.sample.request import Request
 
@@ -215,6 +217,17 @@ def test_the_examples_of_the_docs_work(server, pipe, capsys):
     for address, body in bodies:
         request = urllib.request.Request(address, body.encode(), {"Content-Type": "application/json"})
         assert b"b64_json" in (answer := urllib.request.urlopen(request).read()) or b"url" in answer
+    (words,) = [shlex.split(line) for line in text.splitlines() if line.startswith("curl") and " -F " in line]
+    assert words[1].endswith("/v1/images/edits")
+    fields = dict(word.split("=", 1) for word in words if "=" in word)
+    assert fields.pop("image") == "@picture.png"
+    parts = [(f'name="{name}"'.encode(), value.encode()) for name, value in fields.items()]
+    parts.append((b'name="image"; filename="picture.png"', file_of(np.full((SIDE, SIDE, 3), 7, np.uint8))[1]))
+    content, headers = form(*parts)
+    status, _, made = post(server, content, EDITS, headers)
+    assert status == 200 and len(made["data"]) == 1
+    asked = pipe.batches[-1][0]
+    assert (asked.caption, asked.keep_rows, asked.image.mean()) == ("a small star", 4, 7.0)
 
 
 def test_one_thread_draws(client, pipe):
