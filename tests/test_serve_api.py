@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from stand_in_server import EDITS, GRID, NAME, SIDE, NoisePipeline, post, serving
+from stand_in_server import EDITS, GRID, NAME, SIDE, NoisePipeline, metric, post, serving
 from test_serve_bodies import form
 
 from dalle_jax.sample.request import Request
@@ -69,6 +69,7 @@ def test_a_url_holds_the_picture(client, pipe):
     assert picture.b64_json is None and picture.score is None
     with urllib.request.urlopen(picture.url) as answer:
         assert answer.headers["content-type"] == "image/png"
+        assert answer.headers["cross-origin-resource-policy"] == "cross-origin"  # pages of other sites may show it
         np.testing.assert_array_equal(pixels(answer.read()), pixels(pipe.picture(Request("a star", seed=3), 0)))
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(picture.url.replace(".png", "0.png"))
@@ -97,6 +98,13 @@ def test_a_stream_shows_rows_and_ends_with_what_one_answer_holds(client):
     for event, picture in zip(completed, whole.data, strict=True):
         assert (event.b64_json, event.seed, event.score) == (picture.b64_json, picture.seed, picture.score)
     assert completed[0].usage.output_tokens == 3 * GRID**2
+
+
+def test_a_stream_that_fails_raises_at_the_client(client, server):
+    with pytest.raises(openai.APIError, match="could not be drawn") as failed:
+        list(client.images.generate(prompt="poison", stream=True, partial_images=1))
+    assert failed.value.code == "draw_failed"
+    assert metric(server, 'dalle_jax_rejected_total{code="draw_failed"}') == 1
 
 
 @pytest.mark.parametrize("asked", [0, 1, 2])

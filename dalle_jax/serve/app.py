@@ -65,7 +65,9 @@ class _Api:
         png = self._store.get(request.path_params["name"].removesuffix(".png"))
         if png is None:
             raise Refusal(404, "there is no such picture, or its hour is over", code="not_found")
-        return Response(png, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
+        # As at OpenAI, whoever has the address may show the picture, on a page of another site too.
+        headers = {"Cache-Control": "private, max-age=3600", "Cross-Origin-Resource-Policy": "cross-origin"}
+        return Response(png, media_type="image/png", headers=headers)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
