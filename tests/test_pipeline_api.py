@@ -17,7 +17,7 @@ from dalle_jax.data import scenes
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.sample import pipeline
-from dalle_jax.sample.main import file_names
+from dalle_jax.sample.main import _open, file_names
 from dalle_jax.sample.picture import Picture
 from dalle_jax.sample.request import Request
 from dalle_jax.sample.results import Kept
@@ -248,6 +248,20 @@ def test_completion_keeps_the_top_rows(pipe):
     np.testing.assert_array_equal(np.asarray(whole), pipe.decode(given))
     assert completed[0].settings["keep_rows"] == 2
     assert len({np.asarray(picture).tobytes() for picture in completed}) == 3
+
+
+def test_a_given_picture_is_read_as_in_training(pipe, tmp_path):
+    """Turned upright as the camera says, and its transparency laid on white."""
+    pixels = np.random.default_rng(0).integers(256, size=(20, 24, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    pixels[10:, :, 3] = 0
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=upside_down)
+    pixels[10:, :, :3] = 255
+    want = pipe.encode(np.ascontiguousarray(pixels[::-1, ::-1, :3]))
+    np.testing.assert_array_equal(pipe.encode(Image.open(tmp_path / "photo.png")), want)
+    np.testing.assert_array_equal(pipe.encode(_open(tmp_path / "photo.png")), want)
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,10 @@ def pixels(picture):
     return np.asarray(Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture)
 
 
-def file_of(array, name="picture.png"):
+def file_of(array, **options):
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return name, file.getvalue(), "image/png"
+    Image.fromarray(array).save(file, "PNG", **options)
+    return "picture.png", file.getvalue(), "image/png"
 
 
 def test_pictures_are_those_of_the_pipeline_best_first(client, pipe):
@@ -137,6 +137,12 @@ def test_completion_keeps_the_rows_that_the_mask_keeps(client, pipe):
     transparent = np.concatenate([image, mask[..., 3:]], axis=-1)  # the picture's own transparency is a mask too
     own = client.images.edit(image=[file_of(transparent)], prompt="a star", response_format="b64_json", extra_body=seed)
     np.testing.assert_array_equal(pixels(own.data[0].b64_json), edit(mask=file_of(mask), extra_body=seed))
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3  # as cameras write it
+    turned = client.images.edit(image=file_of(image[::-1, ::-1], exif=upside_down), prompt="a star",
+                                response_format="b64_json", extra_body={**seed, "keep_rows": 3})  # fmt: skip
+    three = pipe.picture(Request("a star", image=image, keep_rows=3, **seed), 0)
+    np.testing.assert_array_equal(pixels(turned.data[0].b64_json), pixels(three))
     events = client.images.edit(image=file_of(image), prompt="a star", stream=True, partial_images=1)
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from dalle_jax import checkpoint, sharding
+from dalle_jax.data.decode import BadImage, to_pixels
 from dalle_jax.data.transforms import centre
 from dalle_jax.digest import of_model as model_sha256
 from dalle_jax.errors import UserError
@@ -371,14 +372,14 @@ def _check_codes(dvae: DVAEConfig, transformer: TransformerConfig, *, where: str
 
 
 def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture that somebody gave.
+    """uint8 [H, W, 3] of a picture that somebody gave, turned upright and laid on white as in training.
 
     Raises:
-      UserError: another type, shape or dtype.
+      UserError: another type, shape or dtype, or a file that is broken.
     """
     try:
-        array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    except OSError as error:  # Pillow reads a file when its pixels are asked for
+        array = to_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
+    except BadImage as error:
         raise UserError(f"image must be a picture that can be read, got one where {error}") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise UserError(f"image must be a PIL image or uint8 [H, W, 3], got {array.dtype} {array.shape}")

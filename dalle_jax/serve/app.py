@@ -10,7 +10,6 @@ import functools
 import time
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from dalle_jax.data.decode import to_pixels
 from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.sample.request import Request as DrawRequest
@@ -165,7 +165,7 @@ def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str) -> sc
             raise invalid("keep_rows", f"keep_rows must be {kept}, which the mask says, or left out")
         values = {**values, "keep_rows": kept}
     # At the model's size already here, as `Pipeline.encode` would make it: a full queue stays small.
-    pixels = centre(np.asarray(image.convert("RGB")), pipe.image_size)
+    pixels = centre(to_pixels(image), pipe.image_size)
     return schema.edit(values, image=pixels, pipe=pipe, model=model)
 
 
