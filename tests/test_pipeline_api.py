@@ -334,7 +334,7 @@ def test_only_requests_are_drawn(pipe):
         pipe.draw(["a star"])
 
 
-@pytest.mark.parametrize("captions", [[], [3], "", 3, None, b"a star"])
+@pytest.mark.parametrize("captions", [[], [3], "", 3, None, b"a star", "a \ud800", "a" * 32_001])
 def test_captions_must_be_texts(pipe, captions):
     if captions == "":  # an empty caption is a caption: all padding
         assert len(pipe(captions)) == 1
