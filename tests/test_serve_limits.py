@@ -7,6 +7,7 @@ import socket
 import time
 import urllib.request
 
+import openai
 import pytest
 from stand_in_server import GENERATIONS, GRID, JSON, NoisePipeline, in_background, metric, post, serving, until
 
@@ -139,6 +140,22 @@ def test_a_deadline_ends_the_answer_and_the_work():
         until(lambda: metric(server, "dalle_jax_cancelled_total") == 2)
         assert metric(server, 'dalle_jax_rejected_total{code="deadline_exceeded"}') == 2
     assert all(rows < GRID for rows in pipe.rows_drawn[1:])
+
+
+def test_a_deadline_passes_in_the_queue_too_and_nobody_asks_again():
+    """OpenAI's client by itself sends a 504 twice more."""
+    pipe = NoisePipeline()
+    with serving(pipe, deadline_seconds=0.5, max_batch=1, wait_seconds=0) as server:
+        pipe.hold()
+        first = in_background(server, {"prompt": "a star"})
+        until(lambda: len(pipe.batches) == 2)
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="any")
+        with pytest.raises(openai.APIStatusError, match="deadline") as late:
+            client.images.generate(prompt="a cross")
+        assert (late.value.status_code, waiting(server)(), first.result()[0]) == (504, 0, 504)
+        assert metric(server, 'dalle_jax_requests_total{endpoint="generations",status="504"}') == 2
+        pipe.release()
+    assert [batch[0].caption for batch in pipe.batches] == ["", "a star"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -101,7 +101,9 @@ async def events(
 
 
 def too_late() -> Refusal:
-    return Refusal(504, "the pictures were not finished within this server's deadline", code="deadline_exceeded")
+    """Its header keeps OpenAI's clients from asking twice more for what takes too long."""
+    message = "the pictures were not finished within this server's deadline"
+    return Refusal(504, message, code="deadline_exceeded", headers={"X-Should-Retry": "false"})
 
 
 def failed() -> Refusal:
