@@ -151,6 +151,11 @@ def test_a_variation_needs_its_caption(client):
     image = np.zeros((2 * SIDE, 2 * SIDE, 3), np.uint8)
     answer = client.images.create_variation(image=file_of(image), n=2, extra_body={"prompt": "a star"})
     assert len(answer.data) == 2
+    cut_out = np.concatenate([image, np.zeros_like(image[..., :1])], axis=-1)  # its transparency is no mask here
+    knobs = {"prompt": "a star", "seed": 1}
+    answer = client.images.create_variation(image=file_of(cut_out), response_format="b64_json", extra_body=knobs)
+    drawn = pixels(answer.data[0].b64_json)
+    assert (drawn[: SIDE // 2] == 255).all() and not (drawn[SIDE // 2 :] == 255).all()
     with pytest.raises(openai.BadRequestError, match="draws from captions") as refused:
         client.images.create_variation(image=file_of(image))
     assert refused.value.param == "prompt"

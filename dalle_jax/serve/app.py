@@ -47,7 +47,7 @@ class _Api:
         """Completion: the rows that the mask or `keep_rows` keeps (half, if neither says), the others drawn anew."""
         values, files = await body.read_form(request)
         pipe = self._batcher.pipe
-        order = await asyncio.to_thread(_edit, values, files, pipe=pipe, model=self._model)
+        order = await asyncio.to_thread(_edit, values, files, pipe=pipe, model=self._model, masked=True)
         return await self._answer(request, order)
 
     async def variations(self, request: Request) -> Response:
@@ -58,7 +58,8 @@ class _Api:
         if not values.get("prompt"):
             message = "this model draws from captions: send the picture's as prompt; the upper half of its rows is kept"
             raise invalid("prompt", message, code="missing_required_parameter")
-        order = await asyncio.to_thread(_edit, values, files, pipe=self._batcher.pipe, model=self._model)
+        pipe = self._batcher.pipe
+        order = await asyncio.to_thread(_edit, values, files, pipe=pipe, model=self._model, masked=False)
         return await self._answer(request, order)
 
     async def picture(self, request: Request) -> Response:
@@ -148,8 +149,11 @@ class _Api:
         }
 
 
-def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str) -> schema.Order:
-    """The order of a form: decodes its pictures, so it does not run on the event loop."""
+def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str, masked: bool) -> schema.Order:
+    """The order of a form: decodes its pictures, so it does not run on the event loop.
+
+    masked: the transparency of a picture without a mask is its mask, as at OpenAI.
+    """
     if "image" not in files:
         raise invalid("image", "image is required: send the picture as a file", code="missing_required_parameter")
     image = upload.read_picture(files["image"], param="image")
@@ -157,8 +161,8 @@ def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str) -> sc
     mask, param = None, "mask"
     if "mask" in files:
         mask = upload.read_picture(files["mask"], param="mask")
-    elif image.mode == "RGBA" and values.get("keep_rows") is None and image.getextrema()[3][0] < 255:
-        mask, param = image, "image"  # as at OpenAI, the picture's own transparency is the mask if there is no other
+    elif masked and image.mode == "RGBA" and values.get("keep_rows") is None and image.getextrema()[3][0] < 255:
+        mask, param = image, "image"
     if mask is not None:
         kept = upload.kept_rows(mask, size=image.size, grid=grid, param=param)
         if values.get("keep_rows") not in (None, kept):
