@@ -172,4 +172,4 @@ def in_background(server, content):
 
 def metric(server, name):
     _, _, text = post(server, None, "/metrics", {}, "GET")
-    return float(re.search(rf"^{name} (\S+)$", text.decode(), re.MULTILINE)[1])
+    return float(re.search(rf"^{re.escape(name)} (\S+)$", text.decode(), re.MULTILINE)[1])

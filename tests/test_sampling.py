@@ -9,6 +9,7 @@ import pytest
 from test_transformer import TINY, apply, random_batch, random_params
 
 from dalle_jax import sharding
+from dalle_jax.errors import UserError
 from dalle_jax.models import attention, decoding, transformer
 from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
@@ -253,7 +254,7 @@ def test_bf16_and_8_bit_weights_and_caches_stay_close_and_are_small():
     matrix = small._weights[0][0]["up"]
     assert matrix["int8"].dtype == jnp.int8 and matrix["int8"].shape == wide._weights[0][0]["up"].shape
     assert small.generate(text, image_keys(np.arange(8).reshape(2, 4))).shape == (2, 4, 16)
-    with pytest.raises(ValueError, match="weights must be one of"):
+    with pytest.raises(UserError, match="weights must be one of"):
         Engine(model, params, weights="int4")
 
 

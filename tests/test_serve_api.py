@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import shlex
 import urllib.request
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from stand_in_server import GRID, NAME, SIDE, NoisePipeline, serving
+from stand_in_server import EDITS, GRID, NAME, SIDE, NoisePipeline, metric, post, serving
+from test_serve_bodies import form
 
 from dalle_jax.sample.request import Request
 
@@ -40,10 +42,10 @@ def pixels(picture):
     return np.asarray(Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture)
 
 
-def file_of(array, name="picture.png"):
+def file_of(array, **options):
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return name, file.getvalue(), "image/png"
+    Image.fromarray(array).save(file, "PNG", **options)
+    return "picture.png", file.getvalue(), "image/png"
 
 
 def test_pictures_are_those_of_the_pipeline_best_first(client, pipe):
@@ -67,6 +69,7 @@ def test_a_url_holds_the_picture(client, pipe):
     assert picture.b64_json is None and picture.score is None
     with urllib.request.urlopen(picture.url) as answer:
         assert answer.headers["content-type"] == "image/png"
+        assert answer.headers["cross-origin-resource-policy"] == "cross-origin"  # pages of other sites may show it
         np.testing.assert_array_equal(pixels(answer.read()), pixels(pipe.picture(Request("a star", seed=3), 0)))
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(picture.url.replace(".png", "0.png"))
@@ -95,6 +98,13 @@ def test_a_stream_shows_rows_and_ends_with_what_one_answer_holds(client):
     for event, picture in zip(completed, whole.data, strict=True):
         assert (event.b64_json, event.seed, event.score) == (picture.b64_json, picture.seed, picture.score)
     assert completed[0].usage.output_tokens == 3 * GRID**2
+
+
+def test_a_stream_that_fails_raises_at_the_client(client, server):
+    with pytest.raises(openai.APIError, match="could not be drawn") as failed:
+        list(client.images.generate(prompt="poison", stream=True, partial_images=1))
+    assert failed.value.code == "draw_failed"
+    assert metric(server, 'dalle_jax_rejected_total{code="draw_failed"}') == 1
 
 
 @pytest.mark.parametrize("asked", [0, 1, 2])
@@ -127,6 +137,12 @@ def test_completion_keeps_the_rows_that_the_mask_keeps(client, pipe):
     transparent = np.concatenate([image, mask[..., 3:]], axis=-1)  # the picture's own transparency is a mask too
     own = client.images.edit(image=[file_of(transparent)], prompt="a star", response_format="b64_json", extra_body=seed)
     np.testing.assert_array_equal(pixels(own.data[0].b64_json), edit(mask=file_of(mask), extra_body=seed))
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3  # as cameras write it
+    turned = client.images.edit(image=file_of(image[::-1, ::-1], exif=upside_down), prompt="a star",
+                                response_format="b64_json", extra_body={**seed, "keep_rows": 3})  # fmt: skip
+    three = pipe.picture(Request("a star", image=image, keep_rows=3, **seed), 0)
+    np.testing.assert_array_equal(pixels(turned.data[0].b64_json), pixels(three))
     events = client.images.edit(image=file_of(image), prompt="a star", stream=True, partial_images=1)
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 
@@ -135,6 +151,11 @@ def test_a_variation_needs_its_caption(client):
     image = np.zeros((2 * SIDE, 2 * SIDE, 3), np.uint8)
     answer = client.images.create_variation(image=file_of(image), n=2, extra_body={"prompt": "a star"})
     assert len(answer.data) == 2
+    cut_out = np.concatenate([image, np.zeros_like(image[..., :1])], axis=-1)  # its transparency is no mask here
+    knobs = {"prompt": "a star", "seed": 1}
+    answer = client.images.create_variation(image=file_of(cut_out), response_format="b64_json", extra_body=knobs)
+    drawn = pixels(answer.data[0].b64_json)
+    assert (drawn[: SIDE // 2] == 255).all() and not (drawn[SIDE // 2 :] == 255).all()
     with pytest.raises(openai.BadRequestError, match="draws from captions") as refused:
         client.images.create_variation(image=file_of(image))
     assert refused.value.param == "prompt"
@@ -215,6 +236,17 @@ def test_the_examples_of_the_docs_work(server, pipe, capsys):
     for address, body in bodies:
         request = urllib.request.Request(address, body.encode(), {"Content-Type": "application/json"})
         assert b"b64_json" in (answer := urllib.request.urlopen(request).read()) or b"url" in answer
+    (words,) = [shlex.split(line) for line in text.splitlines() if line.startswith("curl") and " -F " in line]
+    assert words[1].endswith("/v1/images/edits")
+    fields = dict(word.split("=", 1) for word in words if "=" in word)
+    assert fields.pop("image") == "@picture.png"
+    parts = [(f'name="{name}"'.encode(), value.encode()) for name, value in fields.items()]
+    parts.append((b'name="image"; filename="picture.png"', file_of(np.full((SIDE, SIDE, 3), 7, np.uint8))[1]))
+    content, headers = form(*parts)
+    status, _, made = post(server, content, EDITS, headers)
+    assert status == 200 and len(made["data"]) == 1
+    asked = pipe.batches[-1][0]
+    assert (asked.caption, asked.keep_rows, asked.image.mean()) == ("a small star", 4, 7.0)
 
 
 def test_one_thread_draws(client, pipe):

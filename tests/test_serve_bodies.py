@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from stand_in_server import EDITS, GENERATIONS, JSON, SIDE, NoisePipeline, post, serving
 
-from dalle_jax.serve import body
+from dalle_jax.serve import body, schema
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,15 @@ def test_malformed_forms_get_400(robust, case):
     assert status == 400 and set(refusal["error"]) == {"message", "type", "param", "code"}
     content, headers = form(PROMPT, (IMAGE, png()))
     assert post(robust, content, EDITS, headers)[0] == 200
+
+
+def test_fields_of_a_form_are_the_numbers_that_they_look_like():
+    for text, value in (("1", 1.0), (".5", 0.5), ("5.", 5.0), ("-2.5e-3", -0.0025)):
+        assert schema.parse_form([("temperature", text)]) == {"temperature": value}
+    for text in ("", ".", "-", "e5", "+1", "1_0", "0x1", "nan", "inf", " 1", "\u0661", "1" * 41):
+        assert schema.parse_form([("temperature", text)]) == {"temperature": text}  # which its check refuses
+    fields = [("n", "2"), ("seed", "1.0"), ("stream", "true"), ("prompt", "3")]
+    assert schema.parse_form(fields) == {"n": 2, "seed": "1.0", "stream": True, "prompt": "3"}
 
 
 def test_wrong_bytes_never_hurt(robust):

@@ -1,15 +1,17 @@
 """`dalle-jax serve` under load: batches, bounds, deadlines, clients that leave, tokens."""
 
+import asyncio
 import concurrent.futures
 import json
 import socket
 import time
 import urllib.request
 
+import openai
 import pytest
 from stand_in_server import GENERATIONS, GRID, JSON, NoisePipeline, in_background, metric, post, serving, until
 
-from dalle_jax.serve import answer
+from dalle_jax.serve import answer, body
 from dalle_jax.serve.store import LIFE_SECONDS, PictureStore
 
 
@@ -136,7 +138,24 @@ def test_a_deadline_ends_the_answer_and_the_work():
         assert status == 200 and events[0]["type"] == "image_generation.partial_image"
         assert events[-1]["error"]["code"] == "deadline_exceeded"
         until(lambda: metric(server, "dalle_jax_cancelled_total") == 2)
+        assert metric(server, 'dalle_jax_rejected_total{code="deadline_exceeded"}') == 2
     assert all(rows < GRID for rows in pipe.rows_drawn[1:])
+
+
+def test_a_deadline_passes_in_the_queue_too_and_nobody_asks_again():
+    """OpenAI's client by itself sends a 504 twice more."""
+    pipe = NoisePipeline()
+    with serving(pipe, deadline_seconds=0.5, max_batch=1, wait_seconds=0) as server:
+        pipe.hold()
+        first = in_background(server, {"prompt": "a star"})
+        until(lambda: len(pipe.batches) == 2)
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="any")
+        with pytest.raises(openai.APIStatusError, match="deadline") as late:
+            client.images.generate(prompt="a cross")
+        assert (late.value.status_code, waiting(server)(), first.result()[0]) == (504, 0, 504)
+        assert metric(server, 'dalle_jax_requests_total{endpoint="generations",status="504"}') == 2
+        pipe.release()
+    assert [batch[0].caption for batch in pipe.batches] == ["", "a star"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -156,6 +175,28 @@ def test_work_of_a_client_that_left_is_dropped(stream):
         assert post(server, {"prompt": "a circle"})[0] == 200
     assert [batch[0].caption for batch in pipe.batches] == ["", "a star", "a circle"]
     assert pipe.rows_drawn[1] < GRID  # given up at the next row
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_work_of_a_client_that_left_before_the_answer_began_is_dropped(stream, monkeypatch):
+    read_json = body.read_json
+
+    async def late(request):
+        values = await read_json(request)
+        await asyncio.sleep(0.3 if values["prompt"] == "a cross" else 0)
+        return values
+
+    monkeypatch.setattr(body, "read_json", late)
+    pipe = NoisePipeline()
+    with serving(pipe, max_batch=1, wait_seconds=0) as server:
+        pipe.hold()
+        drawn = in_background(server, {"prompt": "a star"})
+        until(lambda: len(pipe.batches) == 2)
+        leave(server, {"prompt": "a cross", "stream": stream}).close()
+        until(lambda: metric(server, "dalle_jax_cancelled_total") == 1)
+        pipe.release()
+        assert drawn.result()[0] == 200
+    assert [batch[0].caption for batch in pipe.batches] == ["", "a star"]
 
 
 def test_a_silent_stream_shows_that_it_lives(monkeypatch):

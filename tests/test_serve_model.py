@@ -87,7 +87,29 @@ def test_a_batch_is_a_wave_of_the_pipeline(server, pipe):
     assert server.batcher.room(guided=False) == (images, why)
 
 
-def test_the_models_own_bounds_are_named(client):
-    with pytest.raises(openai.BadRequestError, match=r"top_k must be .*1 \.\. 12, got 13") as refused:
-        client.images.generate(prompt=CAPTION, extra_body={"top_k": 13})
-    assert refused.value.param == "top_k"
+def test_a_prompt_may_be_as_long_as_openai_lets_it_be(client, pipe):
+    """In characters: spaces make no tokens. What is refused is told by the client's name for it."""
+    wide = CAPTION.replace(" ", " " * 5000, 6)
+    wide += " " * (32_000 - len(wide))
+    answer = client.images.generate(prompt=wide, response_format="b64_json", extra_body={"seed": 1})
+    np.testing.assert_array_equal(pixels(answer.data[0]), np.asarray(pipe(CAPTION, seed=1)[0]))
+    with pytest.raises(openai.BadRequestError, match="prompt must be .* at most 32000 characters") as refused:
+        client.images.generate(prompt=wide + " ")
+    assert refused.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"top_k": 13}, r"top_k must be .*1 \.\. 12, got 13"),
+        ({"top_p": 0}, r"top_p must be above 0 and at most 1, got 0\.0"),
+        ({"temperature": 1001}, r"temperature must be at least 0\.001 and at most 1000, got 1001\.0"),
+        ({"seed": 2**32 - 1, "n": 2}, r"seed must be .* candidates = 4294967294, got 4294967295"),
+        ({"best_of": 2}, "best_of needs a CLIP"),
+        ({"guidance": 2}, "guidance must be 1 for a model that was trained without dropping captions"),
+    ],
+)
+def test_the_models_own_bounds_are_named(client, knobs, says):
+    with pytest.raises(openai.BadRequestError, match=says) as refused:
+        client.images.generate(prompt=CAPTION, extra_body=knobs)
+    assert refused.value.param == [*knobs][0]

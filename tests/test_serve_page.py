@@ -9,7 +9,8 @@ import urllib.request
 import pytest
 from stand_in_server import GRID, NoisePipeline, metric, serving, until
 
-from dalle_jax.serve import page
+from dalle_jax.sample import request
+from dalle_jax.serve import page, schema
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -111,6 +112,21 @@ def test_the_page_is_whole_and_asks_nobody_else():
     assert "http" not in policy
 
 
+def test_fields_bound_what_the_server_bounds():
+    """The caption as well; a bound that depends on the model is the server's answer."""
+    found = re.finditer(r'<(?:input|textarea) id="(\w+)".*?>', page.html(), re.DOTALL)
+    fields = {field[1]: field[0] for field in found}
+
+    def bounds(name):
+        return tuple(float(re.search(rf'{end}="(.*?)"', fields[name])[1]) for end in ("min", "max"))
+
+    assert bounds("n") == (1, schema.MAX_N) and bounds("seed") == (0, request.MAX_SEED - 1)
+    assert bounds("temperature") == request.TEMPERATURES and bounds("guidance") == (0, request.MAX_GUIDANCE)
+    assert f'maxlength="{request.MAX_CAPTION}"' in fields["prompt"]
+    for name in {"n", *schema._FIELDS} & {*fields}:  # every hint belongs to its field, also for those who hear the page
+        assert name == "prompt" or f'aria-describedby="{name}-hint"' in fields[name]
+
+
 @in_browser
 def test_rows_appear_and_the_ranked_pictures_are_those_of_the_api(browser, server, pipe, tmp_path):
     open_page(browser, server)
@@ -183,12 +199,17 @@ def test_every_knob_reaches_the_model_and_a_refusal_its_field(browser, server, p
 
 @in_browser
 def test_stop_cancels_the_work(browser, server, pipe):
+    """Enter in a field draws, and stops nothing."""
+    from selenium.webdriver import Keys
+
     open_page(browser, server)
     write(browser, prompt="a star", n=1)
     batches = len(pipe.batches)
     pipe.hold()
-    one(browser, "#draw").click()
+    one(browser, "#n").send_keys(Keys.ENTER)
     until(lambda: len(pipe.batches) == batches + 1)
+    one(browser, "#n").send_keys(Keys.ENTER)
+    assert browser.execute_script("return running && !running.signal.aborted")
     one(browser, "#draw").click()
     until(lambda: text(browser, "#status") == "Stopped.")
     until(lambda: metric(server, "dalle_jax_cancelled_total") >= 1)
@@ -277,10 +298,15 @@ def test_a_server_with_a_token_asks_for_it(browser):
     with serving(NoisePipeline(), token="s3cret") as server:
         browser.get(server.address)
         until(lambda: one(browser, "#token").is_displayed())
-        write(browser, token="s3cret", prompt="a star", n=1)
-        until(lambda: text(browser, "#model") == "noise")
+        write(browser, token="guess", prompt="a star", n=1)
+        one(browser, "#draw").click()
+        until(lambda: "does not know this token" in text(browser, "#trouble"))
+        assert one(browser, "#token").get_attribute("aria-invalid") == "true"
+        assert browser.switch_to.active_element.get_attribute("id") == "draw"  # not taken away from who writes
+        write(browser, token="s3cret")
         one(browser, "#draw").click()
         until(drawn(browser, 1))
+        assert text(browser, "#model") == "noise" and not one(browser, "#trouble").is_displayed()
         assert "Bearer $DALLE_JAX_TOKEN" in browser.execute_script("return document.querySelector('#curl').textContent")
         assert "s3cret" not in browser.page_source
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dalle_jax.cli import main as command
 from dalle_jax.data import cache, shards
-from dalle_jax.data.decode import BadImage, decode_image, decode_scaled
+from dalle_jax.data.decode import BadImage, decode_image, decode_scaled, to_pixels
 from dalle_jax.data.record import Dropped, Record, Source
 from dalle_jax.data.sources import expand_braces, open_source, shard_paths
 from dalle_jax.errors import UserError
@@ -300,7 +300,9 @@ def test_decode_gives_upright_opaque_rgb():
     def decoded(image, kind, **options):
         out = io.BytesIO()
         image.save(out, kind, **options)
-        return decode_image(out.getvalue())
+        pixels = decode_image(out.getvalue())
+        np.testing.assert_array_equal(to_pixels(Image.open(out)), pixels)
+        return pixels
 
     red, blue = (255, 0, 0), (0, 0, 255)
     wide = Image.new("RGB", (4, 2), red)
@@ -320,6 +322,8 @@ def test_decode_gives_upright_opaque_rgb():
     assert np.abs(cyan - (0, 255, 255)).max() < 8
     with pytest.raises(BadImage, match="unsupported image"):
         decoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
+    with pytest.raises(BadImage, match="unsupported image"):
+        to_pixels(Image.fromarray(np.zeros((2, 2), np.float32)))
 
 
 def jpeg(image, **options):

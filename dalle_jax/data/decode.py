@@ -84,6 +84,20 @@ def decode_scaled(
         raise BadImage(_reason(error), f"{type(error).__name__}: {error}") from None
 
 
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture that Pillow has opened, as `decode_image` makes it of the file.
+
+    Raises:
+      BadImage: as `decode_image`.
+    """
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except Exception as error:  # as above, here of a file that Pillow reads when its pixels are asked for
+        raise BadImage(_reason(error), f"{type(error).__name__}: {error}") from None
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()

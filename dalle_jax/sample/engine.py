@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax import sharding
+from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params, decoding
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
@@ -52,10 +53,10 @@ class Engine:
         weights: 'model' (the model's compute dtype) or 'int8'; cache: 'model' or 'fp8', see `models/decoding.py`.
 
         Raises:
-          ValueError: an unknown kind of weights or cache.
+          UserError: an unknown kind of weights or cache.
         """
         if weights not in decoding.WEIGHTS or cache not in decoding.CACHES:
-            raise ValueError(
+            raise UserError(
                 f"weights must be one of {decoding.WEIGHTS} and cache one of {tuple(decoding.CACHES)}, "
                 f"got {weights!r} and {cache!r}"
             )

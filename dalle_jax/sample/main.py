@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import tqdm
-from PIL import Image, UnidentifiedImageError
 
+from dalle_jax.data.decode import BadImage, decode_image
 from dalle_jax.errors import UserError
 from dalle_jax.models import decoding
 from dalle_jax.sample.picture import Picture
@@ -116,10 +116,10 @@ def _title(picture: Picture) -> str:
     return picture.caption if picture.score is None else f"{picture.caption} ({picture.score:.3f})"
 
 
-def _open(path: pathlib.Path) -> Image.Image:
+def _open(path: pathlib.Path) -> np.ndarray:
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        return decode_image(path.read_bytes())
+    except (OSError, BadImage) as error:
         raise UserError(f"expected a picture to complete, got {path} ({error}): check the file") from error
 
 

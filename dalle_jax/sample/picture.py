@@ -33,6 +33,14 @@ class Picture(Image.Image):
         picture.info.update(picture.metadata())
         return picture
 
+    def __getstate__(self):
+        """PIL's, with what makes this a Picture: for `pickle`, `deepcopy` and other processes."""
+        return super().__getstate__(), (self.caption, self.seed, self.score, self.settings)
+
+    def __setstate__(self, state) -> None:
+        image, (self.caption, self.seed, self.score, self.settings) = state
+        super().__setstate__(image)
+
     def metadata(self) -> dict[str, str]:
         """The PNG text chunks: caption, seed, score if there is one, settings (json) and software."""
         return {

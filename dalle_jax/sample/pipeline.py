@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from dalle_jax import checkpoint, sharding
+from dalle_jax.data.decode import BadImage, to_pixels
 from dalle_jax.data.transforms import centre
 from dalle_jax.digest import of_model as model_sha256
 from dalle_jax.errors import UserError
@@ -64,8 +65,14 @@ class Pipeline:
         weights: str = "model",
         cache: str = "model",
     ):
-        """can_guide: the transformer saw pictures without their captions in training. The rest is as in `load`."""
+        """can_guide: the transformer saw pictures without their captions in training. The rest is as in `load`.
+
+        Raises:
+          UserError: devices, tensor, weights or cache out of range.
+        """
         devices = jax.local_devices() if devices is None else list(devices)
+        if not devices or not all(isinstance(device, jax.Device) for device in devices):
+            raise UserError(f"devices must be at least one of jax.local_devices(), or None for all, got {devices}")
         heads = transformer.config.heads
         if not isinstance(tensor, int) or tensor < 1 or len(devices) % tensor or heads % tensor:
             raise UserError(
@@ -100,15 +107,11 @@ class Pipeline:
         bfloat16 and change the pictures a little.
 
         Raises:
-          UserError: a part is missing, damaged, or does not belong to the others, or `tensor` does not divide the
-            devices or the model.
+          UserError: a part is missing, damaged, or does not belong to the others, or an argument is out of range.
         """
         folder = pathlib.Path(folder)
-        config, params = checkpoint.load_model_dir(folder, name="transformer")
-        dvae_config, dvae_params = checkpoint.load_model_dir(folder / "dvae", name="dvae")
-        model, dvae = build("transformer", config["model"]), build("dvae", dvae_config["model"])
-        checkpoint.check_params(params, model.abstract, where=str(folder))
-        checkpoint.check_params(dvae_params, dvae.abstract, where=str(folder / "dvae"))
+        config, model, params = _part(folder, "transformer")
+        _, dvae, dvae_params = _part(folder / "dvae", "dvae")
         _check_codes(dvae.config, model.config, where=str(folder / "dvae"))
         checkpoint.check_dvae(folder, model_sha256(dataclasses.asdict(dvae.config), dvae_params))
         tokenizer = Tokenizer.load(folder)
@@ -198,6 +201,8 @@ class Pipeline:
 
     def check(self, request: Request) -> None:
         """Raises UserError, one sentence, if this model cannot draw what is asked for."""
+        if not isinstance(request, Request):
+            raise UserError(f"requests must be a list of Request, got {request!r} in it: make one of it")
         check(request, self.model.config, can_rank=self.reranker is not None, can_guide=self.can_guide)
         if request.image is not None:
             _pixels(request.image)
@@ -299,7 +304,8 @@ class Pipeline:
                 seen_MI = ids_MI[: min(place.count, requests[index].n)]
                 pictures = functools.partial(self._preview, seen_MI, row + 1)
                 preview = Preview(index, row + 1, config.grid, done / requests[index].candidates, pictures)
-                if on_rows(preview) is False:
+                more = on_rows(preview)
+                if isinstance(more, bool | np.bool) and not more:
                     cancelled.add(index)
             if all(index in cancelled for index, _ in places):
                 break
@@ -338,6 +344,23 @@ class Pipeline:
         ]
 
 
+def _part(folder: pathlib.Path, name: str) -> tuple[dict, Model, Params]:
+    """Config, definition and parameters of the model of this name in a folder.
+
+    Raises:
+      UserError: it is missing, damaged, another one, or of impossible sizes.
+    """
+    config, params = checkpoint.load_model_dir(folder, name=name)
+    try:
+        model = build(name, config["model"])
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"expected a possible {name} in {folder}, got one where {error}: put its config.json back"
+        ) from error
+    checkpoint.check_params(params, model.abstract, where=str(folder))
+    return config, model, params
+
+
 def _check_codes(dvae: DVAEConfig, transformer: TransformerConfig, *, where: str) -> None:
     """Raises UserError, if these are not the codes that the transformer draws."""
     wanted, got = (transformer.image_vocab, transformer.grid), (dvae.vocab, dvae.grid)
@@ -349,14 +372,14 @@ def _check_codes(dvae: DVAEConfig, transformer: TransformerConfig, *, where: str
 
 
 def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture that somebody gave.
+    """uint8 [H, W, 3] of a picture that somebody gave, turned upright and laid on white as in training.
 
     Raises:
-      UserError: another type, shape or dtype.
+      UserError: another type, shape or dtype, or a file that is broken.
     """
     try:
-        array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    except OSError as error:  # Pillow reads a file when its pixels are asked for
+        array = to_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
+    except BadImage as error:
         raise UserError(f"image must be a picture that can be read, got one where {error}") from error
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise UserError(f"image must be a PIL image or uint8 [H, W, 3], got {array.dtype} {array.shape}")

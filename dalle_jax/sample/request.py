@@ -13,7 +13,7 @@ from dalle_jax.models.transformer import TransformerConfig
 
 MAX_SEED = 2**32
 MAX_CANDIDATES = 4096  # of one request
-MAX_CAPTION = 10_000  # characters, far more than the text slots of any model hold
+MAX_CAPTION = 32_000  # characters, far more than the text slots of any model hold; a prompt's in OpenAI's Images API
 TEMPERATURES = (0.001, 1000)  # at the ends nothing is left to chance, and everything; beyond, float32 runs over
 MAX_GUIDANCE = 1000
 
@@ -74,9 +74,12 @@ def check(request: Request, config: TransformerConfig, *, can_rank: bool, can_gu
       UserError: one sentence with the name of the argument, its range and what came.
     """
     grid, vocab = config.grid, config.image_vocab
-    if not isinstance(request.caption, str) or len(request.caption) > MAX_CAPTION:
-        got = f"{len(request.caption)} characters" if isinstance(request.caption, str) else repr(request.caption)
+    caption = request.caption
+    if not isinstance(caption, str) or len(caption) > MAX_CAPTION:
+        got = f"{len(caption)} characters" if isinstance(caption, str) else repr(caption)
         raise UserError(f"caption must be a text of at most {MAX_CAPTION} characters, got {got}")
+    if any("\ud800" <= character <= "\udfff" for character in caption):  # a command's bytes that are no UTF-8, too
+        raise UserError(f"caption must be Unicode text, got {ascii(caption[:40])} with half a surrogate pair")
     _whole("n", request.n, 1, MAX_CANDIDATES)
     if request.best_of is not None:
         _whole("best_of", request.best_of, request.n, MAX_CANDIDATES, lowest="n")

@@ -59,11 +59,13 @@ def whole(
     }
 
 
-async def events(job: Job, *, pipe: Any, cancel: Callable[[Job], None]) -> AsyncIterator[str]:
+async def events(
+    job: Job, *, pipe: Any, cancel: Callable[[Job], None], count: Callable[[str], None]
+) -> AsyncIterator[str]:
     """The stream of one job. Whoever stops reading it cancels the job.
 
     Every picture has events of its own, `index` tells them apart; the last event of a stream that failed has OpenAI's
-    error object.
+    error object, and its code goes to `count`.
     """
     order, grid, sent = job.order, pipe.model.config.layout.grid, 0
     try:
@@ -90,16 +92,18 @@ async def events(job: Job, *, pipe: Any, cancel: Callable[[Job], None]) -> Async
         for index, (picture, file) in enumerate(zip(pictures, await encode(pictures), strict=True)):
             extra = {"index": index, "seed": picture.seed, "score": picture.score, "usage": tokens}
             yield _event(order, "completed", file, pipe, **extra)
-    except Refusal as refusal:
+    except Exception as error:
+        refusal = error if isinstance(error, Refusal) else failed()  # the drawing thread has logged why
+        count(refusal.code)
         yield _frame("error", {"type": "error", **refusal.body()})
-    except Exception:  # the drawing thread has logged it
-        yield _frame("error", {"type": "error", **failed().body()})
     finally:
         cancel(job)
 
 
 def too_late() -> Refusal:
-    return Refusal(504, "the pictures were not finished within this server's deadline", code="deadline_exceeded")
+    """Its header keeps OpenAI's clients from asking twice more for what takes too long."""
+    message = "the pictures were not finished within this server's deadline"
+    return Refusal(504, message, code="deadline_exceeded", headers={"X-Should-Retry": "false"})
 
 
 def failed() -> Refusal:

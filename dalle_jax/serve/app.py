@@ -10,7 +10,6 @@ import functools
 import time
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from dalle_jax.data.decode import to_pixels
 from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.sample.request import Request as DrawRequest
@@ -47,7 +47,7 @@ class _Api:
         """Completion: the rows that the mask or `keep_rows` keeps (half, if neither says), the others drawn anew."""
         values, files = await body.read_form(request)
         pipe = self._batcher.pipe
-        order = await asyncio.to_thread(_edit, values, files, pipe=pipe, model=self._model)
+        order = await asyncio.to_thread(_edit, values, files, pipe=pipe, model=self._model, masked=True)
         return await self._answer(request, order)
 
     async def variations(self, request: Request) -> Response:
@@ -58,14 +58,17 @@ class _Api:
         if not values.get("prompt"):
             message = "this model draws from captions: send the picture's as prompt; the upper half of its rows is kept"
             raise invalid("prompt", message, code="missing_required_parameter")
-        order = await asyncio.to_thread(_edit, values, files, pipe=self._batcher.pipe, model=self._model)
+        pipe = self._batcher.pipe
+        order = await asyncio.to_thread(_edit, values, files, pipe=pipe, model=self._model, masked=False)
         return await self._answer(request, order)
 
     async def picture(self, request: Request) -> Response:
         png = self._store.get(request.path_params["name"].removesuffix(".png"))
         if png is None:
             raise Refusal(404, "there is no such picture, or its hour is over", code="not_found")
-        return Response(png, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
+        # As at OpenAI, whoever has the address may show the picture, on a page of another site too.
+        headers = {"Cache-Control": "private, max-age=3600", "Cross-Origin-Resource-Policy": "cross-origin"}
+        return Response(png, media_type="image/png", headers=headers)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
@@ -90,7 +93,10 @@ class _Api:
     async def _answer(self, request: Request, order: schema.Order) -> Response:
         job, pipe = self._batcher.submit(order), self._batcher.pipe
         if order.stream:
-            stream = answer.events(job, pipe=pipe, cancel=self._batcher.cancel)
+            rejected = self._batcher.metrics.rejected
+            stream = answer.events(
+                job, pipe=pipe, cancel=self._batcher.cancel, count=lambda code: rejected.labels(code).inc()
+            )
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
         pictures = await self._wait(request, job)
@@ -143,8 +149,11 @@ class _Api:
         }
 
 
-def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str) -> schema.Order:
-    """The order of a form: decodes its pictures, so it does not run on the event loop."""
+def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str, masked: bool) -> schema.Order:
+    """The order of a form: decodes its pictures, so it does not run on the event loop.
+
+    masked: the transparency of a picture without a mask is its mask, as at OpenAI.
+    """
     if "image" not in files:
         raise invalid("image", "image is required: send the picture as a file", code="missing_required_parameter")
     image = upload.read_picture(files["image"], param="image")
@@ -152,15 +161,15 @@ def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str) -> sc
     mask, param = None, "mask"
     if "mask" in files:
         mask = upload.read_picture(files["mask"], param="mask")
-    elif image.mode == "RGBA" and values.get("keep_rows") is None and image.getextrema()[3][0] < 255:
-        mask, param = image, "image"  # as at OpenAI, the picture's own transparency is the mask if there is no other
+    elif masked and image.mode == "RGBA" and values.get("keep_rows") is None and image.getextrema()[3][0] < 255:
+        mask, param = image, "image"
     if mask is not None:
         kept = upload.kept_rows(mask, size=image.size, grid=grid, param=param)
         if values.get("keep_rows") not in (None, kept):
             raise invalid("keep_rows", f"keep_rows must be {kept}, which the mask says, or left out")
         values = {**values, "keep_rows": kept}
     # At the model's size already here, as `Pipeline.encode` would make it: a full queue stays small.
-    pixels = centre(np.asarray(image.convert("RGB")), pipe.image_size)
+    pixels = centre(to_pixels(image), pipe.image_size)
     return schema.edit(values, image=pixels, pipe=pipe, model=model)
 
 

@@ -67,7 +67,8 @@ class Gate:
             )
         if origin is not None and origin.partition("://")[2] != host:
             # A page of another site must not draw with the visitor's server: browsers send forms across sites.
-            return Refusal(403, "requests from pages of other sites are not served", code="foreign_origin")
+            message = "requests from pages of other sites are not served; a proxy in front must pass the Host header on"
+            return Refusal(403, message, code="foreign_origin")
         if self._token is None or path in OPEN_PATHS or path.startswith(FILES):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")

@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 
 from dalle_jax.errors import UserError
-from dalle_jax.sample.request import Request
+from dalle_jax.sample.request import MAX_CAPTION, MAX_SEED, Request
 from dalle_jax.serve.refusal import Refusal, invalid
 
 MAX_N = 10  # CreateImageRequest of OpenAI's specification
-MAX_PROMPT = 32_000  # characters, the same
-MAX_SEED = 2**32
 GENERATION, EDIT = "image_generation", "image_edit"  # first words of the names of streamed events
 
 
@@ -76,8 +74,8 @@ def _boolean(name: str, value: Any) -> bool:
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise invalid(name, f"{name} must be a text, got {shown(value)}", code="invalid_type")
-    if len(value) > MAX_PROMPT or any("\ud800" <= character <= "\udfff" for character in value):
-        raise invalid(name, f"{name} must be Unicode text of at most {MAX_PROMPT} characters")
+    if len(value) > MAX_CAPTION or any("\ud800" <= character <= "\udfff" for character in value):
+        raise invalid(name, f"{name} must be Unicode text of at most {MAX_CAPTION} characters")
     return value
 
 
@@ -155,7 +153,7 @@ def parse_form(items: list[tuple[str, str]]) -> dict[str, Any]:
         values[name] = text
         if check is _integer and re.fullmatch(r"-?[0-9]{1,20}", text):
             values[name] = int(text)
-        elif check is _number and re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{0,20})?([eE][+-]?[0-9]{1,3})?", text):
+        elif check is _number and re.fullmatch(r"-?(?=\.?[0-9])[0-9]{0,20}\.?[0-9]{0,20}([eE][+-]?[0-9]{1,3})?", text):
             values[name] = float(text)
         elif check is _boolean and text in ("true", "false"):
             values[name] = text == "true"

@@ -3,8 +3,9 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from dalle_jax.data.decode import to_pixels
 from dalle_jax.serve.refusal import Refusal, invalid
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -12,7 +13,7 @@ MAX_SIDE = 2048  # pixels; a small file can hold a picture that fills the memory
 
 
 def read_picture(data: bytes, *, param: str) -> Image.Image:
-    """The bytes of a square PNG, JPEG or WEBP file as an RGB or RGBA picture.
+    """The bytes of a square PNG, JPEG or WEBP file as an RGB or RGBA picture, turned upright.
 
     Raises:
       Refusal: it is not one, or is too large.
@@ -21,7 +22,8 @@ def read_picture(data: bytes, *, param: str) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if max(picture.size) > MAX_SIDE:
             raise invalid(param, f"{param} must be at most {MAX_SIDE} pixels wide and high, got {picture.size}")
-        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        picture = ImageOps.exif_transpose(picture)
+        picture = picture.convert("RGBA") if picture.has_transparency_data else Image.fromarray(to_pixels(picture))
     except Refusal:
         raise
     except Exception as error:  # Pillow answers broken files with OSError, SyntaxError, ValueError, struct.error, ...
