@@ -15,6 +15,7 @@ from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import main, memory, report, search
 from dalle_jax.preflight import topology as topologies
 from dalle_jax.preflight.job import Job, shard_bytes
+from dalle_jax.train import step as steps
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def test_the_papers_own_layout_holds_more_than_its_gpus_have():
     assert found["optimizer"] == pytest.approx(2 * 2 * hidden + 2 * 4 * rest, rel=3e-3)  # some biases lie uncut
     held = sum(found[kind] for kind in ("parameters", "optimizer", "compression"))
     assert held < pod.usable_bytes < sum(found.values())
+    assert steps._parts(job.task, job.mesh, job._compression)[0].start == 8 * 2.0**13  # a replica's loss, 8 pieces
     sent, instead = job.across_replicas
     assert sent == pytest.approx((1 - 0.859) * 2 * hidden + 4 * rest, rel=0.01) and instead > 5 * sent
     text = (pathlib.Path(__file__).parent.parent / "docs" / "numerics.md").read_text()

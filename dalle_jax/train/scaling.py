@@ -69,9 +69,9 @@ class Scaling:
 def of(model: Model, *, replicas: int) -> Scaling | None:
     """The scaling of a model's precision; None where gradients need none.
 
-    replicas: pieces that a batch is cut into, the M of section 2.4: losses are means over the whole batch, so what a
-      device sees of their gradient is M times smaller than that of its own batch, and the paper's scales are M times
-      larger.
+    replicas: pieces that the batch of a loss is cut into, the M of section 2.4: losses are means over the whole batch,
+      or over a replica's part of it where gradients are compressed, so what a device sees of their gradient is M times
+      smaller than that of its own batch, and the paper's scales are M times larger.
     """
     precision = getattr(model.config, "precision", None)
     if precision == GLOBAL:
