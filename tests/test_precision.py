@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_meshes
 from line_task import train
 
 from dalle_jax import config as configs
@@ -206,6 +207,15 @@ def test_float16_learns_like_float32(precision, many):
     assert int(state["skipped"]) == 0
     for name in ("loss", "grad_norm"):  # a few roundings of 2^-11
         np.testing.assert_allclose([m[name] for m in measured], [m[name] for m in in_float32()], rtol=5e-3)
+
+
+def test_the_dvae_learns_in_float16_with_one_scale_as_in_the_paper():
+    """Appendix A.2. The same noise in every update, so the curves agree to a few roundings of 2^-11."""
+    (wanted, _), (found, state) = (test_meshes.train("dvae", (1, 1, 1), precision=p) for p in ("fp32", "fp16-global"))
+    assert int(state["skipped"]) == 0 and float(state["scales"]["scale"]) == 2.0**16
+    np.testing.assert_allclose(found[:, 0], wanted[:, 0], rtol=2e-3)
+    np.testing.assert_allclose(found[:, 1], wanted[:, 1], rtol=2e-2)
+    assert (found != wanted).any()  # it was float16
 
 
 def test_an_overflow_moves_only_the_scale_of_its_branch():
