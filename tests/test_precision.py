@@ -341,6 +341,14 @@ def test_one_key_sets_the_precision():
     assert set(BRANCH) == set(transformer.model(TINY).abstract["blocks"])
 
 
+def test_float16_is_refused_on_a_tpu(monkeypatch):
+    config = configs.load("configs/transformer.py:demo", ["--config.precision=fp16-global"])
+    run.check_values(config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(UserError, match="fp16-global, got a TPU, .* set --config.precision=bf16"):
+        run.check_values(config)
+
+
 @pytest.mark.parametrize(
     "spec, words, message",
     [
