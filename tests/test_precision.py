@@ -329,6 +329,26 @@ def test_a_run_goes_on_bit_for_bit_and_logs_every_scale(tmp_path, sizes, compres
     assert (tmp_path / "stopped" / "curves.png").exists()
 
 
+def test_a_scale_on_its_way_down_is_no_reason_to_go_back(tmp_path):
+    """It may fall once in 125 updates and all of them are skipped until it has: more than `rollback_after`, and more
+    than `log_every`, by which a run without a checkpoint ends."""
+    rule = scaling.of(task_of("fp16-paper").model, replicas=1)
+    assert scaling.patience(task_of("fp16-paper").model) == 8 * rule.hold and scaling.patience(build("dvae", {})) == 0
+
+    def blow(n, state):
+        if n == 2:  # far above the rule's bounds: an update later at the upper one, where this head overflows too
+            place = state["scales"]["scale"].sharding
+            state["scales"]["scale"] = jax.device_put(jnp.full((2, 2), 2.0**60), place)
+            head = state["params"]["image_head"]
+            loud = jnp.full(head.shape, 1e3).at[:, ::2].set(-1e3)
+            state["params"]["image_head"] = jax.device_put(loud, head.sharding)
+
+    mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+    options = {"task": task_of("fp16-paper"), "mesh": mesh, "hooks": [(1, blow)], "rollback_after": 3}
+    done = train(tmp_path, Tokens(), steps=20, checkpoint_every=0, **options)
+    assert (done.step, int(done.state["skipped"])) == (20, 18)
+
+
 # One way to say it, and combinations that make no sense.
 
 

@@ -19,6 +19,7 @@ from dalle_jax.models import Model
 from dalle_jax.models.scaled import finite_branches
 
 GLOBAL, PAPER = "fp16-global", "fp16-paper"
+FALLS = 8  # of a scale in a row: by 16 where it falls by sqrt 2, by 256 where it falls by 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,12 @@ class Scaling:
             "scale": jnp.clip(state["scale"] * factor, self.least, self.most).astype(jnp.float32),
             "since": jnp.where(falls, 0, since),
         }
+
+
+def patience(model: Model) -> int:
+    """Updates in a row that may be skipped because a scale has to fall FALLS times, and for no other reason."""
+    scales = of(model, replicas=1)
+    return FALLS * max(scales.hold, 1) if scales else 0
 
 
 def of(model: Model, *, replicas: int) -> Scaling | None:
