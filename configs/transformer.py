@@ -16,7 +16,8 @@
 emoji   64x64 real pictures, minutes on a CPU
 demo    the 64x64 scenes of `dalle-jax demo`
 
-12b to 400m have the paper's optimizer, schedule and batch of 1024, which it gives for 12b alone. Below, the mesh
+12b to 400m have the paper's optimizer, schedule and batch of 1024, which it gives for 12b alone; its bound of 5 on the
+second moment comes with `optimizer.moments = paper`, which 12b_v100 alone has. Below, the mesh
 (replica x fsdp x tensor) that each is meant for, and gets without being asked for on islands of this many devices (a
 TPU slice of 1024, machines of 8 GPUs); and what a device then holds, in MB of 10^6 bytes: parameters, the optimizer's
 moments, the moving average, gradients, all in float32. Activations come on top.

@@ -25,8 +25,9 @@ PACKAGE = "dalle_jax.configs"
 OVERRIDE = "--config."
 
 # A run that goes on in its workdir may change these, by exact key or by 'prefix.'. None of them changes what an update
-# computes, but for `steps` where a schedule ends with it, and `mesh` and `model.attention`, which change the order of
-# sums. `data.lanes` is checked against the checkpoint, which knows its own.
+# computes, but for `steps` where a schedule ends with it, `mesh` and `model.attention`, which change the order of sums,
+# and with it how gradients are cut that are compressed, and `storage.offload`, which changes the random bits of moments
+# that are rounded. `data.lanes` is checked against the checkpoint, which knows its own.
 FREE_KEYS = (
     "steps",
     "log_every",

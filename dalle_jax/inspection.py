@@ -5,6 +5,7 @@ with the same digest are the same run.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import pathlib
@@ -16,14 +17,15 @@ from dalle_jax.train import goodput
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workdir", metavar="DIR", help="a run, or a model directory")
-    parser.add_argument("--step", type=int, help="the checkpoint of this update (default: the newest)")
+    parser.add_argument("--step", type=int, help="the checkpoint of this update (default: the newest undamaged one)")
     parser.add_argument("--json", action="store_true", help="as one json object")
 
 
 def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
     """What `--json` prints.
 
-    step, data: of the checkpoint that is looked at; None for a model directory. parameters_sha256, average_sha256 (the
+    step, data: of the checkpoint that is looked at, by default the one from which the run would go on, the newest
+    undamaged one; None for a model directory. parameters_sha256, average_sha256 (the
     moving average), state_sha256 (the whole training state). checkpoints: step, bytes, when it was written (UTC) and
     damage, which is None where the files are what was written. goodput: share, starts and seconds by kind.
 
@@ -34,7 +36,11 @@ def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
     if (workdir / checkpoint.PARAMS).exists():
         parameters = digest.of_tree(checkpoint.load_params(workdir)[1])
         return {"step": None, "data": None, "parameters_sha256": parameters, "checkpoints": [], "config": config}
-    step, path = checkpoint.checkpoint_path(workdir, step)
+    newest, path = checkpoint.checkpoint_path(workdir, step)
+    checkpoints = _described(path.parent)
+    if step is None:
+        step = max((entry["step"] for entry in checkpoints if entry["damage"] is None), default=newest)
+        path = path.parent / str(step)
     digests, ledger = checkpoint.state_digests(path), goodput.read(workdir)
     return {
         "step": step,
@@ -42,10 +48,20 @@ def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
         "parameters_sha256": digests["params"],
         "average_sha256": digests["ema"],
         "state_sha256": digests["state"],
-        "checkpoints": [checkpoint.describe(path.parent / str(found)) for found in checkpoint.steps_in(path.parent)],
+        "checkpoints": checkpoints,
         "goodput": ledger and {key: ledger[key] for key in ("goodput", "starts", "seconds")},
         "config": config,
     }
+
+
+def _described(folder) -> list[dict[str, Any]]:
+    """`checkpoint.describe` of each. A run that trains may delete old ones while their files are read, which is no
+    damage."""
+    found = []
+    for step in checkpoint.steps_in(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(checkpoint.describe(folder / str(step)))
+    return [entry for entry in found if checkpoint.is_complete(folder / str(entry["step"]))]
 
 
 def main(args: argparse.Namespace) -> int:
@@ -67,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     if found.get("goodput"):
         seconds = ", ".join(f"{kind} {spent:.0f} s" for kind, spent in found["goodput"]["seconds"].items())
         print(f"goodput      {found['goodput']['goodput']:.1%} over {found['goodput']['starts']} starts ({seconds})")
-    for key in ("model", "optimizer", "data", "mesh"):
+    for key in ("model", "optimizer", "data", "mesh", "storage", "compression"):
         if key in found["config"]:
             print(f"{key:12} {json.dumps(found['config'][key])}")
     return 0

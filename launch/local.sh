@@ -14,8 +14,11 @@ if ((processes == 1)); then
   exec "${train[@]}"
 fi
 
+# Each process in a group of its own: Ctrl-C reaches this script alone, which sends each of them one SIGTERM. A second
+# signal would kill it.
+set -m
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT HUP
 for ((i = 0; i < processes; i++)); do
   CUDA_VISIBLE_DEVICES="$i" "${train[@]}" \
     --coordinator "localhost:${PORT:-8476}" --num-processes "$processes" --process-id "$i" &

@@ -59,6 +59,23 @@ def test_only_a_model_is_trained():
         run.check_values(configs.load("configs/evaluate.py:demo"))
 
 
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("keep_checkpoints=0", "keep_checkpoints of at least 1, got 0"),  # every one would be deleted, the newest too
+        ("rollback_after=-1", "rollback_after of at least 0, got -1"),
+        ("ema.every=0", "ema.every of at least 1, got 0: set --config.ema.every=N"),
+        ("ema.decay=1.0", "ema.decay from 0 to below 1, got 1.0, with which the average never"),
+        ("ema.decay=-0.5", "ema.decay from 0 to below 1, got -0.5"),
+    ],
+)
+def test_values_that_would_do_harm_in_silence_are_refused(word, message):
+    config = configs.load("configs/dvae.py:demo")
+    run.check_values(config)
+    with pytest.raises(UserError, match=message):
+        run.check_values(configs.load("configs/dvae.py:demo", [f"--config.{word}"]))
+
+
 def test_overrides_change_values_and_keep_types():
     config = configs.load(
         "configs/dvae.py:demo",

@@ -42,6 +42,7 @@ def test_inspect_says_where_a_run_stands(workdir, capsys):
     assert inspect(workdir, 8)["state_sha256"] != found["state_sha256"]
     text = said(capsys, "inspect", workdir)
     assert found["state_sha256"] in text and "update       12 of 12" in text and "goodput" in text
+    assert f"compression  {json.dumps(found['config']['compression'])}" in text
 
 
 def test_the_digests_do_not_depend_on_the_mesh_a_run_was_saved_on(workdir, tmp_path):
@@ -65,6 +66,36 @@ def test_inspect_names_damage(workdir, tmp_path, capsys):
     path = copy / "checkpoints" / "8" / "data" / "metadata"
     path.write_text(path.read_text().replace("8", "9"))
     assert "DAMAGED: data/metadata is not what was written" in said(capsys, "inspect", copy)
+
+
+def test_with_its_newest_checkpoint_damaged_a_run_stands_at_the_one_before(workdir, tmp_path, capsys):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    path = copy / "checkpoints" / "12" / "state" / "_METADATA"
+    path.write_bytes(path.read_bytes()[:-1])
+    found = inspect(copy)
+    assert (found["step"], found["state_sha256"]) == (8, inspect(workdir, 8)["state_sha256"])
+    assert [bool(entry["damage"]) for entry in found["checkpoints"]] == [False, True]
+    text = said(capsys, "inspect", copy)
+    assert "update       8 of 12" in text and text.count("DAMAGED") == 1
+    with pytest.raises(UserError, match="12, but it cannot be read"):
+        inspect(copy, 12)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(workdir, tmp_path, monkeypatch, when):
+    copy, describe = shutil.copytree(workdir, tmp_path / "copy"), checkpoint.describe
+
+    def deleted(path):
+        if path.name == "8" and when == "before":
+            shutil.rmtree(path)
+        entry = describe(path)
+        if path.name == "8":
+            shutil.rmtree(path)
+        return entry
+
+    monkeypatch.setattr(checkpoint, "describe", deleted)
+    found = inspect(copy)
+    assert found["step"] == 12 and [(e["step"], e["damage"]) for e in found["checkpoints"]] == [(12, None)]
 
 
 def test_export_gives_a_model_directory(workdir, tmp_path, capsys):

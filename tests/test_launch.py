@@ -284,6 +284,35 @@ def test_local_passes_sigterm_on_and_waits_for_the_save(stand_in, tmp_path):
         assert running.wait(timeout=30) == 75
 
 
+# As the training loop: the first signal is noted, and the next one kills.
+SAVES_ONCE_ASKED = """
+import pathlib, signal, sys, time
+def note(*_):
+    for number in signals:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(1)
+    sys.exit(75)
+signals = signal.SIGTERM, signal.SIGINT
+for number in signals:
+    signal.signal(number, note)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_asks_each_process_of_local_once(stand_in, tmp_path):
+    """A terminal sends its signal to the whole foreground group: the script must not add a second one, which kills."""
+    (tmp_path / "saves.py").write_text(SAVES_ONCE_ASKED)
+    stand_in("dalle-jax", f'exec "{sys.executable}" "{tmp_path}/saves.py" "{tmp_path}/up.$$"')
+    words, environment = ["bash", "launch/local.sh", CONFIG, WORKDIR], {**os.environ, "PROCESSES": "2"}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True) as running:
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob("up.*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(timeout=30) == 75
+
+
 TPU = {"TPU": "slice", "ZONE": "z", "TYPE": "v5p", "TOPOLOGY": "2x2x1", "RUNTIME": "r", "BUCKET": "b"}
 
 

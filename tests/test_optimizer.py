@@ -161,6 +161,29 @@ def test_unknown_names_are_refused(wrong):
         optimizer.build(config(**wrong), steps=1, axes=AXES)
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"patience": 0}, "plateau.patience of at least 1, got 0: set --config.optimizer.schedule.plateau.patience=N"),
+        ({"window": 0}, "plateau.window of at least 1"),
+        ({"halvings": -1}, "plateau.halvings of at least 0"),
+        ({"min_improvement": 0.0}, "plateau.min_improvement between 0 and 1"),
+    ],
+)
+def test_a_plateau_that_means_nothing_is_refused(values, message):
+    shape = config(schedule="plateau")
+    shape.schedule.plateau.update(values)
+    with pytest.raises(UserError, match=message):
+        optimizer.build(shape, steps=1, axes=AXES)
+    shape.schedule.name = "cosine"  # which asks for none of them
+    optimizer.build(shape, steps=1, axes=AXES)
+
+
+def test_a_norm_below_zero_would_turn_gradients_round_and_is_refused():
+    with pytest.raises(UserError, match="clip_norm of at least 0, got -1.0: 0 clips nothing"):
+        optimizer.build(config(clip_norm=-1.0), steps=1, axes=AXES)
+
+
 def test_clipping_is_optaxs_but_for_a_norm_that_is_told():
     grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
     clip = optimizer._clip(2.0)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_meshes
 from line_task import train
 
 from dalle_jax import config as configs
@@ -162,7 +163,8 @@ def test_formats_of_all_tensors_are_the_papers():
                 assert of(eqn) == {"float32"} and eqn.outvars[0].aval.dtype == jnp.float32
             else:
                 inside += 1
-                assert "float16" in of(eqn), eqn
+                of_scores = any(eqn.params["dimension_numbers"][1])  # batched; their gradients are float32
+                assert "float16" in of(eqn) if of_scores else of(eqn) == {"float16"}, eqn
         if eqn.primitive.name == "scan" and not eqn.params["reverse"]:
             assert [v.aval.dtype.name for v in eqn.outvars if v.aval.shape == stream] == ["float32"]  # what it carries
     assert inside > 3 * 6  # forward, computed again and backward: q, k, v; out; up; down; scores and sums
@@ -205,6 +207,15 @@ def test_float16_learns_like_float32(precision, many):
     assert int(state["skipped"]) == 0
     for name in ("loss", "grad_norm"):  # a few roundings of 2^-11
         np.testing.assert_allclose([m[name] for m in measured], [m[name] for m in in_float32()], rtol=5e-3)
+
+
+def test_the_dvae_learns_in_float16_with_one_scale_as_in_the_paper():
+    """Appendix A.2. The same noise in every update, so the curves agree to a few roundings of 2^-11."""
+    (wanted, _), (found, state) = (test_meshes.train("dvae", (1, 1, 1), precision=p) for p in ("fp32", "fp16-global"))
+    assert int(state["skipped"]) == 0 and float(state["scales"]["scale"]) == 2.0**16
+    np.testing.assert_allclose(found[:, 0], wanted[:, 0], rtol=2e-3)
+    np.testing.assert_allclose(found[:, 1], wanted[:, 1], rtol=2e-2)
+    assert (found != wanted).any()  # it was float16
 
 
 def test_an_overflow_moves_only_the_scale_of_its_branch():
@@ -318,6 +329,26 @@ def test_a_run_goes_on_bit_for_bit_and_logs_every_scale(tmp_path, sizes, compres
     assert (tmp_path / "stopped" / "curves.png").exists()
 
 
+def test_a_scale_on_its_way_down_is_no_reason_to_go_back(tmp_path):
+    """It may fall once in 125 updates and all of them are skipped until it has: more than `rollback_after`, and more
+    than `log_every`, by which a run without a checkpoint ends."""
+    rule = scaling.of(task_of("fp16-paper").model, replicas=1)
+    assert scaling.patience(task_of("fp16-paper").model) == 8 * rule.hold and scaling.patience(build("dvae", {})) == 0
+
+    def blow(n, state):
+        if n == 2:  # far above the rule's bounds: an update later at the upper one, where this head overflows too
+            place = state["scales"]["scale"].sharding
+            state["scales"]["scale"] = jax.device_put(jnp.full((2, 2), 2.0**60), place)
+            head = state["params"]["image_head"]
+            loud = jnp.full(head.shape, 1e3).at[:, ::2].set(-1e3)
+            state["params"]["image_head"] = jax.device_put(loud, head.sharding)
+
+    mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+    options = {"task": task_of("fp16-paper"), "mesh": mesh, "hooks": [(1, blow)], "rollback_after": 3}
+    done = train(tmp_path, Tokens(), steps=20, checkpoint_every=0, **options)
+    assert (done.step, int(done.state["skipped"])) == (20, 18)
+
+
 # One way to say it, and combinations that make no sense.
 
 
@@ -328,6 +359,14 @@ def test_one_key_sets_the_precision():
     assert again.model.precision == again.precision == "fp16-paper"
     assert configs.load("configs/transformer.py:12b").precision == "bf16"
     assert set(BRANCH) == set(transformer.model(TINY).abstract["blocks"])
+
+
+def test_float16_is_refused_on_a_tpu(monkeypatch):
+    config = configs.load("configs/transformer.py:demo", ["--config.precision=fp16-global"])
+    run.check_values(config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(UserError, match="fp16-global, got a TPU, .* set --config.precision=bf16"):
+        run.check_values(config)
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,8 @@ def test_json_has_the_promised_keys(result):
     assert figures["fits"] is True and figures["chip_bytes"] == 84_942_979_072
     kinds = dict(figures["bytes_per_chip"])
     assert kinds.pop("total") == sum(kinds.values())
-    assert kinds.keys() >= {"parameters", "optimizer", "ema", "gradients", "activations", "temporaries"}
+    held = {"parameters", "optimizer", "ema", "frozen", "compression"}
+    assert kinds.keys() == held | {"gradients", "activations", "temporaries"} and kinds["compression"] == 0
     assert figures["flops_per_sequence"] == flops.transformer(result.job.task.model.config)
     assert figures["tokens_per_second"] > 0
     assert {"kind", "axis", "count", "bytes", "inside"} == figures["collectives"][0].keys()

@@ -11,9 +11,11 @@ from test_preflight import emulated
 from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import main, memory, report, search
 from dalle_jax.preflight import topology as topologies
 from dalle_jax.preflight.job import Job, shard_bytes
+from dalle_jax.train import step as steps
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,7 @@ def test_the_papers_own_layout_holds_more_than_its_gpus_have():
     assert found["optimizer"] == pytest.approx(2 * 2 * hidden + 2 * 4 * rest, rel=3e-3)  # some biases lie uncut
     held = sum(found[kind] for kind in ("parameters", "optimizer", "compression"))
     assert held < pod.usable_bytes < sum(found.values())
+    assert steps._parts(job.task, job.mesh, job._compression)[0].start == 8 * 2.0**13  # a replica's loss, 8 pieces
     sent, instead = job.across_replicas
     assert sent == pytest.approx((1 - 0.859) * 2 * hidden + 4 * rest, rel=0.01) and instead > 5 * sent
     text = (pathlib.Path(__file__).parent.parent / "docs" / "numerics.md").read_text()
@@ -70,3 +73,20 @@ def test_compression_is_in_the_report_and_the_json(plain):
     assert figures["compression_saved"] == 1 - sent / instead > 0.5
     assert "left out" in text and f"which saves {figures['compression_saved']:.0%}" in text
     assert main._json(plain)["compression_saved"] == 0 and "saves" not in report.table(plain, [])
+
+
+def test_compressed_gradients_cross_once_an_update_whatever_the_microbatches(plain):
+    job = plain.job.changed({"compression.rank": 16, "optimizer.name": "adamw"})
+    once, twice = (estimates.expected(j) for j in (job, job.changed({"accumulate": 2})))
+    for one, two in zip(once, twice, strict=True):
+        times = 1 if one.axis == "replica" else 2
+        assert (two.kind, two.axis, two.count, two.bytes) == (one.kind, one.axis, times, times * one.bytes)
+    assert next(c.bytes for c in once if c.axis == "replica") == 2 * job.across_replicas[0] // 2 > 0
+
+
+def test_what_has_16_bits_already_is_no_change_that_is_tried():
+    job = emulated().changed({"optimizer.name": "adamw"})
+    offered = lambda job: {key for group in search._options(job) for change in group for key in change}  # noqa: E731
+    assert {"optimizer.moments", "storage.params"} <= offered(job)
+    assert "optimizer.moments" not in offered(job.changed({"optimizer.moments": "paper"}))
+    assert "storage.params" not in offered(job.changed({"storage.params": "bf16"}))

@@ -349,6 +349,16 @@ def test_poison_without_an_end_ends_the_run(tmp_path):
         train(tmp_path, Numbers(poison=range(6, 1000)))
 
 
+def test_losses_that_are_finite_may_wait_for_a_scale_and_others_may_not():
+    back = rollback.Rollback(3, patience=5, forgiven=100)
+    due = lambda streak, overflows, newest=4: back.due(streak, overflows=overflows, n=999, newest=lambda: newest)  # noqa: E731
+    assert not due(102, 102) and due(103, 103)
+    assert not due(50, 48) and due(50, 47)  # three of them NaN
+    assert not due(104, 104, None)
+    with pytest.raises(UserError, match="none in the last 105 updates"):
+        due(105, 105, None)
+
+
 def test_a_tasks_warning_waits_for_the_warm_up_and_is_said_once_until_it_is_gone(tmp_path, capfd):
     bad = iter([True] * 5 + [False] + [True] * 14)
     task = dataclasses.replace(LINE, warn=lambda means: "something collapsed" if next(bad) else None)
@@ -359,12 +369,12 @@ def test_a_tasks_warning_waits_for_the_warm_up_and_is_said_once_until_it_is_gone
 
 def test_rollback_counts():
     back = rollback.Rollback(3, patience=5)
-    assert not back.due(2, n=9, newest=lambda: 4) and back.due(3, n=9, newest=lambda: 4)
-    assert not back.due(3, n=9, newest=lambda: None)
+    assert not back.due(2, overflows=0, n=9, newest=lambda: 4) and back.due(3, overflows=0, n=9, newest=lambda: 4)
+    assert not back.due(3, overflows=0, n=9, newest=lambda: None)
     with pytest.raises(UserError, match="got none in the last 5 updates before 9: "):
-        back.due(5, n=9, newest=lambda: None)
+        back.due(5, overflows=0, n=9, newest=lambda: None)
     with pytest.raises(UserError, match="got none in the last 5 updates"):
-        rollback.Rollback(0, patience=5).due(5, n=9, newest=lambda: 4)
+        rollback.Rollback(0, patience=5).due(5, overflows=0, n=9, newest=lambda: 4)
 
 
 def test_a_signal_that_comes_among_skipped_updates_saves_nothing_worse_than_what_is_there(tmp_path):

@@ -380,7 +380,7 @@ class ToyBatches:
 
 def test_hopeless_training_stops_with_a_sentence(dvae_values, tmp_path):
     hopeless = dataclasses.replace(TOY, frozen={"temperature": np.float32(np.nan)})
-    with pytest.raises(UserError, match="expected finite losses, got none in the last 2 updates"):
+    with pytest.raises(UserError, match="expected finite losses and gradients, got none in the last 2 updates"):
         loop.run(hopeless, tiny("dvae", dvae_values), tmp_path, mesh=one_device(), batches=ToyBatches(), progress=False)
     assert not metrics.read(tmp_path / "metrics.jsonl")
 

@@ -52,10 +52,11 @@ def initialise(
     start_seconds: how long to wait for the others. hang_seconds: as the `Watchdog`'s; JAX's own heartbeat ends the job
     after twice that, if the watchdog could not.
 
-    If some never come, this process says so and ends with `EXIT_RESTART`.
+    If they do not meet in time, this process says so and ends with `EXIT_RESTART`: a machine may only have been slow,
+    and launchers bound how often they start again.
 
     Raises:
-      UserError: half of what is needed, impossible numbers, or nobody listens at the coordinator's address in time.
+      UserError: half of what is needed, or impossible numbers.
     """
     found = _from_flags(coordinator, num_processes, process_id) or _from_environment(os.environ)
     if found is None and not _slurm_tasks(os.environ) and not _on_tpu(os.environ):
@@ -80,8 +81,8 @@ def _join(where: str, arguments: Mapping[str, Any], *, seconds: float) -> None:
     expected = f"expected all processes to meet at {where} within {seconds:g} s"
 
     def give_up():  # JAX would abort, with a message that says nothing of all this
-        print(f"dalle-jax: error: {expected}, but some did not come: {advice}", file=sys.stderr, flush=True)
-        os._exit(EXIT_RESTART)  # a machine may only have been slow
+        _say(f"{expected}, but some did not come: {advice}")
+        os._exit(EXIT_RESTART)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
@@ -92,8 +93,9 @@ def _join(where: str, arguments: Mapping[str, Any], *, seconds: float) -> None:
         if "coordinator_address should be defined" not in str(error):
             raise
         # TPU chips, but no cluster around them: one machine.
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{expected}, got {str(error).strip().splitlines()[0][:300]}: {advice}") from error
+    except (jax.errors.JaxRuntimeError, OSError) as error:  # a port that is still taken, a network that is away
+        _say(f"{expected}, got {str(error).strip().splitlines()[0][:300]}: {advice}")
+        raise SystemExit(EXIT_RESTART) from error
     finally:
         timer.cancel()
     if store.client() is not None:  # says who is who, and whom JAX means if it loses its coordination service
@@ -166,8 +168,13 @@ def _wait_for(address: str, seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > until:
-                raise UserError(
+                _say(
                     f"expected process 0 to listen at {address} within {seconds:g} s, got {error.strerror or error}: "
                     "start it there, or give the address that it has"
-                ) from error
+                )
+                raise SystemExit(EXIT_RESTART) from error
         time.sleep(0.2)
+
+
+def _say(line: str) -> None:
+    print(f"dalle-jax: error: {line}", file=sys.stderr, flush=True)

@@ -85,7 +85,8 @@ def expected(job: Job) -> list[Collective]:
     """The bytes that an update must exchange by its mesh alone, to rank layouts before any of them is compiled.
 
     For each microbatch weights are gathered forward and backward, gradients are reduced along fsdp, and what is left
-    of them along replica; a tensor axis sums two results of each layer, forward and backward and computed again.
+    of them along replica, but once an update where they are compressed; a tensor axis sums two results of each layer,
+    forward and backward and computed again.
     """
     (replica, fsdp, tensor), island = job.mesh.devices.shape, job.topology.island
     model, times = job.task.model, job.config.accumulate
@@ -101,8 +102,9 @@ def expected(job: Job) -> list[Collective]:
         sums = 2 * passes * 2 * model.config.num_layers * job.sequences
         amounts["all-reduce", "tensor", tensor] = sums * model.config.layout.length * model.config.width * item
     inside = {"tensor": tensor <= island, "fsdp": fsdp * tensor <= island, "replica": job.topology.count == island}
+    counts = {"tensor": times, "fsdp": times, "replica": 1 if job.config.compression.rank else times}
     return [
-        Collective(kind, axis, inside=inside[axis], count=times, bytes=times * size * (ways - 1) // ways)
+        Collective(kind, axis, inside=inside[axis], count=counts[axis], bytes=counts[axis] * size * (ways - 1) // ways)
         for (kind, axis, ways), size in amounts.items()
     ]
 

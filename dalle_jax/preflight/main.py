@@ -62,7 +62,7 @@ def _json(result) -> dict[str, Any]:
         "changed": dict(result.changed),
         "parameters": job.task.model.num_params,
         "fits": verdict.fits,
-        "bytes_per_chip": {**result.bytes, "total": sum(result.bytes.values())},
+        "bytes_per_chip": {"compression": 0, **result.bytes, "total": sum(result.bytes.values())},
         "compiler_bytes_per_chip": {
             "arguments": verdict.argument_bytes,
             "temporaries": verdict.temporary_bytes,

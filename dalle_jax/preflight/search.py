@@ -125,8 +125,8 @@ def _options(job: Job) -> Iterator[list[dict[str, Any]]]:
     yield [{"accumulate": config.accumulate * 2**i} for i in range(1, 11) if job.sequences % 2**i == 0]
     yield [{"model.remat": remat} for remat in _remats(job) if config.model.remat != remat]
     yield [mesh for mesh in _meshes(job) if mesh["mesh.fsdp"] * mesh["mesh.tensor"] > cut]
-    yield [{"optimizer.moments": "bf16"}]
-    yield [{"storage.params": "bf16"}]
+    yield [{"optimizer.moments": "bf16"}] * (config.optimizer.moments == "fp32")  # the paper's have 16 bits already
+    yield [{"storage.params": "bf16"}] * (config.storage.params == "fp32")
 
 
 def _meshes(job: Job) -> list[dict[str, int]]:

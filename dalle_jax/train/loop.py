@@ -23,7 +23,7 @@ from dalle_jax import distributed, sharding
 from dalle_jax.checkpointer import Checkpoints
 from dalle_jax.data.lanes import Lanes
 from dalle_jax.errors import UserError
-from dalle_jax.train import goodput, powersgd, replicas, tracing
+from dalle_jax.train import goodput, powersgd, replicas, scaling, tracing
 from dalle_jax.train import optimizer as optimizers
 from dalle_jax.train import step as steps
 from dalle_jax.train.look import Look
@@ -107,7 +107,7 @@ def run(
     look = Look(task, workdir, frozen, mesh=mesh, key=look_key, validation=validation, most=config.validation_batches)
     rate = optimizers.schedule(config.optimizer, steps=config.steps)
     report = Report(task, config, workdir, start=start, rate=rate, progress=progress)
-    rollback = Rollback(config.rollback_after, patience=config.log_every)
+    rollback = Rollback(config.rollback_after, patience=config.log_every, forgiven=scaling.patience(task.model))
     trace = tracing.Trace(workdir / tracing.FOLDER, profile, warn=to_terminal)
     check_replicas = replicas.make_check(steps.abstract_state(task, optimizer, mesh=mesh, **kept), mesh=mesh)
     began, saved, save_due = time.monotonic(), start, False
@@ -136,7 +136,7 @@ def run(
                 if last:
                     report.finish()
 
-                if rollback.due(report.streak, n=n, newest=checkpoints.latest):
+                if rollback.due(report.streak, overflows=report.overflows, n=n, newest=checkpoints.latest):
                     beat(n, "restore")
                     streak = report.streak
                     del state  # before another one takes its place

@@ -81,26 +81,43 @@ def build(config: Mapping[str, Any], *, steps: int, axes: Any) -> optax.Gradient
     axes: the model's nested dict of dimension names.
 
     Raises:
-      UserError: an unknown optimizer, schedule or way of keeping moments, or Muon with the paper's.
+      UserError: an unknown optimizer, schedule or way of keeping moments, Muon with the paper's, or a plateau or norm
+        that means nothing.
     """
     rate = schedule(config, steps=steps)
     if config["name"] not in OPTIMIZERS:
         raise UserError(f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, got {config['name']!r}")
+    if config["clip_norm"] < 0:
+        raise UserError(
+            f"expected config.optimizer.clip_norm of at least 0, got {config['clip_norm']}: 0 clips nothing"
+        )
     parts = [_clip(config["clip_norm"])] if config["clip_norm"] else []
     core = _adamw(config, rate, axes) if config["name"] == "adamw" else _muon(config, rate, axes)
     parts.append(moments.stored(core, matrices=hidden_mask(axes), kept=config["moments"]))
     if config["schedule"]["name"] == "plateau":
-        plateau = config["schedule"]["plateau"]
-        parts.append(
-            optax.contrib.reduce_on_plateau(
-                factor=0.5,
-                patience=plateau["patience"],
-                rtol=plateau["min_improvement"],
-                accumulation_size=plateau["window"],
-                min_scale=0.5 ** plateau["halvings"],
-            )
-        )
+        parts.append(_plateau(config["schedule"]["plateau"]))
     return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def _plateau(config: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+    """Halves the changes where the loss stands still. Of such values optax takes some in silence: without patience it
+    would halve at every improvement, with a window of 0 never."""
+    key = "config.optimizer.schedule.plateau"
+    for name, least in {"window": 1, "patience": 1, "halvings": 0}.items():
+        if config[name] < least:
+            raise UserError(f"expected {key}.{name} of at least {least}, got {config[name]}: set --{key}.{name}=N")
+    if not 0.0 < config["min_improvement"] < 1.0:
+        raise UserError(
+            f"expected {key}.min_improvement between 0 and 1, a share of the loss, got {config['min_improvement']}: "
+            f"set --{key}.min_improvement=0.001"
+        )
+    return optax.contrib.reduce_on_plateau(
+        factor=0.5,
+        patience=config["patience"],
+        rtol=config["min_improvement"],
+        accumulation_size=config["window"],
+        min_scale=0.5 ** config["halvings"],
+    )
 
 
 def _clip(most: float) -> optax.GradientTransformationExtraArgs:

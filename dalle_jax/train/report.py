@@ -31,6 +31,7 @@ class Report:
 
     Attributes:
       streak: updates in a row that were not finite, the newest that was waited for included.
+      overflows: how many of them had a finite loss.
       latest: the last value of every metric.
     """
 
@@ -50,7 +51,7 @@ class Report:
         self._interval: list[dict[str, float]] = []
         self._began, self._since, self._timed = time.monotonic(), 0.0, 0  # the first update compiles: not timed
         self.latest: dict[str, float] = {}
-        self.streak = 0
+        self.streak = self.overflows = 0
         self._warned = False
 
     def update(self, n: int, measured: dict[str, jax.Array]) -> None:
@@ -65,7 +66,10 @@ class Report:
         (n, measured), self._pending = self._pending, None
         values = metrics_files.scalars(jax.device_get(measured))
         self._interval.append(values)
-        self.streak = 0 if _finite(values) else self.streak + 1
+        if _finite(values):
+            self.streak = self.overflows = 0
+        else:
+            self.streak, self.overflows = self.streak + 1, self.overflows + math.isfinite(values["loss"])
         if self._since:
             self._timed += 1
         else:
@@ -80,7 +84,7 @@ class Report:
 
     def rewind(self, step: int) -> None:
         """The run goes on from an earlier update: forgets what was measured after it."""
-        self._pending, self._interval, self.streak = None, [], 0
+        self._pending, self._interval, self.streak, self.overflows = None, [], 0, 0
         self._log.rewind(step)
         self._bar.update(step - self._bar.n)
 

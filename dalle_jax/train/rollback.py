@@ -1,7 +1,8 @@
 """When a run of updates that are not finite stops being patience: back to the last good checkpoint, or the end.
 
 A skipped update leaves the state as it was, so a single one costs nothing. Many in a row mean that the parameters have
-gone somewhere from which no step is finite, or that the data have: the loop then takes the parameters from the last
+gone somewhere from which no step is finite, or that the data have, or, with float16 and as long as losses are finite,
+that a scale is on its way down (`scaling.py`), which is waited for. The loop then takes the parameters from the last
 checkpoint, which is never written during such a run, and the data from where they stand, so the records that may have
 caused it do not come again. A decision is a function of the counts alone, hence the same in every process and in a
 run that was killed and repeats them.
@@ -18,31 +19,34 @@ MOST_RETURNS = 3  # to one and the same checkpoint; after that the fault is not 
 @dataclasses.dataclass
 class Rollback:
     """after: skipped updates in a row that end in a rollback, 0 never. patience: how many end the run where there is
-    nothing to go back to."""
+    nothing to go back to. forgiven: how many of them do not count as long as their losses are finite."""
 
     after: int
     patience: int
+    forgiven: int = 0
     _returns: int = 0
     _to: int | None = None
 
-    def due(self, streak: int, *, n: int, newest: Callable[[], int | None]) -> bool:
-        """Is it time to go back to the checkpoint of update `newest()`? streak: updates skipped in a row before n.
+    def due(self, streak: int, *, overflows: int, n: int, newest: Callable[[], int | None]) -> bool:
+        """Is it time to go back to the checkpoint of update `newest()`? streak: updates skipped in a row before n, of
+        which `overflows` had a finite loss.
 
         Raises:
           UserError: it is time, but there is no checkpoint, or going back has not helped.
         """
-        if streak < min(filter(None, (self.after, max(self.patience, 1)))):
+        counted = streak - min(overflows, self.forgiven)
+        if counted < min(filter(None, (self.after, max(self.patience, 1)))):
             return False
         to = newest()
         possible = bool(self.after) and to is not None
-        if streak < (self.after if possible else max(self.patience, 1)):
+        if counted < (self.after if possible else max(self.patience, 1)):
             return False
         if possible:
             self._returns, self._to = (self._returns + 1 if to == self._to else 1), to
         if not possible or self._returns > MOST_RETURNS:
             tried = f" after {MOST_RETURNS} returns to update {to}" if possible else ""
             raise UserError(
-                f"expected finite losses, got none in the last {streak} updates before {n}{tried}: lower "
+                f"expected finite losses and gradients, got none in the last {streak} updates before {n}{tried}: lower "
                 "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start from an earlier checkpoint"
             )
         return True

@@ -31,6 +31,7 @@ from dalle_jax.train.tasks import build_task
 
 DVAE, TOKENIZER = "dvae", "tokenizer.model"  # inside the workdir
 SOURCE_KEYS = ("train", "validation", "lanes")  # of config.data; the others are DataConfig's
+LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "ema.every": 1, "keep_checkpoints": 1, "rollback_after": 0}
 
 
 def train(
@@ -121,9 +122,15 @@ def check_values(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for values that no model, mesh or data can make good."""
     if "steps" not in config:
         raise UserError(f"expected the config of a model to train, got one of {config.name}: see configs/")
-    for name in ("steps", "batch_size", "accumulate"):
-        if config[name] < 1:
-            raise UserError(f"expected config.{name} of at least 1, got {config[name]}: set --config.{name}=N")
+    values = configs.flatten(config)
+    for name, least in LEAST.items():
+        if values[name] < least:
+            raise UserError(f"expected config.{name} of at least {least}, got {values[name]}: set --config.{name}=N")
+    if not 0.0 <= config.ema.decay < 1.0:
+        raise UserError(
+            f"expected config.ema.decay from 0 to below 1, got {config.ema.decay}, with which the average never comes "
+            "near the parameters: 0.99 averages about a hundred of its updates, 0 keeps the parameters themselves"
+        )
     if config.precision.startswith("fp16"):
         if config.storage.params != "fp32":
             raise UserError(

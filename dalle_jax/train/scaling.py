@@ -19,6 +19,7 @@ from dalle_jax.models import Model
 from dalle_jax.models.scaled import finite_branches
 
 GLOBAL, PAPER = "fp16-global", "fp16-paper"
+FALLS = 8  # of a scale in a row: by 16 where it falls by sqrt 2, by 256 where it falls by 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +67,18 @@ class Scaling:
         }
 
 
+def patience(model: Model) -> int:
+    """Updates in a row that may be skipped because a scale has to fall FALLS times, and for no other reason."""
+    scales = of(model, replicas=1)
+    return FALLS * max(scales.hold, 1) if scales else 0
+
+
 def of(model: Model, *, replicas: int) -> Scaling | None:
     """The scaling of a model's precision; None where gradients need none.
 
-    replicas: pieces that a batch is cut into, the M of section 2.4: losses are means over the whole batch, so what a
-      device sees of their gradient is M times smaller than that of its own batch, and the paper's scales are M times
-      larger.
+    replicas: pieces that the batch of a loss is cut into, the M of section 2.4: losses are means over the whole batch,
+      or over a replica's part of it where gradients are compressed, so what a device sees of their gradient is M times
+      smaller than that of its own batch, and the paper's scales are M times larger.
     """
     precision = getattr(model.config, "precision", None)
     if precision == GLOBAL:
