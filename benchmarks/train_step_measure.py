@@ -207,7 +207,7 @@ class Parts:
             with sharding.use(self._job.mesh):
                 return function(*args)
 
-        program = jax.jit(on_mesh)
+        program = jax.jit(on_mesh, compiler_options=steps.COMPILER_OPTIONS.get(jax.default_backend()))
         jax.block_until_ready(program(*args))
         found, until = [], time.monotonic() + seconds / 3
         while len(found) < LEAST_TIMES or (time.monotonic() < until and len(found) < MOST_TIMES):
