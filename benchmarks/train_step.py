@@ -75,6 +75,23 @@ SUITES = {
         split=("", "model.pattern=full"),
         seconds=6.0,
     ),
+    # Layers of the paper's width on one H100 or H200. Heads, loss and dVAE are in the MFU, which is that of the layers
+    # at least.
+    "12b-layers": Suite(
+        "configs/transformer.py:12b",
+        {"batch_size": 16, "model.num_layers": 9, "model.remat": "dots", "mesh.replica": 1, "mesh.fsdp": 1},
+        (
+            "",
+            "model.num_layers=5",
+            "model.attention=pallas",
+            "model.remat=full batch_size=32",
+            "model.remat=none batch_size=4",
+            "model.matmuls=fp8",
+            "model.pattern=full",
+        ),
+        split=("",),
+        seconds=6.0,
+    ),
     # Each flag of launch/xla_flags.sh turned off, on all GPUs of a machine.
     "flags": Suite(
         "configs/transformer.py:1b3",

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 from dalle_jax import config as configs
 from dalle_jax.models import build
 from dalle_jax.preflight import flops
+from dalle_jax.preflight.hardware import Chip
+from dalle_jax.preflight.job import Job
+from dalle_jax.preflight.topology import Topology
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = {
@@ -62,6 +66,16 @@ def test_flags_of_a_variant_reach_its_process_after_those_of_the_environment(ben
     suite = benchmark.Suite("any", {}, ("", "--xla_two=a,b --xla_three=3"))
     rows = benchmark.measured(suite, tmp_path, until=float("inf"))
     assert [row["flags"] for row in rows.values()] == ["--xla_one=1", "--xla_one=1 --xla_two=a,b --xla_three=3"]
+
+
+def test_a_suites_dvae_is_the_one_that_encodes(benchmark):
+    import train_step_measure as measure
+
+    chip, sizes = Chip("any", "gpu", 0, {}, 0.0, 0.0), benchmark.SUITES["sparse-dense"].dvae
+    job = Job(configs.load("configs/transformer.py:1b3"), Topology(chip, (1, 1)), jax.devices()[:1])
+    measure.change_dvae(job, sizes)
+    assert {name: getattr(job.helper.config, name) for name in sizes} == sizes
+    assert job.task.frozen == job.helper.abstract
 
 
 def test_names_of_devices_are_found(benchmark):
