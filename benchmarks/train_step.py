@@ -4,8 +4,10 @@
         --variants "" "batch_size=32" "model.remat=full" "model.pattern=full"
     python benchmarks/train_step.py --suite sparse-dense --out runs/sparse-dense     # again until it prints the table
     bash -c 'source launch/xla_flags.sh gpu; python benchmarks/train_step.py --suite 1b3 --out runs/1b3'  # one GPU
+    bash -c 'source launch/xla_flags.sh gpu; python benchmarks/train_step.py --suite flags --out runs/flags'  # or more
 
-A variant is `key=value` words that change the config, '' the config itself; `--config.key=value` changes all of them.
+A variant is `key=value` words that change the config, and flags of XLA (`--xla...`), which come after those of the
+environment; '' is the config itself. `--config.key=value` changes all of them.
 Each is measured in a process of its own by `train_step_measure.py`, which says how, and a variant that fails (out of
 memory) is a row that says so. What was measured stays in --out; a call that ran out of its --minutes goes on when it
 is given again.
@@ -73,6 +75,41 @@ SUITES = {
         split=("", "model.pattern=full"),
         seconds=6.0,
     ),
+    # Layers of the paper's width on one H100 or H200. Heads, loss and dVAE are in the MFU, which is that of the layers
+    # at least.
+    "12b-layers": Suite(
+        "configs/transformer.py:12b",
+        {"batch_size": 16, "model.num_layers": 9, "model.remat": "dots", "mesh.replica": 1, "mesh.fsdp": 1},
+        (
+            "",
+            "model.num_layers=5",
+            "model.attention=pallas",
+            "model.remat=full batch_size=32",
+            "model.remat=none batch_size=4",
+            "model.matmuls=fp8",
+            "model.pattern=full",
+        ),
+        split=("",),
+        seconds=6.0,
+    ),
+    # Each flag of launch/xla_flags.sh turned off, on all GPUs of a machine.
+    "flags": Suite(
+        "configs/transformer.py:1b3",
+        {"batch_size": 16, "model.remat": "dots", "mesh.replica": 1, "mesh.fsdp": -1},
+        (
+            "",
+            "--xla_gpu_enable_latency_hiding_scheduler=false",
+            "--xla_gpu_enable_pipelined_all_gather=false",
+            "--xla_gpu_enable_pipelined_reduce_scatter=false",
+            "--xla_gpu_enable_pipelined_all_reduce=false",
+            "--xla_gpu_enable_while_loop_double_buffering=false",
+            "--xla_gpu_all_gather_combine_threshold_bytes=31457280",
+            "--xla_gpu_reduce_scatter_combine_threshold_bytes=31457280",
+            "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN",
+        ),
+        split=(),
+        seconds=6.0,
+    ),
     # The paper's pattern against dense causal attention of our own, all 1280 positions, narrow enough for a CPU.
     "sparse-dense": Suite(
         "configs/transformer.py:1b3",
@@ -128,11 +165,14 @@ def measured(suite: Suite, out: pathlib.Path, *, until: float) -> dict[str, dict
     for variant in suite.variants:
         if variant in rows or time.monotonic() > until:
             continue
-        values = {**suite.common, **dict(word.split("=", 1) for word in variant.split())}
+        changes, flags = parse(variant)
+        values = {**suite.common, **changes}
+        environment = os.environ | {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()}
         split = suite.split is None or variant in suite.split
         asked = {"config": suite.config, "values": values, "seconds": suite.seconds, "split": split, "dvae": suite.dvae}
         began, load = time.monotonic(), os.getloadavg()[0]
-        done = subprocess.run([sys.executable, MEASURE, json.dumps(asked)], capture_output=True, text=True)
+        words = [sys.executable, MEASURE, json.dumps(asked)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.strip().splitlines() if not line.startswith(" ")]
             rows[variant] = {"failed": (lines or [f"status {done.returncode}"])[-1][:200]}
@@ -142,6 +182,13 @@ def measured(suite: Suite, out: pathlib.Path, *, until: float) -> dict[str, dict
         notes.write_text(json.dumps(rows, indent=1) + "\n")
         print(f"{title(variant)}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return rows
+
+
+def parse(variant: str) -> tuple[dict[str, str], list[str]]:
+    """Changes of the config and flags of XLA."""
+    words = variant.split()
+    flags = [word for word in words if word.startswith("--xla")]
+    return dict(word.split("=", 1) for word in words if word not in flags), flags
 
 
 def command(words: list[str]) -> str:

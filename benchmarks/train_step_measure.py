@@ -68,7 +68,7 @@ def measure(config, *, seconds: float, split: bool = True, dvae: Mapping[str, An
     known = find_chip(devices[0])
     job = Job(config, Topology(known or Chip("unknown", "gpu", 0, {}, 0.0, 0.0), (1, len(devices))), devices)
     if dvae and job.helper is not None:
-        vars(job)["helper"] = build("dvae", {**dataclasses.asdict(job.helper.config), **dvae})
+        change_dvae(job, dvae)
     update = Update(job)
     whole, peak = update.time(seconds), peak_bytes()
     split = split and job.helper is not None and precision != "fp16"
@@ -207,7 +207,7 @@ class Parts:
             with sharding.use(self._job.mesh):
                 return function(*args)
 
-        program = jax.jit(on_mesh)
+        program = jax.jit(on_mesh, compiler_options=steps.COMPILER_OPTIONS.get(jax.default_backend()))
         jax.block_until_ready(program(*args))
         found, until = [], time.monotonic() + seconds / 3
         while len(found) < LEAST_TIMES or (time.monotonic() < until and len(found) < MOST_TIMES):
@@ -270,6 +270,11 @@ class Parts:
         features = x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
         text, image = feature_losses(self._job.task.model, {**params, **heads}, features, text_BT, image_BI)
         return TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image
+
+
+def change_dvae(job: Job, sizes: Mapping[str, Any]) -> None:
+    """Gives a new job a frozen dVAE of other sizes."""
+    vars(job)["helper"] = build("dvae", {**dataclasses.asdict(job.helper.config), **sizes})
 
 
 def made_up(job: Job) -> dict[str, np.ndarray]:

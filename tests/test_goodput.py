@@ -2,13 +2,14 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 from line_task import train
 from matplotlib.axes import Axes
 from PIL import Image
 
-from dalle_jax.train import goodput
+from dalle_jax.train import goodput, step
 
 barh = Axes.barh
 
@@ -71,3 +72,21 @@ def test_the_picture_has_a_bar_of_every_kind(tmp_path, monkeypatch):
     assert lengths == list(ledger.seconds.values())
     assert (np.asarray(Image.open(tmp_path / goodput.PICTURE).convert("RGB")) != picture).any()
     goodput.draw(goodput.Ledger(tmp_path / "new"), updates=0, path=tmp_path / "empty.png")  # nothing to divide by
+
+
+def test_no_number_is_waited_for_before_the_next_update_is_dispatched(tmp_path, monkeypatch):
+    order, make, get = [], step.make_update, jax.device_get
+
+    def make_noted(*args, **options):
+        update = make(*args, **options)
+        return lambda *args: (order.append("update"), update(*args))[1]
+
+    def get_noted(tree):
+        if isinstance(tree, dict) and "grad_norm" in tree:
+            order.append("wait")
+        return get(tree)
+
+    monkeypatch.setattr(step, "make_update", make_noted)
+    monkeypatch.setattr(jax, "device_get", get_noted)
+    train(tmp_path, steps=4, log_every=1, checkpoint_every=0)
+    assert order == ["update", "update", "wait", "update", "wait", "update", "wait", "wait"]

@@ -78,6 +78,12 @@ SMALL = TransformerConfig(
 )
 
 
+def ids(config):
+    """Text and codes of eight sequences."""
+    rng = np.random.default_rng(1)
+    return tuple(rng.integers(0, 8, (8, n)).astype(np.int32) for n in (config.text_len, config.layout.image_len))
+
+
 @functools.cache
 def compiled(remat):
     config = dataclasses.replace(SMALL, remat=remat)
@@ -86,9 +92,8 @@ def compiled(remat):
     def loss(params, text, image):
         return sum(jnp.square(x).mean() for x in model.apply(params, text, image))
 
+    text, image = ids(config)
     rng = np.random.default_rng(0)
-    text = rng.integers(0, 8, (8, config.text_len)).astype(np.int32)
-    image = rng.integers(0, 8, (8, config.layout.image_len)).astype(np.int32)
     leaves, tree = jax.tree.flatten(model.abstract)
     params = tree.unflatten([rng.normal(0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves])
     program = jax.jit(jax.value_and_grad(loss)).lower(params, text, image).compile()
@@ -103,6 +108,26 @@ def test_compiled_bytes_fall_along_the_ladder_and_values_and_gradients_do_not_ch
         assert smaller < 0.95 * size, remat
         chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
         size = smaller
+
+
+def update_bytes(remat):
+    """Temporaries of an update of layers that are not in a loop, as the paper's last one and those before it are."""
+    model = transformer.model(dataclasses.replace(SMALL, num_layers=3, remat=remat, scan=False))
+
+    def loss(params, frozen, batch, *, key, step):
+        return sum(jnp.square(x).mean() for x in model.apply(params, *batch)), {}
+
+    task, mesh = Task("transformer", model, loss), sharding.make_mesh({}, devices=jax.devices()[:1])
+    opt = optax.with_extra_args_support(optax.sgd(0.1))
+    shapes = step.abstract_state(task, opt, mesh=mesh), {}, ids(model.config), jax.random.key(0)
+    found = step.make_update(task, opt, mesh=mesh).lower(*shapes).compile().memory_analysis()
+    assert found.alias_size_in_bytes >= 8 * model.num_params  # the donated state holds the new one, average included
+    return found.temp_size_in_bytes
+
+
+def test_layers_outside_a_loop_are_not_kept_either():
+    """XLA's CPU backend does so unless it is told not to: then both are the same size."""
+    assert update_bytes("full") < 0.7 * update_bytes("none")
 
 
 # 16 bits.

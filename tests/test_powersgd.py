@@ -182,8 +182,8 @@ def test_what_is_kept_and_sent_has_the_papers_formats():
     for moment in ("mu", "nu"):
         assert dtypes(optax.tree.get(state["opt_state"], moment)) == wide | matrices
     assert dtypes(state["error"]) == matrices and dtypes(state["params"]) == dtypes(state["ema"]) == wide
-    program = jax.make_jaxpr(step.make_update(task, built, **kept))(state, {}, tokens(0), jax.random.key(1))
-    maps = [eqn.params["jaxpr"] for eqn in equations(program.jaxpr) if eqn.primitive.name == "shard_map"]
+    traced = step.make_update(task, built, **kept).trace(state, {}, tokens(0), jax.random.key(1))
+    maps = [eqn.params["jaxpr"] for eqn in equations(traced.jaxpr.jaxpr) if eqn.primitive.name == "shard_map"]
     named = lambda eqns, *names: [eqn for eqn in eqns if eqn.primitive.name in names]  # noqa: E731
     (exchange,) = (list(equations(inside)) for inside in maps if named(equations(inside), "all_to_all"))
     sent = named(exchange, "all_to_all", "all_gather")

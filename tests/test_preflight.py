@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import time
 import types
 
 import jax
@@ -187,6 +188,14 @@ def test_flops_equal_a_brute_force_count(pattern):
     assert flops.transformer(config) == 3 * brute_force(config)
     attention = flops.attention(config)
     assert flops.transformer_layers(config) - attention == 2 * config.layout.length * 5 * 12 * 24**2
+
+
+def test_the_update_of_12b_traces_and_lowers_in_seconds():
+    """2.5 s on two cores (benchmarks/restart.py --lower); 15 of the processor are allowed, whatever else it does."""
+    config = configs.load("configs/transformer.py:12b")
+    job, began = Job(config, topologies.parse("gpu:h100:1x8"), tuple(jax.devices())), time.process_time()
+    job.lower()
+    assert time.process_time() - began < 15
 
 
 def test_flops_of_12b():

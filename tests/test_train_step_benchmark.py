@@ -1,15 +1,22 @@
 """`benchmarks/train_step.py`: its suites are configs that exist, its table says what was measured."""
 
 import json
+import os
 import pathlib
+import re
+import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 from dalle_jax import config as configs
 from dalle_jax.models import build
 from dalle_jax.preflight import flops
+from dalle_jax.preflight.hardware import Chip
+from dalle_jax.preflight.job import Job
+from dalle_jax.preflight.topology import Topology
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = {
@@ -30,13 +37,45 @@ def test_every_variant_of_a_suite_is_a_possible_model(benchmark):
     for suite in benchmark.SUITES.values():
         found = []
         for variant in suite.variants:
-            values = {**suite.common, **dict(word.split("=", 1) for word in variant.split())}
+            changes, flags = benchmark.parse(variant)
+            values = {**suite.common, **changes}
             config = configs.load(suite.config, [f"--config.{key}={value}" for key, value in values.items()])
             assert build("transformer", config.model).config.layout.length == 1280
             assert config.batch_size % config.accumulate == 0
-            found.append(configs.to_json(config))
+            found.append((configs.to_json(config), *flags))
         assert len(set(found)) == len(found)
         assert set(suite.split or ()) <= set(suite.variants)
+
+
+def test_the_suite_of_flags_turns_off_every_flag_of_the_launchers(benchmark):
+    """One by one, and XLA knows the words: a process with an unknown flag or value ends at its start."""
+    off = [flag for variant in benchmark.SUITES["flags"].variants for flag in benchmark.parse(variant)[1]]
+    launched = (BENCHMARKS.parent / "launch" / "xla_flags.sh").read_text()
+    names = re.findall(r"^ +--(xla_gpu\w+)=", launched, re.MULTILINE)
+    assert sorted(flag.removeprefix("--").partition("=")[0] for flag in off) == sorted(names)
+    assert not any(f"    {flag}\n" in launched for flag in off)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(off)}
+    subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], check=True, env=environment)
+
+
+def test_flags_of_a_variant_reach_its_process_after_those_of_the_environment(benchmark, tmp_path, monkeypatch):
+    script = tmp_path / "measure.py"
+    script.write_text("import os, json; print(json.dumps({'flags': os.environ['XLA_FLAGS']}))")
+    monkeypatch.setattr(benchmark, "MEASURE", script)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
+    suite = benchmark.Suite("any", {}, ("", "--xla_two=a,b --xla_three=3"))
+    rows = benchmark.measured(suite, tmp_path, until=float("inf"))
+    assert [row["flags"] for row in rows.values()] == ["--xla_one=1", "--xla_one=1 --xla_two=a,b --xla_three=3"]
+
+
+def test_a_suites_dvae_is_the_one_that_encodes(benchmark):
+    import train_step_measure as measure
+
+    chip, sizes = Chip("any", "gpu", 0, {}, 0.0, 0.0), benchmark.SUITES["sparse-dense"].dvae
+    job = Job(configs.load("configs/transformer.py:1b3"), Topology(chip, (1, 1)), jax.devices()[:1])
+    measure.change_dvae(job, sizes)
+    assert {name: getattr(job.helper.config, name) for name in sizes} == sizes
+    assert job.task.frozen == job.helper.abstract
 
 
 def test_names_of_devices_are_found(benchmark):

@@ -41,7 +41,7 @@ class Job:
     topology: Topology
     devices: tuple[Any, ...]
 
-    @property
+    @functools.cached_property
     def helper(self) -> Model | None:
         """The frozen dVAE of a transformer."""
         if self.config.name != "transformer":

@@ -31,6 +31,9 @@ Update = Callable[[State, Any, Batch, jax.Array], tuple[State, Metrics]]
 ROUNDING = 2**31 - 1  # folded into an update's key for rounding, a number that no microbatch has
 REPLICAS, LEFT_OUT = ROUNDING - 1, ROUNDING - 2  # and for keys of replicas, and for rounding what they leave out
 UNCOMPRESSED = powersgd.Compression()
+# The update's own, by platform. XLA's CPU backend otherwise drops the barriers that keep the backward pass from
+# computing its rematerialized layers all at once; outside a loop that needs as much memory as keeping everything.
+COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +282,12 @@ def make_update(
                 new["error"] = keep(error, state["error"])
             return new, {**metrics, **measured}
 
-    return jax.jit(update, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        out_shardings=(places, sharding.replicated(mesh)),
+        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+    )
 
 
 def average_of(state: State) -> Any:
