@@ -21,9 +21,9 @@ from dalle_jax.preflight.job import Job, shard_bytes
 # what lies between, but no scores. 'none' adds the scores, below, where they are arrays: a fused kernel keeps none.
 SAVED = {"full": 2, "dots": 2 + 3 + 4 + 2, "attention": 2 + 2 + 3 + 1 + 3 * 4 + 2, "none": 2 + 2 + 3 + 1 + 3 * 4 + 2}
 # Fitted to the compilers' temporaries of 12b (libtpu 0.0.42 on v4, v5p and v6e with 1, 2 and 4 sequences a chip, XLA of
-# jax 0.10.2 for H100 with 1, 4 and 16): how often what a scan saves is there, copies of the parameters in the compute
-# dtype, and layers whose weights are there uncut.
-SAVED_COPIES = {"tpu": 2, "gpu": 1}
+# jax 0.10.2 for H100 with 1, 4 and 16): how often what a scan saves is there (twice by libtpu 0.0.52, which jax 0.10
+# does not ask for), copies of the parameters in the compute dtype, and layers whose weights are there uncut.
+SAVED_COPIES = {"tpu": 3, "gpu": 1}
 PARAMETER_COPIES = {"tpu": 1, "gpu": 2}
 WHOLE_LAYERS = {"tpu": 2, "gpu": 1}
 SCORE_COPIES = 2  # of a layer's scores in float32, and what a layer without remat saves of them
