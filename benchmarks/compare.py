@@ -12,9 +12,9 @@ A training step is loss, gradients and AdamW on given image tokens; ours also ke
 captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Width and blocks of our decoder are
 chosen so that both do about the same arithmetic, which every run counts and reports. The peer's default filter keeps
 half of text and image vocabulary together, which at this shape is nearly all image tokens. Emu3 stops at image tokens,
-without pixels. `sample_products` is no sampler: it does the matrix products of the image tokens alone, which nothing
-that samples in float32 can be without, and so bounds the ratio. Both sides keep freed memory
-(`dalle_jax/host_memory.py`, as every `dalle-jax` command does; the peer by the same settings in its environment).
+without pixels. `sample_products` is no sampler: it does the matrix products of the image tokens alone, as fast as XLA
+does them in float32, and so bounds the ratio. Both sides keep freed memory (`dalle_jax/host_memory.py`, as every
+`dalle-jax` command does; the peer by the same settings in its environment).
 """
 
 import argparse
@@ -27,7 +27,8 @@ import sys
 from pathlib import Path
 
 from peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
-from peers import PeerProcess, Works, machine
+from peers import PeerProcess, machine
+from works import Works
 
 from dalle_jax import host_memory  # does not import JAX
 

@@ -20,7 +20,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from peers import PeerProcess, Works, machine
+from peers import PeerProcess, machine
+from works import Works
 
 from dalle_jax import host_memory  # does not import JAX
 

@@ -14,8 +14,8 @@ is the noise between seeds. "fp32 on two" are two replicas on two emulated devic
 difference is what chance makes of the same run. "powersgd 16" are two that send 81 % less, "powersgd 24 in 2 pieces"
 two of two devices each that send as little, each device a factorisation of rank 12 of its half of a matrix (it takes
 four emulated devices). NPROC is the number of XLA's threads: emulated devices that share those of two cores wait for
-each other for ever. The figures go into
-benchmarks/results/numerics.md and .json, with those seeds of a variant that are done.
+each other for ever. The figures go into benchmarks/results/numerics.md and .json, with those seeds of a variant that
+are done.
 """
 
 import argparse
@@ -38,7 +38,6 @@ STEPS, LAST = 2_000, 200
 SEEDS = (0, 1, 2)
 REFERENCE = "fp32"
 TWO = {"mesh.replica": 2, "mesh.fsdp": 1}
-FOUR = {"mesh.replica": 2, "mesh.fsdp": 2}
 VARIANTS = {
     REFERENCE: {},
     "moments bf16": {"optimizer.moments": "bf16"},
@@ -47,7 +46,7 @@ VARIANTS = {
     "fp16-paper": {"precision": "fp16-paper"},
     "fp32 on two": TWO,
     "powersgd 16": TWO | {"compression.rank": 16, "compression.format": "paper"},
-    "powersgd 24 in 2 pieces": FOUR | {"compression.rank": 24, "compression.format": "paper"},
+    "powersgd 24 in 2 pieces": TWO | {"mesh.fsdp": 2, "compression.rank": 24, "compression.format": "paper"},
 }
 COMMON = {
     "steps": STEPS,

@@ -16,11 +16,11 @@ Sampling is its own `generate` with its cache, text ids suppressed. `--serve`: s
 import argparse
 import json
 import sys
-import time
 
 import torch
 from peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
 from transformers import Emu3ForCausalLM, Emu3TextConfig
+from works import Works
 
 WORKS = ("train_eager", "train_compiled", "sample_cached")
 TEXT_IDS, IMAGE_LEN = SHAPE["text_vocab"], SHAPE["grid"] ** 2
@@ -32,7 +32,7 @@ class Peer:
     def __init__(self):
         torch.set_num_threads(THREADS)
         torch.manual_seed(0)
-        self.works, self.parameters = {}, 0
+        self.works, self.parameters = Works(self.build), 0
 
     def model(self):
         width = SHAPE["width"]
@@ -80,15 +80,7 @@ class Peer:
 
     def measure(self, work, repeats):
         """Seconds of each repeat."""
-        if work not in self.works:
-            self.works[work] = self.build(work)
-            for _ in range(2 if work.startswith("train") else 1):
-                self.works[work]()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self.works[work]()
-            seconds.append(time.perf_counter() - start)
+        seconds = self.works.measure(work, repeats)
         return {"work": work, "seconds": seconds, "torch": torch.__version__, "parameters": self.parameters}
 
 

@@ -18,11 +18,11 @@ import contextlib
 import json
 import math
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
 from dall_e import Decoder, Encoder
+from works import Works
 
 SHAPE = dict(image_size=64, vocab=1024, width=64, stem=128, blocks_per_group=1)  # groups and kernels are the paper's
 BATCH, THREADS, LEARNING_RATE, BETA = 8, 2, 1e-4, 6.6
@@ -37,20 +37,16 @@ class Peer:
     def __init__(self):
         torch.set_num_threads(THREADS)
         torch.manual_seed(0)
-        self.works = {}
+        self.works = Works(build)
 
     def measure(self, work, repeats):
-        if work not in self.works:
-            verb, _, way = work.partition("_")
-            self.works[work] = {"train": trainer, "encode": encoder, "conv": convolution}[verb](way)
-            for _ in range(2):
-                self.works[work]()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self.works[work]()
-            seconds.append(time.perf_counter() - start)
+        seconds = self.works.measure(work, repeats)
         return {"work": work, "seconds": seconds, "torch": torch.__version__}
+
+
+def build(work):
+    verb, _, way = work.partition("_")
+    return {"train": trainer, "encode": encoder, "conv": convolution}[verb](way)
 
 
 def networks():

@@ -8,8 +8,6 @@ import json
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +39,6 @@ class PeerProcess:
     def close(self):
         self.process.stdin.close()
         self.process.wait(timeout=60)
-
-
-class Works:
-    """Our works, each built by its name at its first use, run twice so that it is compiled, and kept."""
-
-    def __init__(self, build: Callable[[str], Callable[[], None]]):
-        self._build, self._works = build, {}
-
-    def measure(self, work: str, repeats: int) -> list[float]:
-        """Seconds of each repeat."""
-        if work not in self._works:
-            self._works[work] = self._build(work)
-            for _ in range(2):
-                self._works[work]()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self._works[work]()
-            seconds.append(time.perf_counter() - start)
-        return seconds
 
 
 def machine() -> dict[str, Any]:
