@@ -9,7 +9,8 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dalle_jax.data.record import BadRecord
 
@@ -66,6 +67,8 @@ def decode_scaled(
             if shortest:
                 opened.draft(None, (shortest, shortest))
             upright = opened.height, opened.width
+            if (pixels := _jpeg_pixels(opened, image)) is not None:
+                return pixels, (height, width)
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)
             pixels = _to_rgb(opened)
@@ -82,6 +85,22 @@ def decode_scaled(
         raise BadImage("broken image", "its header is damaged") from None
     except Exception as error:  # decoders raise whatever hostile bytes lead them to: struct, index, memory, ...
         raise BadImage(_reason(error), f"{type(error).__name__}: {error}") from None
+
+
+def _jpeg_pixels(opened: Image.Image, image: bytes) -> np.ndarray | None:
+    """An upright gray or colour JPEG by libjpeg-turbo into an array at once: Pillow's bits, in two thirds of its time.
+
+    None for all else and for whatever is damaged: Pillow decodes that or knows the reason why not.
+    """
+    plain = opened.format == "JPEG" and opened.mode in ("L", "RGB")
+    if not plain or opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    pixels = np.empty((opened.height, opened.width, 3), np.uint8)  # as large as Pillow found it, and no larger
+    try:
+        decoded = simplejpeg.decode_jpeg(image, min_height=len(pixels), min_width=pixels.shape[1], buffer=pixels)
+    except ValueError:
+        return None
+    return decoded if decoded.shape == pixels.shape else None
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:

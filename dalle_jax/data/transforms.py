@@ -9,6 +9,7 @@ listings never do; that, and `centre`, use Pillow's Lanczos filter as the releas
 bicubic.
 """
 
+import functools
 import math
 from fractions import Fraction
 
@@ -77,18 +78,13 @@ def shrink_by_area(
         return np.ascontiguousarray(image_uint8[top : top + size, left : left + size])
     rows, weight_RH = _area_weights(len(image_uint8), side, top, size)
     columns, weight_CW = _area_weights(len(image_uint8), side, left, size)
-    image_HWX = image_uint8[rows, columns].astype(np.float32)
-    rows_RWX = (weight_RH @ image_HWX.reshape(len(image_HWX), -1)).reshape(size, -1, 3)
-    both_CRX = (weight_CW @ _transposed(rows_RWX).reshape(-1, 3 * size)).reshape(size, size, 3)
-    both_CRX += np.float32(0.5)  # averages stay in [0, 255]
-    return _transposed(both_CRX.astype(np.uint8))
-
-
-def _transposed(image: np.ndarray) -> np.ndarray:
-    """Contiguous [H, W, 3] -> contiguous [W, H, 3]; whole pixels are moved, twice as fast as channel by channel."""
-    height, width, channels = image.shape
-    pixels = image.view(np.dtype((np.void, channels * image.itemsize)))[..., 0]
-    return np.ascontiguousarray(pixels.T).view(image.dtype).reshape(width, height, channels)
+    image_HX = image_uint8[rows, columns].astype(np.float32).reshape(rows.stop - rows.start, -1)
+    columns_XR = np.ascontiguousarray((weight_RH @ image_HX).T)  # X: columns with their channels
+    areas_CY = weight_CW @ columns_XR.reshape(-1, 3 * size)  # Y: channels with the rows of the result
+    areas_CY += np.float32(0.5)  # averages stay in [0, 255]
+    areas_YR = np.empty((3 * size, size + 64), np.uint8)[:, :size]  # at a stride of 2^k its columns share cache lines
+    areas_YR[:] = areas_CY.reshape(-1, size)
+    return np.ascontiguousarray(areas_YR.T).reshape(size, size, 3)
 
 
 def _area_weights(length: int, side: int, start: int, count: int) -> tuple[slice, scipy.sparse.csr_array]:
@@ -97,16 +93,24 @@ def _area_weights(length: int, side: int, start: int, count: int) -> tuple[slice
     Returns: a slice of the line, and float32 [count, its length] with a few numbers a row: a product with it passes
     over the picture once.
     """
+    pixel, weight, ends = _line_weights(length, side)
+    ends = ends[start : start + count + 1]
+    pixel, weight = pixel[ends[0] : ends[-1]], weight[ends[0] : ends[-1]]
+    first, last = int(pixel[0]), int(pixel[-1]) + 1
+    return slice(first, last), scipy.sparse.csr_array((weight, pixel - first, ends - ends[0]), (count, last - first))
+
+
+@functools.lru_cache(maxsize=4096)  # some kilobytes each; sets of pictures have few sizes
+def _line_weights(length: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of a sparse [side, length]: int32 inputs, float32 weights, and where in these each output's begin."""
     ratio = (length - 1) / (side - 1) if side > 1 else float(length)
-    begin = np.arange(start, start + count)[:, None] * ratio
+    begin = np.arange(side)[:, None] * ratio
     pixel = np.floor(begin).astype(np.int32) + np.arange(math.ceil(ratio) + 1, dtype=np.int32)
     overlap = np.minimum(pixel + 1, begin + ratio) - np.maximum(pixel, begin)
-    weight = (overlap.clip(0.0) / ratio).astype(np.float32)
+    some = overlap > 0
+    ends = np.concatenate([[0], np.cumsum(some.sum(axis=1))]).astype(np.int32)
     pixel = np.minimum(pixel, length - 1)  # the edge repeats
-    first, last = int(pixel[0, 0]), int(pixel[-1, -1])
-    ends = np.arange(0, pixel.size + 1, pixel.shape[1], dtype=np.int32)
-    weights = (weight.ravel(), pixel.ravel() - first, ends)
-    return slice(first, last + 1), scipy.sparse.csr_array(weights, shape=(count, last + 1 - first))
+    return pixel[some], (overlap[some] / ratio).astype(np.float32), ends
 
 
 def _crop(image: np.ndarray, rng: np.random.Generator, *, low: Fraction, high: Fraction, end_included: bool):
