@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import pathlib
+import stat
 
 from dalle_jax.data import captions
 from dalle_jax.data.decode import SUFFIXES
@@ -86,12 +87,15 @@ def read_image(folder: str, path: str) -> bytes:
 
 def _read(path: str, *, limit: int) -> bytes:
     try:
-        if not os.path.isfile(path):  # a pipe would block for ever
-            raise BadRecord("no image", f"{path} is not there or is no regular file")
-        if (size := os.path.getsize(path)) > limit:
-            raise BadRecord("too many bytes", f"{size}, the limit is {limit}")
-        with open(path, "rb") as file:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
+            raise BadRecord("no image", f"{path} is no regular file")
+        if status.st_size > limit:
+            raise BadRecord("too many bytes", f"{status.st_size}, the limit is {limit}")
+        with open(path, "rb", buffering=0) as file:
             return file.read()
+    except FileNotFoundError:
+        raise BadRecord("no image", f"{path} is not there") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadRecord("unreadable file", str(error)) from None
 
