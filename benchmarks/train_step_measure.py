@@ -96,7 +96,7 @@ def measure(
     }
     figures = {
         "device": f"{len(devices)} x {devices[0].device_kind}",
-        "host": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "host": f"{cores()} CPU cores ({platform.machine()})",
         "chip": known and known.name,
         "peak_flops": chip.peak_flops[precision],
         "matmul_flops": matmul,
@@ -310,6 +310,11 @@ def find_chip(device: jax.Device) -> Chip | None:
     kind = device.device_kind.lower()
     name = next((name for mark, name in KINDS if mark in kind), None)
     return next((chips[name] for chips in CHIPS.values() if name in chips), None)
+
+
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_bytes() -> int:
