@@ -9,8 +9,9 @@
 A variant is `key=value` words that change the config, and flags of XLA (`--xla...`), which come after those of the
 environment; '' is the config itself. `--config.key=value` changes all of them.
 Each is measured in a process of its own by `train_step_measure.py`, which says how, and a variant that fails (out of
-memory) is a row that says so. What was measured stays in --out; a call that ran out of its --minutes goes on when it
-is given again.
+memory) is a row that says so. What was measured stays in --out as soon as it is there; a call that ran out of its
+--minutes, by which its last variant is ended, goes on when it is given again, also on another machine that has the
+folder. Where even JAX or the device is missing the call ends at once, and nothing is noted.
 
 MFU counts the model's own products, forward and backward, and of attention only the pairs of query and key that the
 mask allows (`preflight/flops.py`); HFU what is computed, rematerialization and the encoding of the pictures included.
@@ -25,7 +26,6 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -34,6 +34,7 @@ from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 MEASURE = pathlib.Path(__file__).with_name("train_step_measure.py")
+READY = "ready"  # what it prints when the devices are there
 OVERRIDE = "--config."
 PARTS = ("attention", "scores", "mlp", "heads", "encode", "optimizer", "rest")
 
@@ -41,7 +42,8 @@ PARTS = ("attention", "scores", "mlp", "heads", "encode", "optimizer", "rest")
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """A fixed list of variants. common: changes of all. split: the variants whose parts are timed; all by default.
-    dvae: other sizes of the frozen dVAE. seconds: to time each program for."""
+    dvae: other sizes of the frozen dVAE. seconds: to time each program for. platform: JAX's name of what it is for;
+    any by default."""
 
     config: str
     common: Mapping[str, Any]
@@ -49,6 +51,7 @@ class Suite:
     split: tuple[str, ...] | None = None
     dvae: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 10.0
+    platform: str = ""
 
 
 SUITES = {
@@ -60,6 +63,10 @@ SUITES = {
             "",
             "model.pattern=full",
             "model.attention=pallas",
+            "model.scan=False",
+            "model.scan=False batch_size=32",
+            "model.scan=False model.attention=pallas",
+            "model.scan=False model.pattern=full",
             "batch_size=24",
             "model.remat=full batch_size=64",
             "model.remat=attention batch_size=8",
@@ -70,10 +77,10 @@ SUITES = {
             "precision=fp32 batch_size=8",
             "model.loss_parts=8",
             "model.matmuls=fp8",
-            "model.scan=False",
         ),
         split=("", "model.pattern=full"),
         seconds=6.0,
+        platform="gpu",
     ),
     # Layers of the paper's width on one H100 or H200. Heads, loss and dVAE are in the MFU, which is that of the layers
     # at least.
@@ -83,6 +90,7 @@ SUITES = {
         (
             "",
             "model.num_layers=5",
+            "model.scan=False",
             "model.attention=pallas",
             "model.remat=full batch_size=32",
             "model.remat=none batch_size=4",
@@ -91,6 +99,7 @@ SUITES = {
         ),
         split=("",),
         seconds=6.0,
+        platform="gpu",
     ),
     # Each flag of launch/xla_flags.sh turned off, on all GPUs of a machine.
     "flags": Suite(
@@ -109,6 +118,7 @@ SUITES = {
         ),
         split=(),
         seconds=6.0,
+        platform="gpu",
     ),
     # The paper's pattern against dense causal attention of our own, all 1280 positions, narrow enough for a CPU.
     "sparse-dense": Suite(
@@ -133,7 +143,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=[""], metavar="'key=value ...'")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder; again to go on")
     parser.add_argument("--seconds", type=float, help="to time each program for (default 10, or the suite's)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no variant after this (default 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call (default 9)")
     parser.add_argument("--whole", action="store_true", help="do not time the parts")
     parser.add_argument("--name", help="of the files in benchmarks/results (default: the suite's); none without")
     words = sys.argv[1:]
@@ -158,30 +168,58 @@ def main() -> int:
 
 
 def measured(suite: Suite, out: pathlib.Path, *, until: float) -> dict[str, dict]:
-    """variant -> its figures, or {'failed': why}; those of earlier calls included."""
+    """variant -> its figures, or {'failed': why}; those of earlier calls included. Ends by `until`, a monotonic time.
+
+    Raises:
+      SystemExit: a variant without flags of its own did not get as far as its devices, so none would.
+    """
     out.mkdir(parents=True, exist_ok=True)
     notes = out / "rows.json"
     rows = json.loads(notes.read_text()) if notes.exists() else {}
+    alone = True  # whether the variant has the whole call
     for variant in suite.variants:
-        if variant in rows or time.monotonic() > until:
-            continue
-        changes, flags = parse(variant)
-        values = {**suite.common, **changes}
-        environment = os.environ | {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()}
-        split = suite.split is None or variant in suite.split
-        asked = {"config": suite.config, "values": values, "seconds": suite.seconds, "split": split, "dvae": suite.dvae}
         began, load = time.monotonic(), os.getloadavg()[0]
-        words = [sys.executable, MEASURE, json.dumps(asked)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.strip().splitlines() if not line.startswith(" ")]
-            rows[variant] = {"failed": (lines or [f"status {done.returncode}"])[-1][:200]}
-        else:
-            about = {"date": datetime.date.today().isoformat(), "load_before": round(load, 2)}
-            rows[variant] = json.loads(done.stdout.splitlines()[-1]) | about
+        if variant in rows or began > until:
+            continue
+        row = measure(suite, variant, seconds=until - began)
+        if "cut off" in row and not alone:
+            break  # the next call begins with it
+        about = {"date": datetime.date.today().isoformat(), "load_before": round(load, 2)}
+        rows[variant], alone = row | about, False
         notes.write_text(json.dumps(rows, indent=1) + "\n")
         print(f"{title(variant)}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return rows
+
+
+def measure(suite: Suite, variant: str, *, seconds: float) -> dict[str, Any]:
+    """Figures of one variant, or {'failed': why}, also with 'cut off' where it was still at it after `seconds`."""
+    changes, flags = parse(variant)
+    asked = {
+        "config": suite.config,
+        "values": {**suite.common, **changes},
+        "seconds": suite.seconds,
+        "split": suite.split is None or variant in suite.split,
+        "dvae": suite.dvae,
+        "platform": suite.platform,
+    }
+    environment = os.environ | {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()}
+    words, late = [sys.executable, MEASURE, json.dumps(asked)], {}
+    try:
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=seconds)
+        printed, said = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as cut:
+        printed, said = ((text or b"").decode(errors="replace") for text in (cut.stdout, cut.stderr))
+        late = {"cut off": True}
+    found = [line for line in printed.splitlines() if line.startswith("{") and line.endswith("}")]
+    if found:
+        return json.loads(found[-1])
+    if late:
+        return {"failed": f"took more than {seconds:.0f} s"} | late
+    lines = [line for line in said.strip().splitlines() if not line.startswith(" ")]
+    why = (lines or [f"status {done.returncode}"])[-1][:200]
+    if READY not in printed and not flags:
+        sys.exit(f"{title(variant)}: {why}")
+    return {"failed": why}
 
 
 def parse(variant: str) -> tuple[dict[str, str], list[str]]:
@@ -221,7 +259,7 @@ def table(suite: Suite, rows: Mapping[str, dict], command: str) -> str:
     lines = [
         f"# The training update of {suite.config}",
         "",
-        f"{first['date']}; {first['device']}, {os.cpu_count()} CPU cores ({platform.machine()}), load average "
+        f"{first['date']}; {first['device']}, {first['host']}, load average "
         f"{min(loads)} to {max(loads)} before the variants.",
         "",
         f"    {command}",

@@ -8,17 +8,22 @@ kind, and of it the MLP and the attention's scores, times the number of layers; 
 encoding of the pictures; all gradients. The optimizer, with the moving average, is the update without the gradients,
 and the rest what the gradients take beyond their parts: embeddings, the stacking of layers, what is not overlapped.
 A program alone may be faster or slower than the same inside the update, so the parts are a guide; the whole is exact.
+
+Printed are READY when the devices are there, then the figures as a line of JSON, then the same with the parts: what
+ends in its parts has given the whole.
 """
 
 import dataclasses
 import functools
 import json
+import os
+import platform
 import resource
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +44,7 @@ from dalle_jax.train import powersgd
 from dalle_jax.train import step as steps
 from dalle_jax.train.transformer_task import feature_losses
 
+READY = "ready"
 LEAST_TIMES, MOST_TIMES = 3, 50
 MATMUL_SIDE = {"cpu": 1_536}  # of the product that says what the device reaches; 8192 elsewhere
 # Marks in a device's kind -> our name of the chip, the first that fits.
@@ -52,13 +58,20 @@ KINDS = (
 def main() -> None:
     host_memory.keep_freed()
     asked = json.loads(sys.argv[1])
+    wanted, found = asked.pop("platform", ""), jax.default_backend()
+    if wanted and found != wanted:
+        sys.exit(f"expected JAX to find a {wanted}, got {found}: install what JAX needs for it")
+    print(READY, flush=True)
     overrides = [f"--config.{key}={value}" for key, value in asked.pop("values").items()]
     config = configs.load(asked.pop("config"), overrides)
-    print(json.dumps(measure(config, **asked)), flush=True)
+    for figures in measure(config, **asked):
+        print(json.dumps(figures), flush=True)
 
 
-def measure(config, *, seconds: float, split: bool = True, dvae: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All figures of one variant.
+def measure(
+    config, *, seconds: float, split: bool = True, dvae: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """All figures of one variant but the parts, then with them.
 
     seconds: to time each program for. split: time the parts, of a transformer in fp32 or bf16. dvae: other sizes of the
     frozen dVAE.
@@ -71,8 +84,6 @@ def measure(config, *, seconds: float, split: bool = True, dvae: Mapping[str, An
         change_dvae(job, dvae)
     update = Update(job)
     whole, peak = update.time(seconds), peak_bytes()
-    split = split and job.helper is not None and precision != "fp16"
-    parts = Parts(update).time(seconds, whole=whole) if split else {}
     matmul, copy = matmul_flops(compute_dtype(config.precision)), copy_bandwidth()
     chip = known or Chip("measured", "gpu", 0, {precision: matmul}, copy, copy)
     rated = dataclasses.replace(job, topology=Topology(chip, (1, len(devices))))
@@ -83,8 +94,9 @@ def measure(config, *, seconds: float, split: bool = True, dvae: Mapping[str, An
         "compute": guess.seconds["compute"] * estimate.COMPUTE_SHARE,
         "memory": guess.seconds["memory"] * estimate.MEMORY_SHARE,
     }
-    return {
+    figures = {
         "device": f"{len(devices)} x {devices[0].device_kind}",
+        "host": f"{cores()} CPU cores ({platform.machine()})",
         "chip": known and known.name,
         "peak_flops": chip.peak_flops[precision],
         "matmul_flops": matmul,
@@ -97,10 +109,13 @@ def measure(config, *, seconds: float, split: bool = True, dvae: Mapping[str, An
         "model_flops_per_device": guess.flops_per_sequence * sequences,
         "executed_flops_per_device": guess.executed_flops_per_sequence * sequences,
         "roofline_seconds": least,
-        "seconds": parts | {"host": update.host_seconds},
+        "seconds": {"host": update.host_seconds},
         "memory_bytes": update.memory_bytes,
         "peak_bytes": peak,
     }
+    yield figures
+    if split and job.helper is not None and precision != "fp16":
+        yield figures | {"seconds": Parts(update).time(seconds, whole=whole) | figures["seconds"]}
 
 
 class Update:
@@ -295,6 +310,11 @@ def find_chip(device: jax.Device) -> Chip | None:
     kind = device.device_kind.lower()
     name = next((name for mark, name in KINDS if mark in kind), None)
     return next((chips[name] for chips in CHIPS.values() if name in chips), None)
+
+
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_bytes() -> int:

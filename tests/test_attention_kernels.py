@@ -235,13 +235,23 @@ def test_a_model_with_gpu_kernels_equals_one_without(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tpu_kernels_equal_dense_attention_and_its_gradients(kind):
+def test_tpu_kernels_equal_dense_attention_and_see_nothing_that_comes_later(kind):
     """Three blocks of 128, the last two of them image."""
     text_len, grid = 128, 16
     q, k, v, w = random(4, 1, text_len + grid * grid, 1, 8)
     attend = lambda *qkv: fused_tpu.attend(*qkv, kind, text_len=text_len, grid=grid, interpret=True)  # noqa: E731
-    found = jax.jit(functools.partial(output_and_gradients, attend))(q, k, v, w)
-    assert_close(found, dense(q, k, v, w, attention_pattern.allowed(kind, text_len=text_len, grid=grid)), 4e-6)
+    program = jax.jit(functools.partial(output_and_gradients, attend))
+    mask = attention_pattern.allowed(kind, text_len=text_len, grid=grid)
+    assert_close(program(q, k, v, w), dense(q, k, v, w, mask), 4e-6)
+
+    until = text_len + 101
+    later = (np.arange(text_len + grid * grid) > until)[None, :, None, None]
+    other_k, other_v = random(2, *k.shape, seed=1, scale=50.0)
+    w = np.where(later, 0, w)
+    found = program(q, np.where(later, other_k, k), np.where(later, other_v, v), w)
+    for a, b in zip(jax.tree.leaves(program(q, k, v, w)), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a[:, : until + 1], b[:, : until + 1])
+    assert not any(np.asarray(gradient)[:, until + 1 :].any() for gradient in found[1])
 
 
 # What the machines' own compilers read, without them.

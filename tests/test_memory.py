@@ -60,6 +60,7 @@ def test_each_step_of_the_ladder_keeps_what_its_documentation_says(remat, units)
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_a_fused_kernel_keeps_no_scores(kind):
     assert round(kept_units("none", kind, attention="pallas")) == 35
+    assert round(kept_units("attention", kind, attention="pallas")) == 34
     assert "'none' is 35" in transformer.run_layers.__doc__
 
 

@@ -99,6 +99,20 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capfd):
     assert capfd.readouterr().err.count("training goes on without a profile") == 1
 
 
+def test_kinds_of_operations_by_their_names():
+    """As XLA names them on CPUs and GPUs; a change of dtype is no convolution."""
+    kinds = {
+        "products": ("dot.7", "cublas-gemm.2", "gemm_fusion_dot.3", "convolution.1", "cudnn-conv-bw-filter.4"),
+        "exchange": ("all-gather-start.1", "reduce-scatter.2", "all-reduce-done"),
+        "kernels": ("custom-call.9", "pallas_call.1"),
+        "copies": ("copy.1", "transpose_copy_fusion", "MemcpyD2D"),
+        breakdown.REST: ("loop_convert_fusion.2", "convert.11", "input_reduce_fusion", "broadcast_add_fusion.1"),
+        None: ("while.3", "call.2", "conditional"),
+    }
+    for kind, names in kinds.items():
+        assert {name: breakdown.kind_of(name) for name in names} == dict.fromkeys(names, kind)
+
+
 def test_the_picture_of_a_trace_counts_all_its_time():
     """Two operations at once share their time; what holds others does not count beside them."""
     events = [

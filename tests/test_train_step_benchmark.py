@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -64,8 +65,37 @@ def test_flags_of_a_variant_reach_its_process_after_those_of_the_environment(ben
     monkeypatch.setattr(benchmark, "MEASURE", script)
     monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
     suite = benchmark.Suite("any", {}, ("", "--xla_two=a,b --xla_three=3"))
-    rows = benchmark.measured(suite, tmp_path, until=float("inf"))
+    rows = benchmark.measured(suite, tmp_path, until=time.monotonic() + 60)
     assert [row["flags"] for row in rows.values()] == ["--xla_one=1", "--xla_one=1 --xla_two=a,b --xla_three=3"]
+
+
+def test_what_a_cut_off_variant_has_measured_is_kept(benchmark, tmp_path, monkeypatch):
+    """The whole without the parts; nothing, which the next call makes up; nothing in a call of its own: a failure."""
+    script = tmp_path / "measure.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "way = json.loads(sys.argv[1])['values']['way']\n"
+        "print('ready', *(['{\"whole\": 1}'] if way == 'whole' else []), sep='\\n', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(benchmark, "MEASURE", script)
+    suite = benchmark.Suite("any", {}, ("way=whole", "way=never"))
+    dated = lambda row: {name: row[name] for name in row if name not in ("date", "load_before")}  # noqa: E731
+    clock = iter([0.0, 0.0, 1.9]).__next__  # began, ended; began
+    monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(monotonic=lambda: clock()))
+    rows = benchmark.measured(suite, tmp_path, until=2.0)
+    assert {name: dated(row) for name, row in rows.items()} == {"way=whole": {"whole": 1}}
+    clock = iter([0.0] * 3).__next__
+    rows = benchmark.measured(suite, tmp_path, until=0.1)
+    assert rows["way=never"]["failed"] == "took more than 0 s" and rows["way=whole"]["whole"] == 1
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+
+
+def test_a_machine_without_the_device_ends_the_call_and_nothing_is_noted(benchmark, tmp_path):
+    suite = benchmark.Suite("configs/transformer.py:demo", {}, ("", "batch_size=8"), platform="tpu")
+    with pytest.raises(SystemExit, match="as it is: expected JAX to find a tpu, got cpu"):
+        benchmark.measured(suite, tmp_path, until=time.monotonic() + 60)
+    assert not (tmp_path / "rows.json").exists()
 
 
 def test_a_suites_dvae_is_the_one_that_encodes(benchmark):
@@ -93,11 +123,11 @@ def test_names_of_devices_are_found(benchmark):
 def test_the_table_says_what_was_measured_and_what_failed(benchmark):
     suite = benchmark.Suite("configs/transformer.py:demo", {"batch_size": 4}, ("", "model.remat=none"))
     row = {
-        "device": "1 x cpu", "chip": None, "peak_flops": 1e12, "matmul_flops": 1e12, "copy_bytes_per_second": 5e9,
-        "batch_size": 4, "compile_seconds": 3.0, "step_seconds": 0.5, "tokens_per_second": 640.0,
-        "model_flops_per_device": 1e11, "executed_flops_per_device": 1.5e11, "memory_bytes": 2e9, "date": "2026-01-02",
-        "peak_bytes": 3e9, "roofline_seconds": {"compute": 0.15, "memory": 0.2}, "load_before": 0.5,
-        "seconds": dict.fromkeys((*benchmark.PARTS, "host"), 0.125),
+        "device": "1 x cpu", "host": "2 CPU cores", "chip": None, "peak_flops": 1e12, "matmul_flops": 1e12,
+        "copy_bytes_per_second": 5e9, "batch_size": 4, "compile_seconds": 3.0, "step_seconds": 0.5,
+        "tokens_per_second": 640.0, "model_flops_per_device": 1e11, "executed_flops_per_device": 1.5e11,
+        "memory_bytes": 2e9, "peak_bytes": 3e9, "roofline_seconds": {"compute": 0.15, "memory": 0.2},
+        "seconds": dict.fromkeys((*benchmark.PARTS, "host"), 0.125), "date": "2026-01-02", "load_before": 0.5,
     }  # fmt: skip
     text = benchmark.table(suite, {"": row, "model.remat=none": {"failed": "RESOURCE_EXHAUSTED"}}, "the command")
     assert "| as it is | 4 | 0.5 | 640 | 20.0% | 30.0% | 40% | 2.00 | 3.00 | 3.0 |" in text

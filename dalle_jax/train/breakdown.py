@@ -50,7 +50,7 @@ def seconds_by_kind(events: Iterable[tuple[str, float, float]]) -> dict[str, flo
 
 def kind_of(name: str) -> str | None:
     """Of an operation by its name in HLO; None of one that only holds others."""
-    name = name.lower()
+    name = name.lower().replace("convert", "")  # to another dtype: no convolution
     if name.partition(".")[0] in _HOLDERS:
         return None
     return next((kind for kind, marks in MARKS.items() if any(mark in name for mark in marks)), REST)
