@@ -77,6 +77,16 @@ class TransformerConfig:
     def kinds(self) -> tuple[str, ...]:
         return attention_pattern.layer_kinds(self.num_layers, self.pattern)
 
+    @property
+    def period(self) -> int:
+        """Layers after which the pattern repeats itself."""
+        return len(attention_pattern.PERIOD) if self.pattern == "paper" else 1
+
+    @property
+    def scan_turns(self) -> int:
+        """Turns of the scan over layers, each a period of them; the rest is unrolled."""
+        return sum(kind != "conv" for kind in self.kinds) // self.period if self.scan else 0
+
 
 @functools.cache
 def model(config: TransformerConfig) -> Model:
@@ -186,18 +196,16 @@ def run_layers(stacked, x_BSD, config: TransformerConfig):
         attend = functools.partial(attend_kind, kind=kind, text_len=config.text_len, grid=config.grid)
         return layer(block, x, attend=attend, remat=config.remat, matmuls=config.matmuls)
 
-    kinds = config.kinds
-    period = len(attention_pattern.PERIOD) if config.pattern == "paper" else 1
-    repeated = sum(1 for kind in kinds if kind != "conv") // period if config.scan else 0
-    first = repeated * period
-    if repeated:
+    kinds, period, turns = config.kinds, config.period, config.scan_turns
+    first = turns * period
+    if turns:
 
         def group(x, blocks):
             for i in range(period):
                 x = one_layer(x, {name: a[i] for name, a in blocks.items()}, kinds[i])
             return x, None
 
-        groups = {name: a[:first].reshape(repeated, period, *a.shape[1:]) for name, a in stacked.items()}
+        groups = {name: a[:first].reshape(turns, period, *a.shape[1:]) for name, a in stacked.items()}
         x_BSD, _ = jax.lax.scan(group, x_BSD, groups)
     for i in range(first, config.num_layers):
         x_BSD = one_layer(x_BSD, {name: a[i] for name, a in stacked.items()}, kinds[i])

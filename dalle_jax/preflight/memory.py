@@ -27,6 +27,9 @@ SAVED_COPIES = {"tpu": 3, "gpu": 1}
 PARAMETER_COPIES = {"tpu": 1, "gpu": 2}
 WHOLE_LAYERS = {"tpu": 2, "gpu": 1}
 SCORE_COPIES = 2  # of a layer's scores in float32, and what a layer without remat saves of them
+# The launchers' flags for GPUs let a scan over cut layers gather and work for two turns at once: the weights of the
+# next turn are there too, and scores once more. Fitted to 64 H100 with 4 and 16 sequences each, flags on and off.
+PIPELINED_SCORES = 1
 WORKING = 16  # numbers of the width per token of the layer at work, with its gradients
 
 
@@ -52,7 +55,7 @@ def by_kind(job: Job) -> dict[str, int]:
         platform = job.topology.chip.platform
         activations = SAVED_COPIES[platform] * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
         working = PARAMETER_COPIES[platform] * compute + _whole(model, item, job)
-        working += job.sequences * _working(model, item, job.mesh)
+        working += job.sequences * _working(model, item, job)
     if job.config.storage.offload:
         working += 4 * numbers  # the changes of all parameters, in float32 too
     return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
@@ -80,18 +83,24 @@ def _whole(model: TransformerConfig, item: int, job: Job) -> int:
     tables = (layout.text_ids + layout.image_ids) * model.width * 4 // mesh.shape["tensor"]
     if mesh.shape["fsdp"] == 1:
         return tables
-    return WHOLE_LAYERS[platform] * layer * item + tables
+    layers = WHOLE_LAYERS[platform] + (model.period if _pipelined(model, job) else 0)
+    return layers * layer * item + tables
 
 
-def _working(model: TransformerConfig, item: int, mesh) -> int:
+def _working(model: TransformerConfig, item: int, job: Job) -> int:
     """Of one sequence in the layer at work: its wide activations and scores with their gradients, or the logits."""
-    layout = model.layout
+    layout, tensor = model.layout, job.mesh.shape["tensor"]
     scores = 0
     if model.attention == "xla":
-        scores = max(_scores(model, kind) for kind in set(model.kinds)) // mesh.shape["tensor"]
-    layer = WORKING * layout.length * model.width * item + SCORE_COPIES * 4 * scores
+        scores = max(_scores(model, kind) for kind in set(model.kinds)) // tensor
+    copies = SCORE_COPIES + (PIPELINED_SCORES if _pipelined(model, job) else 0)
+    layer = WORKING * layout.length * model.width * item + copies * 4 * scores
     logits = 3 * 4 * (layout.text_len * layout.text_ids + layout.image_len * layout.image_vocab) // model.loss_parts
-    return max(layer, logits // mesh.shape["tensor"])
+    return max(layer, logits // tensor)
+
+
+def _pipelined(model: TransformerConfig, job: Job) -> bool:
+    return job.topology.chip.platform == "gpu" and job.mesh.shape["fsdp"] > 1 and model.scan_turns > 1
 
 
 def _scores(model: TransformerConfig, kind: str) -> int:
