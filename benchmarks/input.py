@@ -9,6 +9,7 @@ in a Python that has torch, webdataset and tokenizers. Both read the same files,
 Each round measures every side once in turns; a ratio is the middle one of the rounds. `large photos` are the photos
 enlarged to 768 pixels on the shorter side, as JPEG of quality 90; `scaled` is `data.scaled_jpeg`, which decodes at a
 half, a quarter or an eighth where that is enough; its mean difference from exact crops is measured, in levels of 255.
+A second table says what a picture's time goes into: its parts one after another, and the whole less these.
 
 `stall`: trains the demo's transformer with a random dVAE and reads `data` in the ledger of goodput, the time in which
 the device had nothing to do because the next batch was not there.
@@ -44,6 +45,7 @@ from dalle_jax.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, DROPOUT, LEAST_RATIO, MOST_STALL = 32, 0.1, 1.5, 0.01
+PARTS = ("read", "decode", "crop and shrink", "tokens", "decode by Pillow")
 RECORDS = {"photos": 1024, "icons": 4096, "large photos": 512}  # repeated where there are fewer
 SIZES = {"photos": (256, 64), "icons": (64,), "large photos": (256,)}
 BATCHES = {"photos": 8, "icons": 32, "large photos": 4}  # of one measurement
@@ -97,6 +99,31 @@ class Ours:
         return count * BATCH / (time.perf_counter() - began)
 
 
+def parts(spec: str, size: int, tokenizer: Tokenizer, count: int, *, scaled_jpeg: bool = False) -> dict[str, float]:
+    """Milliseconds of a picture for each part of our way, and for Pillow's decoder; means of `count` records."""
+    source, rng = open_source(spec), np.random.default_rng(0)
+    shortest = transforms.shortest("transformer", size) if scaled_jpeg else 0
+    chosen = [int(index) for index in rng.permutation(len(source))[:count]]
+    times = []
+    for index in chosen:
+        marks = [time.perf_counter()]
+        record = source[index]
+        marks.append(time.perf_counter())
+        pixels, _ = decode_scaled(record.image, shortest=shortest)
+        marks.append(time.perf_counter())
+        transforms.augment_transformer(pixels, size, rng)
+        marks.append(time.perf_counter())
+        tokenizer.encode(record.captions[0], dropout=DROPOUT, rng=rng)
+        marks.append(time.perf_counter())
+        times.append(np.diff(marks))
+    images = [source[index].image for index in chosen]
+    began = time.perf_counter()
+    for image in images:
+        np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+    pillow = (time.perf_counter() - began) / len(images)
+    return dict(zip(PARTS, (1e3 * np.array([*np.mean(times, axis=0), pillow])).tolist(), strict=True))
+
+
 class Theirs:
     """A peer that waits in its own process until it is asked."""
 
@@ -140,7 +167,7 @@ def measure_rates(args: argparse.Namespace) -> dict:
     host_memory.keep_freed()
     photos = usable(args.photos, RECORDS["photos"])
     sets = {"photos": photos, "icons": usable(args.icons, RECORDS["icons"]), "large photos": [*map(enlarged, photos)]}
-    rates, differences, versions = {}, {}, ""
+    rates, spent, differences, versions = {}, {}, {}, ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["DALLE_JAX_CACHE"] = f"{name}/cache"
@@ -169,7 +196,20 @@ def measure_rates(args: argparse.Namespace) -> dict:
                     versions = side.versions
                     side.close()
                 rates[f"{kind} to {size}"] = found
-    return {"machine": here() | {"peers": versions}, "images_per_second": rates, "differences": differences}
+                for side, spec in (("tar", f"wds:{tar}"), ("folder", f"folder:{files}")):
+                    for how, scaled in (("", False), (", scaled", True)):
+                        if f"ours, {side}{how}" in found:
+                            count = BATCHES[kind] * BATCH
+                            spent[f"{kind} to {size}, {side}{how}"] = {
+                                **parts(spec, size, tokenizer, count, scaled_jpeg=scaled),
+                                "whole": 1e3 / statistics.median(found[f"ours, {side}{how}"]),
+                            }
+    return {
+        "machine": here() | {"peers": versions},
+        "images_per_second": rates,
+        "milliseconds": spent,
+        "differences": differences,
+    }
 
 
 def measure_stall() -> dict:
@@ -224,6 +264,17 @@ def table(result: dict) -> str:
                 for how in ("", ", scaled"):
                     if f"ours, {side}{how}" in found:
                         lines.append(_row(what, found[f"ours, {side}{how}"], found[peer], peer, side, how))
+        lines += [
+            "",
+            "Milliseconds of one picture on our side; rest: order, filters, padding, batching and memory that is cold.",
+            "",
+            f"| what | {' | '.join(PARTS[:-1])} | rest | whole | {PARTS[-1]} |",
+            "|---" * (len(PARTS) + 3) + "|",
+        ]
+        for what, spent in rates["milliseconds"].items():
+            own = [spent[part] for part in PARTS[:-1]]
+            cells = [*own, spent["whole"] - sum(own), spent["whole"], spent[PARTS[-1]]]
+            lines.append(f"| {what} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
         listed = ", ".join(f"{what} {value:.2f}" for what, value in rates["differences"].items())
         lines += ["", f"Mean difference of a scaled picture from the exact one, in levels of 255: {listed}.", ""]
     if stall := result.get("stall"):
