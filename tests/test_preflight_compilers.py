@@ -38,6 +38,7 @@ def preflight(topology: str, *words: str, config: str = "12b") -> tuple[int, dic
         ("tpu:v5p:2x2x1", "12b", ("--config.model.num_layers=13", "--config.batch_size=8")),
         ("gpu:h100:1x8", "12b", WIDE),
         ("gpu:h100:8x8", "12b", ("--config.mesh.fsdp=64", "--config.accumulate=4")),
+        ("gpu:h100:1x1", "1b3", ("--config.batch_size=16", "--config.model.remat=dots", "--config.model.scan=False")),
         (
             "gpu:v100-16:2x8",
             "12b_v100",
