@@ -27,7 +27,7 @@ def count(config: TransformerConfig) -> dict[str, float]:
         "attention": attention / total,
         "all_pairs": (every - attention) / total,
         "heads_again": (flops.recomputed(parts) - flops.recomputed(config)) / total,
-        "logits_bytes": 4 * (layout.text_len * layout.text_ids + layout.image_len * layout.image_vocab),
+        "logits_bytes": 4 * layout.logits,
     }
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from train_step import READY
 
 from dalle_jax import config as configs
 from dalle_jax import host_memory, sharding
@@ -44,7 +45,6 @@ from dalle_jax.train import powersgd
 from dalle_jax.train import step as steps
 from dalle_jax.train.transformer_task import feature_losses
 
-READY = "ready"
 LEAST_TIMES, MOST_TIMES = 3, 50
 MATMUL_SIDE = {"cpu": 1_536}  # of the product that says what the device reaches; 8192 elsewhere
 # Marks in a device's kind -> our name of the chip, the first that fits.

@@ -58,6 +58,11 @@ class Layout:
         return self.text_vocab + self.text_len
 
     @property
+    def logits(self) -> int:
+        """Numbers that a whole sequence's predictions are made of."""
+        return self.text_len * self.text_ids + self.image_len * self.image_vocab
+
+    @property
     def start_of_text(self) -> int:
         return self.text_vocab
 

@@ -88,15 +88,16 @@ def read_image(folder: str, path: str) -> bytes:
 def _read(path: str, *, limit: int) -> bytes:
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
-            raise BadRecord("no image", f"{path} is no regular file")
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
+        raise BadRecord("no image", f"{path} is not there or is no regular file")
+    try:
         if status.st_size > limit:
             raise BadRecord("too many bytes", f"{status.st_size}, the limit is {limit}")
         with open(path, "rb", buffering=0) as file:
             return file.read()
-    except FileNotFoundError:
-        raise BadRecord("no image", f"{path} is not there") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except OSError as error:
         raise BadRecord("unreadable file", str(error)) from None
 
 

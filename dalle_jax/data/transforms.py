@@ -19,6 +19,7 @@ from PIL import Image
 
 DVAE_SHORTEST, DVAE_LONGEST = Fraction(9, 8), Fraction(12, 8)  # listing 1: 288 and 384 for size 256
 TRANSFORMER_LONGEST = Fraction(9, 8)  # listing 2: 288 for size 256
+CACHE_LINE = 64  # bytes
 
 
 def augment_dvae(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -82,7 +83,8 @@ def shrink_by_area(
     columns_XR = np.ascontiguousarray((weight_RH @ image_HX).T)  # X: columns with their channels
     areas_CY = weight_CW @ columns_XR.reshape(-1, 3 * size)  # Y: channels with the rows of the result
     areas_CY += np.float32(0.5)  # averages stay in [0, 255]
-    areas_YR = np.empty((3 * size, size + 64), np.uint8)[:, :size]  # at a stride of 2^k its columns share cache lines
+    # Rows of an odd number of cache lines: at a stride of 2^k those of a column push each other out of the cache.
+    areas_YR = np.empty((3 * size, CACHE_LINE * (-(-size // CACHE_LINE) | 1)), np.uint8)[:, :size]
     areas_YR[:] = areas_CY.reshape(-1, size)
     return np.ascontiguousarray(areas_YR.T).reshape(size, size, 3)
 
@@ -100,7 +102,7 @@ def _area_weights(length: int, side: int, start: int, count: int) -> tuple[slice
     return slice(first, last), scipy.sparse.csr_array((weight, pixel - first, ends - ends[0]), (count, last - first))
 
 
-@functools.lru_cache(maxsize=4096)  # some kilobytes each; sets of pictures have few sizes
+@functools.lru_cache(maxsize=1024)  # eight bytes a pixel of the line and more; sets of pictures have few sizes
 def _line_weights(length: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows of a sparse [side, length]: int32 inputs, float32 weights, and where in these each output's begin."""
     ratio = (length - 1) / (side - 1) if side > 1 else float(length)

@@ -35,7 +35,7 @@ def attention(config: TransformerConfig) -> int:
 def transformer_heads(config: TransformerConfig) -> int:
     """Of the logits of one sequence, forward: text slots over the text vocabulary, image slots over the image's."""
     layout = config.layout
-    return 2 * config.width * (layout.text_len * layout.text_ids + layout.image_len * layout.image_vocab)
+    return 2 * config.width * layout.logits
 
 
 def transformer(config: TransformerConfig) -> int:

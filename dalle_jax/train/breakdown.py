@@ -12,7 +12,7 @@ import jax
 # What an operation's name contains -> its kind, the first that fits. Fusions are named after what they hold.
 MARKS = {
     "exchange": ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective", "send", "recv"),
-    "products": ("dot", "conv", "gemm", "matmul", "ynn", "onednn"),
+    "products": ("dot", "convolution", "cudnn-conv", "gemm", "matmul", "ynn", "onednn"),
     "kernels": ("custom-call", "custom_call", "pallas", "triton", "mosaic"),
     "copies": ("copy", "transpose", "memcpy"),
 }
@@ -50,7 +50,7 @@ def seconds_by_kind(events: Iterable[tuple[str, float, float]]) -> dict[str, flo
 
 def kind_of(name: str) -> str | None:
     """Of an operation by its name in HLO; None of one that only holds others."""
-    name = name.lower().replace("convert", "")  # to another dtype: no convolution
+    name = name.lower()
     if name.partition(".")[0] in _HOLDERS:
         return None
     return next((kind for kind, marks in MARKS.items() if any(mark in name for mark in marks)), REST)
