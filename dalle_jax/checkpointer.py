@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from dalle_jax import checkpoint, digest, distributed
 from dalle_jax.errors import UserError
 
 DAMAGED = "damaged"  # damaged-STEP-N beside the checkpoints
+ORBAX_WRITER = "async_save"  # Orbax's thread that writes and renames; where its metadata fail, Orbax waits not for it
 
 
 def _to_stderr(line: str) -> None:
@@ -103,6 +105,7 @@ class Checkpoints:
         self._writing = step
         if problem:
             return self._failed(problem)
+        failure = None
         try:
             state = self._set_apart(state)
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
@@ -112,7 +115,9 @@ class Checkpoints:
             else:
                 start()
         except Exception as error:  # Orbax, TensorStore and file systems raise many kinds
-            self._failed(_reason(error))
+            failure = error
+        if (reason := _agreed(failure)) is not None:
+            self._failed(reason)
 
     def _set_apart(self, state: Any) -> Any:
         """What may be written while the next update overwrites the state.
@@ -180,33 +185,39 @@ class Checkpoints:
     def _finish(self) -> None:
         if self._writing is None:
             return
+        failure = None
         try:
             if self._started is not None:
                 self._started.result()
             self._manager.wait_until_finished()
-        except Exception as error:  # of the background threads, in all processes or in none
-            elsewhere = isinstance(error, distributed.OtherProcessFailed)
-            self._failed(_anywhere(None if elsewhere else _reason(error)) or _reason(error))
+        except Exception as error:  # of the background threads
+            failure = error
+        if (reason := _agreed(failure)) is not None:
+            self._failed(reason)
         self._writing, self._started = None, None
 
     def _failed(self, reason: str) -> None:
-        step, self._writing = self._writing, None
+        for thread in threading.enumerate():  # else it writes where `_tidy` and the next manager clear up
+            if thread.name == ORBAX_WRITER:
+                thread.join()
+        step, self._writing, self._started = self._writing, None, None
         self._apart = None  # whoever failed may still hold it
         self._manager = None  # it has forgotten which checkpoints it did not delete
-        self._warn(
-            f"WARNING: the checkpoint of update {step} could not be written ({reason}): "
-            f"training goes on, {self._left()}; make room or mend the storage before the next one"
-        )
+        self._warn(f"WARNING: {self._outcome(step, reason)}; make room or mend the storage before the next one")
         with contextlib.suppress(OSError):
             self._tidy(step)
 
-    def _left(self) -> str:
-        """What there is besides a checkpoint that failed, in a few words."""
+    def _outcome(self, step: int, reason: str) -> str:
+        """What there is after a save that failed, in a few words."""
+        failed = f"the checkpoint of update {step} could not be written ({reason}): training goes on"
         try:
-            newest = max(checkpoint.steps_in(self._folder), default=None)
+            steps = checkpoint.steps_in(self._folder)
         except OSError as error:  # of an object store that is away
-            return f"earlier ones cannot be seen now ({_reason(error)})"
-        return "there is no earlier one" if newest is None else f"the newest complete one is that of update {newest}"
+            return f"{failed}, earlier ones cannot be seen now ({_reason(error)})"
+        if step in steps:
+            return f"the checkpoint of update {step} is complete, but its save did not end well ({reason})"
+        left = f"the newest complete one is that of update {steps[-1]}" if steps else "there is no earlier one"
+        return f"{failed}, {left}"
 
     def _unopened(self) -> str | None:
         """Opens Orbax's manager again after a failure; why that does not work, None if it does."""
@@ -284,6 +295,13 @@ def _anywhere(problem: str | None) -> str | None:
     found = distributed.gather_json(problem)
     named = (f"process {rank}: {text}" if len(found) > 1 else text for rank, text in enumerate(found) if text)
     return next(named, None)
+
+
+def _agreed(error: Exception | None) -> str | None:
+    """Why a save failed, the same in all processes; None if it did in none. All must call this at the same point."""
+    second_hand = isinstance(error, distributed.OtherProcessFailed)
+    reason = None if error is None else _reason(error)
+    return _anywhere(None if second_hand else reason) or _anywhere(reason)
 
 
 def _reason(error: Exception) -> str:

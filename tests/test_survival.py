@@ -141,7 +141,8 @@ def train_on_a_disk_that_is_full_for_a_while(workdir):
             made.append(self)
 
     def tried():
-        return made[0]._started.done() and all(thread.name != "save_finalize" for thread in threading.enumerate())
+        at_work = {thread.name for thread in threading.enumerate()}
+        return made[0]._started.done() and not at_work & {"save_finalize", checkpointer.ORBAX_WRITER}
 
     loop.Checkpoints = Noted
 
@@ -226,6 +227,40 @@ def test_an_error_of_the_writer_is_a_warning(tmp_path, monkeypatch, where):
         assert saver.latest() == 1
     (line,) = said
     assert "update 2" in line and "No space left" in line
+    saver.save(3, {"a": jnp.ones(4)}, {})
+    saver.close()
+    assert checkpoint.complete_steps(tmp_path) == [3]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("writer_ends_well", [False, True])
+def test_a_failed_save_is_over_only_when_its_writer_is(tmp_path, monkeypatch, writer_ends_well):
+    """Orbax reports that its metadata failed while its other thread still writes the arrays."""
+    said, reported, whole = [], threading.Event(), digest.write_manifest
+    saver = checkpointer.Checkpoints(tmp_path, keep=1, warn=said.append)
+    saver.save(1, {"a": jnp.ones(4)}, {})
+    assert saver.latest() == 1
+
+    def late(folder, **options):
+        assert reported.wait(60)
+        time.sleep(0.5)
+        if not writer_ends_well:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(folder, **options)
+
+    def failed():
+        reported.set()
+        raise OSError(errno.EFBIG, "File too large")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(digest, "write_manifest", late)
+        saver.save(2, {"a": jnp.ones(4)}, {})
+        saver._started.result()
+        patched.setattr(saver._manager, "wait_until_finished", failed)
+        assert saver.latest() == (2 if writer_ends_well else 1)
+    (line,) = said
+    assert ("update 2 is complete" if writer_ends_well else "update 2 could not be written") in line
+    assert "File too large" in line and not list(tmp_path.glob("checkpoints/2.*"))
     saver.save(3, {"a": jnp.ones(4)}, {})
     saver.close()
     assert checkpoint.complete_steps(tmp_path) == [3]
