@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dalle_jax.data import transforms
 
@@ -137,3 +138,12 @@ def test_centre_takes_the_middle():
     np.testing.assert_array_equal(out[0, :, 1], np.arange(6, 14))
     out = transforms.centre(coordinates(60, 40, step=4), 10)
     assert abs(int(out[:, :, 0].mean()) - 29.5 * 4) < 2 and abs(int(out[:, :, 1].mean()) - 19.5 * 4) < 2
+
+
+@pytest.mark.parametrize("name", ["centre", "clip"])
+def test_a_picture_of_the_size_wanted_is_copied_as_pillow_does(name):
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    out = transforms.AUGMENTATIONS[name](image, 16, np.random.default_rng(0))
+    for filter_ in (Image.Resampling.LANCZOS, Image.Resampling.BICUBIC):
+        np.testing.assert_array_equal(out, np.asarray(Image.fromarray(image).resize((16, 16), filter_)))
+    assert not np.shares_memory(out, image) and out.flags.c_contiguous

@@ -139,4 +139,6 @@ def _lanczos(square: np.ndarray, side: int) -> np.ndarray:
 
 
 def _resized(square: np.ndarray, side: int, filter_: Image.Resampling) -> np.ndarray:
+    if side == len(square):  # Pillow copies it too
+        return square.copy()
     return np.array(Image.fromarray(np.ascontiguousarray(square)).resize((side, side), filter_))
