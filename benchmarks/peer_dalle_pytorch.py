@@ -22,8 +22,9 @@ import argparse
 import functools
 import json
 import sys
-import time
 import types
+
+from works import Works
 
 SHAPE = dict(
     layers=4, width=256, heads=4, head_size=64, text_len=64, text_vocab=1000, grid=16, image_vocab=1024, image_size=128
@@ -45,8 +46,12 @@ def import_peer():
     return dalle_pytorch
 
 
+def attn_types(work):
+    return SPARSE if "sparse" in work else ("full",)
+
+
 class Peer:
-    """Its models, each built at its first use and kept, so that later rounds measure and build nothing."""
+    """Its models and works."""
 
     def __init__(self):
         import torch
@@ -55,7 +60,7 @@ class Peer:
         torch.set_num_threads(THREADS)
         torch.manual_seed(0)
         self.package = import_peer()
-        self.trainers, self.samplers = {}, {}
+        self.training, self.sampling = Works(self.trainer), Works(self.sampler, first_runs=0)
 
     def model(self, attn_types):
         vae = self.package.DiscreteVAE(
@@ -79,33 +84,27 @@ class Peer:
     def text(self):
         return self.torch.randint(1, SHAPE["text_vocab"], (BATCH, SHAPE["text_len"]))
 
-    def trainer(self, attn_types):
+    def trainer(self, work):
         """A function that does one training step: loss, gradients, AdamW."""
-        if attn_types not in self.trainers:
-            model = self.model(attn_types).train()
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = self.torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-            image = self.torch.randint(0, SHAPE["image_vocab"], (BATCH, SHAPE["grid"] ** 2))
-            text = self.text()
+        model = self.model(attn_types(work)).train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = self.torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+        image = self.torch.randint(0, SHAPE["image_vocab"], (BATCH, SHAPE["grid"] ** 2))
+        text = self.text()
 
-            def step():
-                optimizer.zero_grad(set_to_none=True)
-                model(text, image, return_loss=True).backward()
-                optimizer.step()
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            model(text, image, return_loss=True).backward()
+            optimizer.step()
 
-            for _ in range(2):
-                step()
-            self.trainers[attn_types] = step
-        return self.trainers[attn_types]
+        return step
 
-    def sampler(self, attn_types, cached):
+    def sampler(self, work):
         """A function that draws one batch of pictures, pixels included."""
-        if (attn_types, cached) not in self.samplers:
-            model = self.model(attn_types).eval()
-            if cached:
-                model.forward_with_cond_scale = lambda *args, cond_scale=1, cache=None: model(*args, cache=cache)
-            self.samplers[attn_types, cached] = lambda: model.generate_images(self.text(), use_cache=cached)
-        return self.samplers[attn_types, cached]
+        model, cached = self.model(attn_types(work)).eval(), work.endswith("cached")
+        if cached:
+            model.forward_with_cond_scale = lambda *args, cond_scale=1, cache=None: model(*args, cache=cache)
+        return lambda: model.generate_images(self.text(), use_cache=cached)
 
     @functools.cached_property
     def decoder_multiply_adds(self):
@@ -118,14 +117,8 @@ class Peer:
 
     def measure(self, work, repeats):
         """Seconds of each repeat and the rate of the middle one."""
-        attn_types = SPARSE if "sparse" in work else ("full",)
         training = work.startswith("train")
-        run = self.trainer(attn_types) if training else self.sampler(attn_types, work.endswith("cached"))
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
+        seconds = (self.training if training else self.sampling).measure(work, repeats)
         middle = sorted(seconds)[len(seconds) // 2]
         each = BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2) if training else BATCH
         unit = "tokens_per_second" if training else "images_per_second"
