@@ -8,8 +8,8 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
-from dalle_jax import sharding
 from dalle_jax.models.layers import Model, param
 from dalle_jax.train import loop
 from dalle_jax.train.task import Task
@@ -72,3 +72,9 @@ def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=()
     mesh = mesh or sharding.make_mesh({}, devices=jax.devices()[:1])
     told = {"mesh": mesh, "batches": batches or Numbers(), "hooks": hooks, "progress": False, **(of_loop or {})}
     return loop.run(task, config(**values), workdir, **told)
+
+
+def digest_of(workdir):
+    """Of the state in a run's newest checkpoint."""
+    folder = checkpoint.checkpoint_folder(workdir, "")
+    return checkpoint.state_digests(folder / str(checkpoint.steps_in(folder)[-1]))["state"]
