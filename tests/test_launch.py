@@ -300,7 +300,15 @@ time.sleep(60)
 """
 
 
-def test_ctrl_c_asks_each_process_of_local_once(stand_in, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Where this runs in the background of a shell, SIGINT is ignored, and bash then cannot be told to heed it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_asks_each_process_of_local_once(stand_in, tmp_path, interruptible):
     """A terminal sends its signal to the whole foreground group: the script must not add a second one, which kills."""
     (tmp_path / "saves.py").write_text(SAVES_ONCE_ASKED)
     stand_in("dalle-jax", f'exec "{sys.executable}" "{tmp_path}/saves.py" "{tmp_path}/up.$$"')
