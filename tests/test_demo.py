@@ -26,7 +26,7 @@ def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, 
     monkeypatch.setattr(demo.configs, "load", few(demo.configs.load))
     monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.5))
-    monkeypatch.setattr(demo.choose_temperature, "__kwdefaults__", {"each": 2})
+    monkeypatch.setattr(demo, "TUNING_CAPTIONS", 2)
     monkeypatch.setattr(demo, "PROBE_UPDATES", 4)
     workdir = tmp_path / "demo"
     words = ["demo", "--workdir", str(workdir), "--captions", "6", "--json", "--best-of", str(best_of)]
