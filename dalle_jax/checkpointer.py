@@ -292,16 +292,21 @@ def _copy_into(memory: Any, state: Any) -> Any:
 
 def _anywhere(problem: str | None) -> str | None:
     """The first process's problem of all that have one, with its number; all must call this at the same point."""
-    found = distributed.gather_json(problem)
-    named = (f"process {rank}: {text}" if len(found) > 1 else text for rank, text in enumerate(found) if text)
-    return next(named, None)
+    return _first(distributed.gather_json(problem))
 
 
 def _agreed(error: Exception | None) -> str | None:
     """Why a save failed, the same in all processes; None if it did in none. All must call this at the same point."""
     second_hand = isinstance(error, distributed.OtherProcessFailed)
-    reason = None if error is None else _reason(error)
-    return _anywhere(None if second_hand else reason) or _anywhere(reason)
+    found = distributed.gather_json(None if error is None else [_reason(error), second_hand])
+    own = [None if it is None or it[1] else it[0] for it in found]
+    return _first(own) or _first([it and it[0] for it in found])
+
+
+def _first(problems: list[str | None]) -> str | None:
+    """Of the processes' problems the first, with the process's number where there are several."""
+    named = (f"process {rank}: {text}" if len(problems) > 1 else text for rank, text in enumerate(problems) if text)
+    return next(named, None)
 
 
 def _reason(error: Exception) -> str:
