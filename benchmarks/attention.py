@@ -38,8 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import attention_pattern
-from dalle_jax.models import attention, fused_gpu, fused_tpu
-from dalle_jax.models.block_lists import block_lists
+from dalle_jax.models.attention import blockwise, pallas, splash
+from dalle_jax.models.attention.block_lists import block_lists
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.preflight.estimate import MEMORY_SHARE, SCORE_BYTES
 from dalle_jax.preflight.hardware import Chip, find_chip
@@ -60,7 +60,7 @@ NEEDED = 1.1
 
 def dense(q, k, v, kind):
     mask = attention_pattern.allowed(kind, **SHAPE)
-    return attention._attend_densely(q, k, v, mask)
+    return blockwise._attend_densely(q, k, v, mask)
 
 
 def cudnn(q, k, v, kind):
@@ -68,15 +68,15 @@ def cudnn(q, k, v, kind):
 
 
 def tuned(block, warps, stages, q, k, v, kind):
-    return fused_gpu.attend(q, k, v, kind, block=block, warps=warps, stages=stages, **SHAPE)
+    return pallas.attend(q, k, v, kind, block=block, warps=warps, stages=stages, **SHAPE)
 
 
 def ways(platform: str, kind: str, *, tune: bool) -> dict:
-    found = {"dense": dense, "xla": functools.partial(_with_shape, attention.attend)}
+    found = {"dense": dense, "xla": functools.partial(_with_shape, blockwise.attend)}
     if platform == "tpu":
-        return found | {"splash": functools.partial(_with_shape, fused_tpu.attend)}
+        return found | {"splash": functools.partial(_with_shape, splash.attend)}
     if platform == "gpu":
-        found["pallas"] = functools.partial(_with_shape, fused_gpu.attend)
+        found["pallas"] = functools.partial(_with_shape, pallas.attend)
         if kind == "full":
             found["cudnn"] = cudnn
         if tune:
@@ -164,9 +164,9 @@ def scores(way: str, kind: str) -> int:
     if way == "dense":
         return LENGTH**2
     if way == "xla":
-        rows, before = (1, 0) if kind == "column" else attention._block_rows(kind, SHAPE["grid"])
+        rows, before = (1, 0) if kind == "column" else blockwise._block_rows(kind, SHAPE["grid"])
         return text**2 + image * (text + (rows + before) * SHAPE["grid"])
-    block = {"pallas": fused_gpu.BLOCK, "splash": fused_tpu.BLOCK}[way]
+    block = {"pallas": pallas.BLOCK, "splash": splash.BLOCK}[way]
     order = attention_pattern.compact_order(kind, **SHAPE)
     return block**2 * block_lists(attention_pattern.allowed(kind, **SHAPE)[order][:, order], size=block).steps
 

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from dalle_jax import digest, sharding
-from dalle_jax.checkpointer import Checkpoints
+from dalle_jax import sharding
+from dalle_jax.checkpoint import digest
+from dalle_jax.checkpoint.manager import Checkpoints
 
 FULL, LIMIT = 20.8, 2.0  # gigabytes of 1.3 billion parameters on one host; seconds that the loop may stand still
 COPIES = ("params", "ema", "mu", "nu")

@@ -30,7 +30,7 @@ from peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
 from peers import PeerProcess, machine
 from works import Works
 
-from dalle_jax import host_memory  # does not import JAX
+from dalle_jax.cli import host_memory  # does not import JAX
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("train_paper", "train_full", "sample_paper", "sample_full", "sample_products")
@@ -135,9 +135,9 @@ def trainer(pattern: str):
 
     from dalle_jax import sharding
     from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT
+    from dalle_jax.train.objectives.task import Task
+    from dalle_jax.train.objectives.transformer import token_losses
     from dalle_jax.train.step import init_state, make_update
-    from dalle_jax.train.task import Task
-    from dalle_jax.train.transformer_task import token_losses
 
     model = transformer(pattern)
 

@@ -34,7 +34,7 @@ from dalle_jax.data import transforms
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.sources import open_source
 from dalle_jax.layout import Layout
-from dalle_jax.tokenizer import Tokenizer
+from dalle_jax.text.bpe import Tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, CPUS, DROPOUT = 32, 2, 0.1

@@ -23,7 +23,7 @@ from pathlib import Path
 from peers import PeerProcess, machine
 from works import Works
 
-from dalle_jax import host_memory  # does not import JAX
+from dalle_jax.cli import host_memory  # does not import JAX
 
 RESULTS = Path(__file__).parent / "results"
 # As in peer_openai_dvae.py, which cannot be imported here: it imports torch.
@@ -79,8 +79,8 @@ def trainer(precision: str):
     import jax
 
     from dalle_jax import sharding
-    from dalle_jax.train import optimizer as optimizers
-    from dalle_jax.train.dvae_task import dvae_task
+    from dalle_jax.train.objectives.dvae import dvae_task
+    from dalle_jax.train.optimizer import build as optimizers
     from dalle_jax.train.step import init_state, make_update
 
     config = config_of(precision)

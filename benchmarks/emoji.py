@@ -28,15 +28,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from dalle_jax import checkpoint
+from dalle_jax.checkpoint import format
 from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.models.dvae import encode_images
+from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.sample.sheet import contact_sheet
-from dalle_jax.tokenizer import Tokenizer
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train.objectives import build_task
 from dalle_jax.train.run import data_config
-from dalle_jax.train.tasks import build_task
 
 SAMPLES, COLUMNS, BATCH = 32, 8, 16
 
@@ -70,12 +70,12 @@ class Run:
     """A trained workdir, ready to be measured."""
 
     def __init__(self, folder: pathlib.Path):
-        self.config = ml_collections.ConfigDict({**checkpoint.read_config(folder), "dvae": str(folder / "dvae")})
+        self.config = ml_collections.ConfigDict({**format.read_config(folder), "dvae": str(folder / "dvae")})
         self.task = build_task(self.config)
-        self.params = jax.device_put(checkpoint.load_model_dir(folder, name="transformer")[1])
+        self.params = jax.device_put(format.load_model_dir(folder, name="transformer")[1])
         self.frozen = jax.device_put(self.task.frozen)
         self.tokenizer = Tokenizer.load(folder)
-        self.steps = checkpoint.complete_steps(folder)[-1]
+        self.steps = format.complete_steps(folder)[-1]
 
     def batches(self, spec: str):
         return Batches(

@@ -25,9 +25,9 @@ from dalle_jax import sharding
 from dalle_jax.models import build
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.preflight import flops
-from dalle_jax.train import optimizer as optimizers
 from dalle_jax.train import step
-from dalle_jax.train.transformer_task import transformer_task
+from dalle_jax.train.objectives.transformer import transformer_task
+from dalle_jax.train.optimizer import build as optimizers
 
 RESULTS = Path(__file__).parent / "results"
 DVAE_OF = {"12b": "paper", "5b6": "paper", "2b8": "paper", "1b3": "paper", "400m": "paper"}  # others: their own name

@@ -25,10 +25,10 @@ import numpy as np
 from peers import machine
 from PIL import Image
 
-from dalle_jax import host_memory  # does not import JAX
+from dalle_jax.cli import host_memory  # does not import JAX
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent))
 COUNT, FEATURES = 30_000, 2_048
 PICTURES, SIDE = 96, 256
 WARM_UP = 8  # pictures, on both sides
@@ -39,12 +39,11 @@ class Ours:
     """Our side; what it compiles and opens is kept between the rounds."""
 
     def __init__(self, folder: pathlib.Path):
-        from test_inception import weights
-
         from dalle_jax.convert import inception as importer
         from dalle_jax.data.sources import open_source
         from dalle_jax.evaluate.features import Extractor, Preparation
         from dalle_jax.models import inception
+        from tests.models.test_inception import weights
 
         state = weights("fid")
         np.savez(folder / "weights.npz", **state)
@@ -77,7 +76,7 @@ class Ours:
 
 
 def write_inputs(folder: pathlib.Path) -> None:
-    from test_distances import relu_features
+    from tests.evaluate.test_distances import relu_features
 
     np.save(folder / "one.npy", relu_features(1, COUNT, FEATURES))
     np.save(folder / "other.npy", relu_features(2, COUNT, FEATURES, shift=0.1))

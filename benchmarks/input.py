@@ -34,14 +34,14 @@ import numpy as np
 from peers import machine
 from PIL import Image
 
-from dalle_jax import host_memory
+from dalle_jax.cli import host_memory
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import decode_scaled
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.record import Record
 from dalle_jax.data.sources import open_source
 from dalle_jax.layout import Layout
-from dalle_jax.tokenizer import Tokenizer
+from dalle_jax.text.bpe import Tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, DROPOUT, LEAST_RATIO, MOST_STALL = 32, 0.1, 1.5, 0.01
@@ -215,9 +215,9 @@ def measure_rates(args: argparse.Namespace) -> dict:
 def measure_stall() -> dict:
     import jax
 
-    from dalle_jax import checkpoint
     from dalle_jax import config as configs
-    from dalle_jax.demo import make_tokenizer
+    from dalle_jax.checkpoint import format
+    from dalle_jax.cli.demo import make_tokenizer
     from dalle_jax.models import build
     from dalle_jax.train.run import train
 
@@ -226,7 +226,7 @@ def measure_stall() -> dict:
         folder = Path(name)
         dvae = configs.load("configs/dvae.py:demo").model.to_dict()
         params = jax.device_get(jax.jit(build("dvae", dvae).init)(jax.random.key(0)))
-        checkpoint.save_params(folder / "dvae", {"name": "dvae", "model": dvae}, params)
+        format.save_params(folder / "dvae", {"name": "dvae", "model": dvae}, params)
         values = {
             "dvae": folder / "dvae", "tokenizer": make_tokenizer(folder), "steps": STALL_UPDATES, "validate_every": 0,
             "picture_every": 0, "checkpoint_every": 0,

@@ -31,7 +31,7 @@ import time
 import jax
 
 from dalle_jax import config as configs
-from dalle_jax.train import metrics
+from dalle_jax.train.monitor import metrics
 from dalle_jax.train.run import train
 
 STEPS, LAST = 2_000, 200

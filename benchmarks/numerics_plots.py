@@ -20,16 +20,19 @@ import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dalle_jax import checkpoint, sharding
-from dalle_jax.checkpointer import Checkpoints
+from dalle_jax import sharding
+from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source
-from dalle_jax.tokenizer import Tokenizer
-from dalle_jax.train import formats, metrics, moments, scaling, step
-from dalle_jax.train import optimizer as optimizers
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train import step
+from dalle_jax.train.monitor import metrics
+from dalle_jax.train.objectives import build_task
+from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.optimizer import formats, loss_scale, moments
 from dalle_jax.train.run import data_config
-from dalle_jax.train.task import Task
-from dalle_jax.train.tasks import build_task
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 FLOAT16_NORMAL, FLOAT16_SMALLEST = -14, -24  # exponents
@@ -93,7 +96,7 @@ def losses(out: pathlib.Path) -> Figure:
 
 def trained(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, Task]:
     """Config and task of a run, with the dVAE of its workdir."""
-    config = ml_collections.ConfigDict(checkpoint.read_config(workdir))
+    config = ml_collections.ConfigDict(format.read_config(workdir))
     config.dvae = str(workdir / "dvae")
     return config, build_task(config)
 
@@ -162,8 +165,8 @@ def scales(out: pathlib.Path) -> Figure:
     do not move there."""
     workdir = numerics.folder(out, "fp16-paper", numerics.SEEDS[0])
     config, task = trained(workdir)
-    rule = scaling.of(task.model, replicas=1)
-    _, params = checkpoint.load_model_dir(workdir)
+    rule = loss_scale.of(task.model, replicas=1)
+    _, params = format.load_model_dir(workdir)
 
     @jax.jit
     def finite(scale, batch):
@@ -211,7 +214,7 @@ def scales(out: pathlib.Path) -> Figure:
     return figure
 
 
-def largest_scales(rule: scaling.Scaling, finite) -> np.ndarray:
+def largest_scales(rule: loss_scale.Scaling, finite) -> np.ndarray:
     """log2 [layers, 2], to a half: every branch goes down by itself until all gradients of a batch are finite."""
     powers = np.full(rule.shape, FAR)
     while not (ok := np.asarray(finite(2.0**powers))).all():

@@ -13,7 +13,7 @@ from typing import Any
 
 from peer_dalle_pytorch import THREADS
 
-from dalle_jax import host_memory  # does not import JAX
+from dalle_jax.cli import host_memory  # does not import JAX
 
 
 class PeerProcess:

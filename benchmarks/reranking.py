@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 import dalle_jax
-from dalle_jax.data import scenes
+from dalle_jax.data.sources import scenes
 from dalle_jax.evaluate.scenes import shows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -98,8 +98,9 @@ def prepared(out: pathlib.Path, name: str) -> list[str]:
     """The command of a case, after its tokenizer and random dVAE are there."""
     import jax
 
-    from dalle_jax import checkpoint, demo
     from dalle_jax import config as configs
+    from dalle_jax.checkpoint import format
+    from dalle_jax.cli import demo
     from dalle_jax.models import build
 
     dvae_config, sizes, file, values = CASES[name]
@@ -109,7 +110,7 @@ def prepared(out: pathlib.Path, name: str) -> list[str]:
         demo.make_tokenizer(parts)
         model = {**configs.load(dvae_config).model.to_dict(), **sizes}
         params = jax.jit(build("dvae", model).init)(jax.random.key(0))
-        checkpoint.save_params(parts / "dvae", {"name": "dvae", "model": model}, params)
+        format.save_params(parts / "dvae", {"name": "dvae", "model": model}, params)
     values = {**COMMON, **values, "dvae": parts / "dvae", "tokenizer": parts / "tokenizer.model"}
     overrides = [f"--config.{key}={value}" for key, value in values.items()]
     return [sys.executable, "-m", "dalle_jax.cli", "train", "--config", file, *overrides]

@@ -26,7 +26,7 @@ from pathlib import Path
 from peer_dalle_pytorch import SHAPE, THREADS
 from peers import machine
 
-from dalle_jax import host_memory  # does not import JAX
+from dalle_jax.cli import host_memory  # does not import JAX
 
 RESULTS = Path(__file__).parent / "results"
 CANDIDATES, LEAST = 64, 3.0
@@ -50,7 +50,8 @@ def on_processor(args) -> dict:
     import numpy as np
     import sampling_bounds as bounds
 
-    from dalle_jax.models import attention, build
+    from dalle_jax.models import build
+    from dalle_jax.models.attention import blockwise
     from dalle_jax.sample.engine import Engine, image_keys
 
     sizes = {key: value for key, value in SHAPE.items() if key not in ("layers", "image_size")}
@@ -81,8 +82,8 @@ def on_processor(args) -> dict:
         runs[name] = lambda engine=engine, text=text_CT, shape=shape: engine.generate(
             text, image_keys(np.arange(CANDIDATES).reshape(shape))
         )
-        attend = (lambda q, k, v, text, cache, *_, **__: (v, cache)) if name == "rest" else attention.attend_cached
-        with unittest.mock.patch.object(attention, "attend_cached", attend):
+        attend = (lambda q, k, v, text, cache, *_, **__: (v, cache)) if name == "rest" else blockwise.attend_cached
+        with unittest.mock.patch.object(blockwise, "attend_cached", attend):
             engine.ids(engine.advance(engine.begin(text_CT, image_keys(np.zeros(shape))), 0, 1))  # compiles
     for index in range(args.rounds):
         for name in BARRED if index else WORKS:

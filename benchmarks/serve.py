@@ -222,7 +222,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     before = os.getloadavg()[0]
-    command = [sys.executable, "-m", "dalle_jax.cli", "serve", args.model, "--port", "0", "--deadline-s", str(SECONDS)]
+    command = [
+        sys.executable,
+        "-m",
+        "dalle_jax.cli.main",
+        "serve",
+        args.model,
+        "--port",
+        "0",
+        "--deadline-s",
+        str(SECONDS),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         ready = server.stdout.readline()

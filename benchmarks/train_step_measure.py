@@ -32,18 +32,20 @@ import numpy as np
 from train_step import READY
 
 from dalle_jax import config as configs
-from dalle_jax import host_memory, sharding
+from dalle_jax import sharding
+from dalle_jax.cli import host_memory
 from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT
-from dalle_jax.models import blocks, build, kernels
+from dalle_jax.models import blocks, build
+from dalle_jax.models.attention import kernels
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.models.layers import compute_dtype, stream_dtype
 from dalle_jax.preflight import estimate
 from dalle_jax.preflight.hardware import CHIPS, Chip
 from dalle_jax.preflight.job import Job, shard_bytes
 from dalle_jax.preflight.topology import Topology
-from dalle_jax.train import powersgd
 from dalle_jax.train import step as steps
-from dalle_jax.train.transformer_task import feature_losses
+from dalle_jax.train.objectives.transformer import feature_losses
+from dalle_jax.train.optimizer import powersgd
 
 LEAST_TIMES, MOST_TIMES = 3, 50
 MATMUL_SIDE = {"cpu": 1_536}  # of the product that says what the device reaches; 8192 elsewhere

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from dalle_jax.configs.base import base, fields, watch
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.train.dvae_task import Cosine, Objective
+from dalle_jax.train.objectives.dvae import Cosine, Objective
 
 
 def paper() -> ConfigDict:

@@ -8,22 +8,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT
+
 PACKAGE = ROOT / "dalle_jax"
 
 # Lowest first. A unit imports only from levels below its own; units of one level never see each other.
 LEVELS = (
-    {"errors", "fonts", "host_memory"},
-    {"pixels", "attention_pattern", "layout"},
-    {"digest"},
-    {"config", "tokenizer", "clip_tokenizer", "sharding", "checkpoint", "compilation_cache", "distributed"},
-    {"checkpointer"},
+    {"errors"},
+    {"pixels", "attention_pattern", "layout", "pictures"},
+    {"config", "text", "sharding", "distributed"},
+    {"checkpoint"},
     {"models", "data"},
     {"train", "sample", "convert"},
     {"evaluate", "preflight", "serve"},
     {"configs"},  # a config reads the defaults of what it configures, and is loaded by its path
-    {"hooks"},
-    {"demo", "encode", "training", "inspection", "export"},
     {"cli"},
 )
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units}
@@ -35,8 +33,6 @@ ONLY_IN = {
     "jax": {
         "sharding",
         "checkpoint",
-        "checkpointer",
-        "compilation_cache",
         "distributed",
         "models",
         "train",
@@ -44,16 +40,14 @@ ONLY_IN = {
         "convert",
         "evaluate",
         "preflight",
-        "hooks",
-        "demo",
-        "encode",
+        "cli",
     },
     "grain": {"data"},
-    "sentencepiece": {"tokenizer"},
-    "tokenizers": {"clip_tokenizer"},
-    "ftfy": {"clip_tokenizer"},
-    "orbax": {"checkpoint", "checkpointer"},
-    "etils": {"checkpoint", "checkpointer", "digest"},
+    "sentencepiece": {"text"},
+    "tokenizers": {"text"},
+    "ftfy": {"text"},
+    "orbax": {"checkpoint"},
+    "etils": {"checkpoint"},
     "tensorflow_datasets": {"data"},
 }
 # NNX defines modules and nothing else: state is nested dicts, transforms are JAX's.
@@ -63,12 +57,11 @@ NNX_ALLOWED = {
 }  # fmt: skip
 # Compiled where arrays are made, updated, drawn for the log or decoded; a jit anywhere else hides a compilation.
 MAY_JIT = {
-    "checkpointer.py",  # the copy that is written
-    "encode.py",
+    "checkpoint/manager.py",  # the copy that is written
+    "cli/encode.py",
     "train/step.py",
-    "train/replicas.py",
-    "train/dvae_task.py",
-    "train/transformer_task.py",
+    "train/monitor/replicas.py",
+    "train/objectives/dvae.py",
     "evaluate/features.py",
     "sample/engine.py",
     "sample/pipeline.py",
@@ -146,9 +139,9 @@ def test_the_import_check_finds_what_it_should():
         return bool(wrong_imports(unit, ast.parse(code)))
 
     assert check("data", "from dalle_jax.models import dvae")  # a sibling
-    assert check("layout", "def f():\n    import dalle_jax.tokenizer")  # upwards, hidden in a function
+    assert check("layout", "def f():\n    import dalle_jax.text")  # upwards, hidden in a function
     assert check("models", "from dalle_jax import train")
-    assert not check("train", "from dalle_jax import layout\nfrom dalle_jax.train.task import Task\nimport jax")
+    assert not check("train", "from dalle_jax import layout\nfrom dalle_jax.train.step import State\nimport jax")
 
 
 @pytest.mark.parametrize("path", PACKAGE_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,7 +1,6 @@
 """Configs: complete, locked, typos answered, and what a workdir accepts."""
 
 import math
-import pathlib
 
 import jax
 import pytest
@@ -12,8 +11,10 @@ from dalle_jax import sharding
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
-from dalle_jax.train import optimizer, run
-from dalle_jax.train.dvae_task import Objective
+from dalle_jax.train import run
+from dalle_jax.train.objectives.dvae import Objective
+from dalle_jax.train.optimizer import build as optimizer
+from tests.support import ROOT
 
 SPECS = [f"configs/dvae.py:{v}" for v in ("paper", "emoji", "demo")] + [
     f"configs/transformer.py:{v}" for v in ("12b", "5b6", "2b8", "1b3", "400m", "emoji", "demo")
@@ -145,7 +146,7 @@ def test_readme_table_is_what_the_configs_say():
     """Parameters of each config, and 16 bytes each in the unit that the table uses."""
     units = {"GB": 1e9, "MB": 1e6}
     rows = {}
-    for line in (pathlib.Path(__file__).parent.parent / "README.md").read_text().splitlines():
+    for line in (ROOT / "README.md").read_text().splitlines():
         cells = [cell.strip().strip("`") for cell in line.split("|")]
         if len(cells) == 6 and cells[1].startswith("configs/"):
             rows[cells[1]] = int(cells[3].replace(",", "")), cells[4]

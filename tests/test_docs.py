@@ -6,11 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from PIL import Image
-from test_pipeline_api import BrightIsBest, folder  # noqa: F401
 
 import dalle_jax
+from tests.sample.test_pipeline_api import BrightIsBest, folder  # noqa: F401
+from tests.support import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 
 def python_of(name: str) -> str:

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dalle_jax import checkpoint
-from dalle_jax.clip_tokenizer import MERGES, VOCAB, CLIPTokenizer
+from dalle_jax.checkpoint import format
 from dalle_jax.convert import state_dict
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params, clip
+from dalle_jax.text.clip import MERGES, VOCAB, CLIPTokenizer
 
 WEIGHTS = "model.safetensors"
 HEAD_SIZE = 64  # of every released model
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
             f"{tokenizer.vocab_size} in {args.tokenizer or folder}: give the one that belongs to them as --tokenizer"
         )
     tokenizer.save(args.out)
-    checkpoint.save_params(args.out, {"name": "clip", "model": dataclasses.asdict(config)}, params)
+    format.save_params(args.out, {"name": "clip", "model": dataclasses.asdict(config)}, params)
     print(
         f"{clip.model(config).num_params:,} parameters, pictures of {config.image_size} pixels in patches of "
         f"{config.patch}, vectors of {config.embed}"
@@ -124,7 +124,7 @@ def _json(path: pathlib.Path) -> dict:
     try:
         found = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"expected json in {path}, got {checkpoint.first_line(error)}: mend or remove it") from error
+        raise UserError(f"expected json in {path}, got {format.first_line(error)}: mend or remove it") from error
     return found if isinstance(found, dict) else {}
 
 
@@ -146,7 +146,7 @@ def convert(state: Mapping[str, np.ndarray], **settings) -> tuple[clip.CLIPConfi
         raise UserError(f"these arrays do not make a CLIP with two transformers: {error}") from error
     if state:
         raise UserError(f"expected the state dict of a CLIP alone, got {sorted(state)[0]} too: remove what is not its")
-    checkpoint.check_params(params, clip.model(config).abstract, where="the state dict")
+    format.check_params(params, clip.model(config).abstract, where="the state dict")
     return config, params
 
 

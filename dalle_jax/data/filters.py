@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Sequence
 
-from dalle_jax.tokenizer import normalise
+from dalle_jax.text.bpe import normalise
 
 TOO_SHORT, NOT_ENGLISH, BOILERPLATE = "caption too short", "caption not english", "caption boilerplate"
 ASPECT_RATIO, TOO_SMALL = "aspect ratio", "image too small"

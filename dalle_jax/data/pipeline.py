@@ -20,7 +20,7 @@ from dalle_jax.data.decode import BadImage, decode_scaled
 from dalle_jax.data.record import Dropped, Encoded, Source
 from dalle_jax.errors import UserError
 from dalle_jax.layout import Layout
-from dalle_jax.tokenizer import Tokenizer, normalise
+from dalle_jax.text.bpe import Tokenizer, normalise
 
 EXAMPLE_KEYS = 3  # kept for each reason, for the table that ends a bad run
 CHECK_EVERY = 1000  # records between two looks at the share of broken ones; a smaller source is looked at once through

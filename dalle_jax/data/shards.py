@@ -1,315 +1,133 @@
-"""Tar shards (webdataset, img2dataset): an offset index built once, and random access through it.
+"""The training batches of many processes, cut so that another number of processes can go on with them.
 
-A shard is never unpacked: one pass over its headers notes where each sample's image and caption lie, and `os.pread`
-fetches them. A sample is a run of
-adjacent members with one key, the member's path up to the first dot of its last part; a key that comes back later is a
-fault, so that no caption is ever joined to another sample's picture.
+The global order of records (see `pipeline`) is dealt to `lanes` in turn, and every batch takes the same number of
+examples from each lane. Each lane knows its own position and counts, so all lanes together are the exact state of the
+data, whoever reads them: process p of n reads lanes p * lanes / n and the following. A run goes on with any number of
+processes that divides the lanes. With one lane this is one `Batches`.
 """
 
-import bz2
 import collections
 import dataclasses
-import gzip
-import hashlib
-import lzma
-import os
-import pathlib
-import threading
-import zlib
-from collections.abc import Iterable
-from concurrent import futures
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from dalle_jax.data import cache, captions
-from dalle_jax.data.decode import SUFFIXES
-from dalle_jax.data.record import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, REASONS, BadRecord, Dropped, Record
-from dalle_jax.data.tar_members import CHUNK, Member, members
-
-INDEX_VERSION = 1  # raise it when `scan` reads the same file differently: cached indexes are then built anew
-MAX_EXPANSION = 100  # of a compressed shard; images hardly compress
-OPEN_FILES = 64  # per process and source, far below the usual limit of 1024
-
-_CODES = ("", *REASONS)  # index 0: no fault
-_NO_CAPTION, _TEXT, _JSON = range(3)  # where a sample's caption is
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.record import Source
+from dalle_jax.errors import UserError
+from dalle_jax.layout import Layout
+from dalle_jax.text.bpe import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Index:
-    """Where everything is, one row per slot, as arrays only (a million rows load in a blink).
+class Lanes:
+    """Iterator over this reader's part of each shuffled batch, without end; the arrays are those of `Batches`."""
 
-    shard: int32 [N] number of the file. fault: uint8 [N] into _CODES. caption_kind: uint8 [N].
-    image, caption: int64 [N, 2] offset and size in bytes. keys: uint8 [K] all keys in UTF-8, one after the other;
-    key_ends: int64 [N] where each ends.
-    """
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        layout: Layout | None,
+        tokenizer: Tokenizer | None,
+        lanes: int = 0,
+        reader: int = 0,
+        readers: int = 1,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
+    ):
+        """batch_size: of all readers together. lanes: 0 takes those of the state to go on from, or one a reader.
 
-    shard: np.ndarray
-    fault: np.ndarray
-    caption_kind: np.ndarray
-    image: np.ndarray
-    caption: np.ndarray
-    keys: np.ndarray
-    key_ends: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-    def key(self, row: int) -> str:
-        start = self.key_ends[row - 1] if row else 0
-        return self.keys[start : self.key_ends[row]].tobytes().decode("utf-8", "replace")
-
-    @classmethod
-    def concatenate(cls, parts: list["Index"]) -> "Index":
-        """One index over several shards; part i is shard i."""
-        arrays = {
-            field.name: np.concatenate([getattr(part, field.name) for part in parts])
-            for field in dataclasses.fields(cls)
-        }
-        arrays["shard"] = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        shifts = np.cumsum([0, *(len(part.keys) for part in parts[:-1])])
-        arrays["key_ends"] = arrays["key_ends"] + np.repeat(shifts, [len(part) for part in parts])
-        return cls(**arrays)
-
-
-class ShardSource:
-    """Records of tar shards in file order. See `record.Source`; opened by `sources.open_source('wds:...')`."""
-
-    def __init__(self, name: str, paths: list[str], *, captions_required: bool = True):
-        self.name, self._captions_required = name, captions_required
-        self._labels = [pathlib.Path(path).name for path in paths]
-        with futures.ThreadPoolExecutor(8) as pool:  # waits for the disk, mostly
-            self._paths = list(pool.map(plain_tar, paths))
-        self._index = load_index(self._paths)
-        self._files = _Files(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, row: int) -> Record | Dropped:
-        row = range(len(self))[row]  # IndexError, and negative rows, as a list does
-        index, shard = self._index, int(self._index.shard[row])
-        key = f"{self._labels[shard]}/{index.key(row)}".rstrip("/")
-        try:
-            if fault := _CODES[index.fault[row]]:
-                raise BadRecord(fault, REASONS[fault])
-            texts = self._captions(row, shard)
-            return Record(key, self._files.read(shard, *index.image[row].tolist(), limit=MAX_IMAGE_BYTES), texts)
-        except BadRecord as bad:
-            return Dropped(key, bad.reason, bad.detail)
-
-    def _captions(self, row: int, shard: int) -> tuple[str, ...]:
-        kind = self._index.caption_kind[row]
-        try:
-            if kind == _NO_CAPTION:
-                raise BadRecord("no caption", "the sample has neither a .txt nor a .json")
-            data = self._files.read(shard, *self._index.caption[row].tolist(), limit=MAX_CAPTION_BYTES)
-            return captions.from_text(data) if kind == _TEXT else captions.from_json(data)
-        except BadRecord:
-            if self._captions_required:
-                raise
-            return ()
-
-
-class _Files:
-    """Open files for `os.pread`, which needs no seek and so no lock; a pickled copy opens its own."""
-
-    def __init__(self, paths: list[str]):
-        self._paths = paths
-        self._open: collections.OrderedDict = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self):
-        return self._paths
-
-    def __setstate__(self, paths):
-        self.__init__(paths)
-
-    def read(self, shard: int, offset: int, size: int, *, limit: int) -> bytes:
-        """`size` bytes of file number `shard`.
+        reader, readers: which part of a batch this process reads; processes whose devices hold the same rows are the
+        same reader. gather: the values of all processes, see `distributed.gather_json`.
 
         Raises:
-          BadRecord: 'too many bytes', 'unreadable file' or 'truncated tar'.
+          UserError: lanes that the readers or the batch cannot share, and what `Batches` raises.
         """
-        if size > limit:
-            raise BadRecord("too many bytes", f"{size}, the limit is {limit}")
-        try:
-            # The local name keeps an evicted file open until this read is over.
-            file = self._file(shard)
-            data = os.pread(file.fileno(), size, offset)
-            while len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
-                data += more  # one read stops at about 2 GiB or at a signal
-        except OSError as error:
-            raise BadRecord("unreadable file", str(error)) from None
-        if len(data) < size:
-            raise BadRecord("truncated tar", f"{self._paths[shard]} has shrunk since it was indexed")
-        return data
+        self._source, self._config, self._batch_size = source, config, batch_size
+        self._common = {"seed": seed, "layout": layout, "tokenizer": tokenizer, "shuffle": True, "epochs": None}
+        self._wanted, self._reader, self._readers, self._gather = lanes, reader, readers, gather
+        self._lanes: dict[int, Batches] = {}
+        self._open(lanes or readers)
 
-    def _file(self, shard: int):
-        with self._lock:
-            file = self._open.pop(shard, None) or open(self._paths[shard], "rb", buffering=0)
-            self._open[shard] = file
-            if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-            return file
+    def _open(self, lanes: int) -> None:
+        if lanes % self._readers or self._batch_size % lanes:
+            possible = [str(n) for n in range(1, lanes + 1) if lanes % n == 0]
+            raise UserError(
+                f"expected data.lanes = {lanes} to be a multiple of the processes that read data and to divide the "
+                f"batch_size of {self._batch_size}, got {self._readers} processes: use {' or '.join(possible)}, or "
+                "begin a new run with another data.lanes"
+            )
+        own = lanes // self._readers
+        config = dataclasses.replace(self._config, threads=-(-self._config.threads // own))
+        self.close()
+        self._count = lanes
+        self._lanes = {
+            lane: Batches(
+                self._source,
+                config,
+                batch_size=self._batch_size // lanes,
+                process_index=lane,
+                process_count=lanes,
+                **self._common,
+            )
+            for lane in range(self._reader * own, (self._reader + 1) * own)
+        }
 
+    def __iter__(self) -> "Lanes":
+        return self
 
-def load_index(paths: list[str]) -> Index:
-    """The index of these shards, from the cache where none of them has changed."""
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch, the examples of one lane after those of the other.
 
-    def build():
-        with futures.ThreadPoolExecutor(8) as pool:
-            parts = list(pool.map(_shard_index, paths))
-        return dataclasses.asdict(Index.concatenate(parts))
-
-    if len(paths) == 1:
-        return _shard_index(paths[0])
-    return Index(**cache.arrays(_fingerprint("index", paths), build, names=_names()))
-
-
-def _shard_index(path: str) -> Index:
-    return Index(**cache.arrays(_fingerprint("shard", [path]), lambda: dataclasses.asdict(scan(path)), names=_names()))
-
-
-def _names() -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(Index))
-
-
-def _fingerprint(kind: str, paths: list[str]) -> str:
-    """Changes with any file's path, size or time, and with the meaning of what is stored."""
-    digest = hashlib.sha256(repr((kind, INDEX_VERSION, _CODES, sorted(SUFFIXES), MAX_EXPANSION)).encode())
-    for path in paths:
-        try:
-            stat = os.stat(path)
-            digest.update(repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns)).encode())
-        except OSError:
-            digest.update(repr((path, "missing")).encode())
-    return f"{kind}-{digest.hexdigest()[:40]}"
-
-
-def plain_tar(path: str) -> str:
-    """`path`, or where it is compressed its unpacked copy in the cache: there is no random access into gzip.
-
-    A stream that is cut gives what came before the cut; one that grows more than MAX_EXPANSION-fold is cut there.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(6)
-        opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
-        limit = MAX_EXPANSION * os.path.getsize(path)
-    except OSError:
-        return path  # reported as 'unreadable file' when it is indexed
-
-    def write(out):
-        with opener(path) as packed:
-            while limit > out.tell():
-                try:
-                    chunk = packed.read1(CHUNK)  # what `read` has before a cut is lost with its error
-                except (EOFError, OSError, zlib.error, lzma.LZMAError):
-                    return
-                if not chunk:
-                    return
-                out.write(chunk)
-
-    return path if opener is None else cache.file(_fingerprint("unpacked", [path]) + ".tar", write)
-
-
-def scan(path: str) -> Index:
-    """The index of one tar file, whatever state it is in."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            slots = _slots(members(file.fileno()))
-    except OSError:
-        slots = [_Slot("", fault="unreadable file")]
-    slots = slots or [_Slot("", fault="empty shard")]
-    keys = [slot.key.encode("utf-8", "surrogateescape") for slot in slots]
-    return Index(
-        shard=np.zeros(len(slots), np.int32),
-        fault=np.array([_CODES.index(slot.fault) for slot in slots], np.uint8),
-        caption_kind=np.array([slot.caption_kind for slot in slots], np.uint8),
-        image=np.array([slot.image for slot in slots], np.int64).reshape(-1, 2),
-        caption=np.array([slot.caption for slot in slots], np.int64).reshape(-1, 2),
-        keys=np.frombuffer(b"".join(keys), np.uint8),
-        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
-    )
-
-
-@dataclasses.dataclass
-class _Slot:
-    key: str
-    fault: str = ""
-    caption_kind: int = _NO_CAPTION
-    image: tuple[int, int] = (0, 0)  # offset and size in bytes
-    caption: tuple[int, int] = (0, 0)
+        Raises:
+          UserError: too many records are broken, or none can be used.
+        """
+        parts = [next(batches) for batches in self._lanes.values()]
+        return (
+            parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        )
 
     @property
-    def whole(self) -> bool:
-        return not self.fault and self.caption_kind != _NO_CAPTION
+    def good(self) -> int:
+        """Records used, in the lanes of this process."""
+        return sum(batches.good for batches in self._lanes.values())
 
+    @property
+    def dropped(self) -> collections.Counter[str]:
+        """Reason -> records, in the lanes of this process."""
+        return sum((batches.dropped for batches in self._lanes.values()), collections.Counter())
 
-def _slots(found: Iterable[Member]) -> list[_Slot]:
-    """Members in file order -> slots, one per sample and one per damaged place."""
-    slots: list[_Slot] = []
-    first: dict[str, tuple[_Slot | None, set[str]]] = {}  # key -> its first slot and the extensions seen since
-    for key, run in _runs(found):
-        if not key:
-            slots.append(_Slot(run[0].path, fault=run[0].fault))
-            continue
-        slot, extensions = _sample(key, run), {_split(member.path)[1] for member in run}
-        earlier, seen = first.setdefault(key, (slot, set()))
-        if not seen:
-            slots += [slot] if slot else []
-        elif earlier and earlier.fault in ("no image", "") and not earlier.whole and not seen & extensions:
-            earlier.fault = "members apart"
-        elif slot and not (earlier and earlier.fault == "members apart" and not seen & extensions):
-            slots.append(dataclasses.replace(slot, fault="duplicate key"))
-        seen |= extensions
-    return slots
+    def get_state(self) -> dict[str, Any]:
+        """Positions and counts of all lanes after the last batch given out; plain json, the same on every process.
 
+        All processes must call this at the same point.
+        """
+        states = {}
+        for of_process in self._gather({str(lane): batches.get_state() for lane, batches in self._lanes.items()}):
+            states.update(of_process)
+        return {"lanes": [states[str(lane)] for lane in range(self._count)]}
 
-def _runs(found: Iterable[Member]) -> Iterable[tuple[str, list[Member]]]:
-    """Adjacent members with one key; a second member of the same name starts a new run.
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues every lane after the batch at which the state was taken, bit for bit.
 
-    Damage is a run without key of its own; a sample may go on after it.
-    """
-    key, run = "", []
-    for member in found:
-        if member.path.startswith("@") or not member.path:
-            yield "", [member]
-            continue
-        member_key, extension = _split(member.path)
-        if not extension or member_key.endswith("/") or not member_key:
-            continue  # no extension, or a hidden file: not part of a sample, as in webdataset
-        if run and (member_key != key or any(extension == _split(other.path)[1] for other in run)):
-            yield key, run
-            run = []
-        key = member_key
-        run.append(member)
-    yield from [(key, run)] if run else []
+        Raises:
+          UserError: the state belongs to another source, seed or number of lanes, or its lanes cannot be shared by so
+            many readers.
+        """
+        lanes = len(state["lanes"])
+        if self._wanted not in (0, lanes):
+            raise UserError(
+                f"expected to resume data with data.lanes = {lanes}, got {self._wanted}: leave it at 0 to go on, or "
+                "begin a new run"
+            )
+        if lanes != self._count:
+            self._open(lanes)
+        for lane, batches in self._lanes.items():
+            batches.set_state(state["lanes"][lane])
 
-
-def _sample(key: str, run: list[Member]) -> _Slot | None:
-    """The slot of one run, None where it holds neither image nor caption."""
-    parts = {_split(member.path)[1].lower(): member for member in run}
-    images = sorted((name for name in parts if name.rpartition(".")[2] in SUFFIXES), key=lambda name: "." in name)
-    if any(member.fault == "truncated tar" for member in run):
-        return _Slot(key, fault="truncated tar")
-    if not images:
-        return _Slot(key, fault="no image") if parts.keys() & {"txt", "json"} else None
-    image, prefix = parts[images[0]], images[0].rpartition(".")[0]
-    if image.fault:
-        return _Slot(key, fault=image.fault)
-    slot = _Slot(key, fault="" if image.size else "zero bytes", image=(image.offset, image.size))
-    for kind, suffix in ((_TEXT, "txt"), (_JSON, "json")):
-        caption = parts.get(f"{prefix}.{suffix}") or parts.get(suffix)
-        if caption and not caption.fault:
-            slot.caption_kind, slot.caption = kind, (caption.offset, caption.size)
-            break
-    return slot
-
-
-def _split(path: str) -> tuple[str, str]:
-    """'a/b.c.jpg' -> ('a/b', 'c.jpg')."""
-    folder, slash, name = path.rpartition("/")
-    stem, _, extension = name.partition(".")
-    return folder + slash + stem, extension
+    def close(self) -> None:
+        """Stops the threads."""
+        for batches in self._lanes.values():
+            batches.close()

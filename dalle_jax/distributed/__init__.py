@@ -6,9 +6,9 @@ the launchers start the job again. JAX's own distributed runtime does the work: 
 (gloo on CPUs) and the key-value store in process 0. With one process nothing here costs or does anything.
 """
 
-from dalle_jax.distributed.agreement import gather_json, stop_agreed, whole
+from dalle_jax.distributed.agree import gather_json, stop_agreed, whole
 from dalle_jax.distributed.barrier import OtherProcessFailed, SaveBarrier
-from dalle_jax.distributed.meeting import add_arguments, initialise
+from dalle_jax.distributed.initialize import add_arguments, initialise
 from dalle_jax.distributed.watchdog import Watchdog
 
 __all__ = [

@@ -5,7 +5,7 @@ import itertools
 
 import jax
 
-from dalle_jax.distributed import store
+from dalle_jax.distributed import kv_store
 
 # Orbax's names for its barriers, in the order of a save: begun, all have written, process 0 has renamed, ended.
 BEGIN_OR_END, WRITTEN, RENAMED = ("set_value_start", "set_value_end"), "async_write_complete", "async_commit_complete"
@@ -27,11 +27,11 @@ class SaveBarrier:
     """
 
     def __init__(self):
-        self._root, self._save = f"{store.ROOT}/save/{next(_barriers)}", 0
+        self._root, self._save = f"{kv_store.ROOT}/save/{next(_barriers)}", 0
         self._missed: list[str] | None = None  # of this save, None before it has begun
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        client = store.client()
+        client = kv_store.client()
         if client is None:
             return
         failed = f"{self._root}/{self._save}/failed"
@@ -39,12 +39,12 @@ class SaveBarrier:
         if name in (WRITTEN, RENAMED):
             self._missed.remove(name)
             client.wait_at_barrier(f"{self._root}/{self._save}/{name}", timeout_ms)
-            if store.get(client, failed) is not None:
+            if kv_store.get(client, failed) is not None:
                 raise OtherProcessFailed("another process could not write its part")
             return
         ends = self._missed is not None
         if ends and self._missed:
-            store.put_first(client, failed, "")
+            kv_store.put_first(client, failed, "")
             while self._missed:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # then it has timed out for everybody
                     client.wait_at_barrier(f"{self._root}/{self._save}/{self._missed.pop(0)}", timeout_ms)

@@ -15,7 +15,7 @@ import time
 
 import jax
 
-from dalle_jax.distributed import lines, store
+from dalle_jax.distributed import connections, kv_store
 from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART, EXIT_USER_ERROR, UserError
 
 # How an error begins that may only say that the connection to a process was lost.
@@ -60,8 +60,8 @@ class Watchdog:
         self._times_in: collections.Counter[str] = collections.Counter()
         self._beats = 0
         self._client, self._ended, self._ending = None, threading.Event(), threading.Lock()
-        self._switchboard: lines.Switchboard | None = None
-        self._line: lines.Line | None = None
+        self._switchboard: connections.Switchboard | None = None
+        self._line: connections.Line | None = None
         self.beat(0, "start")
 
     def beat(self, step: int, phase: str) -> None:
@@ -74,17 +74,19 @@ class Watchdog:
         self._beat = (time.monotonic(), self._beats, step, phase, allowed)
 
     def __enter__(self) -> "Watchdog":
-        self._client = store.client()
+        self._client = kv_store.client()
         if self._client is None:
             return self
-        self._rank, self._count = store.place()
-        self._root, self._published = f"{store.ROOT}/watchdog/{next(_watchdogs)}", 0
+        self._rank, self._count = kv_store.place()
+        self._root, self._published = f"{kv_store.ROOT}/watchdog/{next(_watchdogs)}", 0
         watched = range(self._count) if self._rank == 0 else (0,)
         self._peers = {rank: _Peer(rank, time.monotonic(), self._start) for rank in watched}
         self._answered = time.monotonic()  # when process 0 last answered
         if self._rank == 0:
             with contextlib.suppress(OSError):  # without connections the beats must do
-                self._switchboard = lines.Switchboard(store.coordinator().rsplit(":", 1)[0].strip("[]"), self._gone)
+                self._switchboard = connections.Switchboard(
+                    kv_store.coordinator().rsplit(":", 1)[0].strip("[]"), self._gone
+                )
                 self._client.key_value_set(f"{self._root}/lines", self._switchboard.address)
         self._threads = [
             threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
@@ -139,14 +141,14 @@ class Watchdog:
         until, address = time.monotonic() + self._start, None
         with contextlib.suppress(jax.errors.JaxRuntimeError, OSError):
             while address is None and time.monotonic() < until and not self._ended.wait(self._interval):
-                address = store.get(self._client, f"{self._root}/lines")
-            self._line = lines.Line(address, self._rank, self._end) if address else None
+                address = kv_store.get(self._client, f"{self._root}/lines")
+            self._line = connections.Line(address, self._rank, self._end) if address else None
 
     def _gone(self, rank: int) -> None:
         """Called in process 0 when the connection of a process has closed without a goodbye."""
         verdict = None
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # no answer must not end this thread
-            verdict = store.get(self._client, f"{self._root}/verdict")  # it may have left with one
+            verdict = kv_store.get(self._client, f"{self._root}/verdict")  # it may have left with one
         if verdict is not None:
             self._end(*json.loads(verdict))
         elif not self._ended.is_set():
@@ -163,11 +165,11 @@ class Watchdog:
             found = self._client.key_value_dir_get(f"{self._root}/beat")
             records = {int(key.rsplit("/", 1)[1]): record for key, record in found}
         else:
-            records = {0: store.get(self._client, f"{self._root}/beat/0")}
+            records = {0: kv_store.get(self._client, f"{self._root}/beat/0")}
         for rank, record in records.items():
             if record is not None:
                 self._peers[rank].note(json.loads(record), time.monotonic())
-        verdict = store.get(self._client, f"{self._root}/verdict")
+        verdict = kv_store.get(self._client, f"{self._root}/verdict")
         if verdict is not None:
             self._end(*json.loads(verdict))
 
@@ -212,7 +214,7 @@ class Watchdog:
 
     def _decide(self, code: int, message: str) -> None:
         """The verdict for everybody, in the store and over the connections."""
-        store.put_first(self._client, f"{self._root}/verdict", json.dumps([code, message]))
+        kv_store.put_first(self._client, f"{self._root}/verdict", json.dumps([code, message]))
         if self._switchboard is not None:
             self._switchboard.tell(code, message)
 

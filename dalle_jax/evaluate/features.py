@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax import checkpoint, digest, sharding
+from dalle_jax import sharding
+from dalle_jax.checkpoint import digest, format
 from dalle_jax.convert import inception as importer
 from dalle_jax.convert.state_dict import read_state_dict
 from dalle_jax.data.decode import BadImage, decode_image
@@ -131,12 +132,12 @@ class Extractor:
         if not pathlib.Path(path).is_dir():
             config, params = importer.convert(read_state_dict(os.fspath(path)))
             return cls(inception.model(config), params, batch=batch)
-        config, params = checkpoint.load_model_dir(path, name="inception")
+        config, params = format.load_model_dir(path, name="inception")
         try:
             model = build("inception", config["model"])
         except (TypeError, ValueError) as error:
             raise UserError(f"expected a possible network in {path}, got one where {error}") from error
-        checkpoint.check_params(params, model.abstract, where=os.fspath(path))
+        format.check_params(params, model.abstract, where=os.fspath(path))
         return cls(model, params, batch=batch)
 
     def prepared(self, image_uint8: np.ndarray, prepare: Preparation) -> np.ndarray:

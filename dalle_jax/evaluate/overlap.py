@@ -17,7 +17,7 @@ from PIL import Image
 from dalle_jax.data.decode import decode_image
 from dalle_jax.data.record import Source
 from dalle_jax.evaluate.features import Found
-from dalle_jax.sample.sheet import contact_sheet
+from dalle_jax.pictures.sheet import contact_sheet
 
 LISTED = 200  # closest pairs in a report
 SHOWN = 24  # on the sheet

@@ -12,9 +12,9 @@ import pathlib
 import tarfile
 from collections.abc import Sequence
 
-from dalle_jax.data.tar_members import BLOCK, members
+from dalle_jax.data.sources.tar_members import BLOCK, members
 from dalle_jax.errors import UserError
-from dalle_jax.sample.picture import Picture
+from dalle_jax.pictures.picture import Picture
 
 PARTS = ("png", "txt", "json")  # of a picture, in this order
 END = b"\0" * 10_240  # of an archive, as tar itself writes it

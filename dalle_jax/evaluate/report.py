@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import dalle_jax
-from dalle_jax import checkpoint
+from dalle_jax.checkpoint import format
 from dalle_jax.evaluate import published
 from dalle_jax.evaluate.features import Found
 
@@ -56,10 +56,10 @@ def write(out: pathlib.Path, report: Mapping[str, Any]) -> None:
     Raises:
       OSError: the folder cannot be written.
     """
-    checkpoint.write_file(out / TABLE, table(report).encode())
+    format.write_file(out / TABLE, table(report).encode())
     if len(report["blur"]) > 1:
         _save_curve(out / CURVE, report)
-    checkpoint.write_file(out / REPORT, (json.dumps(report, indent=1) + "\n").encode())  # last: all is there
+    format.write_file(out / REPORT, (json.dumps(report, indent=1) + "\n").encode())  # last: all is there
 
 
 def sentence(report: Mapping[str, Any], path: pathlib.Path) -> str:

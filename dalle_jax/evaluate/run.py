@@ -11,7 +11,7 @@ import shutil
 import time
 from typing import Any
 
-from dalle_jax import digest
+from dalle_jax.checkpoint import digest
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import captions, clip, drawing, overlap, published, report, scores, statistics, store

@@ -24,8 +24,8 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from dalle_jax.data.scenes import COLOURS, RADIUS, Object, Scene, parse
-from dalle_jax.data.shapes import AREA, CENTRE_OF_MASS, PERIMETER, SHAPES, coverage
+from dalle_jax.data.sources.scenes import COLOURS, RADIUS, Object, Scene, parse
+from dalle_jax.data.sources.shapes import AREA, CENTRE_OF_MASS, PERIMETER, SHAPES, coverage
 
 __all__ = ["Seen", "Verdict", "accuracy", "look", "parse", "shows"]
 

@@ -14,7 +14,7 @@ from concurrent import futures
 
 import numpy as np
 
-from dalle_jax import checkpoint
+from dalle_jax.checkpoint import format
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.evaluate import moments
 from dalle_jax.evaluate.crew import Crew
@@ -59,7 +59,7 @@ def parts(
                 continue
             found = extractor.of_rows(source, prepare=prepare, rows=pieces[number], advance=shown.update)
             moments.check_features(found.features_NF)  # before hours go by
-            checkpoint.write_file(files[number], _packed(found))
+            format.write_file(files[number], _packed(found))
             clock.done(len(pieces[number]))
             if tell and len(pieces) > 1:
                 say(f"{tell}; {clock}")

@@ -18,7 +18,7 @@ from flax import nnx
 
 from dalle_jax import pixels
 from dalle_jax.layout import CaptionLayout
-from dalle_jax.models import attention
+from dalle_jax.models.attention import blockwise
 from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
 from dalle_jax.models.layers import Model, Params, compute_dtype, layer_norm, param, refuse_branch_scales
 from dalle_jax.sharding import constrain
@@ -153,7 +153,7 @@ class ImageTower(nnx.Module):
         x_BSD = jnp.concatenate([first_B1D, x_BPD], axis=1) + self.position[...].astype(dtype)
         x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
         x_BSD = layer_norm(x_BSD, self.norm_before_gain[...], self.norm_before_bias[...])
-        x_BSD = _run(self.blocks.stacked(dtype), x_BSD, attention.attend_all, config)
+        x_BSD = _run(self.blocks.stacked(dtype), x_BSD, blockwise.attend_all, config)
         x_BD = layer_norm(x_BSD[:, 0], self.norm_gain[...], self.norm_bias[...])
         return _project(x_BD, self.projection)
 
@@ -175,7 +175,7 @@ class TextTower(nnx.Module):
         config, dtype = self.config, compute_dtype(self.config.precision)
         x_BTD = constrain(self.embedding[...], ("vocab", "embed_activation"))[text_BT] + self.position[...]
         x_BTD = constrain(x_BTD.astype(dtype), ("batch", "sequence", "embed_activation"))
-        x_BTD = _run(self.blocks.stacked(dtype), x_BTD, attention.attend_text, config)
+        x_BTD = _run(self.blocks.stacked(dtype), x_BTD, blockwise.attend_text, config)
         end_B = jnp.argmax(text_BT == config.layout.end_of_text, axis=1)
         x_BD = jnp.take_along_axis(x_BTD, end_B[:, None, None], axis=1)[:, 0]
         return _project(layer_norm(x_BD, self.norm_gain[...], self.norm_bias[...]), self.projection)

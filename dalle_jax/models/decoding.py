@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from dalle_jax.models import attention
+from dalle_jax.models.attention import blockwise
 from dalle_jax.models.layers import EPSILON, Params, compute_dtype, quick_gelu, stream_dtype
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sharding import constrain
@@ -97,7 +97,7 @@ def prefill(config: TransformerConfig, layers, ends, text_CT, *, cache: str = "m
     for layer in layers:
         q, k, v = (x.reshape(captions, text_len, *x.shape[1:]) for x in _qkv(layer, x_DB, dtype))
         stores.append({name: x.swapaxes(1, 2).astype(CACHES[cache] or dtype) for name, x in (("k", k), ("v", v))})
-        mixed = attention.attend_text(q, k, v)
+        mixed = blockwise.attend_text(q, k, v)
         x_DB = _mlp(layer, _project(layer, x_DB, mixed.reshape(captions * text_len, *mixed.shape[2:])), dtype)
     return stores
 
@@ -105,7 +105,7 @@ def prefill(config: TransformerConfig, layers, ends, text_CT, *, cache: str = "m
 def empty_cache(config: TransformerConfig, images: int, *, cache: str = "model"):
     """Image keys and values before the first position: a list, one {'k', 'v'} of [B, N, slots, H] a layer."""
     return [
-        attention.empty_cache(
+        blockwise.empty_cache(
             kind,
             grid=config.grid,
             images=images,
@@ -135,7 +135,7 @@ def decode(config: TransformerConfig, layers, ends, stores, cache, previous_B, p
     new_cache = []
     for layer, kind, text, store in zip(layers, config.kinds, stores, cache, strict=True):
         q, k, v = _qkv(layer, x_DB, dtype)
-        mixed, store = attention.attend_cached(q, k, v, text, store, kind, position=position, grid=config.grid)
+        mixed, store = blockwise.attend_cached(q, k, v, text, store, kind, position=position, grid=config.grid)
         store = {name: constrain(x, ("batch", "heads", None, None)) for name, x in store.items()}
         new_cache.append(with_layout_constraint(store, AS_STORED))
         x_DB = constrain(_mlp(layer, _project(layer, x_DB, mixed), dtype), ("embed_activation", "batch"))

@@ -17,7 +17,7 @@ from flax import nnx
 
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
-from dalle_jax.models import kernels
+from dalle_jax.models.attention import kernels
 from dalle_jax.models.blocks import MATMULS, Blocks, Deviations, check_remat, layer
 from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain

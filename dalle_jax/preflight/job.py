@@ -15,20 +15,23 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from dalle_jax import checkpoint, sharding
 from dalle_jax import config as configs
+from dalle_jax import sharding
+from dalle_jax.checkpoint import format
 from dalle_jax.data.sources import is_tokens
 from dalle_jax.errors import UserError
-from dalle_jax.models import Model, build, kernels
+from dalle_jax.models import Model, build
+from dalle_jax.models.attention import kernels
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.preflight.hardware import compute_capability
 from dalle_jax.preflight.topology import Topology
-from dalle_jax.train import optimizer as optimizers
-from dalle_jax.train import powersgd, run
+from dalle_jax.train import run
 from dalle_jax.train import step as steps
-from dalle_jax.train.task import Task
-from dalle_jax.train.tasks import build_task
-from dalle_jax.train.transformer_task import transformer_task
+from dalle_jax.train.objectives import build_task
+from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.objectives.transformer import transformer_task
+from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.optimizer import powersgd
 
 DVAES = ("configs/dvae.py:paper", "configs/dvae.py:emoji", "configs/dvae.py:demo")
 
@@ -225,7 +228,7 @@ def _helper(dvae: str, wanted: tuple[int, int, int]) -> Model:
     wanted: grid, codes, and pixels of a side. One object for all jobs of a search, as it is slow to build.
     """
     if dvae:
-        found = [build("dvae", checkpoint.read_config(dvae)["model"])]
+        found = [build("dvae", format.read_config(dvae)["model"])]
     else:
         found = [build("dvae", configs.load(name).model) for name in DVAES]
     for model in found:

@@ -19,21 +19,22 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from dalle_jax import checkpoint, sharding
+from dalle_jax import sharding
+from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint.digest import of_model as model_sha256
 from dalle_jax.data.decode import BadImage, to_pixels
 from dalle_jax.data.transforms import centre
-from dalle_jax.digest import of_model as model_sha256
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params, build
 from dalle_jax.models.dvae import DVAEConfig, decode_images, encode_images
 from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample import waves
 from dalle_jax.sample.engine import Engine, image_keys
-from dalle_jax.sample.picture import Picture
 from dalle_jax.sample.request import MAX_CANDIDATES, Preview, Request, check
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.sample.results import Kept
-from dalle_jax.tokenizer import Tokenizer
+from dalle_jax.text.bpe import Tokenizer
 
 CLIP = "clip"  # folder of the CLIP beside the transformer
 DECODED = 16  # pictures decoded at a time on a device, so that many candidates are never in memory at full size
@@ -113,7 +114,7 @@ class Pipeline:
         config, model, params = _part(folder, "transformer")
         _, dvae, dvae_params = _part(folder / "dvae", "dvae")
         _check_codes(dvae.config, model.config, where=str(folder / "dvae"))
-        checkpoint.check_dvae(folder, model_sha256(dataclasses.asdict(dvae.config), dvae_params))
+        format.check_dvae(folder, model_sha256(dataclasses.asdict(dvae.config), dvae_params))
         tokenizer = Tokenizer.load(folder)
         if tokenizer.vocab_size != model.config.text_vocab:
             raise UserError(
@@ -350,14 +351,14 @@ def _part(folder: pathlib.Path, name: str) -> tuple[dict, Model, Params]:
     Raises:
       UserError: it is missing, damaged, another one, or of impossible sizes.
     """
-    config, params = checkpoint.load_model_dir(folder, name=name)
+    config, params = format.load_model_dir(folder, name=name)
     try:
         model = build(name, config["model"])
     except (TypeError, ValueError) as error:
         raise UserError(
             f"expected a possible {name} in {folder}, got one where {error}: put its config.json back"
         ) from error
-    checkpoint.check_params(params, model.abstract, where=str(folder))
+    format.check_params(params, model.abstract, where=str(folder))
     return config, model, params
 
 

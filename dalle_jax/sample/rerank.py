@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax import checkpoint
-from dalle_jax import digest as digests
-from dalle_jax.clip_tokenizer import FILE_NAME, CLIPTokenizer
+from dalle_jax.checkpoint import digest as digests
+from dalle_jax.checkpoint import format
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params, build
 from dalle_jax.models.clip import encode_captions, encode_images
-from dalle_jax.tokenizer import Tokenizer
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.clip import FILE_NAME, CLIPTokenizer
 
 WAVE = 64  # pictures scored at a time, so that memory does not grow with their number
 CACHED_CAPTIONS = 1_024
@@ -51,12 +51,12 @@ class Reranker:
           UserError: a part is missing, damaged, or does not belong to the others, or the folder is of another model.
         """
         folder = pathlib.Path(folder)
-        config, params = checkpoint.load_model_dir(folder, name="clip")
+        config, params = format.load_model_dir(folder, name="clip")
         try:
             model = build("clip", config["model"])
         except (TypeError, ValueError) as error:
             raise UserError(f"expected a possible CLIP in {folder}, got one where {error}") from error
-        checkpoint.check_params(params, model.abstract, where=str(folder))
+        format.check_params(params, model.abstract, where=str(folder))
         tokenizer = CLIPTokenizer.load(folder) if (folder / FILE_NAME).exists() else Tokenizer.load(folder)
         if tokenizer.vocab_size != model.config.text_vocab:
             raise UserError(

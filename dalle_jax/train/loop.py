@@ -20,16 +20,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax import distributed, sharding
-from dalle_jax.checkpointer import Checkpoints
-from dalle_jax.data.lanes import Lanes
+from dalle_jax.checkpoint.manager import Checkpoints
+from dalle_jax.data.shards import Lanes
 from dalle_jax.errors import UserError
-from dalle_jax.train import goodput, powersgd, replicas, scaling, tracing
-from dalle_jax.train import optimizer as optimizers
 from dalle_jax.train import step as steps
-from dalle_jax.train.look import Look
-from dalle_jax.train.report import Report, surviving_a_full_disk, to_terminal
+from dalle_jax.train.evaluator import Look
+from dalle_jax.train.monitor import goodput, replicas, tracing
+from dalle_jax.train.monitor.report import Report, surviving_a_full_disk, to_terminal
+from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.optimizer import loss_scale, powersgd
 from dalle_jax.train.rollback import Rollback
-from dalle_jax.train.task import Task
 
 # (every, f): f(step, state) after each `every`-th update; it may return numbers for the metrics.
 Hook = tuple[int, Callable[[int, steps.State], Mapping[str, float] | None]]
@@ -107,7 +108,7 @@ def run(
     look = Look(task, workdir, frozen, mesh=mesh, key=look_key, validation=validation, most=config.validation_batches)
     rate = optimizers.schedule(config.optimizer, steps=config.steps)
     report = Report(task, config, workdir, start=start, rate=rate, progress=progress)
-    rollback = Rollback(config.rollback_after, patience=config.log_every, forgiven=scaling.patience(task.model))
+    rollback = Rollback(config.rollback_after, patience=config.log_every, forgiven=loss_scale.patience(task.model))
     trace = tracing.Trace(workdir / tracing.FOLDER, profile, warn=to_terminal)
     check_replicas = replicas.make_check(steps.abstract_state(task, optimizer, mesh=mesh, **kept), mesh=mesh)
     began, saved, save_due = time.monotonic(), start, False

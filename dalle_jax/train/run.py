@@ -15,19 +15,23 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax import checkpoint, compilation_cache, distributed, sharding
 from dalle_jax import config as configs
+from dalle_jax import distributed, sharding
+from dalle_jax.checkpoint import format
 from dalle_jax.data import sources
-from dalle_jax.data.lanes import Lanes
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.record import Source
+from dalle_jax.data.shards import Lanes
 from dalle_jax.errors import UserError
-from dalle_jax.models import Model, kernels
+from dalle_jax.models import Model
+from dalle_jax.models.attention import kernels
 from dalle_jax.models.layers import compute_dtype
-from dalle_jax.tokenizer import Tokenizer
-from dalle_jax.train import loop, powersgd, tracing
-from dalle_jax.train.task import Task
-from dalle_jax.train.tasks import build_task
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train import compilation_cache, loop
+from dalle_jax.train.monitor import tracing
+from dalle_jax.train.objectives import build_task
+from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.optimizer import powersgd
 
 DVAE, TOKENIZER = "dvae", "tokenizer.model"  # inside the workdir
 SOURCE_KEYS = ("train", "validation", "lanes")  # of config.data; the others are DataConfig's
@@ -66,9 +70,9 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
     tokenizer = _tokenizer(config, workdir) if "tokenizer" in config else None
     _check_workdir(config, workdir)
     own = workdir / DVAE
-    if config.name == "transformer" and (own / checkpoint.CONFIG).exists():
+    if config.name == "transformer" and (own / format.CONFIG).exists():
         task = build_task(ml_collections.ConfigDict({**config.to_dict(), "dvae": str(own)}))
-        checkpoint.check_dvae(workdir, task.frozen_sha256)
+        format.check_dvae(workdir, task.frozen_sha256)
     else:
         task = build_task(config)
     mesh = make_mesh(config, task.model)
@@ -188,10 +192,10 @@ def _tokenizer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Toke
 
 
 def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    if (workdir / checkpoint.CONFIG).exists():
-        configs.refuse_other(checkpoint.read_config(workdir), config.to_dict(), where=str(workdir))
-    elif checkpoint.complete_steps(workdir, config.checkpoint_dir):
-        raise UserError(f"expected {workdir / checkpoint.CONFIG} beside the checkpoints there, got none: restore it")
+    if (workdir / format.CONFIG).exists():
+        configs.refuse_other(format.read_config(workdir), config.to_dict(), where=str(workdir))
+    elif format.complete_steps(workdir, config.checkpoint_dir):
+        raise UserError(f"expected {workdir / format.CONFIG} beside the checkpoints there, got none: restore it")
 
 
 def data_config(config: ml_collections.ConfigDict) -> DataConfig:
@@ -274,10 +278,10 @@ def _fill_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, task
         workdir.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not (workdir / TOKENIZER).exists():
             tokenizer.save(workdir)
-        if config.name == "transformer" and not (workdir / DVAE / checkpoint.CONFIG).exists():
-            dvae_config = checkpoint.read_config(config.dvae)
-            checkpoint.write_file(workdir / checkpoint.DVAE_SHA256, f"{task.frozen_sha256}\n".encode())
-            checkpoint.save_params(workdir / DVAE, {key: dvae_config[key] for key in ("name", "model")}, task.frozen)
-        checkpoint.write_file(workdir / checkpoint.CONFIG, configs.to_json(config).encode())
+        if config.name == "transformer" and not (workdir / DVAE / format.CONFIG).exists():
+            dvae_config = format.read_config(config.dvae)
+            format.write_file(workdir / format.DVAE_SHA256, f"{task.frozen_sha256}\n".encode())
+            format.save_params(workdir / DVAE, {key: dvae_config[key] for key in ("name", "model")}, task.frozen)
+        format.write_file(workdir / format.CONFIG, configs.to_json(config).encode())
     except OSError as error:
         raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error

@@ -22,9 +22,9 @@ import optax
 from jax.sharding import Mesh
 
 from dalle_jax import sharding
-from dalle_jax.train import moments, powersgd, scaling
-from dalle_jax.train import optimizer as optimizers
-from dalle_jax.train.task import Batch, Metrics, Task
+from dalle_jax.train.objectives.task import Batch, Metrics, Task
+from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.optimizer import loss_scale, moments, powersgd
 
 State = dict[str, Any]
 Update = Callable[[State, Any, Batch, jax.Array], tuple[State, Metrics]]
@@ -61,7 +61,7 @@ def _fresh(
     optimizer: optax.GradientTransformationExtraArgs,
     key: jax.Array,
     storage: Storage,
-    scales: scaling.Scaling | None,
+    scales: loss_scale.Scaling | None,
     compressor: powersgd.PowerSGD | None,
 ) -> State:
     params = task.model.init(key)
@@ -80,15 +80,15 @@ def _fresh(
 
 def _parts(
     task: Task, mesh: Mesh, compression: powersgd.Compression
-) -> tuple[scaling.Scaling | None, powersgd.PowerSGD | None]:
+) -> tuple[loss_scale.Scaling | None, powersgd.PowerSGD | None]:
     """What moves the scales of float16 gradients, and what compresses gradients; None where there is nothing to do.
 
     Compressed gradients are those of each replica's own loss, the mean over its part of the batch.
     """
     if not compression.rank:
-        return scaling.of(task.model, replicas=sharding.batch_ways(mesh)), None
+        return loss_scale.of(task.model, replicas=sharding.batch_ways(mesh)), None
     compressor = powersgd.PowerSGD(task.model.abstract, task.model.axes, compression=compression, mesh=mesh)
-    return scaling.of(task.model, replicas=sharding.batch_ways(mesh) // compressor.replicas), compressor
+    return loss_scale.of(task.model, replicas=sharding.batch_ways(mesh) // compressor.replicas), compressor
 
 
 def abstract_state(

@@ -1,0 +1,331 @@
+"""`dalle-jax demo`: the whole of DALL-E on built-in scenes, from nothing to pictures of captions it never saw.
+
+Trains a tokenizer, a dVAE and a transformer with the ordinary loop and the `demo` configs, chooses a sampling
+temperature on tuning captions, draws the report's captions once each, and lets the scene checker judge the pixels.
+Then it trains a CLIP, which chooses among 32 candidates a caption. Nothing of the report's captions is used before they
+are judged.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+
+from dalle_jax import config as configs
+from dalle_jax import sharding
+from dalle_jax.checkpoint import format
+from dalle_jax.cli.hooks import sample_hook
+from dalle_jax.data.pipeline import Batches
+from dalle_jax.data.sources import open_source, scenes
+from dalle_jax.errors import UserError
+from dalle_jax.evaluate.probe import by_clip
+from dalle_jax.evaluate.scenes import accuracy, shows
+from dalle_jax.pictures.sheet import contact_sheet
+from dalle_jax.sample.pipeline import CLIP, Pipeline
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train import step
+from dalle_jax.train.monitor import metrics
+from dalle_jax.train.objectives import build_task
+from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.run import data_config, train
+
+REPORT_KEYS = {
+    "one_object_accuracy": "one_seen",
+    "one_object_unseen_accuracy": "one_unseen",
+    "two_object_unseen_accuracy": "two_unseen_combination",
+    "two_object_unseen_pair_accuracy": "two_unseen_pair",
+    "two_object_unseen_relation_accuracy": "two_unseen_relation",
+}
+TUNED_ON = ("one_seen", "one_unseen", "two_unseen_combination")
+TEMPERATURES = (1.1, 1.0, 0.9, 0.8)
+TUNING_CAPTIONS = 192  # of each set, at each temperature: with 64 the choice is often one of the others
+BEST_OF_TEMPERATURE = 1.0  # candidates should differ: the paper's
+RANKED_SET = "two_unseen_combination"
+TOKENIZER_CAPTIONS = 5_000
+REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
+
+REST_SECONDS = 60.0  # timing an update and drawing everything after the transformer, on a CPU half as fast as usual
+CLIP_SECONDS = 65.0  # for training it
+PROBE_UPDATES = 12
+MORE_THAN_UPDATES = 1.08  # the time of a training by that of its updates alone: validation, pictures, logs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo"), metavar="DIR")
+    parser.add_argument(
+        "--minutes", type=float, default=8.75, help="time to plan for, up to the first samples (default 8.75)"
+    )
+    parser.add_argument("--captions", type=int, default=200, help="captions judged of each kind (default 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--best-of",
+        type=int,
+        default=32,
+        metavar="N",
+        help="train a CLIP and let it choose among N candidates (default 32); 0: no CLIP, two and a half minutes less",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report instead of a summary")
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended a stage, which saved itself; `status` is the exit status."""
+
+    def __init__(self, signal: int):
+        self.status = 128 + signal
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes DIR/report.json, DIR/samples.png and the workdirs DIR/dvae and DIR/transformer; unless `--best-of` is 0
+    also DIR/best.png and DIR/clip.
+
+    Returns 0, or 128 + the signal that interrupted it; the same command then goes on.
+    """
+    try:
+        report = run(
+            args.workdir, minutes=args.minutes, num_captions=args.captions, seed=args.seed, best_of=args.best_of
+        )
+    except Interrupted as interrupted:
+        return interrupted.status
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    best = f", best of {args.best_of} {report['best_of']['two_object_unseen_accuracy']:.0%}" if args.best_of else ""
+    print(
+        f"right at first sample: one object {report['one_object_accuracy']:.0%}, "
+        f"of a colour and shape never seen together {report['one_object_unseen_accuracy']:.0%}, "
+        f"two objects in an unseen combination {report['two_object_unseen_accuracy']:.0%}{best}; "
+        f"{report['seconds']:.0f} s: {args.workdir / 'samples.png'}"
+    )
+    return 0
+
+
+def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, best_of: int = 0) -> dict:
+    """The whole demo; returns what it writes to report.json. A workdir of an earlier demo goes on where it was."""
+    began = time.monotonic()
+    stages = 6 if best_of else 4
+    say(f"1/{stages} tokenizer from {TOKENIZER_CAPTIONS} captions")
+    tokenizer_file = make_tokenizer(workdir)
+
+    say(f"2/{stages} dVAE: pictures to codes and back")
+    dvae_config = configs.load("configs/dvae.py:demo", [f"--config.seed={seed}"])
+    train_stage(dvae_config, workdir / "dvae")
+
+    overrides = {"seed": seed, "tokenizer": tokenizer_file}
+    left = 60 * minutes - (time.monotonic() - began) - REST_SECONDS
+    config = planned(
+        "configs/transformer.py:demo",
+        overrides | {"dvae": workdir / "dvae"},
+        workdir / "transformer",
+        seconds=left,
+    )
+    say(f"3/{stages} transformer: captions and codes")
+    train_stage(config, workdir / "transformer", hooks=[sample_hook(config, workdir / "transformer")])
+
+    say(f"4/{stages} pictures for captions it never saw")
+    pipe = Pipeline.load(workdir / "transformer")
+    temperature = choose_temperature(pipe)
+    report, drawn = judge(pipe, temperature, num_captions)
+    scale = max(1, 128 // pipe.image_size)
+    sheet(drawn, scale=scale).save(workdir / "samples.png")
+    report |= {
+        "dvae": judge_dvae(pipe, num_captions),
+        "captions_each": num_captions,
+        "seed": seed,
+        "steps": {"dvae": dvae_config.steps, "transformer": config.steps},
+        "bits_per_image_token": metrics.read(workdir / "transformer" / "metrics.jsonl")[-1].get(
+            "validation/bits_per_image_token"
+        ),
+        "parameters": {"dvae": pipe.dvae.num_params, "transformer": pipe.model.num_params},
+        "checkpoint": pipe.digest,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if best_of:
+        say(f"5/{stages} CLIP: which caption belongs to which picture")
+        clip_config = planned("configs/clip.py:demo", overrides, workdir / "clip", seconds=CLIP_SECONDS)
+        train_stage(clip_config, workdir / "clip")
+        add_clip(workdir / "clip", workdir / "transformer" / CLIP)
+        say(f"6/{stages} the best of {best_of} candidates")
+        pipe = Pipeline.load(workdir / "transformer")
+        report["best_of"], best = judge_best(pipe, best_of, num_captions)
+        report["by_clip_features"] = judge_by_clip(pipe, drawn, num_captions)
+        report["steps"]["clip"], report["parameters"]["clip"] = clip_config.steps, pipe.reranker.model.num_params
+        best_sheet(drawn[RANKED_SET], best, scale=scale, best_of=best_of).save(workdir / "best.png")
+    report["seconds"] = time.monotonic() - began
+    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def train_stage(config, workdir: pathlib.Path, **options) -> None:
+    """`train`, and no next stage if somebody stopped it."""
+    result = train(config, workdir, **options)
+    if result.signal:
+        raise Interrupted(result.signal)
+
+
+def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
+    """Trains tokenizer.model on training captions unless it is there.
+
+    Raises:
+      UserError: the workdir cannot be written.
+    """
+    config = configs.load("configs/transformer.py:demo")
+    source = open_source(config.data.train)
+    captions = (source[i].captions[0] for i in range(TOKENIZER_CAPTIONS))
+    file = workdir / "tokenizer.model"
+    try:
+        if not file.exists():
+            Tokenizer.train(captions, vocab_size=config.model.text_vocab).save(file)
+    except OSError as error:
+        raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error
+    return file
+
+
+def add_clip(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """The CLIP of a workdir as a model directory beside the transformer, where `Pipeline.load` looks for it."""
+    config, params = format.load_model_dir(workdir, name="clip")
+    format.save_params(folder, {key: config[key] for key in ("name", "model")}, params)
+    Tokenizer.load(workdir).save(folder)
+
+
+def planned(file: str, overrides: dict, workdir: pathlib.Path, *, seconds: float):
+    """The config with as many updates as fit into this time, its own number at most; a training that has begun keeps
+    its number."""
+    words = [f"--config.{key}={value}" for key, value in overrides.items()]
+    config = configs.load(file, words)
+    if (workdir / format.CONFIG).exists():
+        steps = format.read_config(workdir)["steps"]
+    else:
+        steps = int(np.clip(seconds / (time_update(config) * MORE_THAN_UPDATES), config.steps // 10, config.steps))
+    if steps < config.steps:
+        say(f"    this machine makes {steps} of {config.steps} updates in the time that is left")
+    return configs.load(file, [*words, f"--config.steps={steps}"])
+
+
+def time_update(config) -> float:
+    """Seconds from one update to the next on this machine, the middle of a few after compiling.
+
+    As in training, each batch is made while the update before it runs.
+    """
+    task, mesh = build_task(config), sharding.make_mesh(config.mesh)
+    optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
+    update = step.make_update(task, optimizer, mesh=mesh, ema_decay=config.ema.decay)
+    state = step.init_state(task, optimizer, key=jax.random.key(0), mesh=mesh)
+    frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
+    batches = Batches(
+        open_source(config.data.train),
+        data_config(config),
+        batch_size=config.batch_size,
+        layout=task.model.config.layout,
+        tokenizer=Tokenizer.load(config.tokenizer),
+        seed=config.seed,
+        shuffle=True,
+        epochs=None,
+    )
+    seconds, running = [], None
+    for _ in range(PROBE_UPDATES):
+        began = time.perf_counter()
+        batch = sharding.shard_batch(next(batches), mesh)
+        jax.block_until_ready(running)
+        state, running = update(state, frozen, batch, jax.random.key(1))
+        seconds.append(time.perf_counter() - began)
+    batches.close()
+    return float(np.median(seconds[2:]))
+
+
+def choose_temperature(pipe: Pipeline) -> float:
+    """The temperature with the best mean accuracy on the tuning captions."""
+    scores = {}
+    for temperature in TEMPERATURES:
+        drawn = [draw(pipe, name, "tune", TUNING_CAPTIONS, temperature=temperature, seed=0) for name in TUNED_ON]
+        scores[temperature] = float(np.mean([accuracy(pictures, told) for _, told, pictures in drawn]))
+    say("    temperature: right on tuning captions " + ", ".join(f"{t}: {s:.0%}" for t, s in scores.items()))
+    return max(scores, key=scores.get)
+
+
+def draw(pipe: Pipeline, set_name: str, part: str, n: int, *, temperature: float, seed: int):
+    """First samples of n captions: captions, the scenes they tell of, and uint8 pictures."""
+    captions, told = zip(*scenes.captions(set_name, part, n), strict=True)
+    pictures = pipe(list(captions), temperature=temperature, seed=[seed + i for i in range(n)])
+    return captions, told, [np.asarray(row[0]) for row in pictures]
+
+
+def judge(pipe: Pipeline, temperature: float, num_captions: int):
+    """Accuracy on each of the report's sets, and what was drawn."""
+    report, drawn = {"temperature": temperature}, {}
+    for key, name in REPORT_KEYS.items():
+        captions, told, pictures = draw(pipe, name, "report", num_captions, temperature=temperature, seed=REPORT_SEED)
+        report[key] = accuracy(pictures, told)
+        drawn[name] = captions, told, pictures
+    return report, drawn
+
+
+def judge_best(pipe: Pipeline, best_of: int, num_captions: int):
+    """First candidate and CLIP's choice of `best_of` on two-object captions, as accuracies, and the chosen pictures."""
+    captions, told = zip(*scenes.captions(RANKED_SET, "report", num_captions), strict=True)
+    seeds = [REPORT_SEED + best_of * i for i in range(num_captions)]
+    how = {"temperature": BEST_OF_TEMPERATURE, "seed": seeds}
+    first = [np.asarray(row[0]) for row in pipe(list(captions), **how)]
+    best = [np.asarray(row[0]) for row in pipe(list(captions), best_of=best_of, **how)]
+    return {
+        "candidates": best_of,
+        "temperature": BEST_OF_TEMPERATURE,
+        "first_candidate_accuracy": accuracy(first, told),
+        "two_object_unseen_accuracy": accuracy(best, told),
+    }, best
+
+
+def judge_by_clip(pipe: Pipeline, drawn, num_captions: int) -> dict:
+    """FID and CLIP score of the first samples against true pictures of the same captions, which training never has."""
+    names = REPORT_KEYS.values()
+    captions, pictures = ([item for name in names for item in drawn[name][part]] for part in (0, 2))
+    real = [scenes.true_pictures(name, "report", num_captions, image_size=pipe.image_size) for name in names]
+    return by_clip(pipe.reranker, pictures, captions, np.concatenate(real))
+
+
+def judge_dvae(pipe: Pipeline, num_pictures: int) -> dict[str, float]:
+    """How many true pictures still show their caption after encoding and decoding, and the share of codes in use."""
+    result, used = {}, set()
+    for key, name in (("seen_accuracy", "one_seen"), ("unseen_accuracy", "one_unseen"), ("two", TUNED_ON[-1])):
+        pictures = scenes.true_pictures(name, "report", num_pictures, image_size=pipe.image_size)
+        told = [scene for _, scene in scenes.captions(name, "report", num_pictures)]
+        codes = [pipe.encode(picture) for picture in pictures]
+        used.update(*(map(int, ids) for ids in codes))
+        result[key] = accuracy([pipe.decode(ids) for ids in codes], told)
+    return {
+        "seen_accuracy": result["seen_accuracy"],
+        "unseen_accuracy": result["unseen_accuracy"],
+        "two_object_unseen_accuracy": result["two"],
+        "codes_used_share": len(used) / pipe.model.config.image_vocab,
+    }
+
+
+def sheet(drawn, *, scale: int, columns: int = 8, rows_each: int = 2):
+    """The first pictures of the three main sets, framed green or red as the checker judges them."""
+    chosen = [(c, t, p) for name in TUNED_ON for c, t, p in list(zip(*drawn[name], strict=True))[: columns * rows_each]]
+    captions, told, pictures = zip(*chosen, strict=True)
+    marks = [shows(picture, scene).ok for picture, scene in zip(pictures, told, strict=True)]
+    return contact_sheet(pictures, captions, columns=columns, scale=scale, marks=marks)
+
+
+def best_sheet(drawn, best, *, scale: int, best_of: int, columns: int = 8, rows: int = 2):
+    """Rows of first samples, each above CLIP's choices for the same captions."""
+    captions, told, first = drawn
+    pictures, scenes_told, words = [], [], []
+    for start in range(0, columns * rows, columns):
+        for title, row in (("first", first), (f"best of {best_of}", best)):
+            pictures += row[start : start + columns]
+            scenes_told += told[start : start + columns]
+            words += [f"{title}: {caption}" for caption in captions[start : start + columns]]
+    marks = [shows(picture, scene).ok for picture, scene in zip(pictures, scenes_told, strict=True)]
+    return contact_sheet(pictures, words, columns=columns, scale=scale, marks=marks)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,35 @@
+"""`dalle-jax export`: the parameters of a run, and nothing else, as a model directory that `sample` and others read."""
+
+import argparse
+import pathlib
+import shutil
+
+from dalle_jax.checkpoint import format
+from dalle_jax.errors import UserError
+
+BESIDES = ("tokenizer.model", "dvae", format.DVAE_SHA256, "clip")  # what a transformer needs to draw and to rank
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdir", metavar="DIR", help="a run, or a model directory")
+    parser.add_argument("out", metavar="OUT", help="folder for config.json and params.safetensors")
+    parser.add_argument("--raw", action="store_true", help="the parameters themselves, not their moving average")
+    parser.add_argument("--step", type=int, help="the checkpoint of this update (default: the newest)")
+
+
+def main(args: argparse.Namespace) -> int:
+    source, out = pathlib.Path(args.workdir), pathlib.Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"expected a new or empty folder to export to, got {out}: choose another")
+    config, params = format.load_model_dir(source, step=args.step, average=not args.raw)
+    exported = {key: config[key] for key in ("name", "model")}
+    if dropout := config.get("data", {}).get("caption_dropout"):
+        exported["data"] = {"caption_dropout": dropout}  # whether the model can be guided
+    format.save_params(out, exported, params)
+    for name in BESIDES:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, out / name)
+        elif (source / name).exists():
+            shutil.copy(source / name, out / name)
+    print(f"{config['name']} in {out}")
+    return 0

@@ -1,0 +1,129 @@
+"""Functions that the training loop calls now and then and that need more than training: drawing samples, scoring them.
+
+Above `train`, `sample` and `evaluate`, so that none needs to know another.
+"""
+
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+
+from dalle_jax import distributed
+from dalle_jax.checkpoint import format
+from dalle_jax.data.record import Dropped
+from dalle_jax.data.sources import open_source
+from dalle_jax.errors import UserError
+from dalle_jax.models import build
+from dalle_jax.pictures.sheet import contact_sheet
+from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.sample.rerank import Reranker
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train import step as steps
+from dalle_jax.train.loop import Hook
+
+CAPTIONS = 16
+SHEET_SIDE = 128  # pixels that a small picture is enlarged to on the sheet, about
+
+
+def hooks_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Hook]:
+    """What a training of this config does now and then.
+
+    Raises:
+      UserError: an evaluation that lacks a network or has one that cannot be read.
+    """
+    if config.name != "transformer":
+        return []
+    return [sample_hook(config, workdir), *([evaluate_hook(config, workdir)] if config.evaluate.every else [])]
+
+
+def sample_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hook:
+    """Every `config.picture_every` updates, samples of held-out captions as WORKDIR/pictures/STEP.png.
+
+    Draws with the moving average of the parameters, at temperature 1 and the same seeds each time, so that the sheets
+    of a run compare. The captions are the first of the validation source, or of the training source without one.
+    """
+    sampler = _Sampler(config, workdir, captions=CAPTIONS)
+
+    def draw(step: int, state) -> None:
+        pipe, captions, pictures = sampler.draw(step, state)
+        if pipe is None:
+            return
+        scale = max(1, SHEET_SIDE // pipe.image_size)
+        (workdir / "pictures").mkdir(exist_ok=True)
+        contact_sheet(pictures, captions, columns=8, scale=scale).save(workdir / "pictures" / f"{step:07d}.png")
+
+    return config.picture_every or config.steps, draw
+
+
+def evaluate_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hook:
+    """Every `config.evaluate.every` updates, the scores of `evaluate.probe` as samples/NAME in the metrics.
+
+    One picture for each of the first `count` captions of the validation source, or of the training source without one,
+    drawn as in `sample_hook`, against `reference_count` of its pictures.
+
+    Raises:
+      UserError: neither Inception nor CLIP, one that cannot be read, or a source without pictures.
+    """
+    from dalle_jax.evaluate.features import Extractor  # most of SciPy, which every restart would pay
+    from dalle_jax.evaluate.probe import Probe
+
+    asked, spec = config.evaluate, config.data.validation or config.data.train
+    if not asked.weights and not asked.clip:
+        raise UserError(
+            "expected a network for config.evaluate.every: give config.evaluate.weights, config.evaluate.clip or both"
+        )
+    sampler, parts = _Sampler(config, workdir, captions=asked.count), {}
+    if jax.process_index() == 0:  # before hours go by
+        parts["source"] = open_source(spec, captions_required=False)
+        parts["inception"] = Extractor.load(asked.weights) if asked.weights else None
+        parts["clip"] = Reranker.load(asked.clip) if asked.clip else None
+
+    def score(step: int, state) -> dict[str, float] | None:
+        pipe, captions, pictures = sampler.draw(step, state)
+        if pipe is None:
+            return None
+        if "probe" not in parts:
+            source = parts["source"]
+            count = min(asked.reference_count, len(source))
+            rows = np.sort(np.random.default_rng(0).choice(len(source), count, replace=False))
+            networks = {name: parts[name] for name in ("inception", "clip")}
+            parts["probe"] = Probe(source, rows=rows, side=pipe.image_size, **networks)
+        return {f"samples/{name}": value for name, value in parts["probe"].scores(pictures, captions).items()}
+
+    return asked.every, score
+
+
+class _Sampler:
+    """Draws with the parameters of a training run in its first process; everything else of the model is read once."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, *, captions: int):
+        self._workdir, self._spec, self._count = workdir, config.data.validation or config.data.train, captions
+        self._captions: list[str] = []
+
+    def draw(self, step: int, state) -> tuple[Pipeline | None, list[str], list[np.ndarray]]:
+        """Pipeline, captions and a picture uint8 each; no pipeline on all processes but the first."""
+        ema = distributed.whole(steps.average_of(state))
+        if jax.process_index() != 0:
+            return None, [], []
+        if not self._captions:
+            dvae_config, dvae_params = format.load_model_dir(self._workdir / "dvae", name="dvae")
+            self._dvae = build("dvae", dvae_config["model"]), dvae_params
+            self._tokenizer = Tokenizer.load(self._workdir)
+            # Of the workdir: there a text vocabulary of 0 has become the tokenizer's size.
+            self._model = build("transformer", format.read_config(self._workdir)["model"])
+            self._captions = _first_captions(self._spec, self._count)
+        pipe = Pipeline(self._model, ema, *self._dvae, self._tokenizer, digest=f"step {step}")
+        rows = pipe(self._captions, seed=list(range(len(self._captions))))
+        return pipe, self._captions, [np.asarray(row[0]) for row in rows]
+
+
+def _first_captions(spec: str, count: int) -> list[str]:
+    source, captions = open_source(spec, pictures_required=False), []
+    for i in range(len(source)):
+        record = source[i]
+        if not isinstance(record, Dropped) and record.captions:
+            captions.append(record.captions[0])
+        if len(captions) == count:
+            break
+    return captions

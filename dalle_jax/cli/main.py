@@ -1,0 +1,102 @@
+"""The `dalle-jax` command: parse, then one call into the module that does the verb's work.
+
+A verb's module offers `add_arguments(parser)` and `main(args) -> exit status`, and is imported only when its verb is
+on the command line, so that `--help` does not wait for JAX. What the user got wrong (`UserError`) is one line on
+stderr and exit status 2; any other exception is a defect and keeps its traceback.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import dalle_jax
+from dalle_jax.cli import host_memory
+from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+
+# verb -> (module, what --help says); a dict instead of a module has verbs below it.
+VERBS = {
+    "demo": ("dalle_jax.cli.demo", "train everything on generated scenes and draw captions never seen, in minutes"),
+    "data": ("dalle_jax.cli.data", "report what a source of captioned pictures holds and what would be dropped"),
+    "tokenizer": ("dalle_jax.cli.tokenizer", "train a BPE tokenizer on the captions of a source"),
+    "encode": ("dalle_jax.cli.encode", "turn a source's pictures into a dVAE's codes once, to train a transformer on"),
+    "train": ("dalle_jax.cli.train", "train a model, or go on with the training in a workdir"),
+    "inspect": ("dalle_jax.cli.inspect", "say where a run stands: step, data, digests, checkpoints, goodput"),
+    "preflight": ("dalle_jax.cli.preflight", "say whether a config fits a pod that is not here, and how fast it is"),
+    "export": ("dalle_jax.cli.export", "write the parameters of a run as a model directory (safetensors)"),
+    "sample": ("dalle_jax.cli.sample", "draw pictures for captions"),
+    "evaluate": ("dalle_jax.cli.evaluate", "say how far pictures are from a reference set: FID, IS, KID, precision"),
+    "serve": ("dalle_jax.cli.serve", "answer OpenAI's Images API over HTTP, with a page for people"),
+    "convert": (
+        {
+            "openai-dvae": ("dalle_jax.convert.openai_dvae", "the released dVAE of OpenAI as a model directory"),
+            "hf-clip": ("dalle_jax.convert.hf_clip", "a CLIP of OpenAI or Hugging Face as a model directory"),
+            "inception": ("dalle_jax.convert.inception", "the network of FID, IS and KID as a model directory"),
+        },
+        "turn published weights into a model directory",
+    ),
+}
+OVERRIDE = "--config."
+OVERRIDDEN = ("train", "preflight", "evaluate")  # verbs whose config can be changed on the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that answers a wrong command line as a `UserError`: one sentence instead of a usage block."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def _add_verbs(parser: argparse.ArgumentParser, verbs: dict, words: Sequence[str]) -> None:
+    """One subparser per verb; only the verb that `words` begins with imports its module and gets arguments."""
+    subparsers = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    for verb, (module, summary) in verbs.items():
+        child = subparsers.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
+        if not words or words[0] != verb:
+            continue
+        if isinstance(module, dict):
+            _add_verbs(child, module, words[1:])
+        else:
+            work = importlib.import_module(module)
+            work.add_arguments(child)
+            child.set_defaults(main=work.main)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line as a namespace: `main` is what to call with it.
+
+    `--config.key=value` words are no options of argparse: for the verbs of OVERRIDDEN, `overrides` holds them in
+    their order.
+
+    Raises:
+      UserError: unknown verb or option, a missing or malformed value.
+    """
+    overrides = [word for word in argv if word.startswith(OVERRIDE)]
+    words = [word for word in argv if not word.startswith(OVERRIDE)]
+    parser = _Parser(prog="dalle-jax", description=dalle_jax.__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dalle-jax {dalle_jax.__version__}")
+    _add_verbs(parser, VERBS, words)
+    args = parser.parse_args(words)
+    if overrides and words[0] not in OVERRIDDEN:
+        verbs = " or ".join(f"`{verb}`" for verb in OVERRIDDEN)
+        raise UserError(f"expected {OVERRIDE}key=value only after {verbs}, got {overrides[0]!r}: leave it out")
+    for word in overrides:
+        if "=" not in word:
+            raise UserError(f"expected {OVERRIDE}key=value, got {word!r}: join key and value with =")
+    if words[0] in OVERRIDDEN:
+        args.overrides = overrides
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    host_memory.keep_freed()
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        return args.main(args)
+    except UserError as error:
+        print(f"dalle-jax: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("dalle-jax: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED

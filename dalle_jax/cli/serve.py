@@ -1,0 +1,165 @@
+"""`dalle-jax serve`: a trained transformer over HTTP, with OpenAI's Images API and a page."""
+
+import argparse
+import contextlib
+import functools
+import ipaddress
+import logging
+import os
+import pathlib
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from dalle_jax.cli.sample import add_loading_arguments, load
+from dalle_jax.errors import UserError
+from dalle_jax.serve.app import build_app
+from dalle_jax.serve.batcher import Batcher
+from dalle_jax.serve.metrics import Metrics
+
+TOKEN_VARIABLE = "DALLE_JAX_TOKEN"
+MAX_CONNECTIONS = 1000  # beyond, uvicorn answers 503 at once
+MAX_HEAD_BYTES = 32 * 2**10  # of a request line with its headers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_loading_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    parser.add_argument("--name", help="what clients call the model (default: the name of DIR)")
+    parser.add_argument(
+        "--max-batch", type=int, metavar="N", help="pictures drawn together (default: as many as fit the free memory)"
+    )
+    parser.add_argument(
+        "--batch-wait-ms", type=float, default=20, metavar="MS", help="a request waits for others (default 20)"
+    )
+    parser.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default 64)")
+    parser.add_argument(
+        "--deadline-s", type=float, default=120, metavar="S", help="a request is given up after (default 120)"
+    )
+    parser.add_argument(
+        "--token-file",
+        type=pathlib.Path,
+        metavar="FILE",
+        help=f"holds the bearer token that clients must send (or set {TOKEN_VARIABLE})",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Serves until SIGTERM or SIGINT; what runs then is finished first. Returns 0.
+
+    Raises:
+      UserError: the model, the token, an address or a number is wrong.
+    """
+    for flag, value, low, high in (
+        ("--port", args.port, 0, 65_535),
+        ("--max-batch", args.max_batch, 1, 65_536),
+        ("--batch-wait-ms", args.batch_wait_ms, 0, 10_000),
+        ("--queue", args.queue, 1, 10_000),
+        ("--deadline-s", args.deadline_s, 0.001, 86_400),
+    ):
+        if value is not None and not low <= value <= high:
+            raise UserError(f"expected {flag} of {low} .. {high}, got {value}: choose one in between")
+    token = read_token(args.token_file)
+    name = args.name or pathlib.Path(args.model).resolve().name
+    listener = listen(args.host, args.port)
+    address = "http://{}:{}".format(f"[{args.host}]" if ":" in args.host else args.host, listener.getsockname()[1])
+    if token is None and not _is_loopback(listener):
+        print(f"dalle-jax: warning: {address} is open to the network without a token", file=sys.stderr)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that a client gets wrong
+    trouble: list[Exception] = []
+
+    def on_ready(error: Exception | None) -> None:
+        if error is None:
+            with contextlib.suppress(OSError):  # nobody reads it
+                print(f"dalle-jax serves {name} on {address}", *batcher.told(), sep="\n", flush=True)
+        else:
+            trouble.append(error)
+            server.should_exit = True
+
+    batcher = Batcher(
+        functools.partial(load, args),
+        max_batch=args.max_batch,
+        wait_seconds=args.batch_wait_ms / 1000,
+        queue=args.queue,
+        deadline_seconds=args.deadline_s,
+        metrics=Metrics(),
+        on_ready=on_ready,
+    )
+    server = make_server(build_app(batcher, model=name, token=token), deadline_seconds=args.deadline_s)
+
+    def stop(number, frame) -> None:
+        server.should_exit = True
+
+    # uvicorn raises the signal that ended it once more when it is done; this makes that a clean exit.
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if trouble:
+        raise trouble[0]
+    return 0
+
+
+def make_server(app, *, deadline_seconds: float) -> uvicorn.Server:
+    """A uvicorn server with this project's bounds; `run(sockets=[...])` it."""
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=int(deadline_seconds) + 5,  # no request takes longer than its deadline
+    )
+    return uvicorn.Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+      UserError: the address can't be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise UserError(
+            f"expected an address to listen on, got {host} port {port} ({error.strerror}): choose another"
+        ) from error
+
+
+def read_token(file: pathlib.Path | None) -> str | None:
+    """The token of a file, or of the environment if no file is named, or None.
+
+    Raises:
+      UserError: it can't be read, or has no plain word in it.
+    """
+    where, token = f"the variable {TOKEN_VARIABLE}", os.environ.get(TOKEN_VARIABLE)
+    if file is not None:
+        where = str(file)
+        try:
+            token = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"expected a file with a token, got {file} ({error}): check --token-file") from error
+    if token is None:
+        return None
+    token = token.strip()
+    if not token.isascii() or not token.isprintable() or len(token.split()) != 1:
+        raise UserError(f"expected one word of ASCII letters as the token in {where}: write it there")
+    return token
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback

@@ -1,0 +1,65 @@
+"""`dalle-jax tokenizer SOURCE`: learns a BPE vocabulary from all captions of a source and says how well it fits."""
+
+import argparse
+import logging
+
+import numpy as np
+import tqdm
+
+from dalle_jax.data.record import Dropped, Source
+from dalle_jax.data.sources import HELP, open_source
+from dalle_jax.errors import UserError
+from dalle_jax.text.bpe import RESERVED, Tokenizer
+
+DESCRIBED = 20_000  # captions that the summary line is computed from, spread evenly
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `main`."""
+    parser.add_argument("source", help=HELP)
+    parser.add_argument(
+        "--vocab-size", type=int, default=16_384, help="entries, 257 of them reserved (default: %(default)s)"
+    )
+    parser.add_argument("--out", required=True, help="directory for tokenizer.model")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains, saves and describes a tokenizer.
+
+    Raises:
+      UserError: no captions, an impossible vocabulary size or a directory that cannot be written.
+    """
+    logging.basicConfig(format="%(message)s")
+    captions = read_captions(open_source(args.source, pictures_required=False))
+    tokenizer = Tokenizer.train(captions, vocab_size=args.vocab_size)
+    try:
+        path = tokenizer.save(args.out)
+    except OSError as error:
+        raise UserError(
+            f"expected a directory to write to, got {args.out} ({error.strerror}): choose another"
+        ) from error
+    print(f"{path}: {describe(tokenizer, captions)}")
+    return 0
+
+
+def read_captions(source: Source) -> list[str]:
+    """Every caption of every good record, with a progress bar."""
+    captions = []
+    for i in tqdm.trange(len(source), desc="captions", unit="record"):
+        record = source[i]
+        if not isinstance(record, Dropped):
+            captions.extend(record.captions)
+    return captions
+
+
+def describe(tokenizer: Tokenizer, captions: list[str]) -> str:
+    """One line: pieces, tokens a caption, the share of tokens that are bytes, and the digest."""
+    sample = captions[:: max(1, len(captions) // DESCRIBED)]
+    ids = [tokenizer.encode(caption) for caption in sample]
+    lengths = np.array([len(tokens) for tokens in ids])
+    share = sum(token < RESERVED for tokens in ids for token in tokens) / max(1, lengths.sum())
+    return (
+        f"{tokenizer.vocab_size} pieces, {len(captions)} captions, tokens per caption mean {lengths.mean():.1f}, "
+        f"95 % {np.percentile(lengths, 95):.0f}, max {lengths.max()}, byte fallback {share:.2%}, "
+        f"digest {tokenizer.digest[:12]}"
+    )

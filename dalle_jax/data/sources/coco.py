@@ -1,0 +1,123 @@
+"""MS-COCO captions: the official JSON and a folder of images; one record per image with all its captions.
+
+A picture without captions, a caption without a picture, a blank caption and an image id that comes twice are each a
+slot of their own, so that a report counts them.
+"""
+
+import collections
+import json
+import os
+
+from dalle_jax.data.record import BadRecord, Dropped, Record
+from dalle_jax.data.sources import captions, folder
+from dalle_jax.errors import UserError
+
+OFFICIAL_SPLIT = "val2014"
+
+
+def official_layout(folder: str, split: str) -> tuple[str, str]:
+    """Captions file and folder of images of the official download unpacked in a folder.
+
+        FOLDER/annotations/captions_val2014.json    of annotations_trainval2014.zip
+        FOLDER/val2014/COCO_val2014_*.jpg           of val2014.zip
+
+    Raises:
+      UserError: a part is not there, by name.
+    """
+    captions_file = os.path.join("annotations", f"captions_{split}.json")
+    paths = [os.path.join(folder, part) for part in (captions_file, split)]
+    found = os.path.isfile(paths[0]), os.path.isdir(paths[1])
+    year = split[-4:]
+    archives = (captions_file, f"annotations_trainval{year}.zip"), (f"{split}{os.sep}", f"{split}.zip")
+    missing = [
+        f"{part} ({archive} holds it)" for (part, archive), there in zip(archives, found, strict=True) if not there
+    ]
+    if missing:
+        raise UserError(
+            f"expected the official download of MS-COCO unpacked in {folder}, got it without {' and '.join(missing)}: "
+            "unpack the rest there, or name both parts as coco:JSON,DIR"
+        )
+    return paths[0], paths[1]
+
+
+class CocoSource:
+    """Records in the order of the JSON's images. See `record.Source`; opened by `open_source('coco:JSON,DIR')`.
+
+    Raises:
+      UserError: the JSON is not there, does not parse or is not of the COCO form; no such folder; no images.
+    """
+
+    def __init__(self, name: str, path: str, images: str, *, captions_required: bool = True):
+        self.name, self._folder, self._captions_required = name, images, captions_required
+        if not os.path.isdir(images):
+            raise UserError(f"expected a folder of images, got {images}, which is no folder: check the path")
+        listed, annotations = _load(path)
+        self._faults: list[Dropped] = []
+        self._files = self._take_images(listed)
+        self._captions = self._take_captions(annotations)
+        self._ids = list(self._files)
+        if not self._ids:
+            raise UserError(f"expected images in {path}, got an empty list: check the file")
+
+    def __len__(self) -> int:
+        return len(self._ids) + len(self._faults)
+
+    def __getitem__(self, index: int) -> Record | Dropped:
+        index = range(len(self))[index]
+        if index >= len(self._ids):
+            return self._faults[index - len(self._ids)]
+        file_name = self._files[self._ids[index]]
+        texts = self._captions.get(self._ids[index], ())
+        try:
+            image = folder.read_image(self._folder, file_name)
+            if not texts and self._captions_required:
+                raise BadRecord("no caption", f"no annotation of image {self._ids[index]} has a caption")
+            return Record(file_name, image, texts)
+        except BadRecord as bad:
+            return Dropped(file_name, bad.reason, bad.detail)
+
+    def _take_images(self, listed: list) -> dict[str, str]:
+        """Image id -> file name. Ids are compared as text, since some tools write 33 and some "33"."""
+        files: dict[str, str] = {}
+        for number, image in enumerate(listed):
+            fields = image if isinstance(image, dict) else {}
+            image_id, file_name = str(fields.get("id")), fields.get("file_name")
+            if "id" not in fields or not isinstance(file_name, str) or not file_name:
+                self._faults.append(Dropped(f"images[{number}]", "no image", "no id or no file_name"))
+            elif image_id in files:
+                self._faults.append(Dropped(file_name, "duplicate key", f"image id {image_id} comes twice"))
+            else:
+                files[image_id] = file_name
+        return files
+
+    def _take_captions(self, annotations: list) -> dict[str, tuple[str, ...]]:
+        texts = collections.defaultdict(tuple)
+        for number, annotation in enumerate(annotations):
+            key, fields = f"annotations[{number}]", annotation if isinstance(annotation, dict) else {}
+            image_id = str(fields.get("image_id"))
+            try:
+                caption = captions.from_fields(fields, names=("caption",))
+                if image_id not in self._files:
+                    raise BadRecord("no image", f"no image has id {image_id}")
+                texts[image_id] += caption
+            except BadRecord as bad:
+                self._faults.append(Dropped(key, bad.reason, bad.detail or f"of image {image_id}"))
+        return dict(texts)
+
+
+def _load(path: str) -> tuple[list, list]:
+    try:
+        with open(path, "rb") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise UserError(f"expected a COCO captions JSON, got {path} ({error.strerror}): check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"expected a complete COCO captions JSON, but {path} does not parse ({error}): fetch it again"
+        ) from error
+    parts = [content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations")]
+    if not all(isinstance(part, list) for part in parts):
+        raise UserError(
+            f"expected lists 'images' and 'annotations' in {path}, got another kind of JSON: check the file"
+        )
+    return parts[0], parts[1]

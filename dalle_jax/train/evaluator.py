@@ -1,0 +1,60 @@
+"""What a run looks at besides its updates: the loss on held-out records, and pictures."""
+
+import pathlib
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dalle_jax import distributed, sharding
+from dalle_jax.errors import UserError
+from dalle_jax.train import step as steps
+from dalle_jax.train.monitor import metrics as metrics_files
+from dalle_jax.train.monitor.report import surviving_a_full_disk
+from dalle_jax.train.objectives.task import Task
+
+
+class Look:
+    """Validation loss and pictures, with the moving average of the parameters."""
+
+    def __init__(self, task: Task, workdir: pathlib.Path, frozen, *, mesh: Mesh, key, validation, most: int):
+        self._task, self._frozen, self._mesh, self._key = task, frozen, mesh, key
+        self._pictures, self._validation, self._most = workdir / "pictures", validation, most
+        self._evaluate = steps.make_evaluate(task, mesh=mesh)
+        self._first = None  # batch to look at
+
+    def _batches(self) -> Iterable[tuple[int, dict[str, jax.Array]]]:
+        """Number of examples and device batch; a partial batch is cut to what the mesh divides."""
+        ways = sharding.batch_ways(self._mesh) // sharding.batch_reader(self._mesh)[1]
+        for index, batch in enumerate(self._validation()):
+            size = len(next(iter(batch.values()))) // ways * ways
+            if index == self._most or not size:
+                return
+            yield size, sharding.shard_batch({name: value[:size] for name, value in batch.items()}, self._mesh)
+
+    def validate(self, state: steps.State) -> dict[str, float]:
+        """Mean of every metric over the held-out examples; the same noise each time."""
+        sizes, values, params = [], [], steps.average_of(state)
+        for index, (size, batch) in enumerate(self._batches()):
+            key = jax.random.fold_in(self._key, index)
+            values.append(self._evaluate(params, self._frozen, batch, key, state["step"]))
+            sizes.append(size)
+        if not values:
+            raise UserError(
+                f"expected at least {sharding.batch_ways(self._mesh)} usable records in config.data.validation, "
+                "got fewer: give a larger source or leave it empty"
+            )
+        values = jax.device_get(values)
+        return {f"validation/{k}": float(np.average([v[k] for v in values], weights=sizes)) for k in values[0]}
+
+    def draw(self, n: int, state: steps.State, batch) -> None:
+        """pictures/STEP.png of the first held-out batch, or of this one where nothing is held out."""
+        if self._first is None:
+            self._first = next(iter(self._batches()), (0, batch))[1] if self._validation is not None else batch
+        pictures = self._task.pictures(steps.average_of(state), self._frozen, self._first, self._key)
+        pictures = None if pictures is None else distributed.whole(pictures)
+        if pictures is not None and jax.process_index() == 0:
+            with surviving_a_full_disk(f"pictures/{n:07d}.png"):
+                self._pictures.mkdir(exist_ok=True)
+                metrics_files.sheet(pictures).save(self._pictures / f"{n:07d}.png")

@@ -1,0 +1,162 @@
+"""Where the time of a run goes, over all its starts: a ledger in WORKDIR/goodput.json, and goodput.png of it.
+
+    init        from the start of this process's run to its first update, restoring included
+    compile     the first update's
+    step        updates that count
+    data        the device had nothing to do because the next batch was not there
+    checkpoint  the loop waited for a checkpoint
+    look        validation, pictures, other hooks, and beginning and writing a profile
+    lost        updates that a restart or a rollback made again
+    down        from the last sign of life of a process that died to the next start
+
+Goodput is the share of `step` in everything but `look`, which was asked for and is neither gain nor loss. The first
+process writes, atomically, with every checkpoint and every few seconds; what a `kill -9` cuts off after that counts as
+`down`.
+"""
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from dalle_jax.checkpoint.format import write_file
+
+FILE, PICTURE = "goodput.json", "goodput.png"
+KINDS = ("init", "compile", "step", "data", "checkpoint", "look", "lost", "down")
+WRITE_EVERY = 10.0  # seconds
+# What the picture calls them, and colours in which gain, what was asked for and loss differ.
+_WORDS = {
+    "init": "init: start, data, restore",
+    "compile": "compile",
+    "step": "step: updates that count",
+    "data": "data stall",
+    "checkpoint": "checkpoint: the loop waited",
+    "look": "look: validation, pictures",
+    "lost": "lost: updates made again",
+    "down": "down between starts",
+}
+_COLOURS = {"step": "#2a7e43", "look": "#7f8fa6"} | dict.fromkeys(("lost", "down"), "#b3362b")
+_OTHER = "#d9902f"
+
+
+class Ledger:
+    """A clock that books its seconds on one kind at a time; begins with `init`."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._path, self._active = workdir / FILE, jax.process_index() == 0
+        before = read(workdir) or {}
+        self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0) | before.get("seconds", {})
+        self.starts: int = before.get("starts", 0) + 1
+        # Checkpoint -> seconds of `step` up to it. A restart from it loses the ones after.
+        self._marks: dict[int, float] = {int(step): s for step, s in before.get("marks", {"0": 0.0}).items()}
+        if before and not before["ended"]:
+            self.seconds["down"] += max(0.0, time.time() - before["time"])
+        self._kind, self._since, self._written = "init", time.monotonic(), 0.0
+        self.write()
+
+    def enter(self, kind: str) -> None:
+        """Books what follows on `kind`."""
+        now = time.monotonic()
+        self.seconds[self._kind] += now - self._since
+        self._kind, self._since = kind, now
+
+    @contextlib.contextmanager
+    def during(self, kind: str) -> Iterator[None]:
+        """Books the time inside on `kind`, then goes back to the kind before."""
+        before = self._kind
+        self.enter(kind)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def move(self, kind: str, seconds: float) -> None:
+        """Books seconds that have just passed on `kind` instead of the one that is running."""
+        self.enter(self._kind)
+        self.seconds[self._kind] -= seconds
+        self.seconds[kind] += seconds
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of this update is on its way: what came before is safe."""
+        self.enter(self._kind)
+        self._marks[step] = self.seconds["step"]
+        self.write()
+
+    def restored(self, step: int) -> None:
+        """The run goes on from this checkpoint: updates after it are lost."""
+        self.enter(self._kind)
+        self._marks = {mark: seconds for mark, seconds in self._marks.items() if mark <= step}
+        if step in self._marks:
+            lost = self.seconds["step"] - self._marks[step]
+            self.seconds["step"] -= lost
+            self.seconds["lost"] += lost
+
+    def tick(self) -> None:
+        """Writes the file if that was long ago."""
+        if time.monotonic() - self._written > WRITE_EVERY:
+            self.write()
+
+    def write(self, *, ended: bool = False) -> None:
+        """ended: on purpose, so the time until the next start is nobody's loss. A full disk is no reason to stop."""
+        if not self._active:
+            return
+        self.enter(self._kind)
+        self._written = time.monotonic()
+        content = {
+            "goodput": share(self.seconds),
+            "starts": self.starts,
+            "seconds": {kind: round(seconds, 3) for kind, seconds in self.seconds.items()},
+            "marks": {str(step): round(seconds, 3) for step, seconds in self._marks.items()},
+            "ended": ended,
+            "time": time.time(),
+        }
+        with contextlib.suppress(OSError):
+            write_file(self._path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def share(seconds: Mapping[str, float]) -> float:
+    """Goodput, 0 .. 1: seconds of updates that count in all seconds but those of looking."""
+    return seconds["step"] / max(sum(seconds.values()) - seconds["look"], 1e-9)
+
+
+def draw(ledger: Ledger, *, updates: int, path: pathlib.Path) -> None:
+    """A bar for each kind of time, in seconds and per cent of all of it. updates: that count, of all starts.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed only here
+    from matplotlib.figure import Figure
+
+    seconds = {kind: ledger.seconds[kind] for kind in KINDS}
+    total = max(sum(seconds.values()), 1e-9)
+    figure = Figure(figsize=(9, 3.6))  # fixed margins: a layout engine draws everything twice
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.24, 0.13, 0.73, 0.77))
+    bars = axes.barh([_WORDS[kind] for kind in KINDS], list(seconds.values()))
+    for kind, bar in zip(KINDS, bars, strict=True):
+        bar.set_color(_COLOURS.get(kind, _OTHER))
+    axes.bar_label(bars, [f"{s:,.1f} s, {s / total:.1%}" for s in seconds.values()], padding=4, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(*seconds.values(), 1e-9))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("seconds", fontsize=8)
+    each = f", {seconds['step'] / updates:.3g} s each" if updates else ""
+    starts = f"{ledger.starts} start{'s' * (ledger.starts > 1)}"
+    axes.set_title(f"goodput {share(seconds):.1%} over {starts}: {updates:,} updates{each}", fontsize=9)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=100, format="png")
+    aside.replace(path)
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The ledger of a workdir, None where there is none or it cannot be read: it is a report, not a part of the run."""
+    try:
+        content = json.loads((workdir / FILE).read_text())
+        return content if {"goodput", "starts", "seconds", "marks", "ended", "time"} <= content.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None

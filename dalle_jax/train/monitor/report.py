@@ -1,0 +1,199 @@
+"""What a run says while it goes on: progress bar or lines, the means of each interval, warnings, the last line.
+
+Takes the numbers of an update one update late, so that the device never waits for the host.
+"""
+
+import contextlib
+import math
+import pathlib
+import sys
+import time
+
+import jax
+import tqdm
+
+from dalle_jax.train.monitor import goodput
+from dalle_jax.train.monitor import metrics as metrics_files
+from dalle_jax.train.objectives.task import Task
+
+WARM_UP = 0.1  # share of the steps in which a task's own warning is no news
+
+
+def to_terminal(line: str) -> None:
+    """One line on stderr, in the first process, above a progress bar if there is one."""
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
+            tqdm.tqdm.write(line, file=sys.stderr)
+
+
+class Report:
+    """Progress bar, log lines, metrics of each interval and warnings.
+
+    Attributes:
+      streak: updates in a row that were not finite, the newest that was waited for included.
+      overflows: how many of them had a finite loss.
+      latest: the last value of every metric.
+    """
+
+    def __init__(self, task: Task, config, workdir: pathlib.Path, *, start: int, rate, progress: bool):
+        self._task, self._config, self._rate, self._workdir = task, config, rate, workdir
+        self._log = metrics_files.MetricsLog(workdir, step=start)
+        self._progress = progress and jax.process_index() == 0
+        self._bar = tqdm.tqdm(
+            total=config.steps,
+            initial=start,
+            desc=task.name,
+            unit="step",
+            disable=not (self._progress and sys.stderr.isatty()),
+            dynamic_ncols=True,
+        )
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._interval: list[dict[str, float]] = []
+        self._began, self._since, self._timed = time.monotonic(), 0.0, 0  # the first update compiles: not timed
+        self.latest: dict[str, float] = {}
+        self.streak = self.overflows = 0
+        self._warned = False
+
+    def update(self, n: int, measured: dict[str, jax.Array]) -> None:
+        """Takes the numbers of an update that was just dispatched; waits for those of the one before."""
+        self.finish()
+        self._pending = (n, measured)
+
+    def finish(self) -> None:
+        """Waits for the numbers that are still out."""
+        if self._pending is None:
+            return
+        (n, measured), self._pending = self._pending, None
+        values = metrics_files.scalars(jax.device_get(measured))
+        self._interval.append(values)
+        if _finite(values):
+            self.streak = self.overflows = 0
+        else:
+            self.streak, self.overflows = self.streak + 1, self.overflows + math.isfinite(values["loss"])
+        if self._since:
+            self._timed += 1
+        else:
+            self._since = time.monotonic()
+        self._bar.update(n - self._bar.n)
+        if self._config.log_every and n % self._config.log_every == 0:
+            self._end_interval(n)
+
+    def device_waits(self) -> bool:
+        """Is every update that was dispatched done, so that the device has nothing to do?"""
+        return self._pending is None or self._pending[1]["loss"].is_ready()
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier update: forgets what was measured after it."""
+        self._pending, self._interval, self.streak, self.overflows = None, [], 0, 0
+        self._log.rewind(step)
+        self._bar.update(step - self._bar.n)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """For what is not training: waits for the update at work, and leaves the time inside out of images/s."""
+        self.finish()
+        began = time.monotonic()
+        yield
+        if self._since:
+            self._since += time.monotonic() - began
+
+    def _images_per_second(self) -> float:
+        now = time.monotonic()
+        updates, seconds = (self._timed, now - self._since) if self._timed else (1, now - self._began)
+        self._since, self._timed = now, 0
+        return updates * self._config.batch_size / max(seconds, 1e-9)
+
+    def _end_interval(self, n: int) -> None:
+        """Writes the means of the interval, non-finite updates left out."""
+        interval, self._interval = self._interval, []
+        good = [values for values in interval if _finite(values)]
+        if len(good) < len(interval):
+            self.say(
+                f"warning: {len(interval) - len(good)} of the last {len(interval)} updates were not finite, skipped"
+            )
+        if not good:
+            return
+        means = {f"train/{name}": sum(v[name] for v in good) / len(good) for name in good[0]}
+        means["train/skipped"] = interval[-1]["skipped"]
+        means["train/learning_rate"] = float(self._rate(n - 1)) * interval[-1].get("plateau_scale", 1.0)
+        means["train/images_per_second"] = self._images_per_second()
+        self.write(n, means)
+        self._bar.set_postfix_str(
+            f"loss {means['train/loss']:.4g}, {means['train/images_per_second']:.4g} images/s", refresh=False
+        )
+        if self._progress and self._bar.disable:
+            left = (self._config.steps - n) * self._config.batch_size / means["train/images_per_second"]
+            self.say(
+                f"{self._task.name} step {n}/{self._config.steps}: loss {means['train/loss']:.4g}, "
+                f"{means['train/images_per_second']:.4g} images/s, {_clock(left)} left"
+            )
+        warning = self._task.warn({name.removeprefix("train/"): value for name, value in means.items()})
+        if n > WARM_UP * self._config.steps:
+            if warning and not self._warned:  # said again only after it was gone
+                self.say(f"warning: step {n}: {warning}")
+            self._warned = bool(warning)
+
+    def write(self, n: int, values: dict[str, float]) -> None:
+        self.latest.update(values)
+        with surviving_a_full_disk("metrics.jsonl"):
+            self._log.write(n, values)
+
+    def draw_curves(self) -> None:
+        if jax.process_index() == 0:
+            with surviving_a_full_disk("curves.png"):
+                metrics_files.save_curves(self._log.path, self._workdir / "curves.png")
+
+    def draw_goodput(self, ledger: goodput.Ledger, step: int) -> None:
+        if jax.process_index() == 0:
+            with surviving_a_full_disk(goodput.PICTURE):
+                goodput.draw(ledger, updates=step, path=self._workdir / goodput.PICTURE)
+
+    def say(self, line: str) -> None:
+        to_terminal(line)
+
+    def summary(
+        self,
+        step: int,
+        seconds: float,
+        *,
+        start: int,
+        workdir: pathlib.Path,
+        ledger: goodput.Ledger,
+        interrupted: bool,
+    ) -> None:
+        if not self._progress:
+            return
+        figures = [f"{k.replace('train/', '')} {self.latest[k]:.4g}" for k in _SUMMARY if k in self.latest]
+        speed = (step - start) * self._config.batch_size / max(seconds, 1e-9)
+        end = "; interrupted, the same command goes on" if interrupted else ""
+        self.say(
+            f"{self._task.name}: {step} of {self._config.steps} updates in {workdir}, {step - start} of them now in "
+            f"{_clock(seconds)} ({speed:.4g} images/s){''.join(', ' + f for f in figures)}, goodput "
+            f"{goodput.share(ledger.seconds):.1%} over {ledger.starts} start{'s' * (ledger.starts > 1)}{end}"
+        )
+
+    def close(self) -> None:
+        self._bar.close()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def surviving_a_full_disk(what: str):
+    """Something written for people is not worth a run: says that it could not be written and goes on."""
+    try:
+        yield
+    except OSError as error:
+        to_terminal(f"warning: {what} could not be written ({error.strerror or error}), training goes on")
+
+
+def _finite(values: dict[str, float]) -> bool:
+    return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+
+
+_SUMMARY = ("train/loss", "validation/loss")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,95 @@
+"""`--profile START:STOP`: what device and host do in some updates, written for XProf and TensorBoard.
+
+Beside the trace goes a picture of it, WORKDIR/profile.png (`breakdown.py`). Only the first process traces. A trace is
+for people: one that cannot be taken or written is a warning, and no way of ending a run leaves one open.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable
+
+import jax
+
+from dalle_jax.train.monitor import breakdown
+
+FOLDER, PICTURE = "profile", "profile.png"  # inside the workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The updates `start`, start + 1, ..., stop - 1, of which the first of a run is number 1."""
+
+    start: int
+    stop: int
+
+    def __contains__(self, n: int) -> bool:
+        return self.start <= n < self.stop
+
+
+def window(text: str) -> Window:
+    """The window that 'START:STOP' names, as a type of argparse.
+
+    Raises:
+      argparse.ArgumentTypeError: another form, no update in it, or a START below 1.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
+    if not match or not 1 <= int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"expected START:STOP with 1 <= START < STOP, such as 100:105 for updates 100 to 104, got {text!r}"
+        )
+    return Window(int(match[1]), int(match[2]))
+
+
+class Trace:
+    """Is open while the updates of a window are made."""
+
+    def __init__(self, folder: pathlib.Path, updates: Window | None, *, warn: Callable[[str], None]):
+        self._folder, self._warn = folder, warn
+        self._updates = updates if jax.process_index() == 0 else None
+        self._open = False
+
+    def due(self, n: int) -> bool:
+        """Whether the trace begins or ends before update n."""
+        return self._open != (self._updates is not None and n in self._updates)
+
+    def turn(self) -> None:
+        """Begins the trace, or ends and writes it. The device should have nothing to do."""
+        if self._open:
+            self.close()
+            return
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # every call of Python: slows the host down, and is most of the file
+        with self._survived():
+            jax.profiler.start_trace(self._folder, profiler_options=options)
+            self._open = True
+
+    def close(self) -> None:
+        """Ends and writes the trace if it is open."""
+        if self._open:
+            self._open = False
+            with self._survived():
+                jax.profiler.stop_trace()
+                self._draw()
+
+    def _draw(self):
+        try:
+            breakdown.draw(self._folder, self._folder.with_name(PICTURE))
+        except ValueError as error:
+            self._warn(f"warning: {PICTURE} was not drawn of {self._folder}: {error}")
+
+    @contextlib.contextmanager
+    def _survived(self):
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            self._updates = None
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._warn(f"warning: {self._folder} could not be written ({first}), training goes on without a profile")
+
+
+def annotation(n: int):
+    """Everything in this block belongs to update n in a trace; costs nothing while there is none."""
+    return jax.profiler.StepTraceAnnotation("update", step_num=n)

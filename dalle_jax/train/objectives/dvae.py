@@ -1,0 +1,179 @@
+"""The dVAE's objective: pictures in, evidence bound out (Ramesh et al. 2021, sections 2 and 2.1, appendices A.2, A.3).
+
+    loss = mean over pixel values of -ln p(x | z)  +  beta * (sum over positions of KL(q || uniform)) / pixel values
+
+z is drawn from the encoder's categorical by the Gumbel-softmax relaxation at temperature tau; beta and tau follow
+cosine schedules of the step. Everything here is float32; batches hold 'image' uint8 [B, H, W, 3].
+
+Array names end in their dimensions: B batch, H height, W width, G grid side, V codes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dalle_jax import pixels
+from dalle_jax.models import Model, Params, build
+from dalle_jax.models.dvae import decode_images, encode_images, to_unit
+from dalle_jax.train.objectives.task import Task
+
+LIKELIHOODS = ("logit_laplace", "gaussian")
+GAUSSIAN_SCALE = 0.1  # standard deviation of 'gaussian', in the logit-Laplace range
+HARD_STRIDE = 8  # the hard reconstruction error, a metric only, is measured on every eighth picture
+PICTURES = 8  # pictures in a row of `pictures`
+COLLAPSE_SHARE = 0.1  # fewer codes in use than this share of those a batch could use is called a collapse
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """A half cosine from `start` at step 0 to `end` at step `steps`, constant after (appendix A.2)."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __call__(self, step):
+        done = jnp.minimum(jnp.asarray(step, jnp.float32) / max(self.steps, 1), 1.0) if self.steps else 1.0
+        return self.end + (self.start - self.end) * (1.0 + jnp.cos(jnp.pi * done)) / 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised. The defaults are the paper's (appendix A.2); `likelihood` and `balance` can leave it.
+
+    beta: weight of the KL. temperature: tau of the relaxation. likelihood: 'logit_laplace' with a learnt scale, or
+    'gaussian' of fixed scale around sigmoid(mu): on flat graphics a learnt scale runs away and the codebook
+    collapses. balance: weight of KL(mean posterior of the batch || uniform), in nats, weighted by how much there is
+    to see at a position, so that an even background does not have to be spread over many codes.
+    """
+
+    beta: Cosine = Cosine(0.0, 6.6, 5_000)
+    temperature: Cosine = Cosine(1.0, 1 / 16, 150_000)
+    likelihood: str = "logit_laplace"
+    balance: float = 0.0
+
+    def __post_init__(self):
+        for name in ("beta", "temperature"):  # a config gives plain mappings
+            if not isinstance(getattr(self, name), Cosine):
+                object.__setattr__(self, name, Cosine(**getattr(self, name)))
+        if self.likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood must be one of {LIKELIHOODS}, got {self.likelihood!r}")
+        if self.temperature.start <= 0 or self.temperature.end <= 0:
+            raise ValueError("temperature must stay above 0")
+
+
+def dvae_task(config) -> Task:
+    """The task of `config.model` (DVAEConfig) under `config.objective` (Objective)."""
+    model = build("dvae", config.model)
+    objective = Objective(**config.objective)
+    return Task(
+        name="dvae",
+        model=model,
+        loss=functools.partial(_loss, model, objective),
+        pictures=jax.jit(functools.partial(_pictures, model)),
+        warn=collapse_warning,
+    )
+
+
+def log_logit_laplace(x, mu, log_scale):
+    """ln density of x in (0, 1) where logit(x) is Laplace(mu, exp(log_scale)) distributed (appendix A.3)."""
+    log_x, log_rest = jnp.log(x), jnp.log1p(-x)
+    distance = jnp.abs(log_x - log_rest - mu)
+    return -jnp.log(2.0) - log_scale - log_x - log_rest - distance * jnp.exp(-log_scale)
+
+
+def log_gaussian(x, mu):
+    """ln density of x, normal around sigmoid(mu) with standard deviation GAUSSIAN_SCALE."""
+    distance = (x - jax.nn.sigmoid(mu)) / GAUSSIAN_SCALE
+    return -0.5 * jnp.square(distance) - jnp.log(GAUSSIAN_SCALE) - 0.5 * jnp.log(2.0 * jnp.pi)
+
+
+def kl_to_uniform(logits):
+    """KL(softmax(logits) || uniform) in nats over the last axis, 0 .. ln V."""
+    log_q = jax.nn.log_softmax(logits)
+    return (jnp.exp(log_q) * log_q).sum(-1) + jnp.log(logits.shape[-1])
+
+
+def relax(logits, temperature, key):
+    """A Gumbel-softmax sample over the last axis: a distribution, one-hot in the limit temperature -> 0."""
+    noise = jax.random.gumbel(key, logits.shape, jnp.float32)
+    return jax.nn.softmax((logits + noise) / temperature)
+
+
+def code_usage(ids, vocab: int):
+    """Share of the codes that occur in ids, and the perplexity (1 .. vocab) of how they are distributed."""
+    frequency = jnp.zeros(vocab, jnp.float32).at[ids.reshape(-1)].add(1.0 / ids.size)
+    entropy = -jnp.where(frequency > 0, frequency * jnp.log(jnp.maximum(frequency, 1e-30)), 0.0).sum()
+    return (frequency > 0).mean(dtype=jnp.float32), jnp.exp(entropy)
+
+
+def collapse_warning(metrics: Mapping[str, float]) -> str | None:
+    """One sentence where these metrics show a collapsed codebook, else None."""
+    used, perplexity = float(metrics["codes_used"]), float(metrics["code_perplexity"])
+    if used >= COLLAPSE_SHARE * float(metrics["codes_within_reach"]):
+        return None
+    return (
+        f"codebook collapse: {used:.0f} codes in use (perplexity {perplexity:.1f}) where this batch could use "
+        f"{float(metrics['codes_within_reach']):.0f}; the pictures' detail is lost unless this recovers. A larger "
+        "objective.beta.end or objective.balance, a smaller step size or a slower objective.temperature may help."
+    )
+
+
+def _loss(model: Model, objective: Objective, params: Params, frozen: Params, batch, *, key, step):
+    del frozen
+    image_unit = pixels.to_unit(batch["image"])
+    x_BHWC = pixels.to_laplace(image_unit)
+    logits_BGGV = model.apply(params, x_BHWC, method="encode")
+    temperature, beta = objective.temperature(step), objective.beta(step)
+    pixel_BHWC = model.apply(params, relax(logits_BGGV, temperature, key), method="decode")
+
+    nll = -_log_likelihood(objective.likelihood, x_BHWC, pixel_BHWC).mean()  # per pixel value
+    kl_BGG = kl_to_uniform(logits_BGGV)
+    kl = kl_BGG.sum() / x_BHWC.size  # also per pixel value
+    loss = nll + beta * kl
+    if objective.balance:
+        loss = loss + objective.balance * _imbalance(logits_BGGV, x_BHWC)
+
+    ids_BGG = jnp.argmax(logits_BGGV, axis=-1)
+    hard_BHWC = model.apply(jax.lax.stop_gradient(params), ids_BGG[::HARD_STRIDE], method="decode_ids")
+    vocab = logits_BGGV.shape[-1]
+    used_share, perplexity = code_usage(ids_BGG, vocab)
+    return loss, {
+        "reconstruction_nats_per_value": nll,
+        "kl_nats_per_token": kl_BGG.mean(),
+        "elbo_nats_per_value": -(nll + kl),  # the true bound has beta = 1
+        "beta": beta,
+        "temperature": temperature,
+        "relaxed_error": jnp.square(to_unit(pixel_BHWC) - image_unit).mean(),  # squared, unit range
+        "hard_error": jnp.square(to_unit(hard_BHWC) - image_unit[::HARD_STRIDE]).mean(),
+        "codes_used": used_share * vocab,
+        "codes_used_share": used_share,
+        "codes_within_reach": jnp.float32(min(vocab, ids_BGG.size)),
+        "code_perplexity": perplexity,
+    }
+
+
+def _log_likelihood(likelihood: str, x_BHWC, pixel_BHWC):
+    mu, log_scale = jnp.split(pixel_BHWC, 2, axis=-1)
+    return log_logit_laplace(x_BHWC, mu, log_scale) if likelihood == "logit_laplace" else log_gaussian(x_BHWC, mu)
+
+
+def _imbalance(logits_BGGV, x_BHWC):
+    """KL in nats from the mean posterior to uniform; a position weighs as the deviation of its pixels from flat."""
+    B, G, _, V = logits_BGGV.shape
+    patch = x_BHWC.shape[1] // G
+    patches = x_BHWC.reshape(B, G, patch, G, patch, 3).transpose(0, 1, 3, 2, 4, 5).reshape(B, G, G, patch * patch, 3)
+    weight_BGG = patches.std(3).mean(-1)
+    mean_V = jnp.einsum("bgh,bghv->v", weight_BGG / (weight_BGG.sum() + 1e-6), jax.nn.softmax(logits_BGGV))
+    return (mean_V * jnp.log(mean_V * V + 1e-6)).sum()
+
+
+def _pictures(model: Model, params: Params, frozen: Params, batch, key):
+    """uint8 [2, n, H, W, 3]: a row of originals and a row of their hard reconstructions."""
+    del frozen, key
+    image_uint8 = batch["image"][:PICTURES]
+    ids_BI = encode_images(model, params, image_uint8)
+    return jnp.stack([image_uint8, decode_images(model, params, ids_BI)])

@@ -1,0 +1,235 @@
+"""Parameters and moments in 16 bits: what is kept between updates is rounded, every update computes in float32.
+
+Only hidden matrices are ever kept in 16 bits; embeddings, output heads, gains and biases stay float32, as in the paper
+(section 2.4, guideline 2). Moments are kept in one of
+
+    fp32     float32, both
+    bf16     bfloat16, both: float32's range, neighbours 0.4 to 0.8 % apart
+    paper    the first in 1-6-9, the second in 0-6-10 (`formats.py`), neighbours 0.1 to 0.2 % and 0.05 to 0.1 % apart,
+             and the second never above 5 (`NU_MOST`)
+
+A change of less than half the distance between neighbours is lost by rounding to the nearest. So what moves slowly is
+rounded up or down at random with the right mean:
+
+    second moment    moves by 1 - b2 of itself, 4 % with b2 = 0.96 but 0.1 % with 0.999: nearest would freeze it
+    parameters       move by about step size / size of the weight, 0.1 % late in a run: nearest would freeze them
+    first moment     moves by 1 - b1 = 10 %: rounded to the nearest
+
+The random bits depend on the number of the update alone, so a resumed run repeats them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dalle_jax.errors import UserError
+from dalle_jax.train.optimizer import formats
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}  # of parameters
+MOMENTS = ("fp32", "bf16", "paper")
+FORMATS = {"mu": formats.FIRST, "nu": formats.SECOND}  # of 'paper'
+NU_MOST = 5.0  # the second moment is clipped to this before it is used or stored (section 2.4, appendix E)
+
+
+class Stored(NamedTuple):
+    """State of `stored`: updates made, and the wrapped optimizer's state with its moments in 16 bits."""
+
+    count: jax.Array
+    inner: Any
+
+
+def dtype(name: str, *, key: str):
+    """The dtype of a config value.
+
+    Raises:
+      UserError: not one of DTYPES.
+    """
+    if name not in DTYPES:
+        raise UserError(f"{key} must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def round_at_random(x, key):
+    """float32 -> bfloat16: the neighbour below or above with the probabilities that make the mean x.
+
+    Infinities and NaN stay what they are, and so does what bfloat16 holds exactly.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # what is cut off, rounded up this often
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def widened(tree: Any) -> Any:
+    """The same tree with bfloat16 leaves as float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+def narrowed_like(tree: Any, like: Any, key) -> Any:
+    """float32 leaves rounded at random where `like` holds bfloat16; each leaf has its own random bits."""
+    leaves, structure = jax.tree.flatten(tree)
+    kept = structure.flatten_up_to(like)
+    return structure.unflatten(
+        round_at_random(x, jax.random.fold_in(key, index)) if old.dtype == jnp.bfloat16 else x
+        for index, (x, old) in enumerate(zip(leaves, kept, strict=True))
+    )
+
+
+def stored(inner: optax.GradientTransformation, *, matrices: Any, kept: str) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that keeps its moments of the hidden matrices in 16 bits.
+
+    inner: one whose moments are called mu and nu, each a nested dict like the parameters (AdamW, Muon).
+    matrices: nested dict of bool, the parameters that count as hidden matrices.
+    kept: one of MOMENTS; with 'fp32' it is `inner` itself.
+
+    Raises:
+      UserError: another value of `kept`.
+    """
+    if kept not in MOMENTS:
+        raise UserError(f"config.optimizer.moments must be one of {', '.join(MOMENTS)}, got {kept!r}")
+    inner = optax.with_extra_args_support(inner)
+    if kept == "fp32":
+        return inner
+    hidden = {_keys(path) for path, is_matrix in jax.tree_util.tree_leaves_with_path(matrices) if is_matrix}
+
+    def mapped(function, state):
+        """function(array, 'mu' or 'nu', its place in the state) over the hidden matrices' moments."""
+        leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+        new = []
+        for index, (path, x) in enumerate(leaves):
+            moment = _moment(path)
+            new.append(function(x, moment, index) if moment in FORMATS and _keys(path) in hidden else x)
+        return structure.unflatten(new)
+
+    def narrowed(state, key):
+        def narrow(x, moment, index):
+            own = jax.random.fold_in(key, index) if moment == "nu" else None
+            if kept == "paper":
+                return formats.encode(x, FORMATS[moment], own)
+            return x.astype(jnp.bfloat16) if own is None else round_at_random(x, own)
+
+        return mapped(narrow, state)
+
+    def wide(state):
+        if kept == "paper":
+            return mapped(lambda x, moment, _: formats.decode(x, FORMATS[moment]), state)
+        return widened(state)
+
+    def init(params):
+        return Stored(jnp.zeros([], jnp.int32), narrowed(inner.init(params), jax.random.key(0)))
+
+    def update(updates, state, params=None, **extra):
+        updates, new = inner.update(updates, wide(state.inner), params, **extra)
+        key = jax.random.fold_in(jax.random.key(0), state.count)
+        return updates, Stored(optax.safe_increment(state.count), narrowed(new, key))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_clipped_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` whose second moment is clipped by value to NU_MOST before it is used."""
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda g, m: b1 * m + (1.0 - b1) * g, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: jnp.minimum(b2 * v + (1.0 - b2) * jnp.square(g), NU_MOST), updates, state.nu)
+        first, second = 1.0 - b1**count, 1.0 - b2**count  # of the mean of 1, .., 1 so far: Adam's bias correction
+        updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
+
+
+def update_from_host(optimizer, grads, state, params, *, value, norm, keep, axes):
+    """`optimizer.update` and keep(new state, old state) for a state whose arrays lie in host memory, and stay there.
+
+    The moments of stacked layers pass through the device one layer at a time, in a loop; those of the rest at once.
+    What is not at hand is stood in for by scalars. So the optimizer must treat parameters element by element, but for
+    the gradient's global norm, which it is told: AdamW does, Muon does not.
+
+    Returns: the changes of the parameters, on the device, and the new state.
+    """
+    stacked = {
+        _keys(path): names[0] == "layers"
+        for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    }
+
+    def choose(tree, layers: bool):
+        """Arrays that are or are not stacked; None for the others and for counters."""
+        pick = lambda path, x: x if x.ndim and stacked[_keys(path)] == layers else None  # noqa: E731
+        return jax.tree_util.tree_map_with_path(pick, tree)
+
+    def filled(part, like):
+        return jax.tree.map(
+            lambda x, full: x if x is not None else full if not full.ndim else jnp.zeros([], full.dtype),
+            part,
+            like,
+            is_leaf=lambda x: x is None,
+        )
+
+    def update(grads_part, state_part, params_part):
+        here = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), state_part)
+        old = filled(here, state)
+        g = filled(grads_part, grads)
+        changes, new = optimizer.update(g, old, filled(params_part, params), value=value, norm=norm)
+        new = keep(new, old)
+        back = jax.tree.map(
+            lambda x, part: None if part is None else jax.device_put(x, jax.memory.Space.Host),
+            new,
+            state_part,
+            is_leaf=lambda x: x is None,
+        )
+        picked = jax.tree.map(lambda c, g: None if g is None else c, changes, grads_part, is_leaf=lambda x: x is None)
+        return picked, back, new
+
+    layers, rest = (tuple(choose(tree, which) for tree in (grads, state, params)) for which in (True, False))
+    changes, new_state, new = update(*rest)
+    join = lambda a, b: jax.tree.map(  # noqa: E731
+        lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None
+    )
+    if any(stacked.values()):
+        _, (layer_changes, layer_state) = jax.lax.scan(lambda _, xs: (None, update(*xs)[:2]), None, layers)
+        changes, new_state = join(layer_changes, changes), join(layer_state, new_state)
+    counters = jax.tree.map(lambda old, x: None if old.ndim else x, state, new)
+    return changes, join(new_state, counters)
+
+
+def average_on_host(average: Any, params: Any, decay, *, axes: Any) -> Any:
+    """decay * average + (1 - decay) * params, of an average that lies in host memory, and stays there.
+
+    It passes through the device: stacked layers one at a time, in a loop, the rest at once.
+    """
+    old, structure = jax.tree.flatten(average)
+    new, names = structure.flatten_up_to(params), structure.flatten_up_to(axes)
+    stacked = [name[0] == "layers" for name in names]
+
+    def mixed(old, new):
+        here = jax.device_put(old, jax.memory.Space.Device)
+        here = [decay * a + (1.0 - decay) * p.astype(a.dtype) for a, p in zip(here, new, strict=True)]
+        return jax.device_put(here, jax.memory.Space.Host)
+
+    def part(layers):
+        return tuple([x for x, s in zip(tree, stacked, strict=True) if s == layers] for tree in (old, new))
+
+    of_layers = []
+    if any(stacked):
+        _, of_layers = jax.lax.scan(lambda _, xs: (None, mixed(*xs)), None, part(True))
+    of_layers, of_rest = iter(of_layers), iter(mixed(*part(False)))
+    return structure.unflatten(next(of_layers if s else of_rest) for s in stacked)
+
+
+def _moment(path) -> str | None:
+    """'mu' or 'nu' of .mu['blocks']['up']; another field's name or None for anything else."""
+    fields = [step.name for step in path if isinstance(step, jax.tree_util.GetAttrKey)]
+    return fields[-1] if fields else None
+
+
+def _keys(path) -> tuple[str, ...]:
+    """The nested dict's keys after the last field: the path of a parameter."""
+    keys: list[str] = []
+    for step in path:
+        keys = [*keys, step.key] if isinstance(step, jax.tree_util.DictKey) else []
+    return tuple(keys)

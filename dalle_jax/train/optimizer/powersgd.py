@@ -1,0 +1,318 @@
+"""PowerSGD across the replica axis: islands exchange two thin factors of a gradient instead of the gradient itself
+(Vogels et al. 2019; Ramesh et al. 2021, section 2.5 and appendix E).
+
+Every hidden matrix is cut into as many pieces as a replica has devices, along its longer side, and each piece M is
+compressed by itself, on its device, with the same device of the other replicas:
+
+    M = what was left out before + the replica's gradient        P = orthonormal columns of mean(M Q0)
+    Q = mean(M^T P)      gradient of the update = P Q^T          left out now = M - P Q^T
+
+Q0 is drawn once for all updates: drawn anew it hurts a lot, carried over it is no better. All other parameters
+(embeddings, output heads, gains, biases) are averaged in float32. An update that is skipped leaves what was left out
+as it was. Both means and what is left out are kept in one format, both computed from the same rounded factors, so
+rounding errors of the exchange are made up for too.
+
+Where the paper leaves a choice, or needs hand-tuned constants: P is divided by its root mean square before eps is added
+to its diagonal, whatever the size of the gradients; columns are made orthonormal by Householder's QR; a mean is taken
+in float32 of values sent in 16 bits, by an all-to-all and an all-gather, which move what a ring's all-reduce would.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle_jax import sharding
+from dalle_jax.errors import UserError
+from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.optimizer import formats, moments
+
+FORMATS = ("fp32", "bf16", "paper")
+EPSILON = 1e-6  # added to P's diagonal, so that its columns are independent (appendix E)
+CUT = ("fsdp", "tensor")  # mesh axes inside a replica
+KEY = 0x9051  # of Q0, which the layers of a stacked parameter share
+# Of three thin products, for which the paper wants float32: an accelerator must not round factors to bfloat16 or TF32.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """rank: of all pieces of a matrix together, a multiple of their number; 0 compresses nothing. The paper's are 512,
+    640 and 896 for its models of 2.8, 5.6 and 12 billion parameters (Table 1). format: of what is sent and of what is
+    left out, 'fp32', 'bf16' or 'paper' (1-6-9)."""
+
+    rank: int = 0
+    format: str = "bf16"
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise UserError(f"expected config.compression.rank of at least 0, got {self.rank}: 0 compresses nothing")
+        if self.format not in FORMATS:
+            raise UserError(f"config.compression.format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """How a parameter of this shape is laid out as [matrices, pieces, rows, columns], rows <= columns.
+
+    order: its dimensions as (stacked, inputs, outputs). sides: inputs and outputs of a matrix. count: of pieces.
+    cut: the side that is cut. rank: of a piece.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    sides: tuple[int, int]
+    count: int
+    cut: int
+    rank: int
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        """Of a piece: its part of inputs and outputs."""
+        return tuple(side // (self.count if i == self.cut else 1) for i, side in enumerate(self.sides))
+
+    @property
+    def piece(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return min(self._sides), max(self._sides)
+
+    @property
+    def matrices(self) -> int:
+        return math.prod(self.shape) // math.prod(self.sides)
+
+    def flat(self, x):
+        """[*shape] -> [matrices, inputs, outputs]."""
+        return x.transpose(self.order).reshape(-1, *self.sides)
+
+    def unflat(self, x):
+        """The inverse of `flat`."""
+        x = x.reshape([self.shape[i] for i in self.order])
+        return x.transpose([self.order.index(i) for i in range(len(self.order))])
+
+    def split(self, x):
+        """[matrices, inputs, outputs] -> [matrices, pieces, rows, columns]."""
+        inputs, outputs = self._sides
+        x = x.reshape(-1, *((self.count, inputs, outputs) if self.cut == 0 else (inputs, self.count, outputs)))
+        x = x if self.cut == 0 else x.swapaxes(1, 2)
+        return x.swapaxes(2, 3) if inputs > outputs else x
+
+    def join(self, x):
+        """The inverse of `split`."""
+        inputs, outputs = self._sides
+        x = x.swapaxes(2, 3) if inputs > outputs else x
+        return (x if self.cut == 0 else x.swapaxes(1, 2)).reshape(-1, *self.sides)
+
+
+def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) -> dict[str, Pieces]:
+    """The pieces of every parameter that is compressed, by `name`.
+
+    abstract: nested dict of things with a shape; axes: the names of their dimensions; mesh: its sizes count alone.
+
+    Raises:
+      UserError: a mesh without replicas, or a rank that its devices cannot share.
+    """
+    replicas, count = mesh.shape["replica"], math.prod(mesh.shape[axis] for axis in CUT)
+    if replicas == 1:
+        raise UserError(
+            "expected several replicas with config.compression.rank, between which gradients are compressed, got "
+            f"{dict(mesh.shape)}: set --config.mesh.replica, or --config.compression.rank=0"
+        )
+    if compression.rank % count:
+        raise UserError(
+            f"expected config.compression.rank to be a multiple of {count}, the devices of a replica, got "
+            f"{compression.rank}: choose {max(compression.rank // count, 1) * count}"
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    names = jax.tree.structure(abstract).flatten_up_to(axes)
+    found = {}
+    for (path, leaf), dimensions in zip(leaves, names, strict=True):
+        split = optimizers.matrix_dimensions(dimensions)
+        if split is None:
+            continue
+        inside = (*split.reduction_axis, *split.output_axis)
+        stacked = tuple(i for i in range(len(dimensions)) if i not in inside)
+        sides = tuple(math.prod(leaf.shape[i] for i in part) for part in (split.reduction_axis, split.output_axis))
+        cut = 0 if sides[0] > sides[1] else 1
+        if sides[cut] % count:
+            raise UserError(
+                f"expected the {count} devices of a replica to share the {sides[cut]} numbers of a side of "
+                f"{name(path)}, which they cannot: choose another mesh, or --config.compression.rank=0"
+            )
+        whole = Pieces(leaf.shape, (*stacked, *inside), sides, count, cut, 0)
+        found[name(path)] = dataclasses.replace(whole, rank=min(compression.rank // count, whole.piece[0]))
+    return found
+
+
+class PowerSGD:
+    """Compression of one model's gradients on one mesh. `error` is what was left out: name -> [replicas, matrices,
+    pieces, rows, columns] in the format, its replicas and pieces on their devices."""
+
+    def __init__(self, abstract: Any, axes: Any, *, compression: Compression, mesh: Mesh):
+        self.layouts = layouts(abstract, axes, compression=compression, mesh=mesh)
+        self.replicas = mesh.shape["replica"]
+        self._format, self._mesh = compression.format, mesh
+        self._whole = PartitionSpec("replica", None, CUT)
+        places = sharding.shardings(abstract, axes, mesh)
+        self._param = {name(path): place for path, place in jax.tree_util.tree_leaves_with_path(places)}
+
+    def fresh(self) -> dict[str, jax.Array]:
+        """Nothing left out yet."""
+        dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "paper": jnp.uint16}[self._format]
+        return {n: jnp.zeros(self._shape(pieces), dtype) for n, pieces in self.layouts.items()}
+
+    def _shape(self, pieces: Pieces) -> tuple[int, ...]:
+        return self.replicas, pieces.matrices, pieces.count, *pieces.piece
+
+    @property
+    def places(self) -> dict[str, NamedSharding]:
+        return {n: NamedSharding(self._mesh, self._whole) for n in self.layouts}
+
+    def exchange(self, grads: Any, error: dict[str, jax.Array], key) -> tuple[Any, dict[str, jax.Array], jax.Array]:
+        """The gradient of the update, what is left out then, and the gradient's norm.
+
+        grads: nested dict of float32 [replicas, ...]. key: of the rounding of what is left out.
+        """
+        leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
+        grads = {name(path): g for path, g in leaves}
+
+        def each(function, n):
+            return jax.vmap(functools.partial(function, n), spmd_axis_name="replica")(grads[n])
+
+        # Only the part that a device keeps crosses to the other replicas.
+        means = {n: each(self._kept, n).mean(0) for n in grads if n not in self.layouts}
+        squares = [jnp.square(g).sum() for g in means.values()]
+        cut = {n: each(self._split, n) for n in self.layouts}
+        local = jax.shard_map(
+            self._exchange_pieces,
+            mesh=self._mesh,
+            in_specs=(self._whole, self._whole, PartitionSpec()),
+            out_specs=(PartitionSpec(None, CUT), self._whole, PartitionSpec()),
+            check_vma=False,  # what is gathered from all replicas is the same on all
+        )
+        decompressed, left_out, square = local(cut, error, key)
+        means |= {n: self._join(n, x) for n, x in decompressed.items()}
+        return structure.unflatten(means[n] for n in grads), left_out, jnp.sqrt(sum(squares) + square)
+
+    def _kept(self, n: str, x):
+        return self._pin(x, self._param[n].spec)
+
+    def _split(self, n: str, x):
+        """A parameter's array in pieces, each on its device. Pinned on the way, so that it moves there at once."""
+        x = self._pin(self.layouts[n].flat(self._kept(n, x)), self._flat(n))
+        return self._pin(self.layouts[n].split(x), PartitionSpec(None, CUT))
+
+    def _join(self, n: str, x):
+        """The inverse of `_split`."""
+        x = self._pin(self.layouts[n].join(self._pin(x, PartitionSpec(None, CUT))), self._flat(n))
+        return self._kept(n, self.layouts[n].unflat(x))
+
+    def _flat(self, n: str) -> PartitionSpec:
+        """Where a parameter lies, of its inputs and outputs: a side is cut as the first of its dimensions is."""
+        pieces, spec = self.layouts[n], self._param[n].spec
+        first_output = len(pieces.order)
+        while math.prod(pieces.shape[i] for i in pieces.order[first_output:]) < pieces.sides[1]:
+            first_output -= 1
+        first_input = first_output
+        while math.prod(pieces.shape[i] for i in pieces.order[first_input:first_output]) < pieces.sides[0]:
+            first_input -= 1
+        return PartitionSpec(None, spec[pieces.order[first_input]], spec[pieces.order[first_output]])
+
+    def _pin(self, x, spec: PartitionSpec):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
+
+    def _exchange_pieces(self, grads, error, key):
+        """On one device: its piece of every matrix, [1, matrices, 1, rows, columns] each."""
+        here, replica = jax.lax.axis_index(CUT), jax.lax.axis_index("replica")
+        gradient, left_out, square = {}, {}, jnp.float32(0)
+        for index, (n, pieces) in enumerate(self.layouts.items()):
+            matrix = _read(error[n][0, :, 0], self._format) + grads[n][0, :, 0]  # [matrices, rows, columns]
+            own = jax.random.fold_in(jax.random.fold_in(jax.random.key(KEY), index), here)
+            rows, columns = pieces.piece
+            q = jax.random.normal(own, (columns, pieces.rank)) / columns**0.5
+            p = self._mean(_product("src,ck->srk", matrix, q))
+            size = jnp.sqrt(jnp.square(p).mean((1, 2), keepdims=True))
+            p = jnp.where(size > 0, p / jnp.where(size > 0, size, 1.0), 0.0) + EPSILON * jnp.eye(rows, pieces.rank)
+            p = _read(_written(jnp.linalg.qr(p)[0], self._format), self._format)
+            q = self._mean(_product("src,srk->sck", matrix, p))
+            gradient[n] = _product("srk,sck->src", p, q)[:, None]
+            square += jnp.square(q).sum()  # P is orthonormal
+            random = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, index), here), replica)
+            left_out[n] = _written(matrix - gradient[n][:, 0], self._format, random)[None, :, None]
+        return gradient, left_out, jax.lax.psum(square, CUT)
+
+    def _mean(self, x):
+        """Over the replicas, sent in the format, summed in float32, and the same bits on all of them."""
+        if self._format == "fp32":
+            return jax.lax.pmean(x, "replica")
+        parts = jnp.pad(x.reshape(-1), (0, -x.size % self.replicas)).reshape(self.replicas, -1)
+        sent = _bits(_written(parts, self._format))
+        mine = jax.lax.all_to_all(sent, "replica", split_axis=0, concat_axis=0)  # my part from every replica
+        mean = _written(_read(_floats(mine, self._format), self._format).mean(0), self._format)
+        whole = jax.lax.all_gather(_bits(mean), "replica", tiled=True)
+        return _read(_floats(whole, self._format), self._format)[: x.size].reshape(x.shape)
+
+    def packed(self, error: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What a checkpoint holds: the sum over the replicas, float32, in the parameters' own shapes.
+
+        An update depends on the mean over the replicas alone, so nothing is lost but rounding.
+        """
+        return {n: self._join(n, _read(x, self._format).sum(0)) for n, x in error.items()}
+
+    def unpacked(self, total: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What is left out on any number of replicas and pieces, from a checkpoint's sum."""
+        each = {n: _written(self._split(n, x) / self.replicas, self._format) for n, x in total.items()}
+        return {n: jnp.broadcast_to(x, self._shape(self.layouts[n])) for n, x in each.items()}
+
+
+def name(path) -> str:
+    """Of a parameter, e.g. 'blocks-up'."""
+    return jax.tree_util.keystr(path, simple=True, separator="-")
+
+
+def sent_numbers(found: dict[str, Pieces]) -> tuple[int, int]:
+    """Numbers that a device averages over the replicas in an update, of P and Q, and in place of how many."""
+    sent = sum(pieces.matrices * pieces.rank * sum(pieces.piece) for pieces in found.values())
+    return sent, sum(pieces.matrices * math.prod(pieces.piece) for pieces in found.values())
+
+
+def refuse_waste(found: dict[str, Pieces], *, form: str, item: int) -> None:
+    """Raises UserError for factors that have no fewer bytes than the gradients, or that hold all of them.
+
+    form: of what is sent. item: bytes of a number of a gradient that is not compressed.
+    """
+    sent, instead = sent_numbers(found)
+    wire = 4 if form == "fp32" else 2
+    if sent * wire >= instead * item or all(pieces.rank == pieces.piece[0] for pieces in found.values()):
+        of_rank_one = sum(pieces.matrices * sum(pieces.piece) for pieces in found.values())
+        most = min((instead * item - 1) // (of_rank_one * wire), max(pieces.piece[0] for pieces in found.values()) - 1)
+        most *= next(iter(found.values())).count
+        raise UserError(
+            f"expected a config.compression.rank that leaves something out, got one with {sent * wire:,} bytes a "
+            f"device in place of {instead * item:,}: choose at most {most}, or 0 to compress nothing"
+        )
+
+
+def _written(x, form: str, key=None):
+    """float32 -> the format; to the nearest, or at random with the right mean where there is a key."""
+    if form == "paper":
+        return formats.encode(x, formats.FIRST, key)
+    if form == "bf16":
+        return x.astype(jnp.bfloat16) if key is None else moments.round_at_random(x, key)
+    return x
+
+
+def _read(x, form: str):
+    return formats.decode(x, formats.FIRST) if form == "paper" else x.astype(jnp.float32)
+
+
+def _bits(x):
+    """16 bits as they are: some backends widen bfloat16 before they send it."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _floats(x, form: str):
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if form == "bf16" else x

@@ -1,0 +1,59 @@
+"""What `benchmarks/sampling.py` counts is the formula, and its part for accelerators runs, here on a tiny model."""
+
+import argparse
+import json
+
+import jax
+import pytest
+
+from dalle_jax import sharding
+from dalle_jax.sample.engine import Engine
+from tests.support import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import sampling_bounds
+
+    return sampling_bounds
+
+
+@pytest.mark.parametrize(
+    ("name", "stored_mb", "read_mb", "text_mb"),
+    [("0.4B", 31.7, 4.23, 28.3), ("1.3B", 56.3, 7.53, 50.3), ("12B", 287, 35.4, 260)],
+)
+def test_bytes_of_a_candidate_and_a_step_are_those_of_the_windows(bounds, name, stored_mb, read_mb, text_mb):
+    """Keys and values of 2 bytes: 33 positions of a row layer, all 1024 stored and 32 read of a column layer, 166 of
+    the convolution for each candidate; 256 of every layer for a caption, whatever the number of its candidates."""
+    mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+    engine = Engine(bounds.model(name), None, mesh=mesh)
+    config, step = engine.config, bounds.step(engine, 1, 64)
+    position = 4 * config.heads * config.head_size
+    rows, columns = (config.kinds.count(kind) for kind in ("row", "column"))
+    stored = position * (33 * rows + 1024 * columns + 166)
+    assert bounds.cache_bytes(config) == stored == pytest.approx(stored_mb * 1e6, rel=5e-3)
+    assert step.windows == 64 * position * (33 * rows + 32 * columns + 166) == pytest.approx(64e6 * read_mb, rel=5e-3)
+    assert step.text == position * 256 * config.num_layers == pytest.approx(text_mb * 1e6, rel=5e-3)
+    ahead = engine.wave_bytes(1, 65, guided=False) - engine.wave_bytes(1, 64, guided=False)
+    assert ahead == stored + 4 * config.image_vocab * (config.grid + 4)  # and its noise of a row, and logits
+
+
+@pytest.mark.slow
+def test_the_part_for_accelerators_runs(bounds, tmp_path, monkeypatch):
+    """All of it in one call, but for the size of the model and the name of the chip."""
+    import sampling
+
+    sizes = {"num_layers": 3, "width": 16, "heads": 2, "head_size": 8, "text_len": 70, "grid": 4, "image_vocab": 32}
+    monkeypatch.setattr(bounds, "MODELS", {"1.3B": sizes})
+    args = argparse.Namespace(
+        models=["1.3B"], candidates=[1, 64, 512], rounds=2, enough=1.0, chip="gpu:h200", options={}, out=tmp_path
+    )
+    sampling.on_accelerator(args)
+    part = json.loads((tmp_path / "sampling.json").read_text())["accelerator"]
+    assert [(row["candidates"], row["waves"] * row["wave"]) for row in part["rows"]] == [(1, 1), (64, 64), (512, 512)]
+    assert all(row["images_per_second"] > 0 and 0 < row["share"] < 1 for row in part["rows"])
+    table = (tmp_path / "sampling.md").read_text()
+    assert table.count("| 1.3B | ") == 3 and "60% of the bound: not met" in table and "150 images/s: " in table

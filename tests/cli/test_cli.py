@@ -1,0 +1,133 @@
+"""The command line: help and version at once, exit status, one line instead of a traceback."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+import dalle_jax
+from dalle_jax.cli import main as cli
+from dalle_jax.errors import UserError
+
+
+def run(*words):
+    return subprocess.run([sys.executable, "-m", "dalle_jax.cli", *words], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def verbs(monkeypatch):
+    """Two small verbs instead of the real ones; returns the list of namespaces that their `main` got."""
+    called = []
+
+    def add_arguments(parser):
+        parser.add_argument("source", nargs="?")
+        parser.add_argument("--config")
+        parser.add_argument("--seed", type=int, default=0)
+
+    def main(args):
+        called.append(args)
+        if args.source == "missing":
+            raise UserError("expected a folder, got 'missing': make it first")
+        if args.source == "interrupt":
+            raise KeyboardInterrupt
+        if args.source == "defect":
+            raise ZeroDivisionError
+        return 3 if args.source == "three" else 0
+
+    module = types.ModuleType("small_verb")
+    module.add_arguments, module.main = add_arguments, main
+    monkeypatch.setitem(sys.modules, "small_verb", module)
+    small = {"train": ("small_verb", "a"), "data": ("small_verb", "b"), "convert": ({"x": ("small_verb", "c")}, "d")}
+    monkeypatch.setattr(cli, "VERBS", small)
+    return called
+
+
+def test_help_lists_every_verb_without_loading_jax():
+    code = (
+        "import sys; from dalle_jax import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as exit: assert exit.code == 0\n"
+        "assert not {'jax', 'numpy', 'flax', 'PIL'} & sys.modules.keys(), 'help loads heavy modules'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for verb, (_, summary) in cli.VERBS.items():
+        assert verb in done.stdout and summary.split()[0] in done.stdout
+
+
+def test_version():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"dalle-jax {dalle_jax.__version__}\n")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_every_verb(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([verb, "--help"])
+    assert exit_.value.code == 0
+    assert f"dalle-jax {verb}" in capsys.readouterr().out
+
+
+def test_wrong_words_end_in_one_line_and_status_2():
+    done = run("drain")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "'drain'" in done.stderr and "train" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "VERB"),
+        (["data", "--sead=1"], "--sead"),
+        (["data", "--see=1"], "--see"),  # no abbreviations: they would change meaning with the next option
+        (["data", "--seed=many"], "many"),
+        (["convert"], "VERB"),
+        (["convert", "y"], "'y'"),
+        (["data", "here", "--config.model.width=3"], "train"),
+        (["train", "--config.model.width", "3"], "="),
+        (["data", "missing"], "make it first"),
+    ],
+)
+def test_user_errors(words, says, verbs, capsys):
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("dalle-jax: error: ") and says in err
+
+
+def test_the_verbs_own_exit_status(verbs):
+    assert cli.main(["data", "three"]) == 3
+    assert cli.main(["convert", "x", "here", "--seed", "4"]) == 0
+    assert [(args.source, args.seed) for args in verbs] == [("three", 0), ("here", 4)]
+    assert not hasattr(verbs[0], "overrides")
+
+
+def test_overrides_go_to_train_in_order_whatever_is_in_them(verbs):
+    words = ["train", "--config.a.b=1", "--config", "configs/x.py:demo", "--config.source=folder:my pictures", "here"]
+    assert cli.main(words) == 0
+    (args,) = verbs
+    assert args.overrides == ["--config.a.b=1", "--config.source=folder:my pictures"]
+    assert (args.config, args.source) == ("configs/x.py:demo", "here")
+
+
+def test_interrupt_is_130(verbs, capsys):
+    assert cli.main(["data", "interrupt"]) == 130
+    assert capsys.readouterr().err == "dalle-jax: interrupted\n"
+
+
+def test_defects_keep_their_traceback(verbs):
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["data", "defect"])
+
+
+def test_a_verb_asks_for_nothing_before_it_is_called(monkeypatch, verbs):
+    monkeypatch.delitem(sys.modules, "small_verb")  # importing it would fail now
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"])
+    with pytest.raises(ModuleNotFoundError, match="small_verb"):
+        cli.parse(["data", "--help"])
+
+
+def test_the_package_has_a_lazy_pipeline_and_nothing_else():
+    with pytest.raises(AttributeError, match="Piepline"):
+        _ = dalle_jax.Piepline

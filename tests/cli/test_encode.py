@@ -1,0 +1,317 @@
+"""Codes made once: the same training as on pictures, whatever kills the encoding, and no other dVAE by mistake."""
+
+import collections
+import dataclasses
+import json
+import pickle
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax import config as configs
+from dalle_jax.checkpoint import format
+from dalle_jax.cli import main
+from dalle_jax.data import transforms
+from dalle_jax.data.decode import decode_image
+from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.record import Dropped, Encoded
+from dalle_jax.data.sources import features, open_source
+from dalle_jax.errors import UserError
+from dalle_jax.layout import Layout
+from dalle_jax.models import build
+from dalle_jax.models.dvae import encode_images
+from dalle_jax.preflight import estimate, flops, hardware
+from dalle_jax.preflight.job import Job
+from dalle_jax.preflight.topology import Topology
+from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train import run
+
+PICTURES, SIDE, VOCAB, GRID = 21, 16, 12, 4
+DVAE = {"image_size": SIDE, "vocab": VOCAB, "width": 8, "groups": 2, "blocks_per_group": 1, "stem": 8, "patch": 2}
+TRANSFORMER = {
+    "steps": 4, "batch_size": 8, "log_every": 2, "validate_every": 4, "picture_every": 0, "checkpoint_every": 2,
+    "model.num_layers": 2, "model.width": 16, "model.heads": 2, "model.head_size": 8, "model.text_len": 24,
+    "model.grid": GRID, "model.image_vocab": VOCAB, "model.text_vocab": 0, "data.image_size": SIDE, "data.threads": 0,
+    "data.bpe_dropout": 0.3, "data.caption_dropout": 0.2, "data.max_bad_share": 0.5,
+    "mesh.replica": -1, "mesh.fsdp": 1, "optimizer.name": "adamw",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of one colour and some noise with two captions each, one small, and three that are broken."""
+    path, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for index in range(PICTURES):
+        size = (10, 30, 3) if index == 2 else (24, 40, 3)
+        pixels = rng.integers(0, 256, 3) + rng.normal(0, 60, size)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / f"{index:02d}.png")
+        (path / f"{index:02d}.txt").write_text(f"picture number {index} of many\nanother text for {index}\n")
+    (path / "07.png").write_bytes(b"no picture")
+    (path / "08.png").write_bytes((path / "09.png").read_bytes()[:300])
+    (path / "10.txt").write_text(" \n")
+    return path
+
+
+def save_dvae(path, seed=1):
+    model = build("dvae", DVAE)
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
+    noise = np.random.default_rng(seed).normal(0, 0.5, max(x.size for x in jax.tree.leaves(params))).astype(np.float32)
+    params = jax.tree.map(lambda x: x + noise[: x.size].reshape(x.shape), params)
+    format.save_params(path, {"name": "dvae", "model": DVAE}, params)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dvae(tmp_path_factory):
+    return save_dvae(tmp_path_factory.mktemp("dvae"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder, tmp_path_factory):
+    captions = [path.read_text() for path in sorted(folder.glob("*.txt"))]
+    return Tokenizer.train(captions, vocab_size=320).save(tmp_path_factory.mktemp("tokenizer"))
+
+
+def encoded(folder, dvae, out, **options) -> int:
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not True]
+    words += [f"--{name}" for name, value in options.items() if value is True]
+    return main.main(["encode", f"folder:{folder}", f"--dvae={dvae}", f"--out={out}", "--threads=2", *words])
+
+
+@pytest.fixture(scope="module")
+def centre(folder, dvae, tmp_path_factory):
+    """One centre crop each, in shards of 5."""
+    out = tmp_path_factory.mktemp("tokens") / "centre"
+    assert encoded(folder, dvae, out, augment="centre", shard_records=5, batch_size=4) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def crops(folder, dvae, tmp_path_factory):
+    """Four of the paper's crops each."""
+    out = tmp_path_factory.mktemp("tokens") / "crops"
+    assert encoded(folder, dvae, out, augmentations=4, shard_records=8, batch_size=12, seed=5) == 0
+    return out
+
+
+def encode_here(dvae, pictures):
+    config, params = format.load_params(dvae)
+    return np.asarray(encode_images(build("dvae", config["model"]), params, np.stack(pictures)))
+
+
+def test_every_slot_is_the_sources_own(folder, dvae, centre):
+    source, codes = open_source(f"folder:{folder}"), open_source(f"tokens:{centre}", pictures_required=False)
+    codes = pickle.loads(pickle.dumps(codes))
+    assert len(codes) == len(source) == PICTURES and len(list(centre.glob("*.safetensors"))) == 5
+    dropped, pictures, found = collections.Counter(), [], []
+    for record, slot in zip(source, codes, strict=True):
+        assert slot.key == record.key
+        if isinstance(slot, Dropped):
+            dropped[slot.reason] += 1
+            continue
+        image = decode_image(record.image)
+        assert (slot.height, slot.width, slot.captions) == (*image.shape[:2], record.captions)
+        assert slot.codes.shape == (1, GRID**2) and slot.codes.dtype == np.uint16
+        pictures.append(transforms.centre(image, SIDE))
+        found.append(slot.codes[0])
+    assert dropped == {"not an image": 1, "truncated image": 1, "empty caption": 1}
+    # Were all codes the same, their equality would say nothing.
+    assert len(np.unique(found)) >= 4 and len({codes.tobytes() for codes in found}) == len(found)
+    np.testing.assert_array_equal(found, encode_here(dvae, pictures))
+    with pytest.raises(IndexError):
+        codes[PICTURES]
+
+
+def train(workdir, dvae, tokenizer, source, **values):
+    sources = {"data.train": source, "data.validation": source}
+    values = TRANSFORMER | sources | {"dvae": dvae, "tokenizer": tokenizer} | values
+    words = [f"--config.{key}={value}" for key, value in values.items()]
+    return run.train(configs.load("configs/transformer.py:demo", words), workdir, progress=False)
+
+
+@pytest.fixture(scope="module")
+def trained(folder, dvae, tokenizer, centre, tmp_path_factory):
+    """Workdirs and results of the same training on pictures and on their codes."""
+    sources = {"pictures": f"folder:{folder}", "codes": f"tokens:{centre}"}
+    places = {kind: tmp_path_factory.mktemp("runs") / kind for kind in sources}
+    return places, [train(places[kind], dvae, tokenizer, source) for kind, source in sources.items()]
+
+
+def test_training_on_codes_is_training_on_pictures_bit_for_bit(trained):
+    places, results = trained
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(result.state) for result in results))
+    losses = [result.metrics["validation/loss"] for result in results]
+    assert losses[0] == losses[1] > 0
+    positions = [format.data_position(format.checkpoint_path(place, 4)[1]) for place in places.values()]
+    assert positions[0] == positions[1] and positions[0]["lanes"][0]["dropped"]
+    pictures = [Pipeline.load(place)("picture number 3 of many", seed=1)[0].tobytes() for place in places.values()]
+    assert pictures[0] == pictures[1]
+
+
+def batches(source, *, shuffle, **values):
+    config = DataConfig(image_size=SIDE, augment="transformer", threads=0, max_bad_share=0.5, **values)
+    layout, tokenizer = Layout(8, 320, GRID, VOCAB), Tokenizer.train(["one two three"], vocab_size=290)
+    kept = {"layout": layout, "tokenizer": tokenizer, "shuffle": shuffle}
+    return Batches(source, config, batch_size=4, seed=3, epochs=None if shuffle else 1, **kept)
+
+
+def test_crops_are_the_augmentations_of_the_seed_and_all_are_used(folder, dvae, crops, tmp_path):
+    pictures, source = open_source(f"folder:{folder}"), open_source(f"tokens:{crops}", pictures_required=False)
+    image = decode_image(pictures[3].image)
+    wanted = [transforms.augment_transformer(image, SIDE, np.random.default_rng((5, 3, crop))) for crop in range(4)]
+    np.testing.assert_array_equal(source[3].codes, encode_here(dvae, wanted))
+    assert len({codes.tobytes() for codes in source[3].codes}) > 1
+    good = [slot for slot in source if isinstance(slot, Encoded)]
+    rows = {slot.codes[crop].tobytes(): (slot.key, crop) for crop in range(3, -1, -1) for slot in reversed(good)}
+    endless, first = batches(source, shuffle=True), batches(source, shuffle=False)
+    seen = [rows[codes.astype(np.uint16).tobytes()] for _ in range(60) for codes in next(endless)["codes"]]
+    assert {crop for _, crop in seen} == {0, 1, 2, 3} and len({key for key, _ in seen}) == len(good)
+    assert {rows[codes.astype(np.uint16).tobytes()][1] for batch in first for codes in batch["codes"]} == {0}
+    assert endless.dropped["not an image"] > 0
+    assert encoded(folder, dvae, tmp_path / "other", augmentations=4, shard_records=8, batch_size=12, seed=6) == 0
+    other = open_source(f"tokens:{tmp_path / 'other'}", pictures_required=False)
+    assert any((a.codes != b.codes).any() for a, b in zip(good, (s for s in other if hasattr(s, "codes")), strict=True))
+
+
+def test_filters_read_the_size_of_the_picture_and_the_captions(crops):
+    filtered = batches(open_source(f"tokens:{crops}", pictures_required=False), shuffle=False, min_image_side=12)
+    assert all(batch["codes"].dtype == np.int32 and batch["text"].shape[1] == 8 for batch in filtered)
+    assert filtered.dropped["image too small"] == 1 and filtered.good == PICTURES - 4
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_and_given_again_it_does_what_is_left(folder, dvae, centre, tmp_path, monkeypatch, capsys):
+    out, options = tmp_path / "tokens", dict(augment="centre", shard_records=5, batch_size=4)
+    write, written = format.write_file, []
+
+    def die_in_the_third(path, data):
+        if len(written) == 3:
+            path.with_name(f".{path.name}.4711").write_bytes(data[:100])
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, data)
+
+    monkeypatch.setattr(format, "write_file", die_in_the_third)
+    assert encoded(folder, dvae, out, **options) == 130
+    with pytest.raises(UserError, match="expected 5 shards in .*, 3 of them are not there"):
+        open_source(f"tokens:{out}", pictures_required=False)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("tokens-*")}
+    monkeypatch.setattr(format, "write_file", write)
+    capsys.readouterr()
+    assert encoded(folder, dvae, out, **options, json=True) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["records"], summary["good"], summary["now"]["records"]) == (PICTURES, PICTURES - 3, PICTURES - 10)
+    assert summary["dropped"] == {"not an image": 1, "truncated image": 1, "empty caption": 1}
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before and len(before) == 2
+    assert contents(out) == contents(centre)
+
+
+def test_parts_make_the_same_folder(folder, dvae, centre, tmp_path, capsys):
+    options = dict(augment="centre", shard_records=5, batch_size=4)
+    assert encoded(folder, dvae, tmp_path / "t", **options, part="1/2") == 0
+    assert "3 shards are left to other parts" in capsys.readouterr().out
+    assert encoded(folder, dvae, tmp_path / "t", **options, part="0/2") == 0
+    line = capsys.readouterr().out
+    assert f"--config.data.train=tokens:{tmp_path / 't'} --config.data.augment=centre" in line and line.count("\n") == 1
+    assert contents(tmp_path / "t") == contents(centre)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1}, "holds other codes .seed was 0 and is 1.: use these values again or another --out"),
+        ({"augment": "transformer"}, "augment was 'centre' and is 'transformer'"),
+        ({"augmentations": 2}, "expected --augmentations 1 with --augment centre, got 2"),
+        ({"augment": "clip", "augmentations": 0}, "augmentations must be a whole number of at least 1"),
+        ({"shard_records": 0}, "shard_records must be"),
+        ({"batch_size": 0}, "--batch-size of at least 1, got 0"),
+        ({"part": "2/2"}, "--part I/N"),
+        ({"part": "all"}, "--part I/N"),
+    ],
+)
+def test_wrong_options_are_one_sentence(folder, dvae, centre, capsys, options, message):
+    before = contents(centre)
+    assert encoded(folder, dvae, centre, **{"augment": "centre", "shard_records": 5, **options}) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error), error
+    assert contents(centre) == before
+
+
+def test_another_dvae_is_refused_by_encoding_training_and_sampling(
+    folder, dvae, tokenizer, centre, trained, tmp_path, capsys
+):
+    other = save_dvae(tmp_path / "other", seed=2)
+    assert encoded(folder, other, centre, augment="centre", shard_records=5) == 2
+    assert "holds other codes (dvae_sha256 was" in capsys.readouterr().err
+    with pytest.raises(UserError, match="expected the dVAE whose codes lie in .*, got another .* --config.dvae=DIR"):
+        train(tmp_path / "run", other, tokenizer, f"tokens:{centre}")
+    with pytest.raises(UserError, match="crops of kind 'transformer' in .*, as config.data.augment asks, got 'centre'"):
+        train(tmp_path / "run", dvae, tokenizer, f"tokens:{centre}", **{"data.augment": "transformer"})
+    assert not (tmp_path / "run").exists()
+    workdir = tmp_path / "exported"
+    assert main.main(["export", str(trained[0]["codes"]), str(workdir)]) == 0
+    Pipeline.load(workdir)
+    for place in (workdir, shutil.copytree(trained[0]["codes"], tmp_path / "copy")):
+        shutil.rmtree(place / "dvae")
+        shutil.copytree(other, place / "dvae")
+        with pytest.raises(UserError, match="expected the dVAE whose codes the transformer in .* was trained on"):
+            Pipeline.load(place)
+    with pytest.raises(UserError, match="was trained on .* put that one back"):
+        train(tmp_path / "copy", dvae, tokenizer, f"tokens:{centre}", steps=6)
+
+
+def test_codes_are_no_pictures(crops, dvae, tokenizer, centre, tmp_path, capsys):
+    assert main.main(["data", f"tokens:{centre}"]) == 2
+    assert "expected a source of pictures, got tokens:" in capsys.readouterr().err
+    with pytest.raises(UserError, match="expected crops of kind 'centre' in .* as validation asks, got 'transformer'"):
+        train(tmp_path, dvae, tokenizer, f"tokens:{centre}", **{"data.validation": f"tokens:{crops}"})
+    with pytest.raises(UserError, match="expected a folder that `dalle-jax encode` made, got /nowhere"):
+        open_source("tokens:/nowhere", pictures_required=False)
+
+
+def test_the_dvae_stays_where_pictures_are_read():
+    def reads(train, validation):
+        words = [f"--config.data.train={train}", f"--config.data.validation={validation}"]
+        return run.reads_pictures(configs.load("configs/transformer.py:demo", words))
+
+    assert reads("folder:a", "") and reads("folder:a", "tokens:b") and reads("tokens:a", "folder:b") and reads("", "")
+    assert not reads("tokens:a", "") and not reads("tokens:a", "tokens:b")
+
+
+def test_damaged_shards_cost_their_records_only(centre, tmp_path):
+    copy = shutil.copytree(centre, tmp_path / "copy")
+    cut, odd = copy / features.shard_name(1), copy / features.shard_name(2)
+    cut.write_bytes(cut.read_bytes()[:-50])
+    settings = dataclasses.replace(features.read_settings(copy), vocab=1 << 16)
+    wrong = np.full((1, GRID**2), VOCAB, np.uint16)
+    odd.write_bytes(features.pack([Encoded("a", wrong, 1, 1, ("b",))] * 5, settings))
+    slots = list(open_source(f"tokens:{copy}", pictures_required=False))
+    assert [slot.reason for slot in slots[5:15]] == ["unreadable file"] * 5 + ["broken tokens"] * 5
+    assert all(isinstance(slot, Encoded) for slot in slots[15:])
+    with pytest.raises(UserError, match="delete it and give the command again"):
+        features.count(cut)
+    with pytest.raises(ValueError, match="vocab must be at most 65,536"):
+        dataclasses.replace(settings, vocab=1 + (1 << 16))
+
+
+def test_preflight_leaves_the_dvae_out_of_an_update_on_codes():
+    pod = Topology(hardware.find_chip("gpu", "h100"), (1, 8))
+    jobs = [
+        Job(configs.load("configs/transformer.py:demo", [f"--config.data.train={source}", *more]), pod, jax.devices())
+        for source, more in (("scenes:train@64", ()), ("tokens:x", ("--config.data.validation=",)))
+    ]
+    pictures, codes = jobs
+    assert set(codes.batch) == {"codes", "text"} and not codes.frozen and pictures.frozen
+    extra = [
+        estimate.estimate(job, []).executed_flops_per_sequence - flops.transformer(job.task.model.config)
+        for job in jobs
+    ]
+    assert extra[0] > 0 == extra[1]

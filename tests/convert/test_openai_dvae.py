@@ -1,0 +1,230 @@
+"""The released dVAE's weights give the released module's numbers.
+
+The golden file holds a tiny module's weights (random, rounded to float16), an image and what the module made of them in
+PyTorch; it was written by `python -m tests.convert.test_openai_dvae` and may change only with the shapes chosen here.
+With PyTorch and the package DALL-E installed, the same comparison runs live, and the file itself is checked too.
+"""
+
+import argparse
+import pathlib
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+from dalle_jax import pixels
+from dalle_jax.checkpoint import format
+from dalle_jax.convert import openai_dvae
+from dalle_jax.errors import UserError
+from dalle_jax.models import dvae
+from dalle_jax.models.layers import Model
+from tests.support import GOLDEN
+
+GOLDEN_FILE = GOLDEN / "openai_dvae.npz"
+SIZES = {"n_hid": 8, "vocab_size": 24}
+STEM, IMAGE_SIZE = 8, 32
+TOLERANCE = 1e-4  # relative to the largest value: float32, another order of summation
+
+
+def reference(seed: int = 0, blocks: int = 1):
+    """The released modules at SIZES with random weights: (encoder, decoder), torch.
+
+    Weights of the residual branches are doubled and biases are not zero, so that none can be mislaid unseen.
+    """
+    why = "the comparison takes PyTorch and the package DALL-E: pip install 'dalle-jax[convert]' DALL-E"
+    torch = pytest.importorskip("torch", reason=why)
+    dall_e = pytest.importorskip("dall_e", reason=why)
+    import attr
+
+    torch.manual_seed(seed)
+    with attr.validators.disabled():  # they refuse anything this small
+        encoder = dall_e.Encoder(n_blk_per_group=blocks, **SIZES)
+        decoder = dall_e.Decoder(n_blk_per_group=blocks, n_init=STEM, **SIZES)
+    with torch.no_grad():
+        for name, weight in (*encoder.named_parameters(), *decoder.named_parameters()):
+            if weight.ndim == 1:
+                weight.normal_(std=0.3)
+            elif "res_path" in name:
+                weight.mul_(2.0)
+            weight.copy_(weight.half().float())
+    return encoder, decoder
+
+
+def state_arrays(module) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in module.state_dict().items()}
+
+
+def torch_outputs(encoder, decoder, image_uint8):
+    """Logits and decoder outputs of the most likely codes, channels last."""
+    import torch
+    from dall_e import map_pixels
+
+    with torch.no_grad():
+        image = torch.from_numpy(image_uint8).permute(0, 3, 1, 2).float() / 255
+        logits = encoder(map_pixels(image))
+        codes = torch.nn.functional.one_hot(logits.argmax(1), SIZES["vocab_size"]).permute(0, 3, 1, 2).float()
+        output = decoder(codes)
+    return logits.permute(0, 2, 3, 1).numpy(), output.permute(0, 2, 3, 1).numpy()
+
+
+def our_outputs(encoder_state, decoder_state, image_uint8):
+    config, params = openai_dvae.convert(encoder_state, decoder_state, image_size=IMAGE_SIZE)
+    model = dvae.model(config)
+    logits = encode(model, params, image_uint8)
+    one_hot = np.eye(config.vocab, dtype=np.float32)[logits.argmax(-1)]
+    return logits, np.asarray(apply(model, params, one_hot, method="decode"))
+
+
+apply = jax.jit(Model.apply, static_argnums=0, static_argnames="method")
+
+
+def encode(model, params, image_uint8):
+    return np.asarray(apply(model, params, pixels.to_laplace(pixels.to_unit(image_uint8)), method="encode"))
+
+
+def assert_near(got, want):
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+
+
+def some_image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN_FILE) as file:
+        arrays = dict(file)
+    parts = {"encoder": {}, "decoder": {}}
+    for name in list(arrays):
+        part, _, rest = name.partition(":")
+        if part in parts:
+            parts[part][rest] = arrays.pop(name).astype(np.float32)
+    return arrays | parts
+
+
+def test_golden_weights_give_the_golden_numbers(golden):
+    logits, output = our_outputs(golden["encoder"], golden["decoder"], golden["image"])
+    assert_near(logits, golden["logits"])
+    assert_near(output, golden["output"])
+
+
+def test_the_golden_numbers_depend_on_every_weight(golden):
+    """So that the comparison above cannot miss an array that is mislaid: half a deviation shows."""
+    config, params = openai_dvae.convert(golden["encoder"], golden["decoder"], image_size=IMAGE_SIZE)
+    model = dvae.model(config)
+    x = pixels.to_laplace(pixels.to_unit(golden["image"]))
+    codes = jax.nn.one_hot(golden["logits"].argmax(-1), config.vocab)
+
+    @jax.jit
+    def both(params):
+        return model.apply(params, x, method="encode"), model.apply(params, codes, method="decode")
+
+    leaves, tree = jax.tree.flatten(params)
+    whole = both(params)
+    for index, leaf in enumerate(leaves):
+        changed = list(leaves)
+        noise = np.random.default_rng(index).standard_normal(leaf.shape)
+        changed[index] = (leaf + 0.5 * leaf.std() * noise).astype(np.float32)
+        moved = zip(both(jax.tree.unflatten(tree, changed)), whole, strict=True)
+        assert max(np.abs(part - want).max() / np.abs(want).max() for part, want in moved) > 10 * TOLERANCE
+
+
+def test_pytorch_and_jax_agree():
+    encoder, decoder = reference(seed=1, blocks=2)
+    image = some_image()
+    for got, want in zip(
+        our_outputs(state_arrays(encoder), state_arrays(decoder), image),
+        torch_outputs(encoder, decoder, image),
+        strict=True,
+    ):
+        assert_near(got, want)
+
+
+def test_the_golden_file_is_what_pytorch_gives(golden):
+    encoder, decoder = reference()
+    for name, module in (("encoder", encoder), ("decoder", decoder)):
+        for key, array in state_arrays(module).items():
+            np.testing.assert_array_equal(golden[name][key], array)
+    for got, want in zip(
+        (golden["logits"], golden["output"]), torch_outputs(encoder, decoder, golden["image"]), strict=True
+    ):
+        assert_near(got, want)
+
+
+def test_safetensors_through_the_command(golden, tmp_path, capsys):
+    """Needs no PyTorch; what is written is a model directory that loads."""
+    from safetensors.numpy import save_file
+
+    for part in ("encoder", "decoder"):
+        save_file(golden[part], tmp_path / f"{part}.safetensors")
+    assert openai_dvae.main(arguments(tmp_path, "safetensors")) == 0
+    assert "24 codes" in capsys.readouterr().out
+    config, params = format.load_params(tmp_path / "out")
+    model = dvae.model(dvae.DVAEConfig(**config["model"]))
+    assert_near(encode(model, params, golden["image"]), golden["logits"])
+    with pytest.raises(UserError, match="empty directory"):
+        openai_dvae.main(arguments(tmp_path, "safetensors"))
+
+
+def test_torch_files_through_the_reader(tmp_path):
+    encoder, _ = reference()
+    import torch
+
+    torch.save(encoder.state_dict(), tmp_path / "state.pt")
+    read = openai_dvae.read_state_dict(str(tmp_path / "state.pt"), allow_pickle=False)
+    np.testing.assert_array_equal(read["blocks.input.w"], encoder.state_dict()["blocks.input.w"].numpy())
+
+    torch.save(encoder, tmp_path / "module.pkl")
+    with pytest.raises(UserError, match=r"module\.state_dict\(\)"):
+        openai_dvae.read_state_dict(str(tmp_path / "module.pkl"), allow_pickle=False)
+    read = openai_dvae.read_state_dict(str(tmp_path / "module.pkl"), allow_pickle=True)
+    assert read.keys() == encoder.state_dict().keys()
+
+    (tmp_path / "list.pt").write_bytes(pickle.dumps([1]))
+    with pytest.raises(UserError):
+        openai_dvae.read_state_dict(str(tmp_path / "list.pt"), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda e, d: d.pop("blocks.group_2.block_1.id_path.w"), "group_2_block_1/skip/weight"),
+        (lambda e, d: d.update({"blocks.extra.w": np.zeros(3)}), "extra"),
+        (lambda e, d: e.update({"blocks.output.conv.b": np.zeros(7)}), "head/bias"),
+        (lambda e, d: e.pop("blocks.input.w"), "blocks.input.w"),
+        (lambda e, d: e.clear(), "blocks"),
+    ],
+)
+def test_wrong_state_dicts_are_refused(golden, damage, message):
+    encoder, decoder = dict(golden["encoder"]), dict(golden["decoder"])
+    damage(encoder, decoder)
+    with pytest.raises(UserError, match=message):
+        openai_dvae.convert(encoder, decoder, image_size=IMAGE_SIZE)
+
+
+def test_missing_and_broken_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        openai_dvae.read_state_dict(str(tmp_path / "nothing.pt"), allow_pickle=False)
+    (tmp_path / "broken.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(UserError, match="safetensors"):
+        openai_dvae.read_state_dict(str(tmp_path / "broken.safetensors"), allow_pickle=False)
+
+
+def arguments(folder: pathlib.Path, ending: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    openai_dvae.add_arguments(parser)
+    files = ["--encoder", f"{folder}/encoder.{ending}", "--decoder", f"{folder}/decoder.{ending}"]
+    return parser.parse_args([*files, "--out", f"{folder}/out", "--image-size", str(IMAGE_SIZE)])
+
+
+if __name__ == "__main__":
+    encoder, decoder = reference()
+    image = some_image()
+    logits, output = torch_outputs(encoder, decoder, image)
+    weights = {f"encoder:{name}": array.astype(np.float16) for name, array in state_arrays(encoder).items()}
+    weights |= {f"decoder:{name}": array.astype(np.float16) for name, array in state_arrays(decoder).items()}
+    GOLDEN_FILE.parent.mkdir(exist_ok=True)
+    np.savez_compressed(GOLDEN_FILE, image=image, logits=logits, output=output, **weights)
+    print(GOLDEN_FILE, GOLDEN_FILE.stat().st_size, "bytes")

@@ -1,0 +1,311 @@
+"""The pipeline: order, shares, exact resumption, counting, and what stops a run."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax.data import filters, transforms
+from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.record import Dropped, Record
+from dalle_jax.errors import UserError
+from dalle_jax.layout import Layout
+from dalle_jax.text.bpe import Tokenizer
+
+WORDS = "zero one two three four five six seven eight nine".split()
+LAYOUT = Layout(text_len=24, text_vocab=320, grid=2, image_vocab=8)
+
+
+def caption(i):
+    return " ".join(WORDS[int(digit)] for digit in str(i))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([caption(i) for i in range(200)], vocab_size=320)
+
+
+class Numbers:
+    """Record i: a picture whose pixels and whose first caption say i; slots in `faults` are dropped."""
+
+    name = "numbers"
+
+    def __init__(self, count, *, faults=(), captions=1, side=12):
+        self.count, self.faults, self.captions, self.side, self.read = count, faults, captions, side, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        if i in self.faults:
+            return Dropped(f"key{i}", "no image")
+        image = np.random.default_rng(i).integers(0, 256, (self.side, self.side + 8, 3), np.uint8)
+        return Record(f"key{i}", image, (caption(i), *[f"{caption(i)} nine {j}" for j in range(1, self.captions)]))
+
+
+def batches(source, tokenizer, *, config=None, batch_size=4, seed=7, shuffle=True, epochs=None, **kwargs):
+    config = config or DataConfig(image_size=8, augment="transformer", bpe_dropout=0.1, threads=2)
+    layout = None if tokenizer is None else LAYOUT
+    return Batches(source, config, batch_size=batch_size, seed=seed, layout=layout, tokenizer=tokenizer,
+                   shuffle=shuffle, epochs=epochs, **kwargs)  # fmt: skip
+
+
+def numbers_of(batch, tokenizer):
+    """Which records a batch holds, read back from its text."""
+    texts = [tokenizer.decode(LAYOUT.caption_tokens(text)) for text in batch["text"]]
+    return [int("".join(str(WORDS.index(word)) for word in text.split())) for text in texts]
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+class Photos(Numbers):
+    """The same as JPEG of 100 x 120 pixels, smooth as photos are."""
+
+    def __getitem__(self, i):
+        coarse = Image.fromarray(super().__getitem__(i).image).resize((120, 100), Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        coarse.save(file, "JPEG", quality=95)
+        return Record(f"key{i}", file.getvalue(), (caption(i),))
+
+
+def test_scaled_jpeg_gives_nearly_the_same_pictures_and_the_same_filters(tokenizer):
+    exact = DataConfig(image_size=16, augment="centre", threads=0, min_image_side=100)
+    scaled = dataclasses.replace(exact, scaled_jpeg=True)
+    pictures = [
+        np.concatenate([b["image"] for b in batches(Photos(8), tokenizer, config=config, shuffle=False, epochs=1)])
+        for config in (exact, scaled)
+    ]
+    assert len(pictures[1]) == 8  # the filter asks for the size before scaling
+    difference = np.abs(pictures[0].astype(float) - pictures[1])
+    assert 0 < difference.mean() < 2
+    assert [transforms.shortest(name, 256) for name in ("dvae", "transformer", "clip", "centre")] == [
+        384,
+        288,
+        512,
+        512,
+    ]
+
+
+def test_shapes(tokenizer):
+    (batch,) = take(batches(Numbers(30), tokenizer), 1)
+    assert batch["image"].shape == (4, 8, 8, 3) and batch["image"].dtype == np.uint8
+    assert batch["text"].shape == (4, LAYOUT.text_len) and batch["text"].dtype == np.int32
+    (batch,) = take(batches(Numbers(30), None), 1)
+    assert set(batch) == {"image"}
+
+
+def test_dropped_captions_are_empty_ones_at_the_configured_share(tokenizer):
+    """The rest, pictures and tokens, is what a run without dropping reads; validation drops none."""
+    config = DataConfig(image_size=8, augment="centre", caption_dropout=0.25, threads=0)
+    found = take(batches(Numbers(400), tokenizer, config=config, shuffle=False, epochs=1), 100)
+    plain = take(batches(Numbers(400), tokenizer, config=config.without_randomness(), shuffle=False, epochs=1), 100)
+    text, whole = (np.concatenate([batch["text"] for batch in each]) for each in (found, plain))
+    empty = (text == LAYOUT.text_slots([])).all(axis=1)
+    assert 0.25 - 4 * 0.022 < empty.mean() < 0.25 + 4 * 0.022  # four standard errors of a share of 400
+    np.testing.assert_array_equal(text[~empty], whole[~empty])
+    assert not (whole == LAYOUT.text_slots([])).all(axis=1).any()
+    np.testing.assert_array_equal(found[0]["image"], plain[0]["image"])
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_every_record_once_per_epoch_whatever_the_processes(tokenizer, processes):
+    orders = []
+    for index in range(processes):
+        iterator = batches(Numbers(36), tokenizer, epochs=2, process_index=index, process_count=processes)
+        orders.append([i for batch in iterator for i in numbers_of(batch, tokenizer)])
+    share = 36 // processes
+    for epoch in range(2):
+        seen = [i for order in orders for i in order[epoch * share : (epoch + 1) * share]]
+        assert sorted(seen) == list(range(36))
+    assert orders[0][:share] != orders[0][share:]  # a new order every epoch
+    assert orders[0][:share] != sorted(orders[0][:share])
+
+
+def test_what_happens_to_a_record_does_not_depend_on_the_processes(tokenizer):
+    alone = take(batches(Numbers(24), tokenizer, batch_size=2), 4)
+    first, second = (
+        take(batches(Numbers(24), tokenizer, batch_size=1, process_index=i, process_count=2), 4) for i in range(2)
+    )
+    for name in ("image", "text"):
+        together = [np.concatenate([a[name], b[name]]) for a, b in zip(first, second, strict=True)]
+        np.testing.assert_array_equal(np.stack([batch[name] for batch in alone]), np.stack(together))
+
+
+def test_seed_and_threads(tokenizer):
+    def run(seed, threads):
+        config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.1, threads=threads)
+        return take(batches(Numbers(40), tokenizer, config=config, seed=seed), 5)
+
+    assert_same(run(1, 0), run(1, 4))
+    assert any((a["image"] != b["image"]).any() for a, b in zip(run(1, 2), run(2, 2), strict=True))
+
+
+def test_crops_and_pieces_differ_between_epochs(tokenizer):
+    config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.3, threads=2)
+    (first, second, third) = take(batches(Numbers(1), tokenizer, config=config, batch_size=8), 3)
+    images, texts = (np.concatenate([first[name], second[name], third[name]]) for name in ("image", "text"))
+    assert len(np.unique(images, axis=0)) > 3 and len(np.unique(texts, axis=0)) > 1
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 7])
+def test_resume_is_exact(tokenizer, stop):
+    """Stopped after any batch, with faults, several captions and dropout: what follows is bitwise the same."""
+    source = Numbers(23, faults=(2, 5, 11), captions=3)
+    config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.2, threads=2, max_bad_share=0.5)
+    straight = batches(source, tokenizer, config=config)
+    take(straight, stop)
+    state = json.loads(json.dumps(straight.get_state()))
+    rest = take(straight, 12)
+
+    resumed = batches(source, tokenizer, config=config)
+    take(resumed, 2)  # it may have been used before
+    resumed.set_state(state)
+    assert_same(take(resumed, 12), rest)
+    assert resumed.get_state() == straight.get_state()
+    assert (resumed.good, resumed.dropped, resumed.cut) == (straight.good, straight.dropped, straight.cut)
+
+
+def test_resume_at_record_one_million_reads_nothing_before_it(tokenizer):
+    source = Numbers(10_000_000)
+    iterator = batches(source, tokenizer)
+    state = iterator.get_state()
+    state["position"] = {"next_index": 1_000_000}
+    iterator.set_state(state)
+    next(iterator)
+    iterator.close()
+    assert len(source.read) <= 64
+
+
+def test_another_source_is_not_resumed(tokenizer):
+    state = batches(Numbers(20), tokenizer).get_state()
+    with pytest.raises(UserError, match="records = 20, got 21"):
+        batches(Numbers(21), tokenizer).set_state(state)
+    with pytest.raises(UserError, match="seed = 7, got 8"):
+        batches(Numbers(20), tokenizer, seed=8).set_state(state)
+
+
+def test_in_order_for_validation(tokenizer):
+    """Not shuffled: source order, first captions, no randomness, the last batch smaller."""
+    config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.5).without_randomness()
+    first, second = (
+        list(batches(Numbers(10, captions=3), tokenizer, config=config, shuffle=False, epochs=1, seed=seed))
+        for seed in (1, 2)
+    )
+    assert [numbers_of(batch, tokenizer) for batch in first] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert_same(first, second)
+
+
+def test_shuffled_epochs_leave_the_partial_batch_out(tokenizer):
+    assert len(list(batches(Numbers(10), tokenizer, epochs=1))) == 2
+
+
+def test_infinite(tokenizer):
+    iterator = batches(Numbers(3), tokenizer, batch_size=5)
+    assert sorted(i for batch in take(iterator, 6) for i in numbers_of(batch, tokenizer)) == sorted([0, 1, 2] * 10)
+
+
+def test_one_of_several_captions_at_random(tokenizer):
+    config = DataConfig(image_size=8)
+    (batch,) = take(batches(Numbers(1, captions=3), tokenizer, config=config, batch_size=300), 1)
+    texts, counts = np.unique(batch["text"], axis=0, return_counts=True)
+    assert len(texts) == 3
+    assert abs(counts / 300 - 1 / 3).max() < 5 * (2 / 9 / 300) ** 0.5  # five standard errors
+
+
+def test_long_captions_are_cut_and_counted(tokenizer):
+    class Long(Numbers):
+        def __getitem__(self, i):
+            record = super().__getitem__(i)
+            return Record(
+                record.key, record.image, (record.captions[0] + [" one", "漢" * 9, "x" * 999][i % 3] * 40 * (i % 2),)
+            )
+
+    config = DataConfig(image_size=8)
+    iterator = batches(Long(12), tokenizer, config=config, shuffle=False, epochs=1)
+    full = [bool((text[1:] < LAYOUT.text_vocab).all()) for batch in iterator for text in batch["text"]]
+    assert full == [False, True] * 6
+    assert (iterator.good, iterator.cut) == (12, 6)
+
+
+def test_bad_and_filtered_records_are_counted_with_examples(tokenizer):
+    def encoded(side, **kwargs):
+        file = io.BytesIO()
+        Image.new("RGB", (side, side), (9, 9, 9)).save(file, "PNG", **kwargs)
+        return file.getvalue()
+
+    class Mixed(Numbers):
+        def __getitem__(self, i):
+            good = super().__getitem__(i)
+            kinds = {
+                1: Record("cut", encoded(30)[:60], ("a",)),
+                2: Dropped("lonely", "no image"),
+                3: Record("mute", good.image, ()),
+                4: Record("tiny", encoded(3), ("a b",)),
+                5: Record("bomb", encoded(40), ("a b",)),
+                6: Record("wide", good.image[:4], ("a b",)),
+                7: Record("terse", good.image, ("",)),
+            }
+            return kinds.get(i, good)
+
+    config = DataConfig(image_size=8, max_pixels=1000, min_image_side=4, max_aspect_ratio=2.0, max_bad_share=0.5)
+    iterator = batches(Mixed(20), tokenizer, config=config, epochs=1, batch_size=1)
+    assert sorted(i for batch in iterator for i in numbers_of(batch, tokenizer)) == [0, *range(8, 20)]
+    assert iterator.good == 13
+    assert iterator.dropped == {"truncated image": 1, "no image": 1, "no caption": 1, filters.TOO_SMALL: 1,
+                                "decompression bomb": 1, filters.ASPECT_RATIO: 1, filters.TOO_SHORT: 1}  # fmt: skip
+    assert iterator.examples["truncated image"] == ["cut"] and iterator.examples["decompression bomb"] == ["bomb"]
+
+
+def test_too_many_broken_records_stop_the_run(tokenizer):
+    source = Numbers(40, faults=range(0, 40, 4))
+    with pytest.raises(UserError, match="at most 10% broken records in numbers, got 25%") as error:
+        take(batches(source, tokenizer), 100)
+    assert "10  no image  (e.g. key" in str(error.value)
+    config = DataConfig(image_size=8, max_bad_share=0.25)
+    take(batches(source, tokenizer, config=config), 100)
+
+
+def test_filtered_records_are_not_broken(tokenizer):
+    config = DataConfig(image_size=8, min_caption_words=2, max_bad_share=0.0)
+    iterator = batches(Numbers(13), tokenizer, config=config, epochs=1, batch_size=1)
+    assert sorted(i for batch in iterator for i in numbers_of(batch, tokenizer)) == [10, 11, 12]
+    assert iterator.dropped == {filters.TOO_SHORT: 10}
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+def test_nothing_usable_is_an_error_and_no_endless_loop(tokenizer, epochs):
+    config = DataConfig(image_size=8, min_image_side=100)
+    with pytest.raises(UserError, match="at least one usable record in numbers, got none"):
+        next(batches(Numbers(5), tokenizer, config=config, epochs=epochs))
+
+
+def test_refusals(tokenizer):
+    with pytest.raises(UserError, match="3 processes, got 2"):
+        batches(Numbers(2), tokenizer, process_count=3)
+    with pytest.raises(UserError, match="expected a tokenizer of at most"):
+        Batches(Numbers(9), DataConfig(), batch_size=1, seed=0, layout=Layout(8, 300, 2, 8), tokenizer=tokenizer,
+                shuffle=True, epochs=None)  # fmt: skip
+    for wrong in (
+        {"augment": "none"},
+        {"threads": -1},
+        {"bpe_dropout": 1.5},
+        {"caption_dropout": -1},
+        {"max_bad_share": 2},
+        {"image_size": 0},
+    ):
+        with pytest.raises(ValueError):
+            DataConfig(**wrong)

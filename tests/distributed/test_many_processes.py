@@ -1,0 +1,169 @@
+"""Real processes train as one does, stop together, and fewer of them go on at the same records."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax import config as configs
+from dalle_jax import sharding
+from dalle_jax.checkpoint import format
+from dalle_jax.data.shards import Lanes
+from dalle_jax.errors import EXIT_RESTART
+from dalle_jax.train import run
+from dalle_jax.train.monitor import metrics
+from tests.support import clip_driver, powersgd_driver, processes, train_driver
+
+RECORDS, BATCH, STEPS = 24, 8, 9
+# The paper's step size: a large one lets Adam blow rounding of near-zero gradients up to its own size.
+VALUES = {
+    "steps": STEPS, "batch_size": BATCH, "log_every": 1, "validate_every": 3, "picture_every": 3, "checkpoint_every": 4,
+    "keep_checkpoints": 9, "optimizer.learning_rate": 1e-4, "mesh.fsdp": 1, "mesh.replica": -1,
+    "data.image_size": train_driver.SIDE, "data.threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    """Pictures whose first pixel is their number; ten to validate with, one of them broken."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", RECORDS), ("validation", 10)):
+        (folder / name).mkdir()
+        for number in range(count):
+            pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+            pixels[0, 0] = number
+            Image.fromarray(pixels).save(folder / name / f"{number:02d}.png")
+    (folder / "validation" / "03.png").write_bytes(b"no picture")
+    return VALUES | {name: f"folder:{folder / name.partition('.')[2]}" for name in ("data.train", "data.validation")}
+
+
+def words(values, **more):
+    return [f"--config.{key}={value}" for key, value in (values | more).items()]
+
+
+def here(values, workdir, **more):
+    """The same run in this process, on its eight devices; returns the result and the records of each batch."""
+    seen, take, build = [], Lanes.__next__, run.build_task
+    train_driver.note_records(seen)
+    run.build_task = train_driver.toy_task
+    try:
+        return run.train(configs.load("configs/dvae.py:demo", words(values, **more)), workdir, progress=False), seen
+    finally:
+        Lanes.__next__, run.build_task = take, build
+
+
+@pytest.fixture(scope="module")
+def alone(values, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone")
+    return workdir, *here(values, workdir, **{"data.lanes": 4})
+
+
+@pytest.fixture(scope="module")
+def four(values, tmp_path_factory):
+    """Four processes, one of which gets SIGTERM in its fourth update."""
+    folder = tmp_path_factory.mktemp("four")
+    ended = processes.statuses(processes.start("train_driver", folder, 4, folder / "run", 2, *words(values)))
+    logs = [(folder / f"{rank}.log").read_text() for rank in range(4)]
+    assert ended == [EXIT_RESTART] * 4, "\n".join(logs)
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)], logs
+
+
+def together(found):
+    """The records of each global batch, sorted."""
+    return [sorted(sum(parts, [])) for parts in zip(*(process["records"] for process in found), strict=True)]
+
+
+def losses(workdir, name="train/loss"):
+    return {line["step"]: line[name] for line in metrics.read(workdir / "metrics.jsonl") if name in line}
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_update(four):
+    folder, found, _ = four
+    assert {process["step"] for process in found} == {6} and format.complete_steps(folder / "run") == [4, 6]
+
+
+def test_parameters_are_the_same_on_every_process(four):
+    assert len({process["digest"] for process in four[1]}) == 1
+
+
+def test_each_process_reads_its_own_records_and_all_read_each_once_an_epoch(four):
+    _, found, _ = four
+    for process in found:
+        assert all(len(records) == BATCH // 4 for records in process["records"])
+    for epoch in (slice(0, 3), slice(3, 6)):
+        assert sorted(sum((sum(process["records"][epoch], []) for process in found), [])) == list(range(RECORDS))
+
+
+def test_files_are_written_once_and_people_are_told_once(four):
+    folder, _, logs = four
+    lines = metrics.read(folder / "run" / "metrics.jsonl")
+    for name, steps in (("train/loss", [1, 2, 3, 4, 5, 6]), ("validation/loss", [3, 6])):
+        assert [line["step"] for line in lines if name in line] == steps
+    assert len(list((folder / "run").glob("events.out.tfevents.*"))) == 1
+    assert {path.name for path in (folder / "run" / "pictures").iterdir()} >= {"0000003.png"}
+    assert "step 6/9: loss" in logs[0] and not any("loss" in log for log in logs[1:])
+
+
+def test_four_processes_train_as_one_does(four, alone):
+    folder, found, _ = four
+    workdir, _, seen = alone
+    assert together(found) == [sorted(records) for records in seen[:6]]
+    wanted = losses(workdir)
+    for step, loss in losses(folder / "run").items():
+        assert loss == pytest.approx(wanted[step], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_another_number_of_processes_goes_on_at_the_same_records(count, four, alone, values, tmp_path):
+    workdir, result, seen = alone
+    shutil.copytree(four[0] / "run", tmp_path / "run")
+    if count == 1:
+        _, records = here(values, tmp_path / "run")
+        records = [sorted(batch) for batch in records]
+    else:
+        sizes = {"mesh.fsdp": 2, "mesh.replica": 2, "validate_every": 0, "picture_every": 0}
+        ended = processes.statuses(
+            processes.start("train_driver", tmp_path, count, tmp_path / "run", "", *words(values, **sizes), devices=2)
+        )
+        assert ended == [0] * count, (tmp_path / "0.log").read_text()
+        found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
+        assert len({process["digest"] for process in found}) == 1
+        records = together(found)
+    assert records == [sorted(batch) for batch in seen[6:]]
+    wanted = losses(workdir)
+    assert losses(tmp_path / "run") == {step: pytest.approx(loss, rel=1e-5) for step, loss in wanted.items()}
+    _, average = format.load_model_dir(tmp_path / "run")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), average, jax.device_get(result.state["ema"]))
+
+
+def test_two_processes_train_a_clip_on_the_captions_of_both(tmp_path):
+    """Loss, gradient and parameters are those of one process with the whole batch: a loss of each process's own half
+    would have half of the captions to tell apart."""
+    started = processes.start("clip_driver", tmp_path, 2)
+    wanted, params = clip_driver.train(sharding.make_mesh({}, devices=jax.devices()[:1]))  # meanwhile
+    assert processes.statuses(started) == [0, 0], (tmp_path / "0.log").read_text()
+    assert wanted[0]["loss"] > 1.0 and wanted[0]["grad_norm"] > 0.1 and wanted[0]["loss"] != wanted[1]["loss"]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == [{name: pytest.approx(value, rel=1e-5) for name, value in one.items()} for one in wanted]
+        with np.load(tmp_path / f"{rank}.npz") as arrays:
+            for index, leaf in enumerate(jax.tree.leaves(params)):
+                np.testing.assert_allclose(arrays[f"arr_{index}"], leaf, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_compress_gradients_as_eight_devices_of_one_do(tmp_path):
+    """The same losses, norms, parameters and sums of what was left out, where the replicas are processes."""
+    started = processes.start("powersgd_driver", tmp_path, 2, devices=4)
+    wanted, arrays = powersgd_driver.train()  # meanwhile
+    assert processes.statuses(started) == [0, 0], (tmp_path / "0.log").read_text()
+    assert wanted[0]["loss"] != wanted[1]["loss"] and np.abs(arrays["error"]["matrix"]).max() > 1e-3
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == [{name: pytest.approx(value, rel=1e-5) for name, value in one.items()} for one in wanted]
+        with np.load(tmp_path / f"{rank}.npz") as saved:
+            for index, leaf in enumerate(jax.tree.leaves(arrays)):
+                np.testing.assert_allclose(saved[f"arr_{index}"], leaf, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,284 @@
+"""Distances: closed forms, invariances, the published formulas and the numbers of pytorch-fid and torch-fidelity.
+
+GOLDEN was printed by `python -m tests.evaluate.test_distances` with both packages installed, its other numbers by ours
+when they were written; it may change only with `relu_features`. Where KID is compared, torch-fidelity computes in
+single precision. The same comparison at 2,048 features runs live with `pytest -m slow`.
+"""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from dalle_jax.errors import UserError
+from dalle_jax.evaluate import distances, moments, statistics
+from dalle_jax.evaluate.moments import Moments
+from tests.models.test_inception import import_torchvision
+
+GOLDEN = {
+    "fid": 1.8294722616714978,  # pytorch-fid
+    "fid of 50": 9.10892173793387,  # pytorch-fid; fewer vectors than features
+    "kid": 0.03484296798706055,  # torch-fidelity
+    "precision": 0.8733333333333333,
+    "recall": 0.76,
+    "is": 6.186840920294109,
+    "is deviation": 0.6178815716034074,
+}
+
+
+def relu_features(seed: int, count: int, features: int, *, shift: float = 0.0) -> np.ndarray:
+    """float32 [count, features] like those of a network: correlated, not negative, a third of them 0."""
+    rng = np.random.default_rng(seed)
+    mix = np.random.default_rng(99).standard_normal((features // 4, features)) / (features // 4) ** 0.5
+    return np.maximum(rng.standard_normal((count, features // 4)) @ mix + 0.4 + shift, 0).astype(np.float32)
+
+
+def pair(count=300, features=64):
+    return relu_features(1, count, features), relu_features(2, count, features, shift=0.1)
+
+
+def fid_of(one, other):
+    return distances.fid(*moments.of(one), *moments.of(other))
+
+
+def fid_by_sqrtm(one, other):
+    """The definition, by the square root of a general matrix."""
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    a, b = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
+    apart = one.mean(0) - other.mean(0)
+    return apart @ apart + np.trace(a) + np.trace(b) - 2 * np.trace(scipy.linalg.sqrtm(a @ b)).real
+
+
+def test_fid_is_its_definition():
+    for count in (300, 50):  # 50 is fewer than features: the covariance is singular
+        one, other = pair(count)
+        assert fid_of(one, other) == pytest.approx(fid_by_sqrtm(one, other), abs=1e-5)
+
+
+def test_fid_of_known_gaussians_and_of_a_set_with_itself():
+    """Of N(m, diag a^2) and N(n, diag b^2) it is |m - n|^2 + |a - b|^2, in any basis."""
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.standard_normal((16, 16)))
+    m, n, a, b = rng.standard_normal((4, 16))
+    a[:5] = 0
+    got = distances.fid(basis @ m, basis * a**2 @ basis.T, basis @ n, basis * b**2 @ basis.T)
+    assert got == pytest.approx(((m - n) ** 2).sum() + ((abs(a) - abs(b)) ** 2).sum(), abs=1e-6)
+    one, other = pair()
+    assert abs(fid_of(one, one)) < 1e-6
+    assert fid_of(one, other) == pytest.approx(fid_of(other, one), abs=1e-9)
+    zeros = np.zeros(3), np.zeros((3, 3))
+    assert distances.fid(*zeros, *zeros) == 0
+
+
+def test_statistics_do_not_depend_on_batches_processes_or_order(monkeypatch):
+    monkeypatch.setattr(moments, "BLOCK", 32)
+    features = relu_features(3, 32 * 11 + 5, 24)
+    want = moments.of(features)
+    for size in (1, 7, 32, 100, len(features)):
+        collected = Moments(24)
+        for start in range(0, len(features), size):
+            collected.add(features[start : start + size])
+        for got, right in zip(collected.result()[1:], want, strict=True):
+            np.testing.assert_array_equal(got, right)  # bit for bit
+    for cuts in ([5], [1, 4, 10], [0, 3], [11]):  # blocks at which processes take over
+        parts, edges = [], [0, *(32 * cut for cut in cuts), len(features)]
+        for start, end in zip(edges, edges[1:], strict=False):
+            parts.append(Moments(24, first_block=start // 32))
+            parts[-1].add(features[start:end])
+        count, *got = parts[-1].merge(parts[:-1]).result()
+        assert count == len(features)
+        for mine, right in zip(got, want, strict=True):
+            np.testing.assert_array_equal(mine, right)
+    shuffled = moments.of(np.random.default_rng(0).permutation(features))
+    for got, right in zip(shuffled, want, strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(want[1], np.cov(features.astype(np.float64), rowvar=False), atol=1e-12)
+    np.testing.assert_array_equal(want[1], want[1].T)
+
+
+def test_parts_that_leave_a_gap_are_refused(monkeypatch):
+    monkeypatch.setattr(moments, "BLOCK", 4)
+    parts = Moments(3), Moments(3, first_block=2)
+    parts[0].add(np.zeros((4, 3)))
+    parts[1].add(np.zeros((4, 3)))
+    with pytest.raises(ValueError, match="block 2"):
+        parts[0].merge(parts[1:])
+
+
+def test_a_large_mean_costs_no_digits():
+    features = relu_features(3, 3_000, 8).astype(np.float64)
+    far = moments.of(features + 1e6)[1]
+    np.testing.assert_allclose(far, moments.of(features)[1], atol=1e-8)
+
+
+def test_golden_numbers():
+    assert scores() == pytest.approx(GOLDEN, abs=1e-6)  # of the square roots of what rounding leaves
+
+
+def scores() -> dict[str, float]:
+    one, other = pair()
+    is_mean, is_deviation = distances.inception_score(one * 3, splits=10)
+    kid = distances.kid(one, other, subsets=1, subset_size=300)[0]
+    precision, recall = distances.precision_recall(one, other)
+    few = pair(50)
+    found = {"fid": fid_of(one, other), "fid of 50": fid_of(*few), "kid": kid, "precision": precision}
+    return found | {"recall": recall, "is": is_mean, "is deviation": is_deviation}
+
+
+def test_inception_score_of_sure_and_of_unsure_networks():
+    sure = np.full((1_000, 10), -1e4)
+    sure[np.arange(1_000), np.arange(1_000) % 10] = 1e4
+    assert distances.inception_score(sure) == pytest.approx((10, 0))
+    assert distances.inception_score(np.zeros((100, 10))) == pytest.approx((1, 0))
+
+
+def test_kid_is_unbiased_seeded_and_the_kernels_sum():
+    one, other = (features.astype(np.float64)[:5] for features in pair(60, 8))
+    kernel = lambda x, y: (x @ y / 8 + 1) ** 3  # noqa: E731
+    within = sum(kernel(s[i], s[j]) for s in (one, other) for i in range(5) for j in range(5) if i != j) / 20
+    between = sum(kernel(x, y) for x in one for y in other) / 25
+    assert distances.kid(one, other, subsets=2, subset_size=5) == pytest.approx((within - 2 * between, 0), abs=1e-12)
+    same = relu_features(4, 400, 16), relu_features(5, 400, 16)
+    mean, deviation = distances.kid(*same, subsets=50, subset_size=100)
+    assert abs(mean) < deviation and distances.kid(*same, subset_size=50, seed=1) == distances.kid(
+        *same, subset_size=50, seed=1
+    )
+
+
+def test_precision_and_recall_of_apart_and_nested_sets():
+    rng = np.random.default_rng(0)
+    wide, narrow = rng.uniform(-1, 1, (2_000, 2)), rng.uniform(-0.3, 0.3, (2_000, 2))
+    precision, recall = distances.precision_recall(narrow, wide)
+    assert precision > 0.95 and 0.05 < recall < 0.15  # narrow covers 9 % of wide
+    assert distances.precision_recall(wide, wide) == (1, 1)
+    assert distances.precision_recall(wide + 10, wide) == (0, 0)
+
+
+def test_captions():
+    images = np.eye(4)
+    assert distances.clip_score(images, 3 * images) == 2.5
+    assert distances.clip_score(images, -images) == 0
+    assert distances.r_precision(images, images + 0.1, candidates=4) == 1
+    assert distances.r_precision(images, np.roll(images, 1, 0), candidates=4) == 0
+    assert distances.r_precision(np.ones((4, 4)), images, candidates=4) == 0  # a tie is no hit
+    twice = np.concatenate([images, images])  # the same caption twice is no wrong answer
+    assert distances.r_precision(twice, twice, candidates=4) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a, b: fid_of(a, b[:, :5]), "64 and 5"),
+        (lambda a, b: fid_of(a[:1], b), "at least 2"),
+        (lambda a, b: moments.of(np.where(a > 1, np.nan, a)), "first in number"),
+        (lambda a, b: moments.of(a[0]), r"\[N, F\]"),
+        (lambda a, b: Moments(5).add(a), r"\[N, 5\]"),
+        (lambda a, b: distances.fid(*moments.of(a), np.full(64, np.inf), np.eye(64)), "finite"),
+        (lambda a, b: distances.inception_score(a[:5]), "10 splits"),
+        (lambda a, b: distances.kid(a, b), "1000"),
+        (lambda a, b: distances.kid(a, b[:, :5], subset_size=5), r"\[N, 64\]"),
+        (lambda a, b: distances.precision_recall(a, b[:3]), "more than 3"),
+        (lambda a, b: distances.clip_score(a, b[:3]), "one caption"),
+        (lambda a, b: distances.clip_score(a, 0 * b), "zeros"),
+        (lambda a, b: distances.r_precision(a, b, candidates=301), "301"),
+    ],
+)
+def test_bad_sets_are_refused(call, message):
+    with pytest.raises(UserError, match=message):
+        call(*pair())
+
+
+def test_statistics_files(tmp_path):
+    mean, covariance = moments.of(pair()[0])
+    about = {
+        "network": "inception-fid",
+        "weights": "ab",
+        "resize": "pytorch",
+        "crop": "centre",
+        "side": "256",
+        "blur": "0",
+    }
+    ours = statistics.Statistics(mean, covariance, 300, about)
+    statistics.save(tmp_path / "a.npz", ours)
+    loaded = statistics.load(tmp_path / "a.npz")
+    assert (loaded.count, loaded.about) == (300, about)
+    np.testing.assert_array_equal(loaded.covariance_FF, covariance)
+    assert statistics.check_comparable(about, len(mean), loaded, where="a.npz") == []
+    np.savez(tmp_path / "theirs.npz", mu=mean, sigma=covariance)  # as pytorch-fid writes it
+    unknown = statistics.load(tmp_path / "theirs.npz")
+    notes = statistics.check_comparable(about, len(mean), unknown, where="theirs.npz")
+    assert [note.rpartition(" ")[2] for note in notes] == list(statistics.SAID) and "theirs.npz" in notes[0]
+    for key, value in (("resize", "clean"), ("crop", "none"), ("side", "0"), ("weights", "cd"), ("blur", "2")):
+        with pytest.raises(UserError, match=f"expected {key} {value} in a.npz, got {about[key]}"):
+            statistics.check_comparable(about | {key: value}, len(mean), loaded, where="a.npz")
+    with pytest.raises(UserError, match="another network"):
+        statistics.check_comparable(about, 3, loaded, where="a.npz")
+    with pytest.raises(UserError, match=r"\.npz"):
+        statistics.save(tmp_path / "a.txt", ours)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(3)}, "sigma"),
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, r"\[F, F\]"),
+        ({"mu": np.array([0, np.nan]), "sigma": np.eye(2)}, "finite"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0], [1, 1]])}, "symmetric"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "not negative"),
+        ({"mu": np.array([None, None]), "sigma": np.eye(2)}, "mu and sigma"),
+    ],
+)
+def test_bad_statistics_files_are_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        statistics.load(tmp_path / "a.npz")
+    (tmp_path / "b.npz").write_bytes(b"PK no zip")
+    for name in ("b.npz", "none.npz"):
+        with pytest.raises(UserError, match=name):
+            statistics.load(tmp_path / name)
+
+
+def theirs(one, other) -> dict[str, float]:
+    """FID by both packages; KID by torch-fidelity, of one subset, which is the whole set."""
+    why = "the comparison takes PyTorch, pytorch-fid and torch-fidelity: pip install torch pytorch-fid torch-fidelity"
+    torch = import_torchvision(why)
+    pytest.importorskip("torch_fidelity", reason=why)
+    pytest.importorskip("pytorch_fid", reason=why)
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    tensors = [torch.from_numpy(features) for features in (one, other)]
+    double = [features.astype(np.float64) for features in (one, other)]
+    parts = [part for x in double for part in (x.mean(0), np.cov(x, rowvar=False))]
+    count = min(len(one), len(other))
+    sets = map(fid_features_to_statistics, tensors)
+    return {
+        "fid": float(calculate_frechet_distance(*parts)),
+        "fid of torch-fidelity": fid_statistics_to_metric(*sets, verbose=False)["frechet_inception_distance"],
+        "kid": kid_features_to_metric(*tensors, kid_subsets=1, kid_subset_size=count, verbose=False)[
+            "kernel_inception_distance_mean"
+        ],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2_048, 1_000])  # the covariance of 1,000 vectors of 2,048 features is singular
+def test_both_packages_agree_at_the_published_size(count):
+    one, other = pair(count, 2_048)
+    want, got = theirs(one, other), fid_of(one, other)
+    assert got == pytest.approx(want["fid"], abs=1e-3)
+    assert got == pytest.approx(want["fid of torch-fidelity"], abs=1e-3)
+    assert distances.kid(one, other, subsets=1, subset_size=count)[0] == pytest.approx(want["kid"], abs=1e-5)
+
+
+def test_both_packages_agree():
+    for count in (300, 50):
+        one, other = pair(count)
+        want, got = theirs(one, other), fid_of(one, other)
+        assert got == pytest.approx(want["fid"], abs=1e-5)
+        assert got == pytest.approx(want["fid of torch-fidelity"], abs=1e-4)  # its mean is of single precision
+        assert distances.kid(one, other, subsets=1, subset_size=count)[0] == pytest.approx(want["kid"], abs=1e-5)
+
+
+if __name__ == "__main__":
+    print(scores(), theirs(*pair()), theirs(*pair(50)))

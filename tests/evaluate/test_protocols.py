@@ -1,0 +1,384 @@
+"""A whole protocol on a miniature MS-COCO: captions chosen, pictures drawn, killed, resumed, scored and repeated."""
+
+import dataclasses
+import io
+import json
+import shutil
+import tarfile
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax import config as configs
+from dalle_jax.checkpoint import format
+from dalle_jax.cli import evaluate as main
+from dalle_jax.cli.evaluate import evaluate
+from dalle_jax.data.sources import open_source, scenes
+from dalle_jax.evaluate import captions, drawing, picture_shards, published, store
+from dalle_jax.evaluate import report as evaluation_report
+from dalle_jax.evaluate.crew import Crew
+from dalle_jax.evaluate.protocol import Evaluation
+from dalle_jax.models import clip
+from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.text.bpe import Tokenizer
+from tests.evaluate.test_evaluate import run, small_batches, weights  # noqa: F401
+from tests.models.test_clip import TINY
+from tests.sample.test_pipeline_api import folder  # noqa: F401
+from tests.support import processes
+from tests.support.parameters import random_parameters
+
+IMAGES, CAPTIONS, DRAWN, SHARD, BEST_OF = 12, 2, 10, 4, 2
+
+
+def make_coco(place, *, captions_too=True):
+    """The official layout with pictures of built-in scenes, of two sizes."""
+    (place / "annotations").mkdir(parents=True)
+    (place / "val2014").mkdir()
+    source, images, annotations = scenes.open_scenes("val@40"), [], []
+    for i in range(IMAGES):
+        record, name = source[i], f"COCO_val2014_{i + 7:012d}.jpg"
+        pixels = np.pad(record.image, ((0, 0), (0, 8 * (i % 2)), (0, 0)), constant_values=255)
+        Image.fromarray(pixels).save(place / "val2014" / name, quality=95)
+        images.append({"id": i + 7, "file_name": name, "height": 40, "width": pixels.shape[1], "license": 1})
+        for number in range(CAPTIONS):
+            text = f"{record.captions[0]} {number}" if captions_too else " "
+            annotations.append({"id": len(annotations), "image_id": i + 7, "caption": text})
+    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+    (place / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    return place
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return make_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture(scope="module")
+def model(folder, tmp_path_factory):  # noqa: F811
+    """The tiny transformer with a tiny CLIP of random weights beside it."""
+    place = tmp_path_factory.mktemp("run") / "transformer"
+    shutil.copytree(folder, place)
+    tokenizer = Tokenizer.load(folder)
+    config = dataclasses.replace(TINY, text_vocab=tokenizer.vocab_size, text_len=16)
+    params = random_parameters(clip.model(config), deviation=0.25)
+    format.save_params(place / "clip", {"name": "clip", "model": dataclasses.asdict(config)}, params)
+    tokenizer.save(place / "clip")
+    return place
+
+
+@pytest.fixture(scope="module")
+def words(model, coco, weights):  # noqa: F811
+    """The command line of a small `coco`, without --out."""
+    values = {
+        "source": f"coco:{coco}", "weights": weights, "clip": model / "clip", "draw.count": DRAWN,
+        "draw.best_of": BEST_OF, "draw.shard_size": SHARD, "reference_exactly": IMAGES, "measure.pools": "fid",
+        "measure.side": 32, "measure.blur": "(0.0,2.0)", "measure.splits": 2, "measure.candidates": 3,
+    }  # fmt: skip
+    return ["--config", "configs/evaluate.py:coco", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_parts(tmp_path_factory):
+    """Parts of five rows and calls of three captions, so that a dozen pictures have several of both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "PART", 5)
+        patch.setattr(drawing, "_together", lambda pipe, draw: 3)
+        patch.setenv("DALLE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(model, words, tmp_path_factory):
+    """OUT of the job that nobody stopped, and its report."""
+    from dalle_jax.evaluate import features
+
+    out = tmp_path_factory.mktemp("straight") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "BATCH", 1)
+        assert run(model, *words, "--out", out, "--json") == 0
+    return out, json.loads((out / "report.json").read_text())
+
+
+def shards(out):
+    return {path.name: path.read_bytes() for path in sorted((out / "pictures").iterdir())}
+
+
+def test_the_job_leaves_shards_a_report_a_table_and_a_curve(straight, model, coco):
+    out, report = straight
+    assert sorted(path.name for path in out.iterdir()) == [
+        "blur.png",
+        "pictures",
+        "plan.json",
+        "report.json",
+        "report.md",
+    ]
+    assert list(shards(out)) == ["00000.tar", "00001.tar", "00002.tar"]
+    assert report["protocol"] == "dalle-coco-30k" and report["resize"] == "dm-gan"
+    assert report["pictures"]["count"] == DRAWN and report["reference"]["count"] == IMAGES
+    assert report["reference"]["sizes"] == {"40x40": 6, "48x40": 6} and report["pictures"]["sizes"] == {"16x16": DRAWN}
+    assert [row["radius"] for row in report["blur"]] == [0.0, 2.0]
+    for row in report["blur"]:
+        assert {"fid", "inception_score", "kid", "precision", "recall"} <= row.keys() and row["fid"] > 0
+    assert 0 <= report["scores"]["clip_score"] <= 2.5 and report["scores"]["r_precision_candidates"] == 3
+    assert "clip_score" not in report["blur"][1]
+    assert any("has also chosen the pictures" in note for note in report["notes"])
+
+    table = (out / "report.md").read_text()
+    assert (
+        published.WARNING in table and "| DALL-E | 27.5 | 28 | 45.5 | 83.5 | 85 | 17.9 |" in table and "17.89" in table
+    )
+    assert f"| 2 | {report['blur'][1]['fid']:.4f} |" in table
+    assert f"the best of 2 each by CLIP {report['drawn']['ranked_by'][:12]}, seed 0." in table
+    assert "not dalle-coco-30k as it is: draw.best_of 2 instead of 512; draw.count 10 instead of 30000; " in table
+    alone = {**report, "drawn": {**report["drawn"], "ranked_by": None}}
+    assert f"Drawn by checkpoint {report['drawn']['checkpoint'][:12]}, seed 0." in evaluation_report.table(alone)
+    free = ("source", "weights", "clip", "shard_size")
+    assert not any(name in " ".join(report["evaluation"]["departures"]) for name in free)
+    assert Image.open(out / "blur.png").width > 500
+
+
+def test_pictures_say_how_they_were_made(straight, model, coco):
+    out, report = straight
+    plan = captions.load(out / "plan.json")
+    known = {
+        f"{record.key}#{number}": text
+        for record in map(open_source(f"coco:{coco}").__getitem__, range(IMAGES))
+        for number, text in enumerate(record.captions)
+    }
+    assert len(set(plan.ids)) == DRAWN and [known[i] for i in plan.ids] == plan.captions
+    assert report["drawn"]["seeds"] == {caption_id: BEST_OF * i for i, caption_id in enumerate(plan.ids)}
+    source = open_source(f"wds:{out}/pictures/*.tar")
+    pipe = Pipeline.load(model)
+    for index in range(len(source)):
+        record = source[index]
+        assert record.captions == (plan.captions[index],)
+        picture = Image.open(io.BytesIO(record.image))
+        assert picture.info["caption"] == plan.captions[index]
+        seed = int(picture.info["seed"])
+        assert seed in (BEST_OF * index, BEST_OF * index + 1) and -1 <= float(picture.info["score"]) <= 1
+        settings = json.loads(picture.info["settings"])
+        assert settings["best_of"] == BEST_OF and settings["checkpoint"] == report["drawn"]["checkpoint"] == pipe.digest
+        if index == 5:  # any of them can be drawn again by itself
+            again = pipe(plan.captions[index], best_of=BEST_OF, seed=BEST_OF * index)[0]
+            np.testing.assert_array_equal(np.asarray(again), np.asarray(picture))
+
+
+class Killed(BaseException):
+    """Leaves no chance to clean up, like SIGKILL."""
+
+
+def test_a_shard_is_cut_behind_its_last_whole_picture(straight, tmp_path):
+    """Wherever a kill falls into the bytes of a shard."""
+    whole = (straight[0] / "pictures" / "00000.tar").read_bytes()
+    with tarfile.open(straight[0] / "pictures" / "00000.tar") as archive:
+        members = archive.getmembers()
+    ends = [member.offset for member in members[3::3]] + [members[-1].offset_data + 512]
+    path = tmp_path / "00000.tar"
+    for size in {0, 1, 511, *ends, *(end + more for end in ends[:2] for more in (1, 511, 512, 700, 1_100, 2_000))}:
+        picture_shards.growing(path).write_bytes(whole[:size])
+        shard = picture_shards.GrowingShard(path)
+        complete = sum(end <= size for end in ends)
+        assert shard.names == [f"{i:09d}" for i in range(complete)]
+        shard.close()
+        assert picture_shards.growing(path).read_bytes() == whole[: ([0, *ends])[complete]]
+
+
+def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words, tmp_path, monkeypatch):
+    """Killed in the second shard with bytes of the next picture written: the same shards, bit for bit."""
+    out, drawn = tmp_path / "out", []
+    draw, add, finished = Pipeline.draw, picture_shards.GrowingShard.add, straight[0]
+
+    def drawing_some(self, requests, **more):
+        drawn.extend(request.seed for request in requests)
+        return draw(self, requests, **more)
+
+    def killed_in_the_third(self, pictures):
+        add(self, pictures)
+        if self.path.name == "00001.tar":
+            whole = self._file.tell()
+            self._file.write((finished / "pictures" / "00001.tar").read_bytes()[whole : whole + 700])
+            self._file.flush()
+            raise Killed
+
+    monkeypatch.setattr(Pipeline, "draw", drawing_some)
+    monkeypatch.setattr(picture_shards.GrowingShard, "add", killed_in_the_third)
+    with pytest.raises(Killed):
+        run(model, *words, "--out", out, "--json")
+    assert sorted(shards(out)) == [".00001.tar.part", "00000.tar"] and len(drawn) == SHARD + 3
+    monkeypatch.setattr(picture_shards.GrowingShard, "add", add)
+    assert run(model, *words, "--out", out, "--json") == 0
+    assert sorted(drawn) == [BEST_OF * i for i in range(DRAWN)]
+    assert shards(out) == shards(finished)
+    report = json.loads((out / "report.json").read_text())
+    assert report["blur"] == straight[1]["blur"]
+
+
+def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, words, coco, weights, tmp_path, capsys):  # noqa: F811
+    out, report = straight
+    again = ("--from", out / "report.json", "--out", tmp_path / "again", "--json")
+    assert run(model, *again) == 0
+    told, err = capsys.readouterr()
+    assert "every score is the same" in err
+    repeated = json.loads(told)
+    assert repeated["blur"] == report["blur"] and repeated["repeats"]["differences"] == {}
+
+    refused = {
+        "expected only new places": ("--config.draw.count=3",),
+        "expected another --out": ("--out", out),
+        "--config.pictures=SOURCE with --from": ("--pictures", coco),
+    }
+    for message, more in refused.items():
+        assert run(model, *again, *more) == 2
+        assert message in capsys.readouterr().err
+    moved = tmp_path / "coco"
+    shutil.copytree(coco, moved)
+    name = moved / "val2014" / "COCO_val2014_000000000009.jpg"
+    Image.open(name).transpose(Image.Transpose.ROTATE_90).save(name)
+    elsewhere = ("--from", out / "report.json", "--out", tmp_path / "moved", f"--config.source=coco:{moved}")
+    assert run(model, *elsewhere) == 2
+    assert "expected the pictures of the reference of" in capsys.readouterr().err
+    annotations = moved / "annotations" / "captions_val2014.json"
+    annotations.write_text(annotations.read_text().replace(' 1"', ' one"'))
+    assert run(model, *elsewhere, "--out", tmp_path / "words") == 2
+    assert "expected the captions of the source of" in capsys.readouterr().err
+    dvae = tmp_path / "transformer"
+    shutil.copytree(model, dvae)
+    config, params = format.load_params(dvae / "dvae")
+    format.save_params(dvae / "dvae", config, jax.tree.map(lambda x: 2 * x, params))
+    assert run(dvae, *again, "--out", tmp_path / "other") == 2
+    assert "expected the checkpoint that draws of" in capsys.readouterr().err
+
+
+def test_two_processes_give_the_bits_of_one(straight, model, words, tmp_path):
+    """Two crews of one folder, here in threads: what they share is the folder alone."""
+    from dalle_jax.evaluate import features
+
+    values = configs.load(words[1], words[2:]).to_dict()
+    evaluation = Evaluation.from_json({k: v for k, v in values.items() if k not in main.NOT_PROTOCOL}, where="here")
+    made, drawn, together = {}, {0: 0, 1: 0}, threading.Barrier(2)
+
+    def work(index):
+        crew = Crew(index, 2, meet=lambda: together.wait(60))
+        made[index] = evaluate(evaluation, model=str(model), out=tmp_path, crew=crew, tell=False)
+
+    draw_all = drawing.draw_all
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "BATCH", 1)
+
+        def counted(*args, crew, **more):
+            drawn[crew.index] = len(crew.own(3))
+            return draw_all(*args, crew=crew, **more)
+
+        patch.setattr(drawing, "draw_all", counted)
+        threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+        [thread.start() for thread in threads]
+        [thread.join(120) for thread in threads]
+    assert drawn == {0: 2, 1: 1} and made[1] is None
+    assert shards(tmp_path) == shards(straight[0])
+    assert made[0]["blur"] == straight[1]["blur"] and not (tmp_path / "features").exists()
+
+
+@pytest.mark.slow
+def test_two_real_processes_give_the_bits_of_one(straight, model, words, tmp_path):
+    out = tmp_path / "out"
+    started = processes.start("evaluate_driver", tmp_path, 2, model, *words, "--out", out, devices=8)
+    assert processes.statuses(started) == [0, 0], [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
+    assert shards(out) == shards(straight[0])
+    assert json.loads((out / "report.json").read_text())["blur"] == straight[1]["blur"]
+    assert "00001.tar of 3 shards" in (tmp_path / "1.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_really_killed_goes_on(straight, model, words, tmp_path):
+    out = tmp_path / "out"
+    part = out / "pictures" / ".00001.tar.part"
+    (started,) = processes.start("evaluate_driver", tmp_path, 1, model, *words, "--out", out, devices=8)
+    until = time.monotonic() + 120
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.02)
+    started.kill()
+    started.wait()
+    assert sorted(shards(out)) == [".00001.tar.part", "00000.tar"]
+    times = {path.name: path.stat().st_mtime_ns for path in (out / "pictures").glob("*.tar")}
+    assert run(model, *words, "--out", out, "--json") == 0
+    assert shards(out) == shards(straight[0])
+    assert all((out / "pictures" / name).stat().st_mtime_ns == when for name, when in times.items())
+
+
+def test_given_pictures_score_as_drawn_ones_and_near_duplicates_are_found_and_removed(
+    straight, words, coco, tmp_path, capsys
+):
+    out, report = straight
+    training = tmp_path / "training"
+    training.mkdir()
+    for i in (2, 5, 9):
+        shutil.copy(coco / "val2014" / f"COCO_val2014_{i + 7:012d}.jpg", training / f"{i}.jpg")
+    more = (f"--config.overlap.source=folder:{training}", "--config.overlap.least=0.99999")
+    words = [word for word in words if "blur" not in word]  # a second tuple would be joined to the first
+    common = ("--pictures", f"wds:{out}/pictures/*.tar", *words, *more, "--json", "--config.measure.blur=(0.0,)")
+    assert run(*common, "--out", tmp_path / "told") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["blur"][0] == report["blur"][0] and "drawn" not in told
+    assert told["pictures"]["sha256"] == report["pictures"]["sha256"]
+    closest = told["overlap"]["closest"][:3]
+    assert told["overlap"]["duplicates"] == 3 and told["overlap"]["share"] == 3 / IMAGES
+    assert {(pair["reference"][-6:-4], pair["training"]) for pair in closest} == {
+        ("09", "2.jpg"), ("12", "5.jpg"), ("16", "9.jpg"),
+    }  # fmt: skip
+    assert told["reference"]["count"] == IMAGES and told["scores"]["fid"] == report["scores"]["fid"]
+    assert Image.open(tmp_path / "told" / "overlap.png").width > 500
+    table = (tmp_path / "told" / "report.md").read_text()
+    assert f"3 pictures of the reference (25.0%) have one of folder:{training} at a cosine of 0.99999" in table
+    assert run(*common, "--out", tmp_path / "removed", "--config.overlap.remove=True") == 0
+    removed = json.loads(capsys.readouterr().out)
+    assert removed["reference"]["count"] == sum(removed["reference"]["sizes"].values()) == IMAGES - 3
+    assert removed["scores"]["fid"] != report["scores"]["fid"]
+
+
+def test_what_is_wrong_with_a_protocol_is_one_line(straight, model, words, coco, tmp_path, capsys):
+    out, _ = straight
+    empty = make_coco(tmp_path / "blank", captions_too=False)
+    torn = tmp_path / "torn"
+    shutil.copytree(coco, torn)
+    (torn / "val2014" / "COCO_val2014_000000000010.jpg").unlink()
+    (torn / "val2014" / "COCO_val2014_000000000011.jpg").write_bytes(b"x" * 300)
+    parts = tmp_path / "parts"
+    shutil.copytree(coco, parts)
+    shutil.rmtree(parts / "val2014")
+    wrong = {
+        f"--config.source=coco:{empty}": "expected 10 captions in",
+        f"--config.source=coco:{torn}": "got 10 (1 x no image, 1 x not an image): complete it",
+        f"--config.source=coco:{parts}": f"unpacked in {parts}, got it without val2014/ (val2014.zip holds it)",
+        f"--config.source=coco:{tmp_path}": "without annotations/captions_val2014.json (annotations_trainval2014.zip",
+        "--config.draw.count=25": "expected 25 captions in",
+        "--config.draw.seed=4294967290": "seed must be",
+        "--config.draw.temperature=0.0": "temperature must be",
+        "--config.reference_exactly=40504": "expected 40504 pictures in",
+    }
+    for number, (word, message) in enumerate(wrong.items()):
+        assert run(model, *words, word, "--out", tmp_path / str(number)) == 2, word
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert run("--pictures", f"wds:{out}/pictures/*.tar", *words, "--config.draw.count=11", "--out", tmp_path) == 2
+    assert "got a count of 11: give more pictures" in capsys.readouterr().err
+    assert run("--pictures", f"wds:{out}/pictures/*.tar", *words, "--out", out) == 2
+    assert "holds an evaluation that draws its pictures" in capsys.readouterr().err
+    more = tmp_path / "more"
+    shutil.copytree(out, more)
+    shutil.copy(more / "pictures" / "00000.tar", more / "pictures" / "00009.tar")
+    assert run(model, *words, "--out", more) == 2
+    assert f"expected the {DRAWN} drawn pictures in" in capsys.readouterr().err.splitlines()[-1]
+    for word in ("--config.draw.temperature=0.5", "--config.draw.count=9"):
+        assert run(model, *words, word, "--out", out) == 2
+        assert "holds the pictures of another evaluation (draw." in capsys.readouterr().err
+
+
+def test_broken_weights_are_found_before_a_picture_is_drawn(model, words, weights, tmp_path, monkeypatch, capsys):  # noqa: F811
+    config, params = format.load_params(weights)
+    format.save_params(tmp_path / "nan", config, jax.tree.map(lambda x: x * np.nan, params))
+    monkeypatch.setattr(Pipeline, "draw", lambda *_: pytest.fail("drew"))
+    assert run(model, *words, f"--config.weights={tmp_path / 'nan'}", "--out", tmp_path / "out") == 2
+    assert "expected finite features" in capsys.readouterr().err

@@ -1,0 +1,274 @@
+"""CLIP: what its text tower sees, its loss by the paper's pseudo-code, equality of its ways of computing, training."""
+
+import dataclasses
+import functools
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import config as configs
+from dalle_jax import sharding
+from dalle_jax.errors import UserError
+from dalle_jax.models import build, clip
+from dalle_jax.models.clip import CLIPConfig
+from dalle_jax.models.layers import Model
+from dalle_jax.sample.rerank import Reranker
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train import run
+from dalle_jax.train import step as steps
+from dalle_jax.train.objectives import build_task
+from dalle_jax.train.objectives import clip as clip_task
+from dalle_jax.train.optimizer import build as optimizers
+from tests.support.parameters import random_parameters
+
+TINY = CLIPConfig(
+    embed=8,
+    image_size=8,
+    patch=4,
+    image_layers=2,
+    image_width=16,
+    image_heads=2,
+    text_len=6,
+    text_vocab=11,
+    text_layers=2,
+    text_width=16,
+    text_heads=2,
+    scan=False,
+)
+
+
+apply = jax.jit(Model.apply, static_argnums=0, static_argnames="method")
+encode_images, encode_captions = (jax.jit(f, static_argnums=0) for f in (clip.encode_images, clip.encode_captions))
+
+
+@functools.cache
+def random_params(config):
+    """As arrays of JAX, which traced ids can index. Nobody here changes them."""
+    return jax.tree.map(jnp.asarray, random_parameters(clip.model(config), deviation=0.25))
+
+
+def random_batch(config, batch=4, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, config.layout.caption_len + 1, batch)
+    text = np.stack([config.layout.text_slots(rng.integers(config.text_vocab, size=n)) for n in lengths])
+    return rng.integers(0, 256, (batch, config.image_size, config.image_size, 3), np.uint8), text
+
+
+def tiny_config(*words, batch_size=8):
+    sizes = {f"model.{key}": value for key, value in dataclasses.asdict(TINY).items() if key not in ("mean", "std")}
+    values = sizes | {"batch_size": batch_size, "data.image_size": TINY.image_size}
+    return configs.load("configs/clip.py:demo", [*(f"--config.{key}={value}" for key, value in values.items()), *words])
+
+
+ONE_LAYER = ("--config.model.image_layers=1", "--config.model.text_layers=1")  # compiles in half of the time
+
+
+@pytest.mark.parametrize(("variant", "parameters"), [("b32", 151_277_313), ("b16", 149_620_737), ("l14", 427_616_513)])
+def test_parameter_counts_are_those_of_the_released_models(variant, parameters):
+    assert build("clip", configs.load(f"configs/clip.py:{variant}").model).num_params == parameters
+
+
+def test_text_slots():
+    layout = TINY.layout
+    assert list(layout.text_slots([3, 4])) == [11, 3, 4, 12, 0, 0]
+    assert list(layout.text_slots(range(9))) == [11, 0, 1, 2, 3, 12]  # cut, the end mark stays
+    with pytest.raises(ValueError, match="does not belong to this model"):
+        layout.text_slots([11])
+
+
+def test_no_text_state_depends_on_a_later_token():
+    """Before pooling: changing a token changes no state before it; what follows the end mark changes no feature."""
+    params, (_, text) = random_params(TINY), random_batch(TINY, batch=1)
+    stacked = params["text"]["blocks"]
+
+    @jax.jit
+    def states(ids):
+        x = params["text"]["embedding"][ids] + params["text"]["position"]
+        return clip._run(stacked, x, clip.attention.attend_text, TINY)[0]
+
+    before = np.asarray(states(text))
+    for place in range(TINY.text_len):
+        other = text.copy()
+        other[0, place] = (text[0, place] + 1) % 11
+        moved = np.abs(states(other) - before).max(-1) > 0
+        np.testing.assert_array_equal(moved, np.arange(TINY.text_len) >= place)
+
+
+def test_only_what_comes_before_the_end_mark_counts():
+    model, params, layout = clip.model(TINY), random_params(TINY), TINY.layout
+    text = np.stack([layout.text_slots([1, 2])] * 3)
+    text[1, 4:] = layout.end_of_text  # padded as Hugging Face does
+    text[2, 2] = 5
+    features = np.asarray(apply(model, params, text, method="encode_text"))
+    np.testing.assert_allclose(features[0], features[1], atol=1e-6)
+    assert np.abs(features[0] - features[2]).max() > 1e-3
+
+
+def test_vectors_are_of_unit_length_and_pixels_are_normalised():
+    model, params, (image, text) = clip.model(TINY), random_params(TINY), random_batch(TINY)
+    for vectors in (encode_images(model, params, image), encode_captions(model, params, text)):
+        assert vectors.shape == (4, 8) and vectors.dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1.0, atol=1e-6)
+    mean = np.array(TINY.mean) * 255
+    np.testing.assert_allclose(clip.normalised(np.broadcast_to(mean, (1, 2, 2, 3)), TINY), 0.0, atol=1e-6)
+
+
+def by_pseudo_code(image_BE, text_BE, scale):
+    """Figure 3 of Radford et al. 2021 in float64 numpy: logits, and cross-entropy over rows and over columns."""
+    logits = image_BE.astype(np.float64) @ text_BE.astype(np.float64).T * scale
+    total = 0.0
+    for rows in (logits, logits.T):
+        log_share = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        total -= np.mean([log_share[i, i] for i in range(len(rows))])
+    return total / 2
+
+
+def test_loss_and_gradient_are_those_of_the_pseudo_code():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2, 5, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    loss = lambda image, text, scale: clip_task.contrastive_loss(image, text, scale)[0]  # noqa: E731
+    value, grads = jax.value_and_grad(loss, (0, 1, 2))(*vectors, jnp.float32(7.0))
+    assert value == pytest.approx(by_pseudo_code(*vectors, 7.0), rel=1e-5)
+    for part in (0, 1):  # by central differences of the reference
+        for place in ((0, 0), (3, 5)):
+            moved = [vectors.astype(np.float64), vectors.astype(np.float64)]
+            for sign, array in zip((1, -1), moved, strict=True):
+                array[part][place] += sign * 1e-5
+            slope = (by_pseudo_code(*moved[0], 7.0) - by_pseudo_code(*moved[1], 7.0)) / 2e-5
+            assert grads[part][place] == pytest.approx(slope, abs=1e-5)
+    slope = (by_pseudo_code(*vectors, 7.001) - by_pseudo_code(*vectors, 6.999)) / 2e-3
+    assert grads[2] == pytest.approx(slope, abs=1e-5)
+
+
+def test_accuracies_count_nearest_partners():
+    image, text = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)[[0, 1, 1]]
+    _, image_right, text_right = clip_task.contrastive_loss(image, text, 5.0)
+    assert float(image_right) == 1.0  # the third picture is as far from every caption: nothing is nearer than its own
+    assert float(text_right) == pytest.approx(2 / 3)  # the third caption is nearer to the second picture
+
+
+def test_the_scale_is_clipped_at_100_and_can_come_back():
+    model, batch = clip.model(TINY), random_batch(TINY)
+    params = random_params(TINY) | {"log_scale": jnp.array([9.0])}
+    assert float(apply(model, params, clip.normalised(batch[0], TINY), batch[1])[2]) == pytest.approx(100.0)
+    slope = jax.grad(lambda x, sign: sign * clip.at_most(x, 2.0))
+    assert [float(slope(x, sign)) for x in (1.0, 3.0) for sign in (1.0, -1.0)] == [1.0, -1.0, 1.0, 0.0]
+
+
+def value_and_gradient(config, params, batch):
+    model = clip.model(config)
+
+    def loss(params):
+        return clip_task._loss(model, params, {}, {"image": batch[0], "text": batch[1]}, key=None, step=None)[0]
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.slow  # the layers are the transformer's, whose test runs always
+def test_scan_equals_loop_and_remat_equals_none():
+    params, batch = random_params(TINY), random_batch(TINY)
+    plain = value_and_gradient(TINY, params, batch)
+    for changes in ({"scan": True}, {"remat": "full", "scan": True}):
+        found = value_and_gradient(dataclasses.replace(TINY, **changes), params, batch)
+        chex.assert_trees_all_close(found, plain, rtol=2e-4, atol=1e-5)
+
+
+def test_bf16_is_close_to_fp32():
+    params, (image, _) = random_params(TINY), random_batch(TINY)
+    exact = encode_images(clip.model(TINY), params, image)
+    rounded = encode_images(clip.model(dataclasses.replace(TINY, precision="bf16")), params, image)
+    assert rounded.dtype == jnp.float32
+    assert 0 < np.linalg.norm(exact - rounded) < 0.05 * np.linalg.norm(exact)  # 8 bits of mantissa through 2 layers
+
+
+def test_eight_devices_train_as_one_does():
+    """The loss of the whole batch, whatever its cut: every picture is told from every caption, also of other devices.
+
+    The loss of eight batches of one is zero, so the test would see a loss that stayed on its device.
+    """
+    config = tiny_config("--config.optimizer.name=adamw", *ONE_LAYER)
+    task = build_task(config)
+    image, text = random_batch(TINY, batch=8)
+    built = optimizers.build(config.optimizer, steps=10, axes=task.model.axes)
+    found = []
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        devices = jax.devices()[: int(np.prod(shape))]
+        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices=devices)
+        state = steps.init_state(task, built, key=jax.random.key(0), mesh=mesh)
+        batch = sharding.shard_batch({"image": image, "text": text}, mesh)
+        update = steps.make_update(task, built, mesh=mesh)
+        _, metrics = update(state, {}, batch, jax.random.key(1))
+        found.append(jax.device_get(metrics))
+    assert found[0]["loss"] > 1.0 and found[0]["grad_norm"] > 0.1
+    for metrics in found[1:]:
+        assert metrics == {name: pytest.approx(value, rel=1e-4) for name, value in found[0].items()}
+
+
+def test_embeddings_decay_but_gains_and_biases_do_not():
+    """Section 2.5: decay on all weights that are not gains or biases."""
+    decays = optimizers.decay_mask(clip.model(TINY).axes, tables=True)
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): d for path, d in jax.tree.leaves_with_path(decays)}
+    kept = {name for name, d in names.items() if not d}
+    assert kept == {name for name in names if name.endswith(("gain", "bias", "log_scale"))}
+    assert not optimizers.decay_mask(clip.model(TINY).axes)["text"]["embedding"]
+
+
+def test_microbatches_are_refused():
+    with pytest.raises(UserError, match=r"config.accumulate = 1 for CLIP, got 2.*remat"):
+        build_task(tiny_config("--config.accumulate=2"))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--config.data.image_size=16", "config.data.image_size = 8, the CLIP's image_size"),
+        ("--config.model.patch=3", "image_size must be a multiple of patch"),
+        ("--config.model.text_heads=3", "text_width must be a multiple of text_heads"),
+        ("--config.model.remat=some", "remat must be one of"),
+        ("--config.model.text_len=2", "text_len must be at least 3"),
+        ("--config.model.embed=0", "embed must be at least 1"),
+    ],
+)
+def test_impossible_configs_are_refused(word, message):
+    with pytest.raises(UserError, match=message):
+        build_task(tiny_config(word))
+
+
+def test_pixel_statistics_must_be_three():
+    with pytest.raises(ValueError, match="three numbers"):
+        CLIPConfig(mean=[0.5])
+    with pytest.raises(ValueError, match="std above 0"):
+        CLIPConfig(std=[0.5, 0.0, 0.5])
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Three updates on scenes, by the loop of every task."""
+    folder = tmp_path_factory.mktemp("clip")
+    Tokenizer.train([f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "star")], vocab_size=300).save(folder)
+    words = ["steps=3", f"tokenizer={folder}", "model.text_vocab=0", "data.train=scenes:train@24", "log_every=1"]
+    words += ["validation_batches=1", "validate_every=3", "data.validation=scenes:val@24", "data.threads=0"]
+    words += ["optimizer.name=adamw"]
+    config = tiny_config(*(f"--config.{word}" for word in words), *ONE_LAYER)
+    run.train(config, folder / "run", progress=False)
+    (folder / "tokenizer.model").unlink()
+    return folder / "run"
+
+
+def test_a_workdir_is_trained_and_self_contained(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    names = {name for line in lines for name in line}
+    assert {"train/loss", "train/scale", "train/image_to_text_accuracy", "validation/text_to_image_accuracy"} <= names
+    reranker = Reranker.load(workdir)
+    assert reranker.model.config.text_vocab == reranker.tokenizer.vocab_size
+    assert reranker.score(np.zeros((2, 24, 24, 3), np.uint8), "a red star").shape == (2,)
+
+
+def test_a_clip_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="a clip needs a tokenizer"):
+        run.train(tiny_config(), tmp_path, progress=False)

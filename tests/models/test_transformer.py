@@ -1,0 +1,167 @@
+"""The transformer: parameter counts, causality, and equality of its ways of computing."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.layout import Layout
+from dalle_jax.models import transformer
+from dalle_jax.models.layers import Model
+from dalle_jax.models.transformer import TransformerConfig
+from tests.support.parameters import random_parameters
+
+TINY = TransformerConfig(
+    num_layers=3,  # one layer of each kind: most of a test's time is the compiler's
+    width=16,
+    heads=2,
+    head_size=8,
+    text_len=5,
+    text_vocab=11,
+    grid=4,
+    image_vocab=7,
+    remat="none",
+    scan=False,
+    precision="fp32",
+)
+
+
+def random_batch(config, batch=2, seed=0):
+    rng = np.random.default_rng(seed)
+    text = np.stack([config.layout.text_slots(rng.integers(config.text_vocab, size=n)) for n in range(1, batch + 1)])
+    return text, rng.integers(config.image_vocab, size=(batch, config.layout.image_len)).astype(np.int32)
+
+
+apply = jax.jit(Model.apply, static_argnums=0)
+
+
+@functools.cache
+def random_params(config):
+    """As arrays of JAX, which traced ids can index. Nobody changes them."""
+    return jax.tree.map(jnp.asarray, random_parameters(transformer.model(config)))
+
+
+def test_parameter_count_of_the_paper():
+    """12 billion: blocks, embeddings, positions and heads by hand; nothing is allocated."""
+    config = TransformerConfig()
+    layers, width, text, image = 64, 3968, 16_384 + 256, 8192
+    matrices = layers * 12 * width**2
+    norms_and_biases = layers * (4 * width + 3 * width + width + 4 * width + width)
+    embeddings = (text + image + 1 + 256 + 32 + 32) * width
+    heads = (text + image) * width
+    assert transformer.model(config).num_params == matrices + norms_and_biases + embeddings + heads + 2 * width
+    assert transformer.model(config).num_params == 12_293_828_224
+
+
+def test_every_parameter_dimension_is_named():
+    model = transformer.model(TransformerConfig())
+    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+    for names, array in zip(
+        jax.tree.leaves(model.axes, is_leaf=is_names), jax.tree.leaves(model.abstract), strict=True
+    ):
+        assert len(names) == array.ndim and None not in names
+
+
+def test_initial_values():
+    """Output heads start at zero, so a fresh model predicts uniformly; matrices have the stated deviations."""
+    config = dataclasses.replace(TINY, width=64, num_layers=8)
+    params = jax.jit(transformer.model(config).init)(jax.random.key(0))
+    text_logits, image_logits = apply(transformer.model(config), params, *random_batch(config))
+    assert not text_logits.any() and not image_logits.any()
+    assert np.std(params["blocks"]["qkv"]) == pytest.approx(0.125 / 8, rel=0.03)
+    assert np.std(params["blocks"]["down"]) == pytest.approx(0.125 / 16 / 4, rel=0.03)  # fan-in 256, 1/sqrt(2 * 8)
+
+
+@pytest.mark.parametrize("pattern", ["paper", "full"])
+def test_no_logits_depend_on_a_later_token(pattern):
+    """By gradient with respect to one-hot inputs: prediction p depends on tokens before p and on no other."""
+    config = dataclasses.replace(TINY, pattern=pattern)
+    model, params, layout = transformer.model(config), random_params(config), config.layout
+    text, image = random_batch(config, batch=1)
+
+    def logits(text_vectors, image_vectors):
+        """The model with its embedding lookups replaced by given vectors."""
+        unit = dict(params)
+        unit["text_embedding"] = jnp.concatenate([params["text_embedding"], text_vectors])
+        unit["image_embedding"] = jnp.concatenate([params["image_embedding"], image_vectors])
+        text_ids = layout.text_ids + jnp.arange(layout.text_len)[None]
+        # Image position p reads row p of image_vectors as the token before it, hence the shift by one.
+        image_ids = layout.image_ids + jnp.arange(1, layout.image_len + 1)[None]
+        out_text, out_image = model.apply(unit, text_ids, image_ids)
+        return jnp.concatenate([out_text[0].sum(-1), out_image[0].sum(-1)])
+
+    text_vectors = params["text_embedding"][text[0]]
+    image_vectors = params["image_embedding"][np.concatenate([image[0], [0]])]
+    by_text, by_image = jax.jit(jax.jacrev(logits, (0, 1)))(text_vectors, image_vectors)
+    by_text, by_image = (np.abs(x).max(-1) for x in (by_text, by_image))
+    text_len, image_len = layout.text_len, layout.image_len
+    prediction = np.arange(text_len + image_len)
+    reads_text = np.arange(text_len)[None] <= prediction[:, None]
+    np.testing.assert_array_equal(by_text > 0, reads_text)  # text slots, and every image position sees all text
+    # image vector j stands for the token at position j - 1, read by image slot j; vector 0 is never read
+    later = np.arange(image_len + 1)[None] > (prediction - text_len)[:, None]
+    assert not by_image[later].any()
+    assert by_image[text_len + 1 :].any(axis=1).all()
+
+
+def test_scan_equals_loop_and_remat_equals_none():
+    """Values and gradients to rounding. 10 layers: two scanned groups, one row layer more, the convolution.
+
+    A scan without remat is compared with the loop by `test_meshes.py`.
+    """
+    config = dataclasses.replace(TINY, num_layers=10)
+    params, batch = random_params(config), random_batch(config)
+
+    def value_and_gradient(**changes):
+        model = transformer.model(dataclasses.replace(config, **changes))
+
+        def loss(params):
+            return sum(jnp.square(x).mean() for x in model.apply(params, *batch))
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    plain = value_and_gradient()
+    for remat in ("dots", "full"):
+        chex.assert_trees_all_close(value_and_gradient(scan=True, remat=remat), plain, rtol=2e-4, atol=1e-5)
+
+
+def test_scanned_program_does_not_grow_with_depth():
+    def lines(num_layers):
+        config = dataclasses.replace(TINY, num_layers=num_layers, scan=True)
+        model = transformer.model(config)
+        lowered = jax.jit(model.apply).lower(model.abstract, *random_batch(config))
+        return len(lowered.as_text().splitlines())
+
+    assert lines(33) == lines(9)
+
+
+def test_bf16_is_close_to_fp32():
+    params, batch = random_params(TINY), random_batch(TINY)
+    exact = apply(transformer.model(TINY), params, *batch)
+    rounded = apply(transformer.model(dataclasses.replace(TINY, precision="bf16")), params, *batch)
+    for a, b in zip(exact, rounded, strict=True):
+        assert b.dtype == jnp.float32
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a)  # 8 bits of mantissa through 3 layers
+        assert not np.array_equal(a, b)
+
+
+def test_padding_vector_differs_by_position():
+    """Two captions of different length give different logits although the padding itself carries no token."""
+    layout: Layout = TINY.layout
+    slots = layout.text_slots([3])
+    assert list(slots) == [11, 3, 13, 14, 15]
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(ValueError, match="remat must be one of"):
+        TransformerConfig(remat="some")
+    with pytest.raises(ValueError, match="precision must be one of"):
+        TransformerConfig(precision="fp8")
+    with pytest.raises(ValueError, match="heads must be at least 1"):
+        TransformerConfig(heads=0)
+    with pytest.raises(TypeError):
+        TransformerConfig(depth=3)

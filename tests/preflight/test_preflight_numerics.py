@@ -1,0 +1,93 @@
+"""Preflight of what the paper did to fit: compressed gradients, 16-bit moments, an average in host memory."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from dalle_jax import config as configs
+from dalle_jax import sharding
+from dalle_jax.cli import preflight
+from dalle_jax.errors import UserError
+from dalle_jax.preflight import estimate as estimates
+from dalle_jax.preflight import memory, report, search
+from dalle_jax.preflight import topology as topologies
+from dalle_jax.preflight.job import Job, shard_bytes
+from dalle_jax.train import step as steps
+from tests.preflight.test_preflight import emulated
+from tests.support import ROOT
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The demo transformer without any of it, compiled for the eight emulated devices."""
+    return search.examine(emulated())
+
+
+def test_moments_in_host_memory_are_not_counted():
+    job = emulated("v5e", (2, 4), "tpu").changed({"optimizer.name": "adamw"})
+    bytes_here, fewer = memory.by_kind(job), memory.by_kind(job.changed({"storage.offload": True}))
+    assert fewer["optimizer"] < 100 < 2 * bytes_here["parameters"] < bytes_here["optimizer"] + 100  # counters alone
+    assert fewer["temporaries"] - bytes_here["temporaries"] == bytes_here["parameters"]  # the changes of an update
+
+
+def test_of_what_a_gpus_host_holds_the_average_is_taken_off_and_the_moments_are_refused(plain):
+    """A compiler for GPUs that are not here knows no host memory: it sees the average on the device."""
+    job = plain.job.changed({"storage.offload_average": True})
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(job.state)} == {"device"}
+    found = search.examine(job)
+    assert found.bytes == {**plain.bytes, "ema": 0}
+    assert plain.verdict.total_bytes - found.verdict.total_bytes == plain.bytes["ema"] > 0
+    on_tpu = emulated("v5e", (2, 4), "tpu").changed({"storage.offload_average": True})
+    assert memory.by_kind(on_tpu)["ema"] == 0 == on_tpu.average_bytes_taken_off
+    with pytest.raises(UserError, match="expected config.storage.offload = false with gpu:h100:1x8, got true"):
+        memory.by_kind(job.changed({"storage.offload": True, "optimizer.name": "adamw"}))
+
+
+def test_the_papers_own_layout_holds_more_than_its_gpus_have():
+    """12b_v100 on 1,024 V100 of 16 GB: by shapes alone, and as docs/numerics.md says."""
+    pod = topologies.parse("gpu:v100-16:128x8")
+    job = Job(configs.load("configs/transformer.py:12b_v100"), pod, ())
+    vars(job)["mesh"] = AbstractMesh((128, 8, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    found, hidden = memory.by_kind(job), 64 * 12 * 3968**2 // 8
+    rest = job.task.model.num_params / 8 - hidden
+    assert found["compression"] == 2 * hidden and found["ema"] == 0  # 1-6-9; in host memory
+    assert found["optimizer"] == pytest.approx(2 * 2 * hidden + 2 * 4 * rest, rel=3e-3)  # some biases lie uncut
+    held = sum(found[kind] for kind in ("parameters", "optimizer", "compression"))
+    assert held < pod.usable_bytes < sum(found.values())
+    assert steps._parts(job.task, job.mesh, job._compression)[0].start == 8 * 2.0**13  # a replica's loss, 8 pieces
+    sent, instead = job.across_replicas
+    assert sent == pytest.approx((1 - 0.859) * 2 * hidden + 4 * rest, rel=0.01) and instead > 5 * sent
+    text = (ROOT / "docs" / "numerics.md").read_text()
+    for kind, size in found.items():
+        assert f"  {report.NAMES.get(kind, kind):<16}{size / 1e9:>9.3f}\n" in text, kind
+    assert f"{sent / 1e9:.3f} GB instead of {instead / 1e9:.3f}" in text and "DOES NOT FIT" in text
+
+
+def test_compression_is_in_the_report_and_the_json(plain):
+    job = plain.job.changed({"compression.rank": 16, "optimizer.name": "adamw"})
+    compressed = dataclasses.replace(plain, job=job, bytes=memory.by_kind(job))
+    figures, text = preflight._json(compressed), report.table(compressed, [])
+    assert figures["bytes_per_chip"]["compression"] == shard_bytes(job.state["error"]) > 0
+    sent, instead = figures["bytes_across_replicas"].values()
+    assert figures["compression_saved"] == 1 - sent / instead > 0.5
+    assert "left out" in text and f"which saves {figures['compression_saved']:.0%}" in text
+    assert preflight._json(plain)["compression_saved"] == 0 and "saves" not in report.table(plain, [])
+
+
+def test_compressed_gradients_cross_once_an_update_whatever_the_microbatches(plain):
+    job = plain.job.changed({"compression.rank": 16, "optimizer.name": "adamw"})
+    once, twice = (estimates.expected(j) for j in (job, job.changed({"accumulate": 2})))
+    for one, two in zip(once, twice, strict=True):
+        times = 1 if one.axis == "replica" else 2
+        assert (two.kind, two.axis, two.count, two.bytes) == (one.kind, one.axis, times, times * one.bytes)
+    assert next(c.bytes for c in once if c.axis == "replica") == 2 * job.across_replicas[0] // 2 > 0
+
+
+def test_what_has_16_bits_already_is_no_change_that_is_tried():
+    job = emulated().changed({"optimizer.name": "adamw"})
+    offered = lambda job: {key for group in search._options(job) for change in group for key in change}  # noqa: E731
+    assert {"optimizer.moments", "storage.params"} <= offered(job)
+    assert "optimizer.moments" not in offered(job.changed({"optimizer.moments": "paper"}))
+    assert "storage.params" not in offered(job.changed({"storage.params": "bf16"}))

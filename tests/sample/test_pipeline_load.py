@@ -1,0 +1,73 @@
+"""`Pipeline.load`: parts that are missing, foreign or impossible, and what a model cannot do."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+import dalle_jax
+from dalle_jax.checkpoint import format
+from dalle_jax.cli import main
+from dalle_jax.errors import UserError
+from dalle_jax.models import build
+from tests.sample.test_pipeline_api import CAPTION, DVAE, folder  # noqa: F401
+from tests.support.parameters import random_parameters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": "int4"}, r"weights must be one of \('model', 'int8'\)"),
+        ({"cache": "int4"}, r"cache one of \('model', 'fp8'\)"),
+        ({"devices": []}, "devices must be at least one of"),
+        ({"devices": ["cpu"]}, r"devices must be at least one of .* got \['cpu'\]"),
+    ],
+)
+def test_impossible_ways_to_hold_a_model_are_refused(folder, arguments, message):  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        dalle_jax.Pipeline.load(folder, **arguments)
+
+
+@pytest.mark.parametrize("part", ["transformer", "dvae"])
+@pytest.mark.parametrize("sizes", [{"width": 0}, {"widht": 16}])
+def test_impossible_sizes_of_a_folder_are_named(folder, tmp_path, part, sizes):  # noqa: F811
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    place = other / "dvae" if part == "dvae" else other
+    config = json.loads((place / "config.json").read_text())
+    config["model"] |= sizes
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"expected a possible {part} in {place}, got one where .*{[*sizes][0]}"):
+        dalle_jax.Pipeline.load(other)
+
+
+def test_what_a_model_cannot_do_is_refused(folder):  # noqa: F811
+    plain = dalle_jax.Pipeline.load(folder, devices=jax.devices()[:1])
+    with pytest.raises(UserError, match="best_of needs a CLIP"):
+        plain(CAPTION, best_of=4)
+    with pytest.raises(UserError, match="trained without dropping captions"):
+        plain(CAPTION, guidance=3.0)
+
+
+def test_missing_and_foreign_parts_are_named(folder, tmp_path, capsys):  # noqa: F811
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    coarse = {**DVAE, "groups": 1}
+    format.save_params(other / "dvae", {"name": "dvae", "model": coarse}, random_parameters(build("dvae", coarse)))
+    for words, told in (
+        (["sample", str(other), "a star"], "expected a dVAE of 12 codes on a grid of 4"),
+        *(
+            (
+                ["sample", str(folder), "a star", "--tensor", tensor],
+                "tensor must divide the 8 device(s) and the model's 2",
+            )
+            for tensor in ("0", "3", "8")
+        ),
+        (["sample", str(tmp_path / "nothing"), "a star"], "config.json"),
+        (["sample", str(folder / "dvae"), "a star"], "expected a transformer"),
+        (["sample", str(folder), "a star", "--image", str(tmp_path / "no.png")], "expected a picture to complete"),
+    ):
+        assert main.main(words) == 2
+        error = capsys.readouterr().err.strip()
+        assert told in error and "\n" not in error

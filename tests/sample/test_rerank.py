@@ -1,0 +1,141 @@
+"""Reranking: order on trivial cases, independence of batch and picture size, and what is refused."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax.checkpoint import format
+from dalle_jax.errors import UserError
+from dalle_jax.models import clip
+from dalle_jax.sample import rerank
+from dalle_jax.sample.rerank import Reranker
+from dalle_jax.text.bpe import Tokenizer
+from tests.models.test_clip import TINY, apply, encode_images
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def plain(colour, height=8, width=8):
+    return np.broadcast_to(np.array(COLOURS[colour], np.uint8), (height, width, 3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A CLIP fitted to say which of three colours a plain picture has: the text projection by least squares."""
+    tokenizer = Tokenizer.train(COLOURS, vocab_size=290)
+    config = dataclasses.replace(TINY, text_vocab=tokenizer.vocab_size, text_len=16)
+    model = clip.model(config)
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
+    images = np.stack([plain(colour) for colour in COLOURS])
+    vectors = np.asarray(encode_images(model, params, images))
+    wanted = np.linalg.pinv(vectors).T  # its dot product is 1 with the colour's picture and 0 with the others
+    text = np.stack([config.layout.text_slots(tokenizer.encode(colour)) for colour in COLOURS])
+    states = params | {"text": params["text"] | {"projection": np.eye(16, dtype=np.float32)}}
+    wide = clip.model(dataclasses.replace(config, embed=16))
+    read = np.asarray(apply(wide, states, text, method="encode_text")) * 4.0  # of layer-normed states: length sqrt(16)
+    params["text"]["projection"] = (np.linalg.pinv(read) @ wanted).astype(np.float32)
+    folder = tmp_path_factory.mktemp("model")
+    format.save_params(folder, {"name": "clip", "model": dataclasses.asdict(config)}, params)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reranker(folder):
+    return Reranker.load(folder)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 12), (20, 16), (5, 5)])
+def test_the_picture_of_the_caption_scores_best(reranker, size):
+    images = np.stack([plain(colour, *size) for colour in COLOURS])
+    for index, colour in enumerate(COLOURS):
+        scores = reranker.score(images, colour)
+        assert scores.dtype == np.float32 and scores.shape == (3,)
+        assert np.argmax(scores) == index and np.abs(scores).max() <= 1 + 1e-6
+
+
+def test_a_score_does_not_depend_on_the_other_pictures(reranker, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+    scores = reranker.score(images, "red")
+    np.testing.assert_array_equal(scores, [reranker.score(images[i : i + 1], "red")[0] for i in range(7)])
+    monkeypatch.setattr(rerank, "WAVE", 3)
+    np.testing.assert_allclose(reranker.score(images, "red"), scores, atol=1e-6)
+    assert reranker.score(images[:0], "red").shape == (0,)
+
+
+def test_a_caption_is_encoded_once(reranker, monkeypatch):
+    images, calls = np.zeros((1, 8, 8, 3), np.uint8), []
+    encode = rerank._encode_caption
+    monkeypatch.setattr(rerank, "_encode_caption", lambda *a: calls.append(1) or encode(*a))
+    monkeypatch.setattr(rerank, "CACHED_CAPTIONS", 2)
+    reranker._captions.clear()
+    for caption in ("red star", "red star", "green star", "red star"):
+        reranker.score(images, caption)
+    assert len(calls) == 2
+    for caption in ("blue star", "red star", "green star"):  # green was used longest ago and had to go
+        reranker.score(images, caption)
+    assert len(calls) == 4 and len(reranker._captions) == 2
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 90), (90, 48)])
+def test_pictures_are_brought_to_size_as_pillow_does(size):
+    """Within the rounding of its two passes, on a smooth picture and where pictures grow or shrink."""
+    rows, columns = np.mgrid[: size[0], : size[1]] / 8.0
+    image = np.stack([127 + 120 * np.sin(rows + c) * np.cos(columns) for c in range(3)], -1).astype(np.uint8)
+    for side in (20, 100):
+        scale = side / min(size)
+        tall, wide = round(size[0] * scale), round(size[1] * scale)
+        wanted = np.asarray(Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC), int)
+        top, left = (tall - side) // 2, (wide - side) // 2
+        got = np.asarray(rerank.fitted(image[None], side))[0].astype(int)
+        assert np.abs(got - wanted[top : top + side, left : left + side]).max() <= 1
+
+
+def test_the_digest_tells_models_apart(folder, reranker, tmp_path):
+    assert Reranker.load(folder).digest == reranker.digest
+    config, params = format.load_params(folder)
+    params["log_scale"] = params["log_scale"] + 1
+    format.save_params(tmp_path, config, params)
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    assert Reranker.load(tmp_path).digest != reranker.digest
+
+
+@pytest.mark.parametrize(
+    ("images", "caption", "message"),
+    [
+        (np.zeros((1, 8, 8, 3), np.float32), "red", "expected pictures as uint8"),
+        (np.zeros((8, 8, 3), np.uint8), "red", r"got uint8 \[8, 8, 3\]"),
+        (np.zeros((1, 0, 8, 3), np.uint8), "red", "with pixels"),
+        (np.zeros((1, 8, 8, 3), np.uint8), ["red"], "caption as text"),
+    ],
+)
+def test_wrong_arguments_are_refused(reranker, images, caption, message):
+    with pytest.raises(UserError, match=message):
+        reranker.score(images, caption)
+
+
+def test_wrong_folders_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="expected a model or a workdir"):
+        Reranker.load(tmp_path / "nothing")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match="expected a tokenizer"):
+        Reranker.load(other)
+    Tokenizer.train(["many other words here"], vocab_size=280).save(other)
+    with pytest.raises(UserError, match="expected a tokenizer of"):
+        Reranker.load(other)
+    config, params = format.load_params(folder)
+    format.save_params(other, {**config, "name": "dvae"}, params)
+    with pytest.raises(UserError, match="expected a clip in"):
+        Reranker.load(other)
+    format.save_params(other, {"name": "clip", "model": {**config["model"], "embed": 9}}, params)
+    with pytest.raises(UserError, match="of shape"):
+        Reranker.load(other)
+    format.save_params(other, {"name": "clip", "model": {**config["model"], "patch": 3}}, params)
+    with pytest.raises(UserError, match="a possible CLIP"):
+        Reranker.load(other)

@@ -1,0 +1,366 @@
+"""Sampling: cached equals uncached, draws follow the filtered distribution, images do not disturb each other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import sharding
+from dalle_jax.errors import UserError
+from dalle_jax.models import decoding, transformer
+from dalle_jax.models.attention import blockwise
+from dalle_jax.sample.engine import Engine, image_keys
+from dalle_jax.sample.logits import draw, filter_logits, guide, noise
+from tests.models.test_transformer import TINY, apply, random_batch, random_params
+
+ONE = sharding.make_mesh({}, devices=jax.devices()[:1])
+
+
+def uncached(config, params, text_CT, image_CMI):
+    """Image logits [C, M, I, V] of the whole forward pass."""
+    captions, candidates = image_CMI.shape[:2]
+    text = np.repeat(text_CT, candidates, axis=0)
+    logits = apply(transformer.model(config), params, text, image_CMI.reshape(captions * candidates, -1))[1]
+    return np.asarray(logits).reshape(captions, candidates, *logits.shape[1:])
+
+
+def cached(config, params, text_CT, image_CMI, *, weights="model", cache="model"):
+    """The same, one position at a time from a cache."""
+    captions, candidates = image_CMI.shape[:2]
+    image_IB = image_CMI.reshape(captions * candidates, -1).T
+    previous_IB = np.concatenate([np.full_like(image_IB[:1], config.layout.start_of_image), image_IB[:-1]])
+
+    @jax.jit
+    def run(params):
+        blocks = [{name: a[i] for name, a in params["blocks"].items()} for i in range(config.num_layers)]
+        layers = [decoding.layer_weights(config, block, weights=weights) for block in blocks]
+        ends = decoding.end_weights(config, params)
+        stores = decoding.prefill(config, layers, ends, text_CT, cache=cache)
+
+        def one(store, inputs):
+            position, previous_B = inputs
+            logits_VB, store = decoding.decode(config, layers, ends, stores, store, previous_B, position)
+            return store, logits_VB.T
+
+        inputs = np.arange(config.layout.image_len), previous_IB
+        return jax.lax.scan(one, decoding.empty_cache(config, captions * candidates, cache=cache), inputs)[1]
+
+    logits_IBV = np.asarray(run(params))
+    return logits_IBV.swapaxes(0, 1).reshape(captions, candidates, *logits_IBV.shape[::2])
+
+
+@pytest.mark.parametrize("pattern", ["paper", "full"])
+def test_cached_logits_equal_uncached_at_every_position(pattern):
+    """All kinds in one stack, some more than once, two captions with two candidates of their own, 1e-4 absolute on
+    logits of order 10."""
+    config = dataclasses.replace(TINY, pattern=pattern, num_layers=6 if pattern == "paper" else 3)
+    params = random_params(config)
+    text_CT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1].reshape(2, 2, -1)
+    want = uncached(config, params, text_CT, image)
+    np.testing.assert_allclose(cached(config, params, text_CT, image), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_float16_model_is_sampled_from_as_it_was_trained():
+    """Stream and logits in float32 in both; a few roundings of 2^-11 on logits of order 4 (measured: 0.006)."""
+    config = dataclasses.replace(TINY, precision="fp16-paper", num_layers=2)
+    params = random_params(config)
+    text_CT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1].reshape(2, 2, -1)
+    want = uncached(config, params, text_CT, image)
+    np.testing.assert_allclose(cached(config, params, text_CT, image), want, atol=0.02)
+
+
+def sample(config=TINY, captions=2, candidates=3, seed=0, params=None, text=None, **kwargs):
+    params = random_params(config) if params is None else params
+    text = random_batch(config, batch=captions)[0] if text is None else text
+    seeds = seed + np.arange(captions * candidates).reshape(captions, candidates)
+    return Engine(transformer.model(config), params, mesh=ONE).generate(text, image_keys(seeds), **kwargs)
+
+
+def test_greedy_sampling_takes_the_most_likely_token_of_the_uncached_model():
+    """top_k = 1 leaves one choice, so the sampled picture must be its own argmax under the full forward pass."""
+    ids = sample(top_k=1)
+    text = np.repeat(random_batch(TINY, batch=2)[0], 3, axis=0)
+    logits = apply(transformer.model(TINY), random_params(TINY), text, ids.reshape(6, -1))[1]
+    np.testing.assert_array_equal(ids.reshape(6, -1), logits.argmax(-1))
+
+
+def test_an_image_depends_on_its_own_seed_and_caption_only():
+    together = sample(captions=2, candidates=3, seed=5)
+    text = random_batch(TINY, batch=2)[0]
+    for caption in range(2):
+        for candidate in range(3):
+            alone = sample(captions=1, candidates=1, seed=5 + 3 * caption + candidate, text=text[caption : caption + 1])
+            np.testing.assert_array_equal(alone[0, 0], together[caption, candidate])
+    assert len(np.unique(together.reshape(6, -1), axis=0)) == 6
+
+
+def test_the_caption_still_matters_at_the_last_position():
+    """Greedy pictures of one seed under two captions differ in the logits of the last position."""
+    model, params = transformer.model(TINY), random_params(TINY)
+    text = random_batch(TINY, batch=2)[0]
+    image = sample(captions=1, candidates=1, text=text[:1])[0]
+    first, second = (apply(model, params, text[i : i + 1], image)[1][0, -1] for i in range(2))
+    assert np.abs(first - second).max() > 1e-2
+
+
+def test_given_rows_are_kept_and_the_rest_continues_them():
+    params, layout = random_params(TINY), TINY.layout
+    given = np.random.default_rng(3).integers(TINY.image_vocab, size=(2, layout.image_len)).astype(np.int32)
+    before = given.copy()
+    ids = sample(params=params, given_CI=given, given_rows=2)
+    np.testing.assert_array_equal(ids[..., :8], np.broadcast_to(given[:, None, :8], (2, 3, 8)))
+    np.testing.assert_array_equal(given, before)
+    assert len(np.unique(ids.reshape(6, -1), axis=0)) == 6
+    # Completing a sampled picture from its own first rows draws the same picture again; each caption keeps its own.
+    whole = sample(params=params, candidates=1)
+    np.testing.assert_array_equal(sample(params=params, candidates=1, given_CI=whole[:, 0], given_rows=[2, 0]), whole)
+
+
+def numpy_filter(logits, temperature, top_k, top_p):
+    """Probabilities after temperature, top-k, top-p, by sorting one vector."""
+    probability = np.exp(logits / temperature - np.max(logits / temperature))
+    probability /= probability.sum()
+    order = np.argsort(-probability, kind="stable")
+    keep = np.zeros(len(logits), bool)
+    kept_by_k = order[: top_k or len(logits)]
+    renormalised = probability[kept_by_k] / probability[kept_by_k].sum()
+    reached = 0.0
+    for index, p in zip(kept_by_k, renormalised, strict=True):
+        keep[index] = True
+        reached += p
+        if top_p is not None and reached >= top_p:
+            break
+    return np.where(keep, probability, 0) / probability[keep].sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (5, None), (None, 0.6), (8, 0.7), (1, None), (None, 1e-6)])
+def test_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=20, scale=2).astype(np.float32)
+    want = numpy_filter(logits.astype(np.float64), temperature, top_k, top_p)
+    filtered = filter_logits(jnp.asarray(logits), temperature=temperature, top_k=top_k, top_p=top_p)
+    np.testing.assert_allclose(jax.nn.softmax(filtered), want, atol=1e-6)
+    count = 20_000
+    noise_CV = jax.vmap(lambda p: noise(jax.random.key(0), p, 20))(np.arange(count))
+    ids = draw(filtered, noise_CV)
+    share = np.bincount(ids, minlength=20) / count
+    assert share[want == 0].sum() == 0
+    np.testing.assert_allclose(share, want, atol=5 * 0.5 / np.sqrt(count))  # five standard errors of a share
+
+
+def test_the_engine_draws_from_the_filtered_distribution_at_the_end_of_a_picture():
+    """The first code of the last row, drawn by 1,000 candidates of each of three captions after the same rows, against
+    numpy on the logits of the whole forward pass; one caption is guided."""
+    params, (text, image), count = random_params(TINY), random_batch(TINY, batch=3), 1000
+    settings = [(3.0, None, None), (2.0, 4, None), (4.0, 6, 0.8)]
+    temperature, top_k, top_p = zip(*settings, strict=True)
+    engine, rows, guidance = Engine(transformer.model(TINY), params, mesh=ONE), TINY.grid - 1, [1.0, 1.0, 1.5]
+    wave = engine.begin(
+        text, image_keys(np.arange(3 * count).reshape(3, count)), temperature=temperature, top_k=top_k, top_p=top_p,
+        guidance=guidance, given_CI=image, given_rows=rows,
+    )  # fmt: skip
+    place = rows * TINY.grid
+    drawn_CM = engine.ids(engine.advance(wave, 0, TINY.grid))[..., place]
+    empty = np.stack([TINY.layout.text_slots([])] * 3)
+    logits = uncached(TINY, params, np.concatenate([text, empty]), np.tile(image, (2, 1))[:, None])[:, 0, place]
+    c, u = np.split(logits.astype(float), 2)
+    for caption, own in enumerate(settings):
+        want = numpy_filter(u[caption] + guidance[caption] * (c[caption] - u[caption]), *own)
+        assert (want > 0.02).sum() > 1  # a choice
+        share = np.bincount(drawn_CM[caption], minlength=TINY.image_vocab) / count
+        error = np.sqrt(want * (1 - want) / count)
+        assert (np.abs(share - want) <= 5 * error + 1e-6).all(), (caption, share, want)
+
+
+def test_top_p_of_one_and_top_k_of_the_vocabulary_change_nothing():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 9)), jnp.float32)
+    np.testing.assert_array_equal(filter_logits(logits, temperature=1.0, top_k=9, top_p=1.0), logits)
+
+
+def test_guidance_is_the_formula_with_and_without_a_cache():
+    """Greedy guided pictures are the argmax of u + g (c - u), both uncached; the caller's arrays stay as they were."""
+    params, layout = random_params(TINY), TINY.layout
+    text = random_batch(TINY, batch=2)[0]
+    before = text.copy()
+    ids = sample(params=params, text=text, top_k=1, guidance=[3.0, 1.0])
+    np.testing.assert_array_equal(text, before)
+    c = uncached(TINY, params, text, ids)
+    u = uncached(TINY, params, np.stack([layout.text_slots([])] * 2), ids)
+    np.testing.assert_array_equal(ids[0], (u + 3.0 * (c - u))[0].argmax(-1))
+    np.testing.assert_array_equal(ids[1], c[1].argmax(-1))
+    assert not np.array_equal(ids[0], c[0].argmax(-1))
+    np.testing.assert_array_equal(guide(c, u, 0.0), u)
+    # A guided neighbour changes nothing.
+    np.testing.assert_array_equal(sample(params=params, text=text, guidance=[3.0, 1.0])[1], sample(params=params)[1])
+
+
+def test_settings_of_one_caption_leave_the_others_alone():
+    params = random_params(TINY)
+    plain, cold = sample(params=params), sample(params=params, temperature=[1.0, 1e-6], top_k=[None, 3], top_p=[1, 0.5])
+    np.testing.assert_array_equal(cold[0], plain[0])
+    greedy = sample(params=params, top_k=1)
+    np.testing.assert_array_equal(cold[1], greedy[1])
+
+
+def test_rows_drawn_one_by_one_are_those_drawn_at_once():
+    text, keys = random_batch(TINY, batch=2)[0], image_keys(np.arange(6).reshape(2, 3))
+    engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE)
+    wave = engine.begin(text, keys)
+    for row in range(TINY.grid):
+        wave = engine.advance(wave, row, row + 1)
+        assert not engine.ids(wave)[..., (row + 1) * TINY.grid :].any()
+    np.testing.assert_array_equal(engine.ids(wave), engine.generate(text, keys))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"replica": 4, "tensor": 2},
+        pytest.param({"replica": 8}, marks=pytest.mark.slow),
+        pytest.param({"tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_same_pictures_on_any_number_of_devices(sizes):
+    """To the token in float32. Everything large is really cut: weights along tensor, images along replica."""
+    params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
+    model, keys = transformer.model(TINY), image_keys(np.arange(8).reshape(2, 4))
+    mesh = sharding.make_mesh(sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
+    engine = Engine(model, params, mesh=mesh)
+    wave = engine.begin(text, keys, guidance=2.0)
+    wave = engine.advance(wave, 0, TINY.grid)
+    alone = Engine(model, params, mesh=ONE)
+    np.testing.assert_array_equal(engine.ids(wave), alone.generate(text, keys, guidance=2.0))
+    store = wave["arrays"]["cache"][0]["k"]
+    assert store.addressable_shards[0].data.size * mesh.size == store.size
+    with pytest.raises(ValueError, match="multiple of"):
+        Engine(model, params, mesh=sharding.make_mesh({"replica": 4}, devices=jax.devices()[:4])).begin(
+            text, image_keys(np.arange(2).reshape(2, 1))
+        )
+
+
+def test_bf16_and_8_bit_weights_and_caches_stay_close_and_are_small():
+    params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
+    image = random_batch(TINY, batch=4, seed=1)[1].reshape(2, 2, -1)
+    exact = cached(TINY, params, text, image)
+    for kind, near in (({"weights": "int8"}, 0.03), ({"cache": "fp8"}, 0.1)):  # 7 bits, 3 bits of mantissa
+        error = np.linalg.norm(cached(TINY, params, text, image, **kind) - exact) / np.linalg.norm(exact)
+        assert 0 < error < near, (kind, error)
+    half = dataclasses.replace(TINY, precision="bf16")  # 7 bits of mantissa, of everything
+    assert decoding.empty_cache(half, 1)[0]["k"].dtype == jnp.bfloat16
+    assert 0 < np.linalg.norm(cached(half, params, text, image) - exact) < 0.03 * np.linalg.norm(exact)
+    model = transformer.model(TINY)
+    wide, small = Engine(model, params, mesh=ONE), Engine(model, params, mesh=ONE, weights="int8", cache="fp8")
+    matrix = small._weights[0][0]["up"]
+    assert matrix["int8"].dtype == jnp.int8 and matrix["int8"].shape == wide._weights[0][0]["up"].shape
+    assert small.generate(text, image_keys(np.arange(8).reshape(2, 4))).shape == (2, 4, 16)
+    with pytest.raises(UserError, match="weights must be one of"):
+        Engine(model, params, weights="int4")
+
+
+def test_cache_holds_and_reads_what_the_window_needs():
+    """Slots of keys and values a candidate: a ring of a row and one, every image position of column layers, of which a
+    step reads one column, and the convolution's reach; counted from shapes, for the paper's model."""
+    config = transformer.TransformerConfig(num_layers=8, width=128, heads=2)
+    images = 3
+    stores = jax.eval_shape(lambda: decoding.empty_cache(config, images))
+    position = 2 * 2 * config.width  # bytes: k and v in bfloat16
+    held = {"row": 33, "column": 1024, "conv": 166}
+    for kind, store in zip(config.kinds, stores, strict=True):
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(store))
+        assert size == images * held[kind] * position
+    read = {"row": 33, "column": 32, "conv": 166}
+    for kind in read:
+        assert blockwise._cache_view(kind, jnp.int32(0), config.grid)[2] == read[kind]
+    text = jax.eval_shape(
+        lambda p, t: decoding.prefill(
+            config,
+            [decoding.layer_weights(config, {name: a[i] for name, a in p["blocks"].items()}) for i in range(8)],
+            decoding.end_weights(config, p),
+            t,
+        ),
+        transformer.model(config).abstract,
+        jax.ShapeDtypeStruct((1, config.text_len), jnp.int32),
+    )
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(text))
+    assert size == 8 * 256 * 4 * config.width  # once a caption, whatever the number of candidates
+
+
+def test_rows_of_a_batch_are_filtered_each_by_its_own_settings():
+    """Against numpy one row at a time, every setting another, traced as the engine traces them."""
+    settings = [(0.5, 5, 1.0), (1.0, 20, 0.6), (1.7, 8, 0.7), (1.0, 20, 1.0), (0.8, 1, 1.0), (1.3, 20, 1e-6)]
+    logits = np.random.default_rng(0).normal(size=(len(settings), 20), scale=2).astype(np.float32)
+    temperature, top_k, top_p = (np.asarray(column) for column in zip(*settings, strict=True))
+    filtered = jax.jit(filter_logits)(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    for row, own in enumerate(settings):
+        want = numpy_filter(logits[row].astype(np.float64), *own)
+        np.testing.assert_allclose(jax.nn.softmax(filtered[row]), want, atol=1e-6)
+        assert ((filtered[row] == -np.inf) == (want == 0)).all()
+
+
+def test_top_k_is_a_number_of_codes():
+    """Not a share of the vocabulary: of equal logits, k are left."""
+    for k in (1, 2, 7):
+        filtered = filter_logits(jnp.zeros((3, 20)), temperature=1.0, top_k=k)
+        np.testing.assert_array_equal(np.isfinite(filtered).sum(-1), k)
+
+
+def test_a_step_reads_the_cache_and_every_step_the_text():
+    """A cache that is dropped, a text that is forgotten, would change nothing where they are damaged: here it does,
+    at the last position as at the second, guided and not."""
+    text, keys = random_batch(TINY, batch=2)[0], image_keys(np.arange(6).reshape(2, 3))
+    engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE)
+
+    def last_row(damage, guidance):
+        wave = engine.advance(engine.begin(text, keys, guidance=guidance), 0, TINY.grid - 1)
+        wave["arrays"] |= {damage: jax.tree.map(jnp.zeros_like, wave["arrays"][damage])} if damage else {}
+        return engine.ids(engine.advance(wave, TINY.grid - 1, TINY.grid))[..., -TINY.grid :]
+
+    for guidance in (1.0, 2.0):
+        intact = last_row(None, guidance)
+        assert not np.array_equal(last_row("cache", guidance), intact)
+        assert not np.array_equal(last_row("stores", guidance), intact)
+
+
+def test_8_bit_engine_draws_guided_captions_of_mixed_settings():
+    """Whatever the weights and the cache are kept in, a caption's settings are its own, and guidance does something."""
+    text, keys = random_batch(TINY, batch=2)[0], image_keys(np.arange(4).reshape(2, 2))
+    engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE, weights="int8", cache="fp8")
+    mixed = engine.generate(text, keys, guidance=[3.0, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, None])
+    assert mixed.min() >= 0 and mixed.max() < TINY.image_vocab
+    alike = engine.generate(text, keys, guidance=1.5, temperature=0.7, top_k=5)
+    np.testing.assert_array_equal(mixed[1], alike[1])
+    weaker = engine.generate(text, keys, guidance=[1.1, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, 1])
+    np.testing.assert_array_equal(mixed[1], weaker[1])
+    assert not np.array_equal(mixed[0], weaker[0])
+
+
+def test_abstract_engine_compiles_what_the_real_one_runs():
+    """Shapes alone give the same bytes and arrays; the compiler holds a wave once, donated, and not a second time."""
+    model = transformer.model(TINY)
+    shapes, real = Engine(model, None, mesh=ONE), Engine(model, random_params(TINY), mesh=ONE)
+    assert shapes.weight_bytes() == real.weight_bytes()
+    assert shapes.wave_bytes(1, 2, guided=True) == real.wave_bytes(1, 2, guided=True)
+    programs = shapes.compile(2, 3)
+    wave = real.begin(random_batch(TINY, batch=2)[0], image_keys(np.arange(6).reshape(2, 3)))
+    of = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert of(wave["arrays"]) == of(programs["begin"].out_info) == of(programs["advance"].out_info)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(wave["arrays"]["cache"]))
+    assert programs["advance"].memory_analysis().alias_size_in_bytes >= held
+
+
+def test_a_step_copies_no_store_and_adds_no_branch_twice():
+    """What XLA's CPU backend would do to other ways of writing the same step: copy column layers' whole stores before
+    it reads and writes a little of them, and add up all earlier branches for every reader of the stream, so that a
+    layer costs more the later it comes."""
+
+    def advance(**sizes):
+        config = dataclasses.replace(TINY, **sizes)
+        return Engine(transformer.model(config), None, mesh=ONE).compile(2, 3)["advance"]
+
+    operations = [advance(num_layers=n, pattern="full").cost_analysis()["flops"] for n in (2, 3, 4)]
+    assert operations[2] - operations[1] == operations[1] - operations[0] > 0
+    program = advance(num_layers=3).as_text()
+    assert "f32[6,2,16,8]" in program  # the store of the column layer
+    assert not [line for line in program.splitlines() if " copy(" in line and "f32[6,2,16,8]" in line]

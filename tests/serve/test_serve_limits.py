@@ -1,0 +1,258 @@
+"""`dalle-jax serve` under load: batches, bounds, deadlines, clients that leave, tokens."""
+
+import asyncio
+import concurrent.futures
+import json
+import socket
+import time
+import urllib.request
+
+import openai
+import pytest
+
+from dalle_jax.serve import answer, body
+from dalle_jax.serve.store import LIFE_SECONDS, PictureStore
+from tests.support.stand_in_server import (
+    GENERATIONS,
+    GRID,
+    JSON,
+    NoisePipeline,
+    in_background,
+    metric,
+    post,
+    serving,
+    until,
+)
+
+
+def leave(server, content):
+    """Sends a request and returns the open socket; closing it is a client that went away."""
+    data = json.dumps(content).encode()
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
+    line = socket.create_connection(("127.0.0.1", server.port))
+    line.sendall(head.encode() + data)
+    return line
+
+
+def waiting(server):
+    return lambda: metric(server, "dalle_jax_queue_depth")
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_draws_the_same_alone_and_in_company():
+    wishes = [
+        {"prompt": f"star {i % 5}", "n": 1 + i % 3, "seed": i, "response_format": "b64_json"}
+        | ({"top_k": 3} if i % 2 else {})
+        | ({"best_of": 4} if i % 3 == 0 else {})
+        for i in range(24)
+    ]
+    pipe = NoisePipeline(row_seconds=0.002)
+    with serving(pipe, max_batch=12, wait_seconds=0.05) as server:
+        alone = [post(server, wish)[2]["data"] for wish in wishes]
+        quiet = len(pipe.batches)
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            together = [answer[2]["data"] for answer in pool.map(lambda wish: post(server, wish), wishes)]
+        assert together == alone
+        batches = pipe.batches[quiet:]
+        assert sum(map(len, batches)) == len(wishes) and len(batches) < len(wishes) / 2
+        for batch in batches:
+            assert len({request.top_k for request in batch}) == 1  # one wave_key a batch
+            assert len(batch) == 1 or sum(request.best_of or request.n for request in batch) <= 12
+        assert metric(server, "dalle_jax_images_total") == 2 * sum(wish["n"] for wish in wishes)
+        assert metric(server, "dalle_jax_batch_requests_sum") == 2 * len(wishes)
+
+
+def test_one_bad_request_does_not_take_its_neighbours_down():
+    pipe = NoisePipeline()
+    with serving(pipe, wait_seconds=0.3) as server:
+        answers = [in_background(server, {"prompt": prompt}) for prompt in ("a star", "poison", "a cross")]
+        statuses = [answer.result()[0] for answer in answers]
+        assert statuses == [200, 500, 200]
+        status, _, refusal = answers[1].result()
+        assert refusal["error"]["code"] == "draw_failed" and "poison" not in json.dumps(refusal)
+        assert post(server, None, "/health", {}, "GET")[::2] == (200, {"status": "ready"})
+        for _ in range(3):
+            assert post(server, {"prompt": "poison"})[0] == 500
+        assert post(server, None, "/health", {}, "GET")[::2] == (503, {"status": "failing"})
+        assert post(server, {"prompt": "a star"})[0] == 200
+        assert post(server, None, "/health", {}, "GET")[0] == 200
+
+
+def test_a_full_batch_does_not_wait_and_a_lone_request_waits_no_longer_than_told():
+    pipe = NoisePipeline()
+    with serving(pipe, max_batch=4, wait_seconds=5) as server:
+        start = time.monotonic()
+        answers = [in_background(server, {"prompt": "a star", "n": 2}) for _ in range(2)]
+        assert [answer.result()[0] for answer in answers] == [200, 200]
+        assert (
+            time.monotonic() - start < 4 and len(pipe.batches) == 1 + 1
+        )  # the first is the server's own, at the start
+    with serving(pipe, wait_seconds=0.4) as server:
+        start = time.monotonic()
+        assert post(server, {"prompt": "a star"})[0] == 200
+        assert 0.4 <= time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "knobs", "sizes"),
+    [(None, {}, [16, 8]), (None, {"guidance": 2.0}, [8, 8, 8]), (12, {"guidance": 2.0}, [12, 12])],
+)
+def test_batches_are_as_large_as_what_fits_unless_told_otherwise(max_batch, knobs, sizes):
+    """A guided picture takes twice the room, so fewer of them share a batch."""
+    pipe = NoisePipeline()
+    with serving(pipe, max_batch=max_batch, queue=64) as server:
+        pipe.hold()
+        answers = [in_background(server, {"prompt": "a star", **knobs})]
+        until(lambda: len(pipe.batches) == 2)
+        answers += [in_background(server, {"prompt": "a star", "n": 2, **knobs}) for _ in range(12)]
+        until(lambda: waiting(server)() == 12)
+        before = metric(server, "dalle_jax_batch_fill_sum")
+        pipe.release()
+        assert [answer.result()[0] for answer in answers] == [200] * 13
+        assert [sum(request.n for request in batch) for batch in pipe.batches[2:]] == sizes
+        shares = [size / sizes[0] for size in sizes]
+        assert metric(server, "dalle_jax_batch_fill_sum") - before == pytest.approx(sum(shares))
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_says_when_to_come_again():
+    pipe = NoisePipeline()
+    with serving(pipe, queue=2, max_batch=1, wait_seconds=0) as server:
+        pipe.hold()
+        answers = [in_background(server, {"prompt": "a star"})]
+        until(lambda: len(pipe.batches) == 2 and not waiting(server)())
+        answers += [in_background(server, {"prompt": "a star"}) for _ in range(2)]
+        until(lambda: waiting(server)() == 2)
+        status, headers, refusal = post(server, {"prompt": "a star"})
+        assert (status, refusal["error"]["code"]) == (429, "queue_full")
+        assert 1 <= int(headers["retry-after"]) <= 600
+        pipe.release()
+        assert [answer.result()[0] for answer in answers] == [200] * 3
+        text = post(server, None, "/metrics", {}, "GET")[2].decode()
+        assert 'dalle_jax_rejected_total{code="queue_full"} 1.0' in text
+        assert 'dalle_jax_requests_total{endpoint="generations",status="429"} 1.0' in text
+
+
+def test_a_deadline_ends_the_answer_and_the_work():
+    pipe = NoisePipeline(row_seconds=0.3)
+    with serving(pipe, deadline_seconds=0.5, wait_seconds=0) as server:
+        status, _, refusal = post(server, {"prompt": "a star"})
+        assert (status, refusal["error"]["code"]) == (504, "deadline_exceeded")
+        status, _, text = post(server, {"prompt": "a star", "stream": True, "partial_images": 3})
+        events = [json.loads(line[6:]) for line in text.decode().splitlines() if line.startswith("data: ")]
+        assert status == 200 and events[0]["type"] == "image_generation.partial_image"
+        assert events[-1]["error"]["code"] == "deadline_exceeded"
+        until(lambda: metric(server, "dalle_jax_cancelled_total") == 2)
+        assert metric(server, 'dalle_jax_rejected_total{code="deadline_exceeded"}') == 2
+    assert all(rows < GRID for rows in pipe.rows_drawn[1:])
+
+
+def test_a_deadline_passes_in_the_queue_too_and_nobody_asks_again():
+    """OpenAI's client by itself sends a 504 twice more."""
+    pipe = NoisePipeline()
+    with serving(pipe, deadline_seconds=0.5, max_batch=1, wait_seconds=0) as server:
+        pipe.hold()
+        first = in_background(server, {"prompt": "a star"})
+        until(lambda: len(pipe.batches) == 2)
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="any")
+        with pytest.raises(openai.APIStatusError, match="deadline") as late:
+            client.images.generate(prompt="a cross")
+        assert (late.value.status_code, waiting(server)(), first.result()[0]) == (504, 0, 504)
+        assert metric(server, 'dalle_jax_requests_total{endpoint="generations",status="504"}') == 2
+        pipe.release()
+    assert [batch[0].caption for batch in pipe.batches] == ["", "a star"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_work_of_a_client_that_left_is_dropped(stream):
+    pipe = NoisePipeline(row_seconds=0.05)
+    with serving(pipe, max_batch=1, wait_seconds=0) as server:
+        pipe.hold()
+        drawn = leave(server, {"prompt": "a star", "stream": stream})
+        until(lambda: len(pipe.batches) == 2)
+        queued = leave(server, {"prompt": "a cross", "stream": stream})
+        until(lambda: waiting(server)() == 1)
+        queued.close()
+        until(lambda: waiting(server)() == 0)
+        drawn.close()
+        until(lambda: metric(server, "dalle_jax_cancelled_total") == 2)
+        pipe.release()
+        assert post(server, {"prompt": "a circle"})[0] == 200
+    assert [batch[0].caption for batch in pipe.batches] == ["", "a star", "a circle"]
+    assert pipe.rows_drawn[1] < GRID  # given up at the next row
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_work_of_a_client_that_left_before_the_answer_began_is_dropped(stream, monkeypatch):
+    read_json = body.read_json
+
+    async def late(request):
+        values = await read_json(request)
+        await asyncio.sleep(0.3 if values["prompt"] == "a cross" else 0)
+        return values
+
+    monkeypatch.setattr(body, "read_json", late)
+    pipe = NoisePipeline()
+    with serving(pipe, max_batch=1, wait_seconds=0) as server:
+        pipe.hold()
+        drawn = in_background(server, {"prompt": "a star"})
+        until(lambda: len(pipe.batches) == 2)
+        leave(server, {"prompt": "a cross", "stream": stream}).close()
+        until(lambda: metric(server, "dalle_jax_cancelled_total") == 1)
+        pipe.release()
+        assert drawn.result()[0] == 200
+    assert [batch[0].caption for batch in pipe.batches] == ["", "a star"]
+
+
+def test_a_silent_stream_shows_that_it_lives(monkeypatch):
+    monkeypatch.setattr(answer, "HEARTBEAT_SECONDS", 0.05)
+    with serving(pipe := NoisePipeline()) as server:
+        pipe.hold()
+        reading = in_background(server, {"prompt": "a star", "stream": True})
+        until(lambda: len(pipe.batches) == 2)
+        time.sleep(0.3)
+        pipe.release()
+        frames = reading.result()[2].decode().split("\n\n")
+    assert frames[0] == ": waiting" and frames[-2].startswith("event: image_generation.completed\ndata: {")
+
+
+def test_pictures_behind_urls_are_bounded_and_expire():
+    now = 0.0
+    store = PictureStore(max_bytes=10, clock=lambda: now)
+    first, second = store.add(b"12345"), store.add(b"67890")
+    assert (store.get(first), store.get(second), len({first, second})) == (b"12345", b"67890", 2)
+    third = store.add(b"x")
+    assert (store.get(first), store.get(second), store.get(third)) == (None, b"67890", b"x")
+    now = LIFE_SECONDS - 1.0
+    assert store.get(second) == b"67890"
+    now = LIFE_SECONDS + 0.0
+    assert store.get(second) is None and store.get("nobody") is None
+
+
+# -- who may ask ------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_is_asked_for_before_anything_is_read():
+    with serving(NoisePipeline(), token="s3cret") as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"},
+                        {"Authorization": "Bearer \xff"}):  # fmt: skip
+            for path, method in ((GENERATIONS, "POST"), ("/v1/models", "GET"), ("/metrics", "GET")):
+                status, answered, refusal = post(server, b"no json", path, {**JSON, **headers}, method)
+                assert (status, refusal["error"]["code"]) == (401, "invalid_api_key")
+                assert answered["www-authenticate"] == "Bearer"
+        known = {**JSON, "Authorization": "Bearer s3cret"}
+        status, _, made = post(server, {"prompt": "a star"}, headers=known)
+        assert status == 200
+        assert urllib.request.urlopen(made["data"][0]["url"]).status == 200  # its name is the secret
+        assert post(server, None, "/health", {}, "GET")[0] == post(server, None, "/", {}, "GET")[0] == 200
+
+
+def test_pages_of_other_sites_are_refused():
+    with serving(NoisePipeline()) as server:
+        for origin, status in (("http://evil.example", 403), ("null", 403), (server.address, 200)):
+            assert post(server, {"prompt": "a star"}, headers={**JSON, "Origin": origin})[0] == status

@@ -1,0 +1,115 @@
+"""`dalle-jax serve` over a real, tiny model: what goes out is what the pipeline draws, alone and in company."""
+
+import base64
+import concurrent.futures
+import io
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+import dalle_jax
+from tests.sample.test_pipeline_api import CAPTION, folder  # noqa: F401
+from tests.support.stand_in_server import NAME, serving
+
+WISHES = [
+    {"n": 2, "seed": 5},
+    {"n": 1, "seed": 9},
+    {"n": 3, "seed": 6, "temperature": 0.8},
+]
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):  # noqa: F811
+    return dalle_jax.Pipeline.load(folder)
+
+
+@pytest.fixture(scope="module")
+def server(pipe):
+    with serving(pipe, max_batch=None, wait_seconds=0.2, deadline_seconds=240.0) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0, timeout=240)
+
+
+def pixels(picture):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.b64_json))))
+
+
+def test_pictures_are_those_of_the_pipeline_alone_and_in_company(client, pipe):
+    def ask(wish):
+        knobs = {name: value for name, value in wish.items() if name != "n"}
+        answer = client.images.generate(prompt=CAPTION, n=wish["n"], response_format="b64_json", extra_body=knobs)
+        return [(picture.seed, picture.b64_json) for picture in answer.data]
+
+    with concurrent.futures.ThreadPoolExecutor(len(WISHES)) as pool:
+        together = list(pool.map(ask, WISHES))
+    assert [ask(wish) for wish in WISHES] == together
+    for wish, answer in zip(WISHES, together, strict=True):
+        for picture, (seed, file) in zip(pipe(CAPTION, **wish), answer, strict=True):
+            drawn = Image.open(io.BytesIO(base64.b64decode(file)))
+            np.testing.assert_array_equal(np.asarray(drawn), np.asarray(picture))
+            assert (seed, drawn.info["seed"], drawn.info["caption"]) == (picture.seed, str(picture.seed), CAPTION)
+
+
+def test_rows_of_a_stream_are_rows_of_codes_and_the_rest_is_blank(client, pipe):
+    grid, side = pipe.model.config.grid, pipe.image_size
+    events = list(client.images.generate(prompt=CAPTION, stream=True, partial_images=grid - 1, extra_body={"seed": 3}))
+    assert [event.rows for event in events[:-1]] == list(range(1, grid))
+    for event in events[:-1]:
+        assert len(np.unique(pixels(event)[event.rows * side // grid :])) == 1
+    np.testing.assert_array_equal(pixels(events[-1]), np.asarray(pipe(CAPTION, seed=3)[0]))
+
+
+def test_completion_is_that_of_the_pipeline(client, pipe):
+    image = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    answer = client.images.edit(
+        image=("image.png", file.getvalue(), "image/png"),
+        prompt=CAPTION,
+        model=NAME,
+        response_format="b64_json",
+        extra_body={"seed": 1, "keep_rows": 1},
+    )
+    np.testing.assert_array_equal(
+        pixels(answer.data[0]), np.asarray(pipe(CAPTION, seed=1, image=image, keep_rows=1)[0])
+    )
+
+
+def test_a_batch_is_a_wave_of_the_pipeline(server, pipe):
+    images, why = pipe.wave()
+    assert server.batcher.told() == [f"draws up to {images} pictures together: {why}"]  # it can't be guided
+    assert server.batcher.room(guided=False) == (images, why)
+
+
+def test_a_prompt_may_be_as_long_as_openai_lets_it_be(client, pipe):
+    """In characters: spaces make no tokens. What is refused is told by the client's name for it."""
+    wide = CAPTION.replace(" ", " " * 5000, 6)
+    wide += " " * (32_000 - len(wide))
+    answer = client.images.generate(prompt=wide, response_format="b64_json", extra_body={"seed": 1})
+    np.testing.assert_array_equal(pixels(answer.data[0]), np.asarray(pipe(CAPTION, seed=1)[0]))
+    with pytest.raises(openai.BadRequestError, match="prompt must be .* at most 32000 characters") as refused:
+        client.images.generate(prompt=wide + " ")
+    assert refused.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"top_k": 13}, r"top_k must be .*1 \.\. 12, got 13"),
+        ({"top_p": 0}, r"top_p must be above 0 and at most 1, got 0\.0"),
+        ({"temperature": 1001}, r"temperature must be at least 0\.001 and at most 1000, got 1001\.0"),
+        ({"seed": 2**32 - 1, "n": 2}, r"seed must be .* candidates = 4294967294, got 4294967295"),
+        ({"best_of": 2}, "best_of needs a CLIP"),
+        ({"guidance": 2}, "guidance must be 1 for a model that was trained without dropping captions"),
+    ],
+)
+def test_the_models_own_bounds_are_named(client, knobs, says):
+    with pytest.raises(openai.BadRequestError, match=says) as refused:
+        client.images.generate(prompt=CAPTION, extra_body=knobs)
+    assert refused.value.param == [*knobs][0]

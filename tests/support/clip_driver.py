@@ -1,0 +1,52 @@
+"""One of two processes that train a tiny CLIP for `test_many_processes.py`: FOLDER PORT N I."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from dalle_jax import distributed, sharding
+from dalle_jax.train import step as steps
+from dalle_jax.train.objectives import build_task
+from dalle_jax.train.optimizer import build as optimizers
+from tests.models.test_clip import ONE_LAYER, TINY, random_batch, tiny_config
+
+BATCH, UPDATES = 8, 2
+
+
+def train(mesh):
+    """Metrics of each update on this process's part of the batches, and the parameters after them, whole.
+
+    Adam's epsilon is large, because it would blow the rounding of gradients that are zero (of the keys' biases) up to
+    the step size.
+    """
+    words = ("optimizer.name=adamw", "optimizer.eps=1e-3", "optimizer.schedule.warmup_steps=0")
+    config = tiny_config(*(f"--config.{word}" for word in words), *ONE_LAYER, batch_size=BATCH)
+    task = build_task(config)
+    built = optimizers.build(config.optimizer, steps=UPDATES, axes=task.model.axes)
+    state = steps.init_state(task, built, key=jax.random.key(0), mesh=mesh)
+    update = steps.make_update(task, built, mesh=mesh)
+    part, parts = sharding.batch_reader(mesh)
+    measured = []
+    for seed in range(UPDATES):
+        image, text = (x.reshape(parts, -1, *x.shape[1:])[part] for x in random_batch(TINY, batch=BATCH, seed=seed))
+        batch = sharding.shard_batch({"image": image, "text": text}, mesh)
+        state, metrics = update(state, {}, batch, jax.random.key(1))
+        measured.append({name: float(value) for name, value in metrics.items()})
+    return measured, distributed.whole(state["params"])
+
+
+def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
+    distributed.initialise(
+        coordinator=f"localhost:{port}", num_processes=count, process_id=rank, start_seconds=60, hang_seconds=60
+    )
+    measured, params = train(sharding.make_mesh({"fsdp": count}))
+    (folder / f"{rank}.json").write_text(json.dumps(measured))
+    np.savez(folder / f"{rank}.npz", *jax.tree.leaves(params))
+
+
+if __name__ == "__main__":
+    place, number, all_, own = sys.argv[1:]
+    main(pathlib.Path(place), number, int(all_), int(own))

@@ -1,0 +1,51 @@
+"""One of two processes that `test_distributed.py` trains on disks that are full for a while: FOLDER PORT N I."""
+
+import io
+import json
+import pathlib
+import resource
+import sys
+import threading
+import time
+
+from dalle_jax import distributed, sharding
+from dalle_jax.checkpoint import format
+from tests.support import line_task
+
+LIMITS = {  # update -> process and the longest file that it can write from there on: checkpoints are due at 4, 8 ... 20
+    7: (1, 64),  # a part of a checkpoint, in the background
+    9: (1, resource.RLIM_INFINITY),
+    15: (0, 0),  # nothing at all, where folders are made
+    17: (0, resource.RLIM_INFINITY),
+}
+
+
+def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
+    distributed.initialise(
+        coordinator=f"localhost:{port}", num_processes=count, process_id=rank, start_seconds=60, hang_seconds=60
+    )
+
+    def full(n, state):
+        who, size = LIMITS.get(n, (None, 0))
+        if who == rank:
+            while any(thread.name == "async_save" for thread in threading.enumerate()):
+                time.sleep(0.02)  # whatever is being written
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    said, sys.stderr = sys.stderr, io.StringIO()  # a full disk has no room for a log either
+    with distributed.Watchdog(20.0, first_seconds=60) as watchdog:
+        result = line_task.train(
+            folder / "run",
+            mesh=sharding.make_mesh({"fsdp": -1}),
+            hooks=[(1, full)],
+            of_loop={"beat": watchdog.beat},
+            steps=20,
+        )
+    said.write(sys.stderr.getvalue())
+    found = {"step": result.step, "checkpoints": format.complete_steps(folder / "run")}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    place, number, all_, own = sys.argv[1:]
+    main(pathlib.Path(place), number, int(all_), int(own))

@@ -1,0 +1,26 @@
+"""One of the processes that evaluate in `test_protocols.py`: FOLDER PORT N I WORD ..., with small batches and parts."""
+
+import sys
+import time
+
+from dalle_jax.cli import main as cli
+from dalle_jax.evaluate import drawing, features, picture_shards, store
+
+PART, TOGETHER, BATCH = 5, 3, 1  # as the tests have them
+
+
+def main(port: str, count: str, rank: str, *words: str) -> int:
+    add = picture_shards.GrowingShard.add
+
+    def slowly(self, pictures):
+        add(self, pictures)
+        time.sleep(0.5)  # for whoever wants to kill this
+
+    picture_shards.GrowingShard.add = slowly
+    store.PART, features.BATCH, drawing._together = PART, BATCH, lambda pipe, draw: TOGETHER
+    where = ["--coordinator", f"localhost:{port}", "--num-processes", count, "--process-id", rank]
+    return cli.main(["evaluate", *words, *where])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[2:]))

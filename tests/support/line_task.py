@@ -1,0 +1,81 @@
+"""The smallest task that a run can train, and batches that depend on their number alone: for tests of the loop."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from dalle_jax import config as configs
+from dalle_jax import sharding
+from dalle_jax.checkpoint import format
+from dalle_jax.models.layers import Model, param
+from dalle_jax.train import loop
+from dalle_jax.train.objectives.task import Task
+
+WIDTH, BATCH = 8, 8
+
+
+class Line(nnx.Module):
+    def __init__(self, rngs):
+        self.matrix = param(rngs, (WIDTH, WIDTH), axes=("embed", "mlp"), std=0.3)
+        self.gain = param(rngs, (WIDTH,), axes=("embed",), fill=1.0)
+
+    def __call__(self, x):
+        return (x * self.gain[...]) @ self.matrix[...]
+
+
+MODEL = Model(types.SimpleNamespace(), Line)
+
+
+def line_loss(params, frozen, batch, *, key, step):
+    del frozen, key, step
+    return jnp.square(MODEL.apply(params, batch["x"]) - 1.0).mean(), {}
+
+
+LINE = Task("line", MODEL, line_loss)
+
+
+class Numbers:
+    """Batches that depend on their number alone; those in `poison` hold what makes every gradient not finite."""
+
+    def __init__(self, poison=(), value=np.nan):
+        self.position, self.poison, self.value, self.given = 0, poison, value, []
+
+    def __next__(self):
+        self.position += 1
+        self.given.append(self.position)
+        x = np.random.default_rng(self.position).normal(size=(BATCH, WIDTH)).astype(np.float32)
+        if self.position in self.poison:
+            x[0, 0] = self.value
+        return {"x": x}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def config(**values):
+    result = ml_collections.ConfigDict(configs.load("configs/dvae.py:demo").to_dict())
+    defaults = {"steps": 12, "batch_size": BATCH, "log_every": 4, "validate_every": 0, "picture_every": 0}
+    result.update(defaults | {"checkpoint_every": 4, "rollback_after": 3} | values)
+    result.optimizer.update(name="adamw", learning_rate=0.05, b2=0.9)
+    result.optimizer.schedule.update(name="warmup_constant", warmup_steps=0)
+    return result
+
+
+def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=(), **values):
+    """`loop.run` without a word. of_loop: more of its arguments. values: of the config."""
+    mesh = mesh or sharding.make_mesh({}, devices=jax.devices()[:1])
+    told = {"mesh": mesh, "batches": batches or Numbers(), "hooks": hooks, "progress": False, **(of_loop or {})}
+    return loop.run(task, config(**values), workdir, **told)
+
+
+def digest_of(workdir):
+    """Of the state in a run's newest checkpoint."""
+    folder = format.checkpoint_folder(workdir, "")
+    return format.state_digests(folder / str(format.steps_in(folder)[-1]))["state"]

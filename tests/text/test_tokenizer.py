@@ -1,0 +1,214 @@
+"""The tokenizer: every caption encodes and comes back, dropout included, reproducibly and on several threads."""
+
+import argparse
+import collections
+import concurrent.futures
+import pickle
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from dalle_jax.cli import tokenizer as train_tokenizer
+from dalle_jax.data.record import Dropped, Record
+from dalle_jax.errors import UserError
+from dalle_jax.text.bpe import RESERVED, Tokenizer, normalise
+
+TRAINING = [f"a {size} {colour} {shape} on the {place}" for size in ("small", "large", "tiny", "über-large")
+            for colour in ("red", "green", "blue", "crème") for shape in ("circle", "square", "star 🙂", "사과")
+            for place in ("left", "right", "table")]  # fmt: skip
+CAPTIONS = [
+    *TRAINING[::17],
+    "",
+    "A RED CIRCLE",
+    "unseenwords andmorecircles, squares; tables!",
+    "漢字とかな 混じり",
+    "emoji 🙂🙃 👩‍👩‍👧 🏳️‍🌈",
+    "<0x41> <unk> <s> </s>",
+    "tabs\tand\nnew lines \u2028 \u00a0 wide\u3000space",
+    "under▁score ▁▁",
+    "ﬁ ligature, Ⅷ roman, İstanbul, ΣΊΣΥΦΟΣ, ẞ",
+    "nul\x00 bell\x07 lone\ud800surrogate \ufeffbom",
+    "aaaaaaaa" * 20,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TRAINING, vocab_size=340)
+
+
+def test_normalise():
+    assert normalise("  A Red\tAPPLE \n") == "a red apple"
+    assert normalise("ﬁne Ⅷ") == "fine viii"
+    assert normalise("a\x00b\x1b\ud800\u00ad") == "ab"
+    assert normalise("x\u2581y") == "x y"
+    assert normalise("👩\u200d👩") == "👩\u200d👩"
+
+
+def test_normalise_is_idempotent_for_every_character():
+    changed = [
+        c for c in map(chr, range(0, sys.maxunicode, 3)) if normalise(normalise(f"x{c}y")) != normalise(f"x{c}y")
+    ]
+    assert not changed
+
+
+def test_normalised_text_has_no_control_characters():
+    text = normalise("".join(map(chr, range(0x3000))))
+    assert not {unicodedata.category(c) for c in text} & {"Cc", "Cs"}
+
+
+@pytest.mark.parametrize("caption", CAPTIONS, ids=ascii)
+def test_every_caption_comes_back(tokenizer, caption):
+    rng = np.random.default_rng(0)
+    for dropout in (0.0, 0.1, 0.5, 1.0):
+        ids = tokenizer.encode(caption, dropout=dropout, rng=rng)
+        assert all(isinstance(i, int) and 0 < i < tokenizer.vocab_size for i in ids)  # 0 is the unknown piece
+        assert tokenizer.decode(ids) == normalise(caption)
+
+
+def test_merging_without_dropout_is_sentencepiece(tokenizer):
+    """The smallest dropout above zero never skips a merge here, so our procedure must choose sentencepiece's pieces."""
+    rng = np.random.default_rng(0)
+    words = " ".join(TRAINING).split() + ["xyz", "漢", "🙃"]
+    random_captions = [
+        " ".join(rng.choice(words, size=6)) + "".join(rng.choice(list("abcdelrst "), 12)) for _ in range(300)
+    ]
+    for caption in [*CAPTIONS, *TRAINING, *random_captions]:
+        assert tokenizer.encode(caption, dropout=1e-300, rng=rng) == tokenizer.encode(caption)
+
+
+def test_full_dropout_leaves_characters(tokenizer):
+    ids = tokenizer.encode("red star", dropout=1.0, rng=np.random.default_rng(0))
+    assert [tokenizer.decode([i]) for i in ids] == ["", "r", "e", "d", "", "s", "t", "a", "r"]
+
+
+def merged_by_definition(tokenizer, word, dropout, rng):
+    """Provilkov et al. 2019, algorithm 1: at each step every possible merge is skipped with this probability."""
+    pieces = list(word)
+    while True:
+        ranks = {i: tokenizer._rank.get(pieces[i] + pieces[i + 1]) for i in range(len(pieces) - 1)}
+        kept = [(rank, i) for i, rank in ranks.items() if rank is not None and rng.random() >= dropout]
+        if not kept:
+            return pieces
+        _, i = min(kept)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_has_the_distribution_of_its_definition(tokenizer, dropout):
+    """Every way to cut two words comes as often as by the definition, which draws for every merge at every step."""
+    draws, rng = 4000, np.random.default_rng(0)
+    ours, wanted = collections.Counter(), collections.Counter()
+    for _ in range(draws):
+        ours[tuple(tokenizer.encode("green star", dropout=dropout, rng=rng))] += 1
+        words = [merged_by_definition(tokenizer, word, dropout, rng) for word in ("\u2581green", "\u2581star")]
+        wanted[tuple(tokenizer._ids([piece for word in words for piece in word]))] += 1
+    assert len(wanted) > 5
+    for ids in {**ours, **wanted}:
+        share = (ours[ids] + wanted[ids]) / (2 * draws)
+        error = (2 * share * (1 - share) / draws) ** 0.5  # of the difference of two shares
+        assert abs(ours[ids] - wanted[ids]) / draws < 5 * error, ids
+
+
+def test_dropout_varies_and_is_reproducible(tokenizer):
+    def encodings(seed):
+        rng = np.random.default_rng(seed)
+        return [tokenizer.encode("a small green square on the table", dropout=0.3, rng=rng) for _ in range(20)]
+
+    assert encodings(1) == encodings(1)
+    assert encodings(1) != encodings(2)
+    assert len({tuple(ids) for ids in encodings(1)}) > 5
+
+
+def test_threads_do_not_disturb_each_other(tokenizer):
+    def encode(seed):
+        return tokenizer.encode(CAPTIONS[seed % len(CAPTIONS)], dropout=0.2, rng=np.random.default_rng(seed))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(encode, range(400))) == [encode(seed) for seed in range(400)]
+
+
+def test_a_word_of_any_length_comes_back(tokenizer):
+    word = "circle" * 100 + "漢🙂" * 50
+    ids = tokenizer.encode(word, dropout=0.1, rng=np.random.default_rng(0))
+    assert tokenizer.decode(ids) == word
+    assert tokenizer.longest_piece * len(ids) >= len(word)
+
+
+def test_dropout_needs_a_generator(tokenizer):
+    with pytest.raises(ValueError, match="random generator"):
+        tokenizer.encode("a", dropout=0.1)
+
+
+def test_training_is_deterministic(tokenizer):
+    assert Tokenizer.train(TRAINING, vocab_size=340).digest == tokenizer.digest
+    assert tokenizer.vocab_size == 340
+
+
+def test_too_few_captions_make_a_smaller_vocabulary(caplog):
+    small = Tokenizer.train(["a red apple", "a blue circle"], vocab_size=16_384)
+    assert RESERVED < small.vocab_size < 400
+    assert f"{small.vocab_size} entries instead of 16384" in caplog.text
+
+
+def test_more_characters_than_room_become_bytes():
+    ideographs = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
+    small = Tokenizer.train([ideographs, "a red apple"], vocab_size=300)
+    assert small.vocab_size <= 300
+    assert small.decode(small.encode(ideographs)) == ideographs
+
+
+@pytest.mark.parametrize(("captions", "vocab_size"), [([], 400), (["", " \x00"], 400), (["a red apple"], 256)])
+def test_training_refuses(captions, vocab_size):
+    with pytest.raises(UserError, match="expected"):
+        Tokenizer.train(captions, vocab_size=vocab_size)
+
+
+def test_save_load_pickle(tokenizer, tmp_path):
+    path = tokenizer.save(tmp_path / "run")
+    assert path == tmp_path / "run" / "tokenizer.model"
+    for again in (Tokenizer.load(tmp_path / "run"), Tokenizer.load(path), pickle.loads(pickle.dumps(tokenizer))):
+        assert again.digest == tokenizer.digest
+        assert again.encode(CAPTIONS[3]) == tokenizer.encode(CAPTIONS[3])
+    assert [p.name for p in path.parent.iterdir()] == ["tokenizer.model"]
+
+
+def test_load_refuses(tmp_path):
+    with pytest.raises(UserError, match="train one first"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="expected a sentencepiece model"):
+        Tokenizer.load(tmp_path)
+    with open(tmp_path / "foreign.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TRAINING), model_writer=file, model_type="bpe", vocab_size=60, minloglevel=2
+        )
+    with pytest.raises(UserError, match="byte pieces"):
+        Tokenizer.load(tmp_path / "foreign.model")
+
+
+def test_command_trains_on_every_caption_and_describes(monkeypatch, tmp_path, capsys):
+    pixel = np.zeros((1, 1, 3), np.uint8)
+    slots = [
+        Record("a", pixel, tuple(TRAINING[:90])),
+        Dropped("b", "no image"),
+        Record("c", pixel, tuple(TRAINING[90:])),
+    ]
+    monkeypatch.setattr(train_tokenizer, "open_source", lambda spec, *, pictures_required: {"folder:x": slots}[spec])
+    parser = argparse.ArgumentParser()
+    train_tokenizer.add_arguments(parser)
+    args = parser.parse_args(["folder:x", "--vocab-size", "340", "--out", str(tmp_path / "new")])
+    assert train_tokenizer.main(args) == 0
+    tokenizer = Tokenizer.load(tmp_path / "new")
+    assert tokenizer.digest == Tokenizer.train(TRAINING, vocab_size=340).digest
+    line = capsys.readouterr().out
+    assert f"340 pieces, {len(TRAINING)} captions" in line and tokenizer.digest[:12] in line
+
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="expected a directory"):
+        train_tokenizer.main(
+            parser.parse_args(["folder:x", "--vocab-size", "340", "--out", str(tmp_path / "file" / "x")])
+        )

@@ -1,0 +1,93 @@
+"""The ledger of a run's time."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from PIL import Image
+
+from dalle_jax.train import step
+from dalle_jax.train.monitor import goodput
+from tests.support.line_task import train
+
+barh = Axes.barh
+
+
+def test_the_ledger_books_every_second_once(tmp_path, monkeypatch):
+    now = types.SimpleNamespace(t=100.0)
+    clock = types.SimpleNamespace(monotonic=lambda: now.t, time=lambda: 1000 + now.t)
+    monkeypatch.setattr(goodput, "time", clock)
+
+    def passes(seconds):
+        now.t += seconds
+
+    ledger = goodput.Ledger(tmp_path)
+    passes(3)  # init
+    ledger.restored(0)
+    ledger.enter("compile")
+    passes(4)
+    ledger.enter("step")
+    passes(50)
+    with ledger.during("checkpoint"):
+        passes(2)
+        ledger.saved(10)
+    passes(21)
+    ledger.move("data", 1)
+    with ledger.during("look"):
+        passes(7)
+    ledger.write()  # and the process is killed
+    passes(9)
+
+    ledger = goodput.Ledger(tmp_path)
+    passes(1)
+    ledger.restored(10)
+    ledger.enter("step")
+    passes(20)
+    ledger.write(ended=True)
+    passes(10_000)  # the person comes back the next day
+    expected = {"init": 4, "compile": 4, "step": 70, "data": 1, "checkpoint": 2, "look": 7, "lost": 20, "down": 9}
+    assert goodput.Ledger(tmp_path).seconds == expected
+    found = goodput.read(tmp_path)
+    assert found["starts"] == 3 and found["goodput"] == pytest.approx(70 / 110)
+
+
+def test_a_ledger_that_cannot_be_read_begins_again(tmp_path):
+    (tmp_path / goodput.FILE).write_text("{")
+    assert goodput.Ledger(tmp_path).starts == 1
+
+
+def test_the_picture_has_a_bar_of_every_kind(tmp_path, monkeypatch):
+    train(tmp_path, steps=4)
+    picture = np.asarray(Image.open(tmp_path / goodput.PICTURE).convert("RGB"))
+    assert (picture != 255).any()
+
+    drawn = []
+    monkeypatch.setattr(Axes, "barh", lambda self, *bars: drawn.append(bars) or barh(self, *bars))
+    ledger = goodput.Ledger(tmp_path)
+    ledger.seconds.update({kind: 10.0 * index for index, kind in enumerate(goodput.KINDS)})
+    goodput.draw(ledger, updates=4, path=tmp_path / goodput.PICTURE)
+    ((names, lengths),) = drawn
+    assert [name.split()[0].strip(":") for name in names] == list(goodput.KINDS)
+    assert lengths == list(ledger.seconds.values())
+    assert (np.asarray(Image.open(tmp_path / goodput.PICTURE).convert("RGB")) != picture).any()
+    goodput.draw(goodput.Ledger(tmp_path / "new"), updates=0, path=tmp_path / "empty.png")  # nothing to divide by
+
+
+def test_no_number_is_waited_for_before_the_next_update_is_dispatched(tmp_path, monkeypatch):
+    order, make, get = [], step.make_update, jax.device_get
+
+    def make_noted(*args, **options):
+        update = make(*args, **options)
+        return lambda *args: (order.append("update"), update(*args))[1]
+
+    def get_noted(tree):
+        if isinstance(tree, dict) and "grad_norm" in tree:
+            order.append("wait")
+        return get(tree)
+
+    monkeypatch.setattr(step, "make_update", make_noted)
+    monkeypatch.setattr(jax, "device_get", get_noted)
+    train(tmp_path, steps=4, log_every=1, checkpoint_every=0)
+    assert order == ["update", "update", "wait", "update", "wait", "update", "wait", "wait"]

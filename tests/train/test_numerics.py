@@ -1,0 +1,44 @@
+"""All of the paper's numerics together, in the ordinary loop, through the ordinary command."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax.checkpoint import format
+from dalle_jax.cli import main
+from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.train.monitor import metrics
+from tests.cli.test_encode import TRANSFORMER, save_dvae
+
+
+def test_train_takes_them_all(tmp_path, monkeypatch):
+    """Two replicas of one device, as programs for eight take long to compile."""
+    pair = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda: pair)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(8):
+        pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{index}.png")
+        (pictures / f"{index}.txt").write_text("a red circle above a blue square")
+    dvae, workdir = save_dvae(tmp_path / "dvae"), tmp_path / "run"
+    tokenizer = Tokenizer.train(["a red circle above a blue square"], vocab_size=280).save(tmp_path)
+    values = TRANSFORMER | {
+        "precision": "fp16-paper", "optimizer.moments": "paper", "compression.rank": 4, "compression.format": "paper",
+        "storage.offload_average": True, "ema.every": 2, "optimizer.schedule.name": "plateau", "model.remat": "full",
+        "mesh.replica": 2, "model.num_layers": 1, "data.train": f"folder:{pictures}", "data.validation": "",
+        "dvae": dvae, "tokenizer": tokenizer, "steps": 3, "log_every": 1, "checkpoint_every": 0,
+    }  # fmt: skip
+    words = [f"--config.{key}={value}" for key, value in values.items()]
+    assert main.main(["train", "--config", "configs/transformer.py:demo", "--workdir", str(workdir), *words]) == 0
+    lines = [line for line in metrics.read(workdir / "metrics.jsonl") if "train/loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert math.isfinite(line["train/loss"]) and math.isfinite(line["train/grad_norm"])
+        assert line["train/skipped"] == 0 and {"train/log2_scale/000", "train/log2_scale/001"} <= set(line)
+    # Scales start at 2^13 for each of the devices that share a replica's batch, here one, and grow.
+    assert lines[-1]["train/log2_scale/000"] == pytest.approx(13 + 2 / 1000, abs=1e-5)
+    assert format.complete_steps(workdir) == [3]

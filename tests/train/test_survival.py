@@ -1,0 +1,255 @@
+"""Faults, one at a time: damaged checkpoints, other meshes, updates that are not finite."""
+
+import dataclasses
+import json
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import sharding
+from dalle_jax.checkpoint import digest, format, manager
+from dalle_jax.errors import UserError
+from dalle_jax.train import rollback, step
+from dalle_jax.train.monitor import goodput, metrics
+from dalle_jax.train.optimizer import build
+from tests.support.line_task import LINE, MODEL, Numbers, config, digest_of, train
+
+
+def identical(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+# Damage on disk.
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    train(workdir)
+    return workdir
+
+
+def copy(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.mark.parametrize("harm", [flip, cut, lambda path: path.unlink()], ids=["flipped", "cut", "gone"])
+def test_harm_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_used(trained, tmp_path, capfd, harm):
+    names = [path.relative_to(trained) for path in files(trained / "checkpoints" / "12")]
+    names = [name for name in names if name.name not in ("_CHECKPOINT_METADATA", "commit_success.txt")]
+    assert len(names) > 8
+    for index, name in enumerate(names):
+        if (name.name, harm.__name__) == (digest.MANIFEST, "<lambda>"):
+            continue  # without a manifest a checkpoint is as trustworthy as Orbax makes it
+        workdir = copy(trained, tmp_path / str(index))
+        harm(workdir / name)
+        abstract = step.abstract_state(LINE, built(), mesh=one_device())
+        reader = manager.Checkpoints(workdir, keep=2)
+        found = reader.restore_latest(abstract)
+        reader.close()
+        assert found[0] == 8 and found[2] == {"position": 8}, name
+        said = capfd.readouterr().err
+        assert said.count("warning") == 1 and "damaged-12-1" in said, name
+        aside = workdir / "checkpoints" / "damaged-12-1"
+        assert len(files(aside)) >= len(names) - 1
+        assert format.complete_steps(workdir) == [8]
+
+
+def one_device():
+    return sharding.make_mesh({}, devices=jax.devices()[:1])
+
+
+def built():
+    values = config()
+    return build.build(values.optimizer, steps=values.steps, axes=MODEL.axes)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_same_bits(trained, tmp_path):
+    workdir = copy(trained, tmp_path)
+    flip(max(files(workdir / "checkpoints" / "12" / "state"), key=lambda path: path.stat().st_size))
+    batches = Numbers()
+    assert train(workdir, batches).step == 12
+    assert batches.given == [9, 10, 11, 12]
+    assert digest_of(workdir) == digest_of(trained)
+
+
+def test_with_every_checkpoint_damaged_a_run_begins_again(trained, tmp_path):
+    workdir = copy(trained, tmp_path)
+    for number in (8, 12):
+        cut(workdir / "checkpoints" / str(number) / digest.MANIFEST)
+    batches = Numbers()
+    train(workdir, batches)
+    assert batches.given[0] == 1 and digest_of(workdir) == digest_of(trained)
+    assert sorted(path.name for path in (workdir / "checkpoints").glob("damaged-*")) == ["damaged-12-1", "damaged-8-1"]
+
+
+def test_a_checkpoint_that_no_longer_says_it_is_complete_is_set_aside_and_not_deleted(trained, tmp_path):
+    workdir, said = copy(trained, tmp_path), []
+    path = workdir / "checkpoints" / "12"
+    names = [name.relative_to(path) for name in files(path)]
+    cut(path / format.COMMITTED)
+    manager.Checkpoints(workdir, keep=2, warn=said.append).close()
+    assert format.complete_steps(workdir) == [8] and len(said) == 1
+    aside = workdir / "checkpoints" / "damaged-12-1"
+    assert [name.relative_to(aside) for name in files(aside)] == names
+
+
+# Where checkpoints lie, and on what.
+
+
+def test_the_place_of_checkpoints_may_be_an_object_store(tmp_path, monkeypatch):
+    """Nothing here reaches one; that the path arrives as it was given is what can go wrong on our side."""
+    monkeypatch.chdir(tmp_path)
+    assert str(format.checkpoint_folder("run", "gs://bucket/run/x")) == "gs://bucket/run/x"
+    assert str(format.checkpoint_folder("gs://bucket/run", "") / "12") == "gs://bucket/run/checkpoints/12"
+    assert str(format.checkpoint_folder("run", "")) == str(tmp_path / "run" / "checkpoints")
+    assert str(format.checkpoint_folder("run", "else")) == str(tmp_path / "else")
+
+
+def test_checkpoints_in_another_folder_are_found_through_the_config(tmp_path):
+    (tmp_path / "run").mkdir()
+    train(tmp_path / "run", checkpoint_dir=str(tmp_path / "store"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    content = {"name": "dvae", "model": {}, "checkpoint_dir": str(tmp_path / "store")}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    assert format.checkpoint_path(tmp_path / "run")[0] == 12
+    assert format.complete_steps(tmp_path / "run", str(tmp_path / "store")) == [8, 12]
+    assert set(format.load_model_dir(tmp_path / "run")[1]) == {"matrix", "gain"}
+    raw, average = (format.load_model_dir(tmp_path / "run", step=8, average=a)[1] for a in (False, True))
+    assert np.abs(raw["matrix"] - average["matrix"]).max() > 0
+
+
+@pytest.mark.parametrize("sizes", [{"replica": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}, None])
+def test_a_state_comes_back_on_another_mesh_bit_for_bit(tmp_path, sizes):
+    train(tmp_path, mesh=sharding.make_mesh({"fsdp": 8}), steps=4)
+    before = digest_of(tmp_path)
+    mesh = one_device() if sizes is None else sharding.make_mesh(sizes)
+    abstract = step.abstract_state(LINE, built(), mesh=mesh)
+    reader = manager.Checkpoints(tmp_path, keep=2)
+    _, state, position = reader.restore_latest(abstract)
+    assert state["params"]["matrix"].sharding == abstract["params"]["matrix"].sharding
+    assert position == {"position": 4}
+    reader.save(5, state, position)
+    reader.close()
+    assert digest_of(tmp_path) == before  # and the digest does not know the mesh
+    whole = jax.device_get(state["params"])
+    assert digest.of_tree(whole) == format.state_digests(format.checkpoint_folder(tmp_path, "") / "4")["params"]
+
+
+def test_a_digest_sees_every_bit_name_type_and_shape():
+    tree = {"a": np.zeros((2, 3), np.float32), "b": [np.zeros(2, jnp.bfloat16), np.int32(1)]}
+    same = {"b": (np.zeros(2, jnp.bfloat16), np.int32(1)), "a": jnp.zeros((2, 3))}
+    assert digest.of_tree(tree) == digest.of_tree(same)
+    others = [
+        tree | {"a": np.zeros((3, 2), np.float32)},
+        tree | {"a": np.zeros((2, 3), np.int32)},
+        tree | {"a": -np.zeros((2, 3), np.float32)},
+        {"c": tree["a"], "b": tree["b"]},
+    ]
+    assert len({digest.of_tree(other) for other in [tree, *others]}) == 5
+
+
+# Updates that are not finite.
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "inf"])
+def test_a_poisoned_batch_leaves_state_and_moments_clean(tmp_path, value):
+    result = train(tmp_path, Numbers(poison=(6,), value=value))
+    clean = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), result.state)
+    assert all(jax.tree.leaves(clean))
+    assert int(result.state["skipped"]) == 1 and int(result.state["step"]) == 12
+    assert np.isfinite(result.metrics["train/loss"])
+
+
+def test_many_in_a_row_go_back_to_the_last_checkpoint_and_past_the_data(tmp_path, capfd):
+    batches = Numbers(poison=range(6, 10))
+    result = train(tmp_path, batches, checkpoint_every=5, steps=10)
+    # Updates 6 to 8 are skipped, seen when 9 is under way; the state of 5 then takes the batches from 10 on.
+    assert batches.given == list(range(1, 15))
+    assert int(result.state["skipped"]) == 0 and int(result.state["step"]) == 10
+    said = [line for line in capfd.readouterr().err.splitlines() if "back to" in line]
+    assert len(said) == 1 and "3 updates in a row" in said[0] and "parameters of update 5" in said[0]
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [4, 8]
+    ledger = goodput.read(tmp_path)
+    assert ledger["seconds"]["lost"] > 0
+
+
+def test_a_rollback_is_repeated_by_a_run_that_was_killed_after_it(tmp_path):
+    poison = range(6, 10)
+    straight = train(tmp_path / "straight", Numbers(poison), checkpoint_every=5, steps=10)
+
+    def kill(n, state):
+        if n == 7 and batches.position > 10:
+            raise KeyboardInterrupt
+
+    batches = Numbers(poison)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", batches, checkpoint_every=5, steps=10, hooks=[(1, kill)])
+    done = train(tmp_path / "killed", Numbers(poison), checkpoint_every=5, steps=10)
+    identical(done.state, straight.state)
+
+
+def test_no_checkpoint_is_written_while_updates_are_skipped(tmp_path):
+    train(tmp_path, Numbers(poison=(4, 5)), keep_checkpoints=9)
+    assert format.complete_steps(tmp_path) == [6, 8, 12]  # the one due at 4 came at the first finite update
+
+
+def test_poison_without_an_end_ends_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"none in the last 3 updates before \d+ after 3 returns to update 4"):
+        train(tmp_path, Numbers(poison=range(6, 1000)))
+
+
+def test_losses_that_are_finite_may_wait_for_a_scale_and_others_may_not():
+    back = rollback.Rollback(3, patience=5, forgiven=100)
+    due = lambda streak, overflows, newest=4: back.due(streak, overflows=overflows, n=999, newest=lambda: newest)  # noqa: E731
+    assert not due(102, 102) and due(103, 103)
+    assert not due(50, 48) and due(50, 47)  # three of them NaN
+    assert not due(104, 104, None)
+    with pytest.raises(UserError, match="none in the last 105 updates"):
+        due(105, 105, None)
+
+
+def test_a_tasks_warning_waits_for_the_warm_up_and_is_said_once_until_it_is_gone(tmp_path, capfd):
+    bad = iter([True] * 5 + [False] + [True] * 14)
+    task = dataclasses.replace(LINE, warn=lambda means: "something collapsed" if next(bad) else None)
+    train(tmp_path, task=task, steps=20, log_every=1)
+    said = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]
+    assert said == [f"warning: step {n}: something collapsed" for n in (3, 7)]
+
+
+def test_rollback_counts():
+    back = rollback.Rollback(3, patience=5)
+    assert not back.due(2, overflows=0, n=9, newest=lambda: 4) and back.due(3, overflows=0, n=9, newest=lambda: 4)
+    assert not back.due(3, overflows=0, n=9, newest=lambda: None)
+    with pytest.raises(UserError, match="got none in the last 5 updates before 9: "):
+        back.due(5, overflows=0, n=9, newest=lambda: None)
+    with pytest.raises(UserError, match="got none in the last 5 updates"):
+        rollback.Rollback(0, patience=5).due(5, overflows=0, n=9, newest=lambda: 4)
+
+
+def test_a_signal_that_comes_among_skipped_updates_saves_nothing_worse_than_what_is_there(tmp_path):
+    def interrupt(n, state):
+        if n == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped = train(tmp_path, Numbers(poison=(6, 7)), hooks=[(1, interrupt)])
+    assert (stopped.step, stopped.signal) == (4, signal.SIGTERM)
+    assert format.complete_steps(tmp_path) == [4]

@@ -1,0 +1,128 @@
+"""`--profile`: the updates that were asked for are in the trace, and no end of a run leaves one open."""
+
+import os
+import signal
+
+import jax
+import pytest
+
+from dalle_jax.cli import main
+from dalle_jax.train.monitor import breakdown, goodput, tracing
+from tests.support.line_task import train
+
+
+def updates_in(workdir):
+    """Numbers of the updates in each trace of a workdir, oldest trace first."""
+    found = []
+    for path in sorted((workdir / tracing.FOLDER).rglob("*.xplane.pb")):
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        events = (event for plane in planes for line in plane.lines for event in line.events if event.name == "update")
+        found.append(sorted({dict(event.stats)["step_num"] for event in events}))
+    return found
+
+
+def traced(workdir, start, stop, **more):
+    return train(workdir, of_loop={"profile": tracing.Window(start, stop)}, **more)
+
+
+def start_another(folder):
+    """Raises if a trace is open."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    jax.profiler.start_trace(folder, profiler_options=options)
+
+
+@pytest.mark.parametrize("text", ["5", "5:5", "0:3", "7:5", "-1:3", "a:b", "1:2:3", "", ":", "٣:٤"])
+def test_a_window_that_is_none_is_refused_in_one_line(text, tmp_path, capsys):
+    words = ["train", "--config", "configs/dvae.py:demo", "--workdir", str(tmp_path / "run"), f"--profile={text}"]
+    assert main.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "START:STOP" in error and "100:105" in error and repr(text) in error
+
+
+def test_a_window_beyond_the_run_is_refused(tmp_path, capsys):
+    words = ["train", "--config", "configs/dvae.py:demo", "--workdir", str(tmp_path / "run")]
+    assert main.main([*words, "--profile=12:14", "--config.steps=11"]) == 2
+    assert "at most config.steps = 11, got 12" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_updates_asked_for_are_traced(tmp_path):
+    result = traced(tmp_path, 5, 7, checkpoint_every=6)
+    assert result.step == 12 and updates_in(tmp_path) == [[5, 6]]
+    assert goodput.read(tmp_path)["seconds"]["look"] > 0
+    assert (tmp_path / tracing.PICTURE).read_bytes().startswith(b"\x89PNG")
+    again = traced(tmp_path, 5, 7)  # the launcher's command again, when they are past
+    assert again.step == 12 and len(updates_in(tmp_path)) == 1
+
+
+def test_the_first_update_and_the_last_can_be_traced(tmp_path):
+    result = traced(tmp_path, 1, 100, steps=4, log_every=2)
+    assert updates_in(tmp_path) == [[1, 2, 3, 4]]
+    assert result.metrics["train/images_per_second"] > 1
+
+
+@pytest.mark.parametrize("end", ["signal", "error"])
+def test_a_run_that_ends_in_its_trace_writes_it(tmp_path, end):
+    def hook(step, state):
+        if step == 6:
+            if end == "error":
+                raise ZeroDivisionError
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if end == "error":
+        with pytest.raises(ZeroDivisionError):
+            traced(tmp_path, 5, 9, hooks=[(1, hook)])
+    else:
+        assert traced(tmp_path, 5, 9, hooks=[(1, hook)]).signal == signal.SIGTERM
+    assert updates_in(tmp_path) == [[5, 6]]
+    start_another(tmp_path / "another")
+    jax.profiler.stop_trace()
+    if end == "signal":
+        traced(tmp_path, 5, 9)  # goes on in the window; within a second a trace takes the place of the one before
+        assert updates_in(tmp_path)[-1] == [7, 8]
+
+
+def test_a_trace_that_cannot_be_taken_is_a_warning(tmp_path, capfd):
+    start_another(tmp_path / "another")
+    try:
+        assert traced(tmp_path, 2, 3).step == 12
+    finally:
+        jax.profiler.stop_trace()
+    error = capfd.readouterr().err
+    assert error.count("training goes on without a profile") == 1 and "already been started" in error
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capfd):
+    (tmp_path / tracing.FOLDER).write_text("a file where the folder goes")
+    assert traced(tmp_path, 2, 3).step == 12
+    assert capfd.readouterr().err.count("training goes on without a profile") == 1
+
+
+def test_kinds_of_operations_by_their_names():
+    """As XLA names them on CPUs and GPUs; a change of dtype is no convolution."""
+    kinds = {
+        "products": ("dot.7", "cublas-gemm.2", "gemm_fusion_dot.3", "convolution.1", "cudnn-conv-bw-filter.4"),
+        "exchange": ("all-gather-start.1", "reduce-scatter.2", "all-reduce-done"),
+        "kernels": ("custom-call.9", "pallas_call.1"),
+        "copies": ("copy.1", "transpose_copy_fusion", "MemcpyD2D"),
+        breakdown.REST: ("loop_convert_fusion.2", "convert.11", "input_reduce_fusion", "broadcast_add_fusion.1"),
+        None: ("while.3", "call.2", "conditional"),
+    }
+    for kind, names in kinds.items():
+        assert {name: breakdown.kind_of(name) for name in names} == dict.fromkeys(names, kind)
+
+
+def test_the_picture_of_a_trace_counts_all_its_time():
+    """Two operations at once share their time; what holds others does not count beside them."""
+    events = [
+        ("while.3", 0, 100), ("dot.1", 0, 20), ("loop_fusion.2", 10, 20), ("copy.7", 50, 10),
+        ("all-gather-start.1", 60, 5), ("__cublas$gemm.4", 95, 5),
+    ]  # fmt: skip
+    found = breakdown.seconds_by_kind(events)
+    assert {kind: round(1e9 * seconds) for kind, seconds in found.items()} == {
+        "products": 21, "exchange": 4, "kernels": 0, "copies": 8, breakdown.REST: 17, breakdown.IDLE: 50,
+    }  # fmt: skip
+    assert sum(found.values()) == pytest.approx(100e-9)
+    with pytest.raises(ValueError, match="no operation"):
+        breakdown.seconds_by_kind(events[:1])
