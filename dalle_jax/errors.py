@@ -1,8 +1,11 @@
-"""The one exception that is meant for people, and what the command says to the shell when it ends.
+"""The one exception that is meant for people, the check of a number, and the exit statuses of the command.
 
 Raise `UserError` where a file, an option, a caption or a checkpoint that came from outside is wrong. The message is
 one sentence: what was expected, what came, what to do. The command line prints it without a traceback and exits 2.
 """
+
+import math
+import numbers
 
 EXIT_USER_ERROR = 2  # once more would end the same way
 EXIT_RESTART = 75  # EX_TEMPFAIL of sysexits.h: the launchers start the same command again, which goes on
@@ -11,3 +14,41 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 class UserError(Exception):
     """Something the user gave is wrong; `str(error)` is one clear sentence that says how to mend it."""
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+    optional: bool = False,
+) -> None:
+    """Refuse a value that is not a finite number in a range.
+
+    name: of the option or config key, as the user wrote it. min, max: the range with its ends; above, below: without
+    them. whole: an integer. optional: None is accepted too.
+
+    Raises:
+      UserError: with the range and what came.
+    """
+    if optional and value is None:
+        return
+    is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    if (
+        is_number
+        and -math.inf < value < math.inf  # neither infinite nor NaN
+        and (min is None or value >= min)
+        and (max is None or value <= max)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    ):
+        return
+    limits = {"of at least": min, "above": above, "of at most": max, "below": below}
+    listed = " and".join(f" {words} {limit:,}" for words, limit in limits.items() if limit is not None)
+    noun = "a whole number" if whole else "a number"
+    or_none = ", or None" if optional else ""
+    raise UserError(f"expected {name} to be {noun}{listed}{or_none}, got {value!r}: choose a value in this range")
