@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from dalle_jax import sharding
 from dalle_jax.checkpoint import digest
 from dalle_jax.checkpoint.manager import Checkpoints
+from dalle_jax.mesh import make_mesh
 
 FULL, LIMIT = 20.8, 2.0  # gigabytes of 1.3 billion parameters on one host; seconds that the loop may stand still
 COPIES = ("params", "ema", "mu", "nu")
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    mesh = sharding.make_mesh({"fsdp": -1})
+    mesh = make_mesh({"fsdp": -1})
     matrices = max(1, round(args.gigabytes * 1e9 / len(COPIES) / (LAYERS * WIDTH * WIDTH * 4)))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
 

@@ -135,6 +135,7 @@ def trainer(pattern: str):
 
     from dalle_jax import sharding
     from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT
+    from dalle_jax.mesh import make_mesh
     from dalle_jax.train.objectives.task import Task
     from dalle_jax.train.objectives.transformer import token_losses
     from dalle_jax.train.step import init_state, make_update
@@ -147,7 +148,7 @@ def trainer(pattern: str):
         return TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image, {}
 
     task = Task(name="transformer", model=model, loss=loss)
-    mesh = sharding.make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
     optimizer = optax.with_extra_args_support(optax.adamw(LEARNING_RATE))
     update = make_update(task, optimizer, mesh=mesh, ema_decay=0.99)
     key = jax.random.key(0)

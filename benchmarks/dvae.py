@@ -79,12 +79,13 @@ def trainer(precision: str):
     import jax
 
     from dalle_jax import sharding
+    from dalle_jax.mesh import make_mesh
     from dalle_jax.train.objectives.dvae import dvae_task
     from dalle_jax.train.optimizer import build as optimizers
     from dalle_jax.train.step import init_state, make_update
 
     config = config_of(precision)
-    task, mesh, key = dvae_task(config), sharding.make_mesh({}), jax.random.key(0)
+    task, mesh, key = dvae_task(config), make_mesh({}), jax.random.key(0)
     optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
     update = make_update(task, optimizer, mesh=mesh, ema_decay=config.ema.decay)
     batch = sharding.shard_batch({"image": pictures()}, mesh)

@@ -22,6 +22,7 @@ from peers import machine
 
 from dalle_jax import config as configs
 from dalle_jax import sharding
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.preflight import flops
@@ -54,7 +55,7 @@ def measure(variant: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of one update on pictures and on codes, the middle one of each round."""
     config, dvae = configured(variant)
     task = transformer_task(config, dvae, jax.jit(dvae.init)(jax.random.key(1)))
-    mesh, built = sharding.make_mesh({}), optimizers.build(config.optimizer, steps=100, axes=task.model.axes)
+    mesh, built = make_mesh({}), optimizers.build(config.optimizer, steps=100, axes=task.model.axes)
     rng, size, side = np.random.default_rng(0), config.batch_size, dvae.config.image_size
     text = np.tile(task.model.config.layout.text_slots([]), (size, 1))
     batches = {

@@ -20,11 +20,11 @@ import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dalle_jax import sharding
 from dalle_jax.checkpoint import format
 from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source
+from dalle_jax.mesh import make_mesh
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import step
 from dalle_jax.train.monitor import metrics
@@ -106,7 +106,7 @@ def trained(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, Task]:
 
 def float32_moments(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """'mu' and 'nu' of all hidden matrices at the end of a run that kept them in float32, as flat arrays without 0."""
-    (config, task), mesh = trained(workdir), sharding.make_mesh({}, devices=jax.devices()[:1])
+    (config, task), mesh = trained(workdir), make_mesh({}, devices=jax.devices()[:1])
     built = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
     _, state, _ = Checkpoints(workdir, keep=1).restore_latest(step.abstract_state(task, built, mesh=mesh))
     hidden = jax.tree.leaves(optimizers.hidden_mask(task.model.axes))

@@ -137,12 +137,12 @@ def on_accelerator(args) -> None:
     import numpy as np
     import sampling_bounds as bounds
 
-    from dalle_jax import sharding
+    from dalle_jax.mesh import make_mesh
     from dalle_jax.sample import waves
     from dalle_jax.sample.engine import Engine, image_keys
 
     device = jax.devices()[0]
-    chip, mesh, rows = bounds.chip_of(device, args.chip), sharding.make_mesh({}, devices=[device]), []
+    chip, mesh, rows = bounds.chip_of(device, args.chip), make_mesh({}, devices=[device]), []
     for name in args.models:
         model = bounds.model(name)
         layout, grid = model.config.layout, model.config.grid
@@ -199,11 +199,11 @@ def compile_for(args) -> None:
 
     import sampling_bounds as bounds
 
-    from dalle_jax import sharding
+    from dalle_jax.mesh import make_mesh
     from dalle_jax.sample import waves
     from dalle_jax.sample.engine import Engine
 
-    mesh, rows = sharding.make_mesh({}, devices=topologies.devices(pod)[:1]), []
+    mesh, rows = make_mesh({}, devices=topologies.devices(pod)[:1]), []
     for name in args.models:
         engine = Engine(bounds.model(name), None, mesh=mesh, **args.options)
         free = pod.usable_bytes - engine.weight_bytes()

@@ -1,15 +1,12 @@
-"""The device mesh and the table from logical axis names to mesh axes.
+"""Where an array lies: the table from logical axis names to mesh axes, and what follows from it.
 
-The only place that knows the mesh: models and losses say 'embed' or 'batch', never 'fsdp'. The mesh has three axes,
-`replica` x `fsdp` x `tensor`: parameters are cut along fsdp and tensor and repeated along replica; the batch is cut
-along replica and fsdp. An island is a set of devices with a fast network of their own (a TPU slice, the GPUs of a
-machine): fsdp inside islands and replica across them is the hybrid layout, fsdp over all devices is full sharding.
-Knows nothing of any model.
+Models and losses say 'embed' or 'batch', never 'fsdp'. The mesh has three axes, `replica` x `fsdp` x `tensor`:
+parameters are cut along fsdp and tensor and repeated along replica; the batch is cut along replica and fsdp. `mesh.py`
+chooses the sizes. Knows nothing of any model.
 """
 
 import contextlib
 import contextvars
-import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -17,36 +14,31 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.errors import UserError
 
-MESH_AXES = ("replica", "fsdp", "tensor")
+MESH_AXES = REPLICA, FSDP, TENSOR = ("replica", "fsdp", "tensor")
+INSIDE = (FSDP, TENSOR)  # mesh axes inside a replica
 HOST = "pinned_host"  # kind of memory
-CHOOSE = -1  # a size that is left to `make_mesh`
-WHOLE_SHARE = 0.05  # a mesh axis that fails to cut more of the parameters than this is refused
-NEAREST = 3  # possible layouts that a refusal names
-
-Shape = tuple[int, int, int]  # sizes in the order of MESH_AXES
 
 # Logical name -> mesh axes. A dimension named None, or of a size its mesh axes do not divide, is not cut; a mesh axis
 # serves only the first dimension of an array that asks for it.
 TABLE: dict[str, tuple[str, ...]] = {
-    "batch": ("replica", "fsdp"),
+    "batch": (REPLICA, FSDP),
     "sequence": (),
     "layers": (),
-    "embed": ("fsdp",),  # a parameter's model width
+    "embed": (FSDP,),  # a parameter's model width
     "embed_activation": (),  # an activation's model width
-    "mlp": ("tensor",),
+    "mlp": (TENSOR,),
     "qkv": (),
-    "heads": ("tensor",),
+    "heads": (TENSOR,),
     "head": (),
-    "vocab": ("tensor",),
+    "vocab": (TENSOR,),
     "image_input": (),  # rows of the image embedding: the codes and one more, so nothing divides them
     "position": (),
-    "in": ("fsdp",),  # channels of a convolution
-    "out": ("tensor",),
+    "in": (FSDP,),  # channels of a convolution
+    "out": (TENSOR,),
 }
 
 
@@ -54,171 +46,8 @@ TABLE: dict[str, tuple[str, ...]] = {
 _INDEPENDENT: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("independent", default=())
 
 
-def make_mesh(
-    sizes: Mapping[str, int],
-    *,
-    devices: Sequence[jax.Device] | None = None,
-    unfit: Callable[[Shape], str | None] = lambda shape: None,
-) -> Mesh:
-    """The mesh of these sizes over `devices` (default: all), each -1 replaced by a chosen size.
-
-    A single -1 is what is left over. Of several, tensor becomes 1 and fsdp the largest size that keeps fsdp x tensor
-    inside an island (`island_size`), so that `replica` -1, `fsdp` -1 is the hybrid layout and `replica` 1, `fsdp` -1
-    full sharding. A slow network is crossed by replica first, then by fsdp; tensor stays inside an island if it can.
-
-    unfit: what is wrong with a layout for the model and batch at hand (`demand`), None if nothing. Such layouts are
-      neither chosen nor accepted.
-
-    Raises:
-      UserError: an unknown axis, sizes that do not multiply to the number of devices, or an unfit layout; with the
-        nearest possible layouts.
-    """
-    devices = list(jax.devices() if devices is None else devices)
-    shape = choose(sizes, len(devices), island_size(devices), unfit=unfit)
-    return Mesh(_arranged(shape, tuple(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
-def choose(
-    sizes: Mapping[str, int], count: int, island: int, *, unfit: Callable[[Shape], str | None] = lambda shape: None
-) -> Shape:
-    """The shape that `make_mesh` gives this number of devices in islands of `island`; raises the same."""
-    wanted = tuple(int(sizes.get(axis, 1)) for axis in MESH_AXES)
-    if set(sizes) - set(MESH_AXES) or any(size < 1 and size != CHOOSE for size in wanted):
-        raise UserError(
-            f"mesh must give {', '.join(MESH_AXES)} positive sizes, or {CHOOSE} to choose one, got {dict(sizes)}"
-        )
-    shapes = _layouts(count, island)
-    matching = [s for s in shapes if all(w in (CHOOSE, size) for w, size in zip(wanted, s, strict=True))]
-    for shape in matching:
-        if unfit(shape) is None:
-            return shape
-    if matching:  # what is wrong with the sizes that were asked for, whatever the others become
-        reason = unfit(tuple(1 if size == CHOOSE else size for size in wanted)) or unfit(matching[0])
-    else:
-        reason = f"the sizes must multiply to {count}, along islands of {island}"
-    by_distance = lambda s: (round(_distance(wanted, s), 6), 0 if wanted[1] == CHOOSE else s[1])  # noqa: E731
-    near = sorted(possible(count, island, unfit=unfit), key=by_distance)[:NEAREST]
-    offer = f"the nearest possible: {', or '.join(map(_text, near))}" if near else "no other layout is possible either"
-    raise UserError(f"mesh {_text(wanted)} does not fit {count} device(s): {reason}; {offer}")
-
-
-def possible(count: int, island: int, *, unfit: Callable[[Shape], str | None]) -> list[Shape]:
-    """Every shape that `choose` accepts for this number of devices in islands of `island`, the best first."""
-    return [shape for shape in _layouts(count, island) if unfit(shape) is None]
-
-
-def demand(abstract: Any, axes: Any, *, batch_size: int, accumulate: int = 1) -> Callable[[Shape], str | None]:
-    """What a model and its batch ask of a layout, for `make_mesh(unfit=...)`.
-
-    abstract: nested dict of things with a shape; axes: the names at each leaf. A layout is unfit if the batch does
-    not divide into microbatches and devices, or if a mesh axis cannot cut more than WHOLE_SHARE of the parameters
-    that ask for it, which would silently lie whole on every device of that axis.
-    """
-    leaves = list(zip(jax.tree.leaves(abstract), jax.tree.structure(abstract).flatten_up_to(axes), strict=True))
-    total = sum(math.prod(leaf.shape) for leaf, _ in leaves)
-
-    def unfit(shape: Shape) -> str | None:
-        parts = shape[0] * shape[1] * accumulate
-        if batch_size % parts:
-            return f"a batch_size of {batch_size} is no multiple of {parts} (replica x fsdp x accumulate)"
-        mesh = AbstractMesh(shape, MESH_AXES)
-        for axis, size in zip(MESH_AXES, shape, strict=True):
-            whole = [
-                (math.prod(leaf.shape), name, length)
-                for leaf, names in leaves
-                for name, length in zip(names, leaf.shape, strict=True)
-                if axis in TABLE.get(name, ()) and size > 1 and axis not in _used(leaf.shape, names, mesh)
-            ]
-            if sum(count for count, *_ in whole) > WHOLE_SHARE * total:
-                _, name, length = max(whole)
-                return f"{axis} {size} does not divide {length} ({name!r}), so large arrays would stay whole"
-        return None
-
-    return unfit
-
-
-def island_size(devices: Sequence[jax.Device]) -> int:
-    """Devices that share a fast network: of one slice (TPU slice, NVLink domain) where there are several, all of a
-    TPU slice, else those of one process; 1 process or 1 device each: all."""
-    return len(devices) // len({_island(device, devices) for device in devices})
-
-
-def describe(mesh: Mesh) -> str:
-    """One line for the person who started a run, e.g. 'mesh replica 8 x fsdp 8 x tensor 1 on 64 devices'."""
-    devices = list(mesh.devices.flat)
-    return f"mesh {_text(mesh.devices.shape)} on {len(devices)} device(s) in islands of {island_size(devices)}"
-
-
-def _island(device: jax.Device, devices: Sequence[jax.Device]) -> int:
-    if len({_slice(d) for d in devices}) > 1:
-        return _slice(device)
-    processes = {d.process_index for d in devices}
-    one_each = len(processes) == len(devices)
-    return 0 if device.platform == "tpu" or one_each else device.process_index
-
-
-def _slice(device: jax.Device) -> int:
-    return getattr(device, "slice_index", None) or 0
-
-
-def _layouts(count: int, island: int) -> list[Shape]:
-    """All sizes that multiply to this number of devices and lie along the islands, the best first: the least tensor
-    parallelism, then the most of an island, then the least of what exceeds it."""
-    divisors = [n for n in range(1, count + 1) if count % n == 0]
-    shapes = [(count // f // t, f, t) for f in divisors for t in divisors if count % (f * t) == 0]
-    along = [shape for shape in shapes if _along_islands(shape, island)]
-    return sorted(along, key=lambda s: (s[2], (0, -s[1]) if s[1] * s[2] <= island else (1, s[1])))
-
-
-def _inside(shape: Shape, island: int) -> Shape:
-    """The part of each axis that lies inside an island: as much of tensor as possible, then of fsdp."""
-    tensor = math.gcd(shape[2], island)
-    fsdp = math.gcd(shape[1], island // tensor)
-    return island // (fsdp * tensor), fsdp, tensor
-
-
-def _along_islands(shape: Shape, island: int) -> bool:
-    return shape[0] % _inside(shape, island)[0] == 0
-
-
-@functools.lru_cache(maxsize=64)  # seconds for a thousand devices, and preflight asks for the same shapes again
-def _arranged(shape: Shape, devices: tuple[jax.Device, ...]) -> np.ndarray:
-    return _arrange(shape, devices)
-
-
-def _arrange(shape: Shape, devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as an array of this shape, laid along the machines' networks."""
-    islands: dict[int, list] = {}
-    for device in devices:
-        islands.setdefault(_island(device, devices), []).append(device)
-    inside = _inside(shape, len(devices) // len(islands))
-    outside = [size // part for size, part in zip(shape, inside, strict=True)]
-    grids = [
-        mesh_utils.create_device_mesh(inside, islands[index], allow_split_physical_axes=True)
-        for index in sorted(islands)
-    ]
-    order = np.arange(len(grids)).reshape(outside)
-    return np.block(np.vectorize(lambda index: grids[index], otypes=[object])(order).tolist())
-
-
-def _distance(wanted: Sequence[int], shape: Shape) -> float:
-    """How far a layout is from what was asked for, in doublings; large sizes of replica are the cheapest to change."""
-    asked = [abs(math.log2(size / w)) for w, size in zip(wanted, shape, strict=True) if w != CHOOSE]
-    return sum(asked) + 1e-3 * shape[2]
-
-
-def _text(shape: Sequence[int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
-
-
-def _used(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> set[str]:
-    """Mesh axes that cut an array."""
-    cuts = [cut for cut in spec(shape, names, mesh) if cut is not None]
-    return {axis for cut in cuts for axis in ((cut,) if isinstance(cut, str) else cut)}
-
-
 def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> PartitionSpec:
-    """Which mesh axes cut which dimension of an array of this shape.
+    """The mesh axes that cut each dimension of an array of this shape.
 
     Raises:
       ValueError: a name that is not in TABLE, or another number of names than dimensions.
@@ -237,6 +66,12 @@ def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> Partiti
         else:
             cuts.append(None)
     return PartitionSpec(*cuts)
+
+
+def cutting_axes(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> set[str]:
+    """The mesh axes that cut any dimension of an array."""
+    cuts = [cut for cut in spec(shape, names, mesh) if cut is not None]
+    return {axis for cut in cuts for axis in ((cut,) if isinstance(cut, str) else cut)}
 
 
 def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
@@ -270,6 +105,11 @@ def on_host(place: NamedSharding) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """An array whose first dimension is a batch, cut along it."""
+    return NamedSharding(mesh, PartitionSpec(TABLE["batch"]))
 
 
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -376,7 +216,7 @@ def batch_reader(
     Raises:
       UserError: the rows of two processes overlap without being the same.
     """
-    place = NamedSharding(mesh, PartitionSpec(TABLE["batch"]))
+    place = batch_sharding(mesh)
     rows: dict[int, set[int]] = {}
     for device, (cut,) in place.devices_indices_map((batch_ways(mesh),)).items():
         rows.setdefault(owner(device), set()).add(cut.start or 0)
@@ -392,5 +232,26 @@ def batch_reader(
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a batch -> global device arrays, cut along their first dimension."""
-    place = NamedSharding(mesh, PartitionSpec(TABLE["batch"]))
+    place = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()}
+
+
+def in_batches(function: Callable[..., Any], *arrays: np.ndarray, size: int) -> Any:
+    """function(*arrays) over N rows, computed `size` rows at a time so that one shape is compiled, whatever N.
+
+    The last batch is filled up (`fill_rows`). A row's result must not depend on its neighbors.
+
+    Returns: what the function returns, an array or nested containers of arrays, as numpy arrays of N rows.
+    """
+    count = len(arrays[0])
+    results = []
+    for start in range(0, max(count, 1), size):
+        rows = min(size, count - start)
+        batch = function(*(fill_rows(array[start : start + size], size) for array in arrays))
+        results.append(jax.tree.map(lambda x, rows=rows: np.asarray(x)[:rows], batch))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+
+
+def fill_rows(array: np.ndarray, size: int) -> np.ndarray:
+    """The array with rows of zeros appended, so that it has `size` of them."""
+    return np.concatenate([array, np.zeros((size - len(array), *array.shape[1:]), array.dtype)])

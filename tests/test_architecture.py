@@ -17,7 +17,7 @@ LEVELS = (
     {"errors"},
     {"pixels", "attention_pattern", "layout", "pictures"},
     {"config", "text", "sharding", "distributed"},
-    {"checkpoint"},
+    {"checkpoint", "mesh"},
     {"models", "data"},
     {"train", "sample", "convert"},
     {"evaluate", "preflight", "serve"},
@@ -32,6 +32,7 @@ ONLY_IN = {
     "flax": {"models"},
     "jax": {
         "sharding",
+        "mesh",
         "checkpoint",
         "distributed",
         "models",

@@ -1,6 +1,4 @@
-"""Mesh sizes, the logical table and where arrays end up."""
-
-import types
+"""The logical table, where arrays end up, and computing in batches."""
 
 import jax
 import jax.numpy as jnp
@@ -9,136 +7,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dalle_jax import sharding
-from dalle_jax.errors import UserError
-
-
-@pytest.mark.parametrize(
-    "sizes, shape",
-    [
-        ({}, (1, 8, 1)),
-        ({"replica": 2, "tensor": 2}, (2, 2, 2)),
-        ({"fsdp": 1, "tensor": 8}, (1, 1, 8)),
-        ({"fsdp": 1, "replica": -1}, (8, 1, 1)),
-        ({"replica": -1, "fsdp": -1, "tensor": -1}, (1, 8, 1)),
-    ],
-)
-def test_one_size_is_what_is_left_over(sizes, shape):
-    mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "tensor": 1} | sizes)
-    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == sharding.MESH_AXES
-
-
-@pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"fsdp": -1, "replica": 3}, {"fsdp": 0}, {"model": 8}])
-def test_impossible_meshes_are_refused(sizes):
-    with pytest.raises(UserError, match="mesh"):
-        sharding.make_mesh(sizes)
-
-
-HYBRID = {"replica": -1, "fsdp": -1, "tensor": 1}
-WIDE = {"w": jax.ShapeDtypeStruct((96, 3, 6, 8), jnp.float32)}  # six heads, width 96 = 32 * 3
-NAMES = {"w": ("embed", "qkv", "heads", "head")}
-
-
-@pytest.mark.parametrize(
-    "sizes, count, island, shape",
-    [
-        (HYBRID, 64, 8, (8, 8, 1)),  # inside an island, and across
-        (HYBRID, 8, 8, (1, 8, 1)),
-        (HYBRID, 1024, 1024, (32, 32, 1)),  # an island larger than what divides the width
-        (HYBRID | {"tensor": 2}, 64, 8, (8, 4, 2)),
-        (HYBRID | {"replica": 1}, 32, 8, (1, 32, 1)),  # full sharding
-    ],
-)
-def test_what_is_left_open_is_chosen_for_the_model_and_the_islands(sizes, count, island, shape):
-    unfit = sharding.demand(WIDE, NAMES, batch_size=1024)
-    assert sharding.choose(sizes, count, island, unfit=unfit) == shape
-
-
-@pytest.mark.parametrize(
-    "sizes, batch, message",
-    [
-        ({"fsdp": 2, "tensor": 4}, 8, r"tensor 4 does not divide 6 \('heads'\).* fsdp 4 x tensor 2"),
-        ({"fsdp": 64}, 64, r"fsdp 64 does not divide 96 \('embed'\).* replica 2 x fsdp 32 x tensor 1"),
-        ({"fsdp": 8}, 12, "batch_size of 12 is no multiple of 8 .* fsdp 4 x tensor 2"),
-        ({"fsdp": 3}, 8, "must multiply to 8.* nearest possible: replica 2 x fsdp 4 x tensor 1"),
-        ({"fsdp": -1}, 7, "batch_size of 7 .*no other layout is possible"),
-    ],
-)
-def test_an_impossible_layout_is_refused_with_the_nearest_possible_ones(sizes, batch, message):
-    count = 64 if sizes == {"fsdp": 64} else 8
-    with pytest.raises(UserError, match=message):
-        sharding.choose(sizes, count, 8, unfit=sharding.demand(WIDE, NAMES, batch_size=batch))
-
-
-def test_small_arrays_may_stay_whole():
-    """A head of six channels cannot be cut by 4, and nobody minds; a twentieth of the parameters is the limit."""
-    small, large = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 6), (64, 64)))
-    names = {"small": ("in", "out"), "large": ("in", "out")}
-    unfit = sharding.demand({"small": small, "large": large}, names, batch_size=8)
-    assert unfit((1, 2, 4)) is None
-    assert "tensor 4 does not divide 6" in sharding.demand({"small": small}, {"small": names["small"]}, batch_size=8)(
-        (1, 2, 4)
-    )
-
-
-def machines(hosts, each, *, slices=1, platform="gpu"):
-    """Stand-ins for the devices of a cluster, in the order in which JAX lists them."""
-    return [
-        types.SimpleNamespace(
-            id=host * each + i,
-            process_index=host,
-            slice_index=host * slices // hosts,
-            platform=platform,
-            device_kind="stand-in",
-        )
-        for host in range(hosts)
-        for i in range(each)
-    ]
-
-
-@pytest.mark.parametrize(
-    "devices, island",
-    [
-        (machines(1, 8), 8),
-        (machines(4, 8), 8),  # one process a machine
-        (machines(32, 1, slices=4), 8),  # one process a GPU, four machines
-        (machines(4, 4, platform="tpu"), 16),  # one slice
-        (machines(8, 4, slices=2, platform="tpu"), 16),  # two slices
-    ],
-)
-def test_an_island_is_what_shares_a_fast_network(devices, island):
-    assert sharding.island_size(devices) == island
-
-
-@pytest.mark.parametrize(
-    "shape, axis, per_island",
-    [
-        ((4, 8, 1), 1, 8),  # hybrid: fsdp inside
-        ((8, 4, 1), 1, 8),
-        ((4, 4, 2), 1, 8),  # fsdp and tensor inside
-        ((1, 32, 1), 1, 8),  # full sharding: fsdp crosses, in runs of an island
-        ((2, 8, 2), 2, 8),  # tensor inside, fsdp across two islands
-    ],
-)
-def test_the_mesh_lies_along_the_islands(shape, axis, per_island):
-    devices = sharding._arrange(shape, machines(4, 8))
-    assert devices.shape == shape and sorted(d.id for d in devices.flat) == list(range(32))
-    hosts = np.vectorize(lambda d: d.process_index)(devices)
-    for row in hosts.reshape(-1, shape[2]):
-        assert len(set(row)) == 1  # tensor never leaves an island
-    inside = min(shape[1] * shape[2], per_island) // shape[2]
-    for row in np.moveaxis(hosts, 1, -1).reshape(-1, shape[1] // inside, inside):
-        assert all(len(set(run)) == 1 for run in row)  # neither does a run of fsdp
-
-
-def test_a_mesh_is_described_in_a_line():
-    assert (
-        sharding.describe(sharding.make_mesh(HYBRID))
-        == "mesh replica 1 x fsdp 8 x tensor 1 on 8 device(s) in islands of 8"
-    )
+from dalle_jax.mesh import make_mesh
 
 
 def test_a_dimension_is_cut_only_where_it_divides_and_an_axis_is_used_once():
-    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
+    mesh = make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
     assert sharding.spec((6, 8, 16), ("layers", "embed", "mlp"), mesh) == P(None, ("fsdp",), ("tensor",))
     assert sharding.spec((7, 16), ("embed", "mlp"), mesh) == P(None, ("tensor",))
     assert sharding.spec((8, 8), ("mlp", "vocab"), mesh) == P(("tensor",), None)
@@ -146,7 +19,7 @@ def test_a_dimension_is_cut_only_where_it_divides_and_an_axis_is_used_once():
 
 
 def test_unknown_names_and_wrong_ranks_are_defects():
-    mesh = sharding.make_mesh({"fsdp": -1})
+    mesh = make_mesh({"fsdp": -1})
     with pytest.raises(ValueError, match="unknown logical axis 'embd'"):
         sharding.spec((8,), ("embd",), mesh)
     with pytest.raises(ValueError, match="every dimension"):
@@ -156,7 +29,7 @@ def test_unknown_names_and_wrong_ranks_are_defects():
 def test_constrain_is_nothing_without_a_mesh_and_cuts_within_one():
     x = jnp.ones((8, 4))
     assert sharding.constrain(x, ("batch", None)) is x
-    mesh = sharding.make_mesh({"fsdp": -1})
+    mesh = make_mesh({"fsdp": -1})
 
     def inside(x):
         with sharding.use(mesh):
@@ -167,7 +40,7 @@ def test_constrain_is_nothing_without_a_mesh_and_cuts_within_one():
 
 
 def test_a_batch_is_cut_along_replica_and_fsdp_but_not_tensor():
-    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
+    mesh = make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
     image = np.arange(8 * 3, dtype=np.uint8).reshape(8, 3)
     placed = sharding.shard_batch({"image": image}, mesh)["image"]
     assert sharding.batch_ways(mesh) == 4
@@ -176,10 +49,25 @@ def test_a_batch_is_cut_along_replica_and_fsdp_but_not_tensor():
 
 
 def test_optimizer_copies_of_parameters_are_cut_like_them():
-    mesh = sharding.make_mesh({"fsdp": -1})
+    mesh = make_mesh({"fsdp": -1})
     abstract = {"block": {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)}}
     places = sharding.shardings(abstract, {"block": {"w": ("embed", "mlp")}}, mesh)
     state = ({"mu": abstract, "count": jax.ShapeDtypeStruct((), jnp.int32)},)
     (found,) = sharding.like_params(state, places, mesh)
     assert found["mu"]["block"]["w"].spec == P(("fsdp",), None)
     assert found["count"].is_fully_replicated
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 9])
+def test_computing_in_batches_compiles_one_shape_and_changes_nothing(count):
+    shapes = set()
+
+    def function(x, y):
+        shapes.add(x.shape)
+        return {"sum": x + y, "rows": jnp.square(x).sum(1)}
+
+    x, y = np.arange(3.0 * count).reshape(count, 3), np.ones((count, 3), np.float32)
+    found = sharding.in_batches(function, x, y, size=4)
+    np.testing.assert_array_equal(found["sum"], x + y)
+    np.testing.assert_array_equal(found["rows"], np.square(x).sum(1))
+    assert shapes == {(4, 3)} and isinstance(found["sum"], np.ndarray)

@@ -25,6 +25,7 @@ from dalle_jax.data.sources import open_source, scenes
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.evaluate.scenes import accuracy, shows
+from dalle_jax.mesh import make_mesh
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import CLIP, Pipeline
 from dalle_jax.text.bpe import Tokenizer
@@ -213,7 +214,7 @@ def time_update(config) -> float:
 
     As in training, each batch is made while the update before it runs.
     """
-    task, mesh = build_task(config), sharding.make_mesh(config.mesh)
+    task, mesh = build_task(config), make_mesh(config.mesh)
     optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
     update = step.make_update(task, optimizer, mesh=mesh, ema_decay=config.ema.decay)
     state = step.init_state(task, optimizer, key=jax.random.key(0), mesh=mesh)

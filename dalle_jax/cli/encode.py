@@ -28,6 +28,7 @@ from dalle_jax.data.decode import MAX_PIXELS, BadImage, decode_image
 from dalle_jax.data.record import Dropped, Encoded, Source
 from dalle_jax.data.sources import HELP, TOKENS, features, open_source
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import local_mesh
 from dalle_jax.models import Model, Params, build
 from dalle_jax.models.dvae import encode_images
 
@@ -106,7 +107,7 @@ class Encoder:
 
     def __init__(self, model: Model, params: Params, settings: features.Settings, *, batch_size: int, max_pixels: int):
         self._settings, self._max_pixels = settings, max_pixels
-        self._mesh = sharding.make_mesh({"replica": -1}, devices=jax.local_devices())
+        self._mesh = local_mesh()
         self._params = jax.device_put(params, sharding.replicated(self._mesh))
         self.block = max(1, batch_size // settings.augmentations)  # records at a time
         ways = sharding.batch_ways(self._mesh)

@@ -17,7 +17,6 @@ from concurrent import futures
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import sharding
 from dalle_jax.checkpoint import digest, format
@@ -28,6 +27,7 @@ from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import preprocess, progress
+from dalle_jax.mesh import local_mesh
 from dalle_jax.models import Model, Params, build, inception
 
 BATCH = 32  # pictures a device
@@ -111,14 +111,14 @@ class Extractor:
     """
 
     def __init__(self, model: Model, params: Params, *, batch: int | None = None):
-        mesh = sharding.make_mesh({"replica": -1}, devices=jax.local_devices())
+        mesh = local_mesh()
         self.model, self.digest = model, digest.of_tree(params)
         config = model.config
         self.network = f"inception-{config.pools}" + (f"-{config.features}" if config.narrow > 1 else "")
         self.features, self.classes = config.features, config.classes
         self.batch = (batch or BATCH) * sharding.batch_ways(mesh)
         self._params = jax.device_put(params, sharding.replicated(mesh))
-        self._place = NamedSharding(mesh, PartitionSpec(sharding.TABLE["batch"]))
+        self._place = sharding.batch_sharding(mesh)
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, batch: int | None = None) -> "Extractor":

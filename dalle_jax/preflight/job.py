@@ -20,6 +20,7 @@ from dalle_jax import sharding
 from dalle_jax.checkpoint import format
 from dalle_jax.data.sources import is_tokens
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import Shape, demand, possible
 from dalle_jax.models import Model, build
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.layers import compute_dtype
@@ -92,14 +93,14 @@ class Job:
                 f"expected config.storage.offload = false with {self.topology}, got true: moments in host memory can "
                 "be compiled for TPUs alone without the machine; leave it out, or ask for a TPU"
             )
-        return run.make_mesh(self.config, self.task.model, devices=self.devices)
+        return run.mesh_for(self.config, self.task.model, devices=self.devices)
 
     @property
-    def layouts(self) -> list[sharding.Shape]:
+    def layouts(self) -> list[Shape]:
         """Shapes of all meshes that the training would accept on these chips, the best first."""
         model, config = self.task.model, self.config
-        ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
-        return sharding.possible(self.topology.count, self.topology.island, unfit=ask)
+        ask = demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
+        return possible(self.topology.count, self.topology.island, unfit=ask)
 
     @functools.cached_property
     def optimizer(self):
@@ -166,7 +167,7 @@ class Job:
     @functools.cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as the pipeline makes it, cut along every axis that shares batches."""
-        place = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(sharding.TABLE["batch"]))
+        place = sharding.batch_sharding(self.mesh)
         size, side = self.config.batch_size, self.config.data.image_size
         arrays = {"image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=place)}
         if self.has_codes:

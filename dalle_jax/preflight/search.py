@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import CHOOSE
 from dalle_jax.models.blocks import REMAT
 from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import memory
@@ -18,7 +19,7 @@ from dalle_jax.preflight import topology as topologies
 from dalle_jax.preflight.collectives import Collective
 from dalle_jax.preflight.compiled import Verdict, compile_update
 from dalle_jax.preflight.job import Job
-from dalle_jax.sharding import CHOOSE, MESH_AXES
+from dalle_jax.sharding import MESH_AXES
 
 MOST_COMPILED = 4  # candidates that a search for changes compiles
 MOST_SWEPT = 12  # candidates that a sweep compiles, the fastest by the byte model and the roofline

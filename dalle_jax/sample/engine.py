@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import local_mesh
 from dalle_jax.models import Model, Params, decoding
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
@@ -61,7 +62,7 @@ class Engine:
                 f"got {weights!r} and {cache!r}"
             )
         self.config, self.cache = model.config, cache
-        self.mesh = sharding.make_mesh({"replica": -1}, devices=jax.local_devices()) if mesh is None else mesh
+        self.mesh = local_mesh() if mesh is None else mesh
         if params is None:
             self._weights = _abstract_weights(model, self.mesh, weights)
             return

@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from dalle_jax import sharding
@@ -25,6 +24,7 @@ from dalle_jax.checkpoint.digest import of_model as model_sha256
 from dalle_jax.data.decode import BadImage, to_pixels
 from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import Model, Params, build
 from dalle_jax.models.dvae import DVAEConfig, decode_images, encode_images
 from dalle_jax.models.transformer import TransformerConfig
@@ -79,13 +79,13 @@ class Pipeline:
             raise UserError(
                 f"tensor must divide the {len(devices)} device(s) and the model's {heads} heads, got {tensor}"
             )
-        mesh = sharding.make_mesh({"replica": -1, "tensor": tensor}, devices=devices)
+        mesh = make_mesh({"replica": -1, "tensor": tensor}, devices=devices)
         self.model, self.dvae, self.tokenizer, self.digest = transformer, dvae, tokenizer, digest
         self.reranker, self.can_guide = reranker, can_guide
         self._kinds = {"weights": weights, "cache": cache}
         self._engine = Engine(transformer, params, mesh=mesh, **self._kinds)
         self._dvae_params = jax.device_put(dvae_params, sharding.replicated(mesh))
-        self._images_place = NamedSharding(mesh, PartitionSpec(sharding.TABLE["batch"]))
+        self._images_place = sharding.batch_sharding(mesh)
         self._capacity: dict[bool, tuple[int, str]] = {}
 
     @classmethod

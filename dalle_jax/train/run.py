@@ -23,6 +23,7 @@ from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.record import Source
 from dalle_jax.data.shards import Lanes
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import demand, describe, make_mesh
 from dalle_jax.models import Model
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.layers import compute_dtype
@@ -75,9 +76,9 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
         format.check_dvae(workdir, task.frozen_sha256)
     else:
         task = build_task(config)
-    mesh = make_mesh(config, task.model)
+    mesh = mesh_for(config, task.model)
     if progress and jax.process_index() == 0:
-        print(sharding.describe(mesh), file=sys.stderr)
+        print(describe(mesh), file=sys.stderr)
     layout = task.model.config.layout if tokenizer else None
     batches, validation = _data(config, mesh, layout=layout, tokenizer=tokenizer, dvae_sha256=task.frozen_sha256)
     distributed.gather_json(None)  # nobody reads any more what the first process writes now
@@ -99,15 +100,15 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
         )
 
 
-def make_mesh(config: ml_collections.ConfigDict, model: Model, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh_for(config: ml_collections.ConfigDict, model: Model, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh` over `devices` (default: all), with every -1 chosen so that model and batch fit.
 
     Raises:
-      UserError: no such mesh, with the nearest possible ones; see `sharding.make_mesh` and `sharding.demand`. Or
+      UserError: no such mesh, with the nearest possible ones; see `make_mesh` and `demand`. Or
         `config.compression` saves nothing on it; see `powersgd.refuse_waste`.
     """
-    ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
-    mesh = sharding.make_mesh(config.mesh, devices=devices, unfit=ask)
+    ask = demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
+    mesh = make_mesh(config.mesh, devices=devices, unfit=ask)
     if config.compression.rank:
         compression = powersgd.Compression(**config.compression)
         found = powersgd.layouts(model.abstract, model.axes, compression=compression, mesh=mesh)

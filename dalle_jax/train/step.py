@@ -224,11 +224,11 @@ def make_update(
         """Gradients and metrics of each replica's own part of the batch, [replicas, ...]."""
         count = compressor.replicas
         own = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-        place = jax.sharding.PartitionSpec("replica", "fsdp")
+        place = jax.sharding.PartitionSpec(sharding.REPLICA, sharding.FSDP)
         own = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place), own)
         keys = jax.random.split(jax.random.fold_in(key, REPLICAS), count)
-        with sharding.independent("replica"):
-            each = jax.vmap(accumulated, in_axes=(None, None, 0, 0, None, None), spmd_axis_name="replica")
+        with sharding.independent(sharding.REPLICA):
+            each = jax.vmap(accumulated, in_axes=(None, None, 0, 0, None, None), spmd_axis_name=sharding.REPLICA)
             return each(params, frozen, own, keys, step, scale)
 
     def averaged(ema, params, due):

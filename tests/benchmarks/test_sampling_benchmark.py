@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from dalle_jax import sharding
+from dalle_jax.mesh import make_mesh
 from dalle_jax.sample.engine import Engine
 from tests.support import ROOT
 
@@ -28,7 +28,7 @@ def bounds(monkeypatch):
 def test_bytes_of_a_candidate_and_a_step_are_those_of_the_windows(bounds, name, stored_mb, read_mb, text_mb):
     """Keys and values of 2 bytes: 33 positions of a row layer, all 1024 stored and 32 read of a column layer, 166 of
     the convolution for each candidate; 256 of every layer for a caption, whatever the number of its candidates."""
-    mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+    mesh = make_mesh({}, devices=jax.devices()[:1])
     engine = Engine(bounds.model(name), None, mesh=mesh)
     config, step = engine.config, bounds.step(engine, 1, 64)
     position = 4 * config.heads * config.head_size

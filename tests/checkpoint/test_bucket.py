@@ -6,8 +6,8 @@ import fsspec.config
 import jax
 import pytest
 
-from dalle_jax import sharding
 from dalle_jax.checkpoint import digest, format, manager
+from dalle_jax.mesh import make_mesh
 from tests.checkpoint.test_checkpoint import abstract, equal, state
 from tests.support import stand_in_bucket
 
@@ -57,7 +57,7 @@ def test_a_run_goes_on_from_its_bucket_on_another_mesh(open_run, bucket, name):
     assert format.steps_in(path) == [5, 9]
     assert not any(file.startswith(f"{name}/1/") for file in bucket.objects)  # no longer kept
     run, said = open_run()
-    step, restored, position = run.restore_latest(abstract(sharding.make_mesh({"fsdp": -1})))
+    step, restored, position = run.restore_latest(abstract(make_mesh({"fsdp": -1})))
     assert (step, position, said) == (9, {"position": [9]}, [])
     equal(restored, state(9))
     assert restored["params"]["block"]["w"].addressable_shards[0].data.shape == (1, 2)

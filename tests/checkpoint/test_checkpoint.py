@@ -14,6 +14,7 @@ from orbax.checkpoint._src.serialization import jax_array_handlers
 from dalle_jax import sharding
 from dalle_jax.checkpoint import format, manager
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 
 CONFIG = {"name": "dvae", "model": {"width": 4}}
 
@@ -52,7 +53,7 @@ def equal(a, b):
 def test_the_state_comes_back_on_any_mesh_with_the_data_position(tmp_path):
     save(tmp_path, [1, 5, 9], keep=2)
     assert format.complete_steps(tmp_path) == [5, 9]
-    mesh = sharding.make_mesh({"fsdp": -1})
+    mesh = make_mesh({"fsdp": -1})
     reader = manager.Checkpoints(tmp_path, keep=2)
     restored, position = reader.restore(reader.latest(), abstract(mesh))
     equal(restored, state(9))

@@ -15,6 +15,7 @@ from dalle_jax import distributed, sharding
 from dalle_jax.cli import main
 from dalle_jax.distributed import agree, connections, initialize, kv_store, watchdog
 from dalle_jax.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
+from dalle_jax.mesh import make_mesh
 from tests.support import fault_driver, processes
 
 # What happens to which process -> status of the other one, and what that says of the first.
@@ -258,13 +259,13 @@ def test_the_first_two_times_of_a_phase_may_take_long():
     ],
 )
 def test_processes_that_hold_the_same_rows_read_the_same_part(sizes, owners, parts, monkeypatch):
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)), devices=jax.devices()[:4])
+    mesh = make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)), devices=jax.devices()[:4])
     for rank, part in parts.items():
         assert sharding.batch_reader(mesh, process=rank, owner=lambda device: owners[device.id]) == part
 
 
 def test_processes_that_hold_unlike_parts_are_refused():
-    mesh = sharding.make_mesh({"fsdp": 4}, devices=jax.devices()[:4])
+    mesh = make_mesh({"fsdp": 4}, devices=jax.devices()[:4])
     with pytest.raises(UserError, match="pieces of a batch 2 processes can share evenly"):
         sharding.batch_reader(mesh, process=0, owner=lambda device: int(device.id > 0))
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from dalle_jax import config as configs
-from dalle_jax import sharding
 from dalle_jax.checkpoint import format
 from dalle_jax.data.shards import Lanes
 from dalle_jax.errors import EXIT_RESTART
+from dalle_jax.mesh import make_mesh
 from dalle_jax.train import run
 from dalle_jax.train.monitor import metrics
 from tests.support import clip_driver, powersgd_driver, processes, train_driver
@@ -144,7 +144,7 @@ def test_two_processes_train_a_clip_on_the_captions_of_both(tmp_path):
     """Loss, gradient and parameters are those of one process with the whole batch: a loss of each process's own half
     would have half of the captions to tell apart."""
     started = processes.start("clip_driver", tmp_path, 2)
-    wanted, params = clip_driver.train(sharding.make_mesh({}, devices=jax.devices()[:1]))  # meanwhile
+    wanted, params = clip_driver.train(make_mesh({}, devices=jax.devices()[:1]))  # meanwhile
     assert processes.statuses(started) == [0, 0], (tmp_path / "0.log").read_text()
     assert wanted[0]["loss"] > 1.0 and wanted[0]["grad_norm"] > 0.1 and wanted[0]["loss"] != wanted[1]["loss"]
     for rank in range(2):

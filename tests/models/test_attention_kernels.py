@@ -12,6 +12,7 @@ import pytest
 from dalle_jax import attention_pattern, sharding
 from dalle_jax import config as configs
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import transformer
 from dalle_jax.models.attention import blockwise, kernels, pallas, splash
 from dalle_jax.models.attention.block_lists import block_lists
@@ -170,7 +171,7 @@ def test_no_gradient_is_dropped_on_a_residual_path(kind):
 
 def test_gpu_kernels_give_the_same_bits_on_a_mesh():
     """Batch cut along replica and fsdp, heads along tensor; and with a mapped replica axis, as PowerSGD has it."""
-    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
+    mesh = make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
     q, k, v, w = random(4, 4, LENGTH, 2, 16)
     run = functools.partial(output_and_gradients, lambda *qkv: gpu_attend(*qkv, "column"))
     want = jax.jit(run)(q, k, v, w)
@@ -213,7 +214,7 @@ SMALL = TransformerConfig(
 def test_a_model_with_gpu_kernels_equals_one_without(monkeypatch):
     """Loss and gradients of a scanned group and the convolution, computed again, on a mesh."""
     monkeypatch.setattr(pallas, "attend", functools.partial(pallas.attend, interpret=True))
-    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, devices=jax.devices()[:4])
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, devices=jax.devices()[:4])
     text, image = np.arange(2 * 64).reshape(2, 64) % 11, np.arange(2 * 64).reshape(2, 64) % 7
     leaves, tree = jax.tree.flatten(transformer.model(SMALL).abstract)
     params = tree.unflatten([random(*leaf.shape, seed=i, scale=0.2) for i, leaf in enumerate(leaves)])

@@ -13,6 +13,7 @@ import pytest
 from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build, clip
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.layers import Model
@@ -198,7 +199,7 @@ def test_eight_devices_train_as_one_does():
     found = []
     for shape in ((1, 1, 1), (2, 2, 2)):
         devices = jax.devices()[: int(np.prod(shape))]
-        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices=devices)
+        mesh = make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices=devices)
         state = steps.init_state(task, built, key=jax.random.key(0), mesh=mesh)
         batch = sharding.shard_batch({"image": image, "text": text}, mesh)
         update = steps.make_update(task, built, mesh=mesh)

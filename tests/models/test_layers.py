@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import sharding
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, compute_dtype, layer_norm, linear, param, quick_gelu
 
 
@@ -41,7 +42,7 @@ def test_linear_and_its_gradients_equal_einsum(x_shape, weight_shape, inputs):
     ],
 )
 def test_on_a_mesh_each_device_receives_its_part_of_a_gradient_alone(x_shape, weight_shape, inputs, axes):
-    mesh = sharding.make_mesh({"replica": 2, "fsdp": 4})
+    mesh = make_mesh({"replica": 2, "fsdp": 4})
     rng = np.random.default_rng(0)
     x, weight = (rng.normal(size=shape).astype(np.float32) for shape in (x_shape, weight_shape))
     rows = jax.sharding.NamedSharding(mesh, sharding.spec(x_shape, ("batch", *[None] * (x.ndim - 1)), mesh))

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import choose, demand
 from dalle_jax.models import build
 from dalle_jax.train import step
 from dalle_jax.train.objectives.task import Task
@@ -46,8 +47,8 @@ def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, islan
     config = configs.load(spec)
     model = build(config.name, config.model)
     assert model.num_params == parameters
-    ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
-    assert sharding.choose(config.mesh, math.prod(shape), island, unfit=ask) == shape
+    ask = demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
+    assert choose(config.mesh, math.prod(shape), island, unfit=ask) == shape
     state = abstract_state(config, AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3))
     # A gradient has its parameter's shape, dtype and place.
     trees = [state["params"], state["opt_state"], state["ema"], state["params"]]
@@ -89,9 +90,9 @@ def test_heads_of_12b_are_cut_by_two_and_no_further():
     """62 heads are 2 x 31."""
     config = configs.load("configs/transformer.py:12b")
     model = build(config.name, config.model)
-    ask = sharding.demand(model.abstract, model.axes, batch_size=config.batch_size)
-    assert sharding.choose({"replica": -1, "fsdp": -1, "tensor": 2}, 1024, 1024, unfit=ask) == (4, 128, 2)
+    ask = demand(model.abstract, model.axes, batch_size=config.batch_size)
+    assert choose({"replica": -1, "fsdp": -1, "tensor": 2}, 1024, 1024, unfit=ask) == (4, 128, 2)
     with pytest.raises(
         UserError, match=r"tensor 4 does not divide 62 \('heads'\).* nearest possible: replica 4 x fsdp 128 x tensor 2"
     ):
-        sharding.choose({"replica": -1, "fsdp": -1, "tensor": 4}, 1024, 1024, unfit=ask)
+        choose({"replica": -1, "fsdp": -1, "tensor": 4}, 1024, 1024, unfit=ask)

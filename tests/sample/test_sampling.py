@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import decoding, transformer
 from dalle_jax.models.attention import blockwise
 from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
 from tests.models.test_transformer import TINY, apply, random_batch, random_params
 
-ONE = sharding.make_mesh({}, devices=jax.devices()[:1])
+ONE = make_mesh({}, devices=jax.devices()[:1])
 
 
 def uncached(config, params, text_CT, image_CMI):
@@ -226,7 +226,7 @@ def test_same_pictures_on_any_number_of_devices(sizes):
     """To the token in float32. Everything large is really cut: weights along tensor, images along replica."""
     params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
     model, keys = transformer.model(TINY), image_keys(np.arange(8).reshape(2, 4))
-    mesh = sharding.make_mesh(sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
+    mesh = make_mesh(sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
     engine = Engine(model, params, mesh=mesh)
     wave = engine.begin(text, keys, guidance=2.0)
     wave = engine.advance(wave, 0, TINY.grid)
@@ -235,7 +235,7 @@ def test_same_pictures_on_any_number_of_devices(sizes):
     store = wave["arrays"]["cache"][0]["k"]
     assert store.addressable_shards[0].data.size * mesh.size == store.size
     with pytest.raises(ValueError, match="multiple of"):
-        Engine(model, params, mesh=sharding.make_mesh({"replica": 4}, devices=jax.devices()[:4])).begin(
+        Engine(model, params, mesh=make_mesh({"replica": 4}, devices=jax.devices()[:4])).begin(
             text, image_keys(np.arange(2).reshape(2, 1))
         )
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dalle_jax import distributed, sharding
+from dalle_jax.mesh import make_mesh
 from dalle_jax.train import step as steps
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.optimizer import build as optimizers
@@ -42,7 +43,7 @@ def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
     distributed.initialise(
         coordinator=f"localhost:{port}", num_processes=count, process_id=rank, start_seconds=60, hang_seconds=60
     )
-    measured, params = train(sharding.make_mesh({"fsdp": count}))
+    measured, params = train(make_mesh({"fsdp": count}))
     (folder / f"{rank}.json").write_text(json.dumps(measured))
     np.savez(folder / f"{rank}.npz", *jax.tree.leaves(params))
 

@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 
-from dalle_jax import distributed, sharding
+from dalle_jax import distributed
 from dalle_jax.checkpoint import format
+from dalle_jax.mesh import make_mesh
 from tests.support import line_task
 
 LIMITS = {  # update -> process and the longest file that it can write from there on: checkpoints are due at 4, 8 ... 20
@@ -36,7 +37,7 @@ def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
     with distributed.Watchdog(20.0, first_seconds=60) as watchdog:
         result = line_task.train(
             folder / "run",
-            mesh=sharding.make_mesh({"fsdp": -1}),
+            mesh=make_mesh({"fsdp": -1}),
             hooks=[(1, full)],
             of_loop={"beat": watchdog.beat},
             steps=20,

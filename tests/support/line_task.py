@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from dalle_jax import config as configs
-from dalle_jax import sharding
 from dalle_jax.checkpoint import format
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, param
 from dalle_jax.train import loop
 from dalle_jax.train.objectives.task import Task
@@ -70,7 +70,7 @@ def config(**values):
 
 def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=(), **values):
     """`loop.run` without a word. of_loop: more of its arguments. values: of the config."""
-    mesh = mesh or sharding.make_mesh({}, devices=jax.devices()[:1])
+    mesh = mesh or make_mesh({}, devices=jax.devices()[:1])
     told = {"mesh": mesh, "batches": batches or Numbers(), "hooks": hooks, "progress": False, **(of_loop or {})}
     return loop.run(task, config(**values), workdir, **told)
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from dalle_jax import distributed, sharding
+from dalle_jax.mesh import make_mesh
 from dalle_jax.train import step as steps
 from dalle_jax.train.optimizer import build as optimizers
 from dalle_jax.train.optimizer.powersgd import Compression
@@ -20,7 +21,7 @@ SIZES, UPDATES = {"replica": 2, "fsdp": 4}, 4
 def train():
     """Loss and norm of each update on this process's part of the batches, and whole arrays after them: parameters, and
     what was left out, summed over the replicas."""
-    mesh = sharding.make_mesh(SIZES)
+    mesh = make_mesh(SIZES)
     built = optimizers.build(config().optimizer, steps=UPDATES, axes=LINE.model.axes)
     kept = {"mesh": mesh, "compression": Compression(4, "paper")}
     state = steps.init_state(LINE, built, key=jax.random.key(0), **kept)

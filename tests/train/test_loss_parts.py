@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import sharding
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import transformer
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.train.objectives import transformer as transformer_task
@@ -99,7 +100,7 @@ def test_the_update_needs_less_memory_and_has_the_same_gradients(precision):
 
 
 def test_a_mesh_changes_nothing():
-    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
+    mesh = make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
     check(compiled("fp32", 8, mesh)[1], whole("fp32")[1], 1e-6)
 
 

@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import transformer
 from dalle_jax.models.blocks import REMAT
 from dalle_jax.models.layers import Model, param
@@ -119,7 +120,7 @@ def update_bytes(remat):
     def loss(params, frozen, batch, *, key, step):
         return sum(jnp.square(x).mean() for x in model.apply(params, *batch)), {}
 
-    task, mesh = Task("transformer", model, loss), sharding.make_mesh({}, devices=jax.devices()[:1])
+    task, mesh = Task("transformer", model, loss), make_mesh({}, devices=jax.devices()[:1])
     opt = optax.with_extra_args_support(optax.sgd(0.1))
     shapes = step.abstract_state(task, opt, mesh=mesh), {}, ids(model.config), jax.random.key(0)
     found = step.make_update(task, opt, mesh=mesh).lower(*shapes).compile().memory_analysis()
@@ -194,7 +195,7 @@ def built(**values):
 
 
 def train(opt, *, updates, storage=FLOAT32, accumulate=1, mesh=None):
-    mesh = mesh or sharding.make_mesh({}, devices=jax.devices()[:1])
+    mesh = mesh or make_mesh({}, devices=jax.devices()[:1])
     state = step.init_state(TASK, opt, key=jax.random.key(0), mesh=mesh, storage=storage)
     update = step.make_update(TASK, opt, mesh=mesh, ema_decay=0.9, storage=storage, accumulate=accumulate)
     rng, losses = np.random.default_rng(0), []
@@ -277,7 +278,7 @@ def test_rounding_repeats_when_an_update_is_repeated():
 
 @pytest.mark.parametrize("kept", ["bf16", "paper"])
 def test_16_bits_on_a_mesh_halve_the_bytes_of_matrices(kept):
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
     _, state = train(built(moments=kept), updates=1, storage=step.Storage(params="bf16"), mesh=mesh)
     for tree in (state["params"], optax.tree.get(state["opt_state"], "mu"), optax.tree.get(state["opt_state"], "nu")):
         assert {shard.data.nbytes for shard in tree["up"].addressable_shards} == {2 * 64 * 128 * 2 // 8}
@@ -302,7 +303,7 @@ def test_unknown_dtypes_are_refused(make, message):
 @pytest.mark.parametrize("kept", ["fp32", "paper"])
 def test_offloaded_moments_live_on_the_host_and_nothing_else_changes(kept):
     """The CPU backend has kinds of memory in name only: this sees where arrays are put, not what that saves."""
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
     losses, state = train(built(moments=kept), updates=5, storage=step.Storage(offload=True), mesh=mesh)
     wanted = train(built(moments=kept), updates=5, mesh=mesh)[0]
     # Rounding at random draws other bits for a layer that passes alone: equal on average only.
@@ -325,7 +326,7 @@ def test_offloaded_moments_of_a_model_without_stacked_layers(tmp_path):
 
 def test_an_average_in_host_memory_is_the_same():
     """But for the rounding of sums of numbers up to 1, which the compiler may contract to other operations."""
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
     run = functools.partial(train, built(), updates=3, mesh=mesh)
     (_, state), (_, wanted) = run(storage=step.Storage(offload_average=True)), run()
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
@@ -345,7 +346,7 @@ def test_a_run_with_its_average_in_host_memory_and_halved_steps_goes_on_bit_for_
         config.storage.update(storage)
         config.optimizer.schedule.name = "plateau"
         config.optimizer.schedule.plateau.update(window=1, patience=2, min_improvement=0.5)  # halves again and again
-        mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+        mesh = make_mesh({}, devices=jax.devices()[:1])
         options = {"mesh": mesh, "batches": line_task.Numbers(), "progress": False}
         return loop.run(line_task.LINE, config, tmp_path / name, **options)
 
@@ -368,14 +369,14 @@ def test_offloading_lowers_the_bytes_on_a_device(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh, opt = sharding.make_mesh({"fsdp": -1}, devices=devices), built()
+    mesh, opt = make_mesh({"fsdp": -1}, devices=devices), built()
     model = Model(types.SimpleNamespace(), functools.partial(Net, layers=8, width=2048))
 
     def wide_loss(params, frozen, batch, *, key, step):
         return jnp.square(model.apply(params, batch["ids"])).mean(), {}
 
     task, stats = Task("net", model, wide_loss), {}
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.TABLE["batch"]))
+    rows = sharding.batch_sharding(mesh)
     batch = {"ids": jax.ShapeDtypeStruct((16_384,), jnp.int32, sharding=rows)}
     for storage in (FLOAT32, step.Storage(offload=True)):
         state = step.abstract_state(task, opt, mesh=mesh, storage=storage)

@@ -12,6 +12,7 @@ import pytest
 
 from dalle_jax import config as configs
 from dalle_jax import sharding
+from dalle_jax.mesh import demand, make_mesh
 from dalle_jax.models import build
 from dalle_jax.train import step
 from dalle_jax.train.objectives.dvae import dvae_task
@@ -61,10 +62,10 @@ def batches(name):
 def train(name, shape, *, accumulate=1, **more):
     """Losses and gradient norms of every update, and the last state."""
     task, built = task_of(name, **more)
-    mesh = sharding.make_mesh(
+    mesh = make_mesh(
         dict(zip(sharding.MESH_AXES, shape, strict=True)),
         devices=jax.devices()[: math.prod(shape)],
-        unfit=sharding.demand(task.model.abstract, task.model.axes, batch_size=BATCH, accumulate=accumulate),
+        unfit=demand(task.model.abstract, task.model.axes, batch_size=BATCH, accumulate=accumulate),
     )
     state = step.init_state(task, built, key=jax.random.key(0), mesh=mesh)
     update = step.make_update(task, built, mesh=mesh, ema_decay=0.9, accumulate=accumulate)
@@ -138,7 +139,7 @@ def test_a_whole_models_gradients_are_summed_by_parts():
     leaves, tree = jax.tree.flatten(task.model.abstract)
     rng = np.random.default_rng(0)  # not the model's own: behind heads of zeros no layer has a gradient
     params = tree.unflatten([rng.normal(0, 0.1, leaf.shape).astype(np.float32) for leaf in leaves])
-    mesh, batch = sharding.make_mesh({"replica": 2, "fsdp": 4}), next(batches("transformer"))
+    mesh, batch = make_mesh({"replica": 2, "fsdp": 4}), next(batches("transformer"))
     places = sharding.shardings(task.model.abstract, task.model.axes, mesh)
 
     def gradients(params, batch):

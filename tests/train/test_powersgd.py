@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build
 from dalle_jax.preflight import collectives
 from dalle_jax.train import run, step
@@ -31,7 +32,7 @@ ABSTRACT = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SH
 
 @functools.cache
 def made(replicas, fsdp, rank, form):
-    mesh = sharding.make_mesh({"replica": replicas, "fsdp": fsdp, "tensor": 8 // (replicas * fsdp)})
+    mesh = make_mesh({"replica": replicas, "fsdp": fsdp, "tensor": 8 // (replicas * fsdp)})
     compressor = PowerSGD(ABSTRACT, AXES, compression=Compression(rank, form), mesh=mesh)
     return compressor, jax.jit(compressor.exchange)
 
@@ -131,7 +132,7 @@ def test_the_papers_ranks_save_what_its_table_says(variant, rank, saved):
 
 @functools.cache
 def setting(replicas, fsdp, rank, form="bf16", precision="fp32"):
-    mesh = sharding.make_mesh({"replica": replicas, "fsdp": fsdp})
+    mesh = make_mesh({"replica": replicas, "fsdp": fsdp})
     task = task_of(precision)
     config = configs.load("configs/transformer.py:demo", ["--config.optimizer.name=adamw"]).optimizer
     built = optimizer.build(config, steps=100, axes=task.model.axes)
@@ -169,7 +170,7 @@ def test_what_is_kept_and_sent_has_the_papers_formats():
     """An update with all of it: of the hidden matrices' moments 16 bits are kept (1-6-9, 0-6-10) and of their gradients
     16 bits sent and left out (1-6-9), of all else 32; factors are multiplied in float32. `test_precision.py` sees what
     is inside the model."""
-    mesh, task = sharding.make_mesh({"replica": 2, "fsdp": 4}), task_of("fp16-paper")
+    mesh, task = make_mesh({"replica": 2, "fsdp": 4}), task_of("fp16-paper")
     words = ["--config.optimizer.name=adamw", "--config.optimizer.moments=paper"]
     config = configs.load("configs/transformer.py:demo", words).optimizer
     built = optimizer.build(config, steps=100, axes=task.model.axes)
@@ -213,7 +214,7 @@ def test_what_is_not_compressed_gets_the_ordinary_gradient():
 
 
 def test_at_full_rank_a_run_in_microbatches_is_the_ordinary_one(tmp_path):
-    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2}, devices=jax.devices()[:4])
+    mesh = make_mesh({"replica": 2, "fsdp": 2}, devices=jax.devices()[:4])
     common = {"mesh": mesh, "steps": 6, "checkpoint_every": 0, "accumulate": 2}
     runs = [train(tmp_path / str(rank), compression={"rank": rank, "format": "fp32"}, **common) for rank in (0, 16)]
     close(*(run.state["params"] for run in runs), rtol=1e-4, atol=1e-5)
@@ -233,7 +234,7 @@ def test_a_skipped_update_leaves_what_was_left_out():
 
 
 def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_replicas(tmp_path):
-    meshes = [sharding.make_mesh({"replica": r, "fsdp": 8 // r}) for r in (4, 2)]
+    meshes = [make_mesh({"replica": r, "fsdp": 8 // r}) for r in (4, 2)]
     run_in = functools.partial(train, compression={"rank": 4, "format": "paper"})
     straight = run_in(tmp_path / "straight", mesh=meshes[0], steps=8)
     run_in(tmp_path / "stopped", mesh=meshes[0], steps=4)
@@ -281,7 +282,7 @@ def test_what_makes_no_sense_is_refused(make, message):
 def test_a_rank_that_saves_nothing_is_refused(words, most):
     words = [f"--config.{word}" for word in ("mesh.replica=2", "mesh.fsdp=1", *words)]
     config = configs.load("configs/transformer.py:demo", words)
-    make = functools.partial(run.make_mesh, config, build("transformer", config.model), devices=jax.devices()[:2])
+    make = functools.partial(run.mesh_for, config, build("transformer", config.model), devices=jax.devices()[:2])
     with pytest.raises(UserError, match=f"leaves something out, got .* choose at most {most}, or 0"):
         make()
     config.compression.rank = most

@@ -12,6 +12,7 @@ import pytest
 from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build, transformer
 from dalle_jax.models.scaled import BRANCH
 from dalle_jax.models.transformer import TransformerConfig
@@ -182,7 +183,7 @@ SIZES = {"replica": 2, "fsdp": 4}
 @functools.cache
 def made(precision, many):
     """Mesh, update and a function that makes fresh states."""
-    mesh = sharding.make_mesh(SIZES if many else {}, devices=jax.devices()[: 8 if many else 1])
+    mesh = make_mesh(SIZES if many else {}, devices=jax.devices()[: 8 if many else 1])
     config = configs.load("configs/transformer.py:demo", ["--config.optimizer.name=adamw"]).optimizer
     task = task_of(precision)
     built = optimizer.build(config, steps=100, axes=task.model.axes)
@@ -311,7 +312,7 @@ COMPRESSED = {"compression": {"rank": 4, "format": "paper"}}
 )  # a minute, for a program of each of four devices
 def test_a_run_goes_on_bit_for_bit_and_logs_every_scale(tmp_path, sizes, compression):
     """With the paper's moments; and with everything that the paper has, together."""
-    mesh = sharding.make_mesh(sizes, devices=jax.devices()[: 4 if sizes else 1])
+    mesh = make_mesh(sizes, devices=jax.devices()[: 4 if sizes else 1])
     run_in = functools.partial(
         train, task=task_of("fp16-paper"), mesh=mesh, optimizer={"moments": "paper"}, **compression
     )
@@ -349,7 +350,7 @@ def test_a_scale_on_its_way_down_is_no_reason_to_go_back(tmp_path):
             loud = jnp.full(head.shape, 1e3).at[:, ::2].set(-1e3)
             state["params"]["image_head"] = jax.device_put(loud, head.sharding)
 
-    mesh = sharding.make_mesh({}, devices=jax.devices()[:1])
+    mesh = make_mesh({}, devices=jax.devices()[:1])
     options = {"task": task_of("fp16-paper"), "mesh": mesh, "hooks": [(1, blow)], "rollback_after": 3}
     done = train(tmp_path, Tokens(), steps=20, checkpoint_every=0, **options)
     assert (done.step, int(done.state["skipped"])) == (20, 18)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax import sharding
 from dalle_jax.checkpoint import format
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.train.monitor import replicas
 from tests.support.line_task import train
 
@@ -26,7 +26,7 @@ def with_a_flipped_bit(array, device, *, bit=3, place=0):
 
 
 def placed(tree, sizes, specs):
-    mesh = sharding.make_mesh(sizes)
+    mesh = make_mesh(sizes)
     places = {name: NamedSharding(mesh, PartitionSpec(*specs[name])) for name in tree}
     state = {name: jax.device_put(value, places[name]) for name, value in tree.items()}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -64,7 +64,7 @@ def test_among_three_and_more_only_the_odd_one_is_named():
 
 
 def test_a_run_stops_before_it_saves_what_differs(tmp_path):
-    mesh = sharding.make_mesh({"replica": 4, "fsdp": 2})
+    mesh = make_mesh({"replica": 4, "fsdp": 2})
 
     def corrupt(n, state):
         if n == 7:

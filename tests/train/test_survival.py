@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import sharding
 from dalle_jax.checkpoint import digest, format, manager
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.train import rollback, step
 from dalle_jax.train.monitor import goodput, metrics
 from dalle_jax.train.optimizer import build
@@ -74,7 +74,7 @@ def test_harm_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_used(tr
 
 
 def one_device():
-    return sharding.make_mesh({}, devices=jax.devices()[:1])
+    return make_mesh({}, devices=jax.devices()[:1])
 
 
 def built():
@@ -139,9 +139,9 @@ def test_checkpoints_in_another_folder_are_found_through_the_config(tmp_path):
 
 @pytest.mark.parametrize("sizes", [{"replica": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}, None])
 def test_a_state_comes_back_on_another_mesh_bit_for_bit(tmp_path, sizes):
-    train(tmp_path, mesh=sharding.make_mesh({"fsdp": 8}), steps=4)
+    train(tmp_path, mesh=make_mesh({"fsdp": 8}), steps=4)
     before = digest_of(tmp_path)
-    mesh = one_device() if sizes is None else sharding.make_mesh(sizes)
+    mesh = one_device() if sizes is None else make_mesh(sizes)
     abstract = step.abstract_state(LINE, built(), mesh=mesh)
     reader = manager.Checkpoints(tmp_path, keep=2)
     _, state, position = reader.restore_latest(abstract)

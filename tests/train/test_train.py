@@ -18,6 +18,7 @@ from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.checkpoint import format, manager
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build
 from dalle_jax.models.layers import Model, param
 from dalle_jax.text.bpe import Tokenizer
@@ -81,7 +82,7 @@ def toy_run(mesh, *, updates=6, built=None, batch=toy_batch, **options):
 
 
 def one_device():
-    return sharding.make_mesh({}, devices=jax.devices()[:1])
+    return make_mesh({}, devices=jax.devices()[:1])
 
 
 def close(a, b, **tolerance):
@@ -100,7 +101,7 @@ def single():
 # float32 sums in another order differ by about 1e-7 of their size; six updates may multiply that.
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (1, 4, 2), (2, 2, 2)])
 def test_every_mesh_gives_the_single_device_curve(single, sizes):
-    state, measured = toy_run(sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True))))
+    state, measured = toy_run(make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True))))
     close([m["loss"] for m in measured], [m["loss"] for m in single[1]], rtol=1e-5)
     close([m["grad_norm"] for m in measured], [m["grad_norm"] for m in single[1]], rtol=1e-4)
     close(state["ema"], single[0]["ema"], rtol=1e-3, atol=1e-5)
@@ -132,7 +133,7 @@ def test_accumulation_equals_the_whole_batch(name):
 
 
 def test_accumulation_on_a_mesh(single):
-    _, measured = toy_run(sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2}), accumulate=2)
+    _, measured = toy_run(make_mesh({"replica": 2, "fsdp": 2, "tensor": 2}), accumulate=2)
     close([m["loss"] for m in measured], [m["loss"] for m in single[1]], rtol=1e-5)
 
 

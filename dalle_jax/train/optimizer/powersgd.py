@@ -28,12 +28,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.sharding import INSIDE, REPLICA
 from dalle_jax.train.optimizer import build as optimizers
 from dalle_jax.train.optimizer import formats, moments
 
 FORMATS = ("fp32", "bf16", "paper")
 EPSILON = 1e-6  # added to P's diagonal, so that its columns are independent (appendix E)
-CUT = ("fsdp", "tensor")  # mesh axes inside a replica
 KEY = 0x9051  # of Q0, which the layers of a stacked parameter share
 # Of three thin products, for which the paper wants float32: an accelerator must not round factors to bfloat16 or TF32.
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -115,7 +115,7 @@ def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) ->
     Raises:
       UserError: a mesh without replicas, or a rank that its devices cannot share.
     """
-    replicas, count = mesh.shape["replica"], math.prod(mesh.shape[axis] for axis in CUT)
+    replicas, count = mesh.shape[REPLICA], math.prod(mesh.shape[axis] for axis in INSIDE)
     if replicas == 1:
         raise UserError(
             "expected several replicas with config.compression.rank, between which gradients are compressed, got "
@@ -153,9 +153,9 @@ class PowerSGD:
 
     def __init__(self, abstract: Any, axes: Any, *, compression: Compression, mesh: Mesh):
         self.layouts = layouts(abstract, axes, compression=compression, mesh=mesh)
-        self.replicas = mesh.shape["replica"]
+        self.replicas = mesh.shape[REPLICA]
         self._format, self._mesh = compression.format, mesh
-        self._whole = PartitionSpec("replica", None, CUT)
+        self._whole = PartitionSpec(REPLICA, None, INSIDE)
         places = sharding.shardings(abstract, axes, mesh)
         self._param = {name(path): place for path, place in jax.tree_util.tree_leaves_with_path(places)}
 
@@ -180,7 +180,7 @@ class PowerSGD:
         grads = {name(path): g for path, g in leaves}
 
         def each(function, n):
-            return jax.vmap(functools.partial(function, n), spmd_axis_name="replica")(grads[n])
+            return jax.vmap(functools.partial(function, n), spmd_axis_name=REPLICA)(grads[n])
 
         # Only the part that a device keeps crosses to the other replicas.
         means = {n: each(self._kept, n).mean(0) for n in grads if n not in self.layouts}
@@ -190,7 +190,7 @@ class PowerSGD:
             self._exchange_pieces,
             mesh=self._mesh,
             in_specs=(self._whole, self._whole, PartitionSpec()),
-            out_specs=(PartitionSpec(None, CUT), self._whole, PartitionSpec()),
+            out_specs=(PartitionSpec(None, INSIDE), self._whole, PartitionSpec()),
             check_vma=False,  # what is gathered from all replicas is the same on all
         )
         decompressed, left_out, square = local(cut, error, key)
@@ -203,11 +203,11 @@ class PowerSGD:
     def _split(self, n: str, x):
         """A parameter's array in pieces, each on its device. Pinned on the way, so that it moves there at once."""
         x = self._pin(self.layouts[n].flat(self._kept(n, x)), self._flat(n))
-        return self._pin(self.layouts[n].split(x), PartitionSpec(None, CUT))
+        return self._pin(self.layouts[n].split(x), PartitionSpec(None, INSIDE))
 
     def _join(self, n: str, x):
         """The inverse of `_split`."""
-        x = self._pin(self.layouts[n].join(self._pin(x, PartitionSpec(None, CUT))), self._flat(n))
+        x = self._pin(self.layouts[n].join(self._pin(x, PartitionSpec(None, INSIDE))), self._flat(n))
         return self._kept(n, self.layouts[n].unflat(x))
 
     def _flat(self, n: str) -> PartitionSpec:
@@ -226,7 +226,7 @@ class PowerSGD:
 
     def _exchange_pieces(self, grads, error, key):
         """On one device: its piece of every matrix, [1, matrices, 1, rows, columns] each."""
-        here, replica = jax.lax.axis_index(CUT), jax.lax.axis_index("replica")
+        here, replica = jax.lax.axis_index(INSIDE), jax.lax.axis_index(REPLICA)
         gradient, left_out, square = {}, {}, jnp.float32(0)
         for index, (n, pieces) in enumerate(self.layouts.items()):
             matrix = _read(error[n][0, :, 0], self._format) + grads[n][0, :, 0]  # [matrices, rows, columns]
@@ -242,17 +242,17 @@ class PowerSGD:
             square += jnp.square(q).sum()  # P is orthonormal
             random = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, index), here), replica)
             left_out[n] = _written(matrix - gradient[n][:, 0], self._format, random)[None, :, None]
-        return gradient, left_out, jax.lax.psum(square, CUT)
+        return gradient, left_out, jax.lax.psum(square, INSIDE)
 
     def _mean(self, x):
         """Over the replicas, sent in the format, summed in float32, and the same bits on all of them."""
         if self._format == "fp32":
-            return jax.lax.pmean(x, "replica")
+            return jax.lax.pmean(x, REPLICA)
         parts = jnp.pad(x.reshape(-1), (0, -x.size % self.replicas)).reshape(self.replicas, -1)
         sent = _bits(_written(parts, self._format))
-        mine = jax.lax.all_to_all(sent, "replica", split_axis=0, concat_axis=0)  # my part from every replica
+        mine = jax.lax.all_to_all(sent, REPLICA, split_axis=0, concat_axis=0)  # my part from every replica
         mean = _written(_read(_floats(mine, self._format), self._format).mean(0), self._format)
-        whole = jax.lax.all_gather(_bits(mean), "replica", tiled=True)
+        whole = jax.lax.all_gather(_bits(mean), REPLICA, tiled=True)
         return _read(_floats(whole, self._format), self._format)[: x.size].reshape(x.shape)
 
     def packed(self, error: dict[str, jax.Array]) -> dict[str, jax.Array]:
