@@ -26,9 +26,8 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "accumulate": 1,  # microbatches per update
             # -1 is chosen: fsdp as much of an island of fast links as the model divides into, replica the rest.
             "mesh": {"replica": -1, "fsdp": -1, "tensor": 1},
-            # Between updates: dtype of hidden matrices ('fp32', 'bf16'); in host memory or not the optimizer's moments
-            # (`offload`) and the moving average.
-            "storage": {"params": "fp32", "offload": False, "offload_average": False},
+            # Between updates: dtype of hidden matrices ('fp32', 'bf16'); moving average in the hosts' memory or not.
+            "storage": {"params": "fp32", "offload_ema": False},
             # PowerSGD between replicas (train/powersgd.py): rank of all pieces of a matrix together, 0 for none; format
             # of what is sent and left out ('bf16', 'paper', 'fp32').
             "compression": {"rank": 0, "format": "bf16"},

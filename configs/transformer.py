@@ -77,7 +77,7 @@ def _12b_v100() -> ConfigDict:
     config.precision = "fp16-paper"
     config.optimizer.moments = "paper"
     config.compression.update(rank=896, format="paper")
-    config.storage.offload_average = True
+    config.storage.offload_ema = True
     config.mesh.update(replica=128, fsdp=8)
     return config
 

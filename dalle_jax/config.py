@@ -26,8 +26,8 @@ OVERRIDE = "--config."
 
 # A run that goes on in its workdir may change these, by exact key or by 'prefix.'. None of them changes what an update
 # computes, but for `steps` where a schedule ends with it, `mesh` and `model.attention`, which change the order of sums,
-# and with it how gradients are cut that are compressed, and `storage.offload`, which changes the random bits of moments
-# that are rounded. `data.lanes` is checked against the checkpoint, which knows its own.
+# and with it how gradients are cut that are compressed. `data.lanes` is
+# checked against the checkpoint, which knows its own.
 FREE_KEYS = (
     "steps",
     "log_every",
@@ -45,8 +45,7 @@ FREE_KEYS = (
     "model.attention",
     "processes.",
     "data.lanes",
-    "storage.offload",
-    "storage.offload_average",
+    "storage.offload_ema",
     "data.threads",
     "data.prefetch_batches",
     "data.max_bad_share",

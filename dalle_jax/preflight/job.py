@@ -88,11 +88,6 @@ class Job:
         """The mesh that the training would take. Raises UserError for one that does not fit the chips or the batch, and
         for what cannot be compiled without the machine."""
         run.check_values(self.config)
-        if self.config.storage.offload and self._without_host_memory:
-            raise UserError(
-                f"expected config.storage.offload = false with {self.topology}, got true: moments in host memory can "
-                "be compiled for TPUs alone without the machine; leave it out, or ask for a TPU"
-            )
         return run.mesh_for(self.config, self.task.model, devices=self.devices)
 
     @property
@@ -110,7 +105,7 @@ class Job:
     def _kept(self) -> dict[str, Any]:
         storage = steps.Storage(**self.config.storage)
         if self._without_host_memory:
-            storage = dataclasses.replace(storage, offload_average=False)
+            storage = dataclasses.replace(storage, offload_ema=False)
         return {"storage": storage, "compression": self._compression}
 
     @property
@@ -121,7 +116,7 @@ class Job:
     @property
     def average_bytes_taken_off(self) -> int:
         """Bytes of a moving average that the host will hold, though the program is compiled with it on the chip."""
-        taken_off = self._without_host_memory and self.config.storage.offload_average
+        taken_off = self._without_host_memory and self.config.storage.offload_ema
         return shard_bytes(self.state["ema"]) if taken_off else 0
 
     @property

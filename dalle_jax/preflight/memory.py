@@ -63,8 +63,6 @@ def by_kind(job: Job) -> dict[str, int]:
             else:
                 activations = 0
         working = copies + _whole(model, item, job) + job.sequences * _working(model, item, job)
-    if job.config.storage.offload:
-        working += 4 * numbers  # the changes of all parameters, in float32 too
     return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
 
 

@@ -152,15 +152,10 @@ def check_values(config: ml_collections.ConfigDict) -> None:
             f"expected config.compression.rank = 0 for a {config.name}, got {config.compression.rank}: its loss may be "
             "no mean over examples (CLIP's pairs, a dVAE's `balance`), of which replicas could take a part each"
         )
-    if config.storage.offload_average and not config.ema.decay:
+    if config.storage.offload_ema and not config.ema.decay:
         raise UserError(
-            "expected config.ema.decay above 0 with config.storage.offload_average, got 0, with which the average is "
+            "expected config.ema.decay above 0 with config.storage.offload_ema, got 0, with which the average is "
             "the parameters: leave one of them out"
-        )
-    if config.storage.offload and config.optimizer.name != "adamw":
-        raise UserError(
-            f"expected config.optimizer.name = adamw with config.storage.offload, got {config.optimizer.name}: Muon "
-            "needs whole matrices, so leave one of them out"
         )
 
 

@@ -42,15 +42,12 @@ class Storage:
 
     params: dtype of the hidden matrices, 'fp32' or 'bf16', rounded at random after every update (`moments.py`). Then
       their gradients are bfloat16 too; the moving average, embeddings, heads, gains and biases stay float32.
-    offload: the optimizer's moments (AdamW's alone) live in the hosts' memory; each update takes them through the
-      device, one stacked layer at a time. The device then holds the moments' bytes less at all times; during the
-      update the changes of all parameters come on top, 4 bytes each, so it pays where activations make the peak.
-    offload_average: so does the moving average, which passes through the device in every update.
+    offload_ema: the moving average lives in the hosts' memory and passes through the device in every update, one
+      stacked layer at a time.
     """
 
     params: str = "fp32"
-    offload: bool = False
-    offload_average: bool = False
+    offload_ema: bool = False
 
     def __post_init__(self):
         moments.dtype(self.params, key="config.storage.params")
@@ -114,10 +111,7 @@ def abstract_state(
         places["scales"] = jax.tree.map(lambda _: sharding.replicated(mesh), shapes["scales"])
     if "error" in shapes:
         places["error"] = parts[1].places
-    if storage.offload:
-        move = lambda s, place: sharding.on_host(place) if s.ndim else place  # noqa: E731
-        places["opt_state"] = jax.tree.map(move, shapes["opt_state"], places["opt_state"])
-    if storage.offload_average:
+    if storage.offload_ema:
         places["ema"] = jax.tree.map(sharding.on_host, places["ema"])
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
 
@@ -233,7 +227,7 @@ def make_update(
 
     def averaged(ema, params, due):
         decay = jnp.where(due, ema_decay, 1.0 if ema_decay else 0.0)
-        if storage.offload_average:  # in every update: XLA has no conditional over arrays in host memory
+        if storage.offload_ema:  # in every update: XLA has no conditional over arrays in host memory
             return moments.average_on_host(ema, params, decay, axes=task.model.axes)
         return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new.astype(old.dtype), ema, params)
 
@@ -259,13 +253,8 @@ def make_update(
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
             known = {"value": metrics["loss"], "norm": grad_norm}
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-            if storage.offload:
-                changes, opt_state = moments.update_from_host(
-                    optimizer, grads, opt_state, wide, **known, keep=keep, axes=task.model.axes
-                )
-            else:
-                changes, new_opt_state = optimizer.update(grads, opt_state, wide, **known)
-                opt_state = keep(new_opt_state, opt_state)
+            changes, new_opt_state = optimizer.update(grads, opt_state, wide, **known)
+            opt_state = keep(new_opt_state, opt_state)
             wide = optax.apply_updates(wide, changes)
             new_params = moments.narrowed_like(wide, params, jax.random.fold_in(key, ROUNDING))
             params = keep(new_params, params)

@@ -1,8 +1,7 @@
-"""What saves memory: the remat ladder, 16-bit parameters and moments, moments and the average in host memory."""
+"""What saves memory: the remat ladder, 16-bit parameters and moments, the average in host memory."""
 
 import dataclasses
 import functools
-import importlib.util
 import types
 
 import chex
@@ -13,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.experimental import topologies
 
 from dalle_jax import config as configs
 from dalle_jax import sharding
@@ -297,38 +295,14 @@ def test_unknown_dtypes_are_refused(make, message):
         make()
 
 
-# The moments in host memory.
-
-
-@pytest.mark.parametrize("kept", ["fp32", "paper"])
-def test_offloaded_moments_live_on_the_host_and_nothing_else_changes(kept):
-    """The CPU backend has kinds of memory in name only: this sees where arrays are put, not what that saves."""
-    mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    losses, state = train(built(moments=kept), updates=5, storage=step.Storage(offload=True), mesh=mesh)
-    wanted = train(built(moments=kept), updates=5, mesh=mesh)[0]
-    # Rounding at random draws other bits for a layer that passes alone: equal on average only.
-    np.testing.assert_allclose(losses, wanted, rtol=0 if kept == "fp32" else 1e-3)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        on_host = path[0].key == "opt_state" and leaf.ndim
-        assert leaf.sharding.memory_kind == ("pinned_host" if on_host else "device"), path
-
-
-def test_offloaded_moments_of_a_model_without_stacked_layers(tmp_path):
-    """Such as the dVAE: everything passes at once."""
-    runs = []
-    for offload in (False, True):
-        storage = {"params": "fp32", "offload": offload, "offload_average": False}
-        runs.append(line_task.train(tmp_path / str(offload), storage=storage, steps=4, checkpoint_every=0).state)
-    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, runs))
-    kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(run["opt_state"]) if x.ndim} for run in runs]
-    assert kinds == [{"device"}, {"pinned_host"}]
+# The average in host memory.
 
 
 def test_an_average_in_host_memory_is_the_same():
     """But for the rounding of sums of numbers up to 1, which the compiler may contract to other operations."""
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     run = functools.partial(train, built(), updates=3, mesh=mesh)
-    (_, state), (_, wanted) = run(storage=step.Storage(offload_average=True)), run()
+    (_, state), (_, wanted) = run(storage=step.Storage(offload_ema=True)), run()
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(close, *map(jax.device_get, (state, wanted)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -350,43 +324,12 @@ def test_a_run_with_its_average_in_host_memory_and_halved_steps_goes_on_bit_for_
         options = {"mesh": mesh, "batches": line_task.Numbers(), "progress": False}
         return loop.run(line_task.LINE, config, tmp_path / name, **options)
 
-    straight = run("straight", 8, offload_average=True)
-    run("stopped", 4, offload_average=True)
-    resumed = run("stopped", 8, offload_average=True)
+    straight = run("straight", 8, offload_ema=True)
+    run("stopped", 4, offload_ema=True)
+    resumed = run("stopped", 8, offload_ema=True)
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(r.state) for r in (straight, resumed)))
     assert 0.5**5 < float(build.plateau_scale(resumed.state["opt_state"])) < 0.5
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
     jax.tree.map(close, *(jax.device_get(r.state["ema"]) for r in (straight, run("plain", 8))))
     average, params = (np.asarray(straight.state[name]["matrix"]) for name in ("ema", "params"))
     assert np.abs(average - params).max() > 1e-3
-
-
-@pytest.mark.slow  # a minute of the TPU compiler
-def test_offloading_lowers_the_bytes_on_a_device(monkeypatch):
-    """By the TPU compiler's own account of a step for a machine that is not here."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs the TPU compiler: pip install libtpu")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh, opt = make_mesh({"fsdp": -1}, devices=devices), built()
-    model = Model(types.SimpleNamespace(), functools.partial(Net, layers=8, width=2048))
-
-    def wide_loss(params, frozen, batch, *, key, step):
-        return jnp.square(model.apply(params, batch["ids"])).mean(), {}
-
-    task, stats = Task("net", model, wide_loss), {}
-    rows = sharding.batch_sharding(mesh)
-    batch = {"ids": jax.ShapeDtypeStruct((16_384,), jnp.int32, sharding=rows)}
-    for storage in (FLOAT32, step.Storage(offload=True)):
-        state = step.abstract_state(task, opt, mesh=mesh, storage=storage)
-        update = step.make_update(task, opt, mesh=mesh, storage=storage)
-        compiled = update.lower(state, {}, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
-        stats[storage.offload] = compiled.memory_analysis()
-    plain, offloaded = stats[False], stats[True]
-    here = model.num_params * 8 // len(devices)  # both moments
-    assert offloaded.host_argument_size_in_bytes == pytest.approx(here, rel=0.01)
-    assert plain.argument_size_in_bytes - offloaded.argument_size_in_bytes == offloaded.host_argument_size_in_bytes
-    # Activations are most of it here; where they are not, the update's own needs take back part of what is saved.
-    total = [s.argument_size_in_bytes + s.temp_size_in_bytes for s in (plain, offloaded)]
-    assert total[1] < total[0] - 0.5 * here  # jax 0.10.2: 3.53 GB and 3.33 GB, with moments of 0.27 GB

@@ -28,7 +28,7 @@ def test_train_takes_them_all(tmp_path, monkeypatch):
     tokenizer = Tokenizer.train(["a red circle above a blue square"], vocab_size=280).save(tmp_path)
     values = TRANSFORMER | {
         "precision": "fp16-paper", "optimizer.moments": "paper", "compression.rank": 4, "compression.format": "paper",
-        "storage.offload_average": True, "ema.every": 2, "optimizer.schedule.name": "plateau", "model.remat": "full",
+        "storage.offload_ema": True, "ema.every": 2, "optimizer.schedule.name": "plateau", "model.remat": "full",
         "mesh.replica": 2, "model.num_layers": 1, "data.train": f"folder:{pictures}", "data.validation": "",
         "dvae": dvae, "tokenizer": tokenizer, "steps": 3, "log_every": 1, "checkpoint_every": 0,
     }  # fmt: skip

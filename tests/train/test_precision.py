@@ -383,8 +383,7 @@ def test_float16_is_refused_on_a_tpu(monkeypatch):
         ("clip:demo", ["precision=fp16-paper"], "got a CLIP: use fp16-global"),
         ("transformer:demo", ["precision=fp16"], "precision must be one of .*fp16-global"),
         ("transformer:demo", ["precision=fp16-paper", "storage.params=bf16"], "expected config.storage.params = fp32"),
-        ("transformer:demo", ["storage.offload_average=true", "ema.decay=0.0"], "average is the parameters"),
-        ("transformer:demo", ["storage.offload=true"], "optimizer.name = adamw with config.storage.offload, got muon"),
+        ("transformer:demo", ["storage.offload_ema=true", "ema.decay=0.0"], "average is the parameters"),
     ],
 )
 def test_what_makes_no_sense_is_refused(spec, words, message):

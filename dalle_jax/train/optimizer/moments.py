@@ -143,60 +143,6 @@ def scale_by_clipped_adam(b1: float, b2: float, eps: float) -> optax.GradientTra
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
-def update_from_host(optimizer, grads, state, params, *, value, norm, keep, axes):
-    """`optimizer.update` and keep(new state, old state) for a state whose arrays lie in host memory, and stay there.
-
-    The moments of stacked layers pass through the device one layer at a time, in a loop; those of the rest at once.
-    What is not at hand is stood in for by scalars. So the optimizer must treat parameters element by element, but for
-    the gradient's global norm, which it is told: AdamW does, Muon does not.
-
-    Returns: the changes of the parameters, on the device, and the new state.
-    """
-    stacked = {
-        _keys(path): names[0] == "layers"
-        for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    }
-
-    def choose(tree, layers: bool):
-        """Arrays that are or are not stacked; None for the others and for counters."""
-        pick = lambda path, x: x if x.ndim and stacked[_keys(path)] == layers else None  # noqa: E731
-        return jax.tree_util.tree_map_with_path(pick, tree)
-
-    def filled(part, like):
-        return jax.tree.map(
-            lambda x, full: x if x is not None else full if not full.ndim else jnp.zeros([], full.dtype),
-            part,
-            like,
-            is_leaf=lambda x: x is None,
-        )
-
-    def update(grads_part, state_part, params_part):
-        here = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), state_part)
-        old = filled(here, state)
-        g = filled(grads_part, grads)
-        changes, new = optimizer.update(g, old, filled(params_part, params), value=value, norm=norm)
-        new = keep(new, old)
-        back = jax.tree.map(
-            lambda x, part: None if part is None else jax.device_put(x, jax.memory.Space.Host),
-            new,
-            state_part,
-            is_leaf=lambda x: x is None,
-        )
-        picked = jax.tree.map(lambda c, g: None if g is None else c, changes, grads_part, is_leaf=lambda x: x is None)
-        return picked, back, new
-
-    layers, rest = (tuple(choose(tree, which) for tree in (grads, state, params)) for which in (True, False))
-    changes, new_state, new = update(*rest)
-    join = lambda a, b: jax.tree.map(  # noqa: E731
-        lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None
-    )
-    if any(stacked.values()):
-        _, (layer_changes, layer_state) = jax.lax.scan(lambda _, xs: (None, update(*xs)[:2]), None, layers)
-        changes, new_state = join(layer_changes, changes), join(layer_state, new_state)
-    counters = jax.tree.map(lambda old, x: None if old.ndim else x, state, new)
-    return changes, join(new_state, counters)
-
-
 def average_on_host(average: Any, params: Any, decay, *, axes: Any) -> Any:
     """decay * average + (1 - decay) * params, of an average that lies in host memory, and stays there.
 
