@@ -22,7 +22,7 @@ import tqdm
 
 import dalle_jax
 from dalle_jax.data.sources import scenes
-from dalle_jax.evaluate.scenes import shows
+from dalle_jax.data.sources.scene_checker import shows
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

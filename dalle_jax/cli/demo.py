@@ -22,9 +22,9 @@ from dalle_jax.checkpoint import format
 from dalle_jax.cli.hooks import sample_hook
 from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source, scenes
+from dalle_jax.data.sources.scene_checker import accuracy, shows
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.probe import by_clip
-from dalle_jax.evaluate.scenes import accuracy, shows
 from dalle_jax.mesh import make_mesh
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import CLIP, Pipeline

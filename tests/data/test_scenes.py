@@ -10,9 +10,9 @@ import pytest
 from scipy import ndimage
 
 from dalle_jax.data.sources import scenes, shapes
+from dalle_jax.data.sources.scene_checker import shows
 from dalle_jax.data.sources.scenes import Object, Scene
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate.scenes import shows
 
 SEVERAL = 400  # captions of each evaluation set
 
@@ -31,7 +31,7 @@ def test_records_depend_on_nothing_but_split_and_index():
     for a, b in zip(forward, backward, strict=True):
         assert a.key == b.key and a.captions == b.captions and np.array_equal(a.image, b.image)
     assert len({r.key for r in forward}) == 8 and len({r.image.tobytes() for r in forward}) == 8
-    code = "from dalle_jax.data import scenes; print([scenes.sample_scene('train', i) for i in range(8)])"
+    code = "from dalle_jax.data.sources import scenes; print([scenes.sample_scene('train', i) for i in range(8)])"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root())
     assert other.stdout.strip() == str([scenes.sample_scene("train", i) for i in range(8)])
 

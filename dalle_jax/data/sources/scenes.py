@@ -2,7 +2,7 @@
 
 Knows the grammar of the captions, how a scene is drawn, and THE split: which colour-shape pairs, relations and
 combinations never occur in training, so that a correct picture of one is zero-shot. Does not know how a picture is
-judged (evaluate/scenes.py) nor anything about models.
+judged (scene_checker.py) nor anything about models.
 
 A `Scene` is what a caption says, no more: a size that the caption does not name is None, and the picture is free in
 it. Everything is a function of (stream name, index) through a counter-based generator, so record i is the same in any

@@ -9,8 +9,8 @@ import pytest
 from scipy import ndimage
 
 from dalle_jax.data.sources import scenes, shapes
+from dalle_jax.data.sources.scene_checker import accuracy, look, shows
 from dalle_jax.data.sources.scenes import Object, Scene
-from dalle_jax.evaluate.scenes import accuracy, look, shows
 
 SEVERAL = 400  # scenes of each evaluation set and of the training split
 
