@@ -135,7 +135,7 @@ def figures(args: argparse.Namespace) -> dict:
         source = open_source(spec)
         captions = [source[i].captions[0] for i in np.linspace(0, len(source) - 1, SAMPLES).astype(int)]
         drawn = [np.asarray(row[0]) for row in pipe(captions, temperature=args.temperature, seed=list(range(SAMPLES)))]
-        contact_sheet(drawn, captions, columns=COLUMNS, scale=2).save(args.out / f"{name}.png")
+        contact_sheet(drawn, captions, columns=COLUMNS).save(args.out / f"{name}.png")
     return result | {
         "steps": {"run": run.steps, "captions_shuffled": shuffled.steps},
         "parameters": {"transformer": pipe.model.num_params, "dvae": pipe.dvae.num_params},

@@ -6,10 +6,16 @@ one sentence: what was expected, what came, what to do. The command line prints 
 
 import math
 import numbers
+import sys
 
 EXIT_USER_ERROR = 2  # once more would end the same way
 EXIT_RESTART = 75  # EX_TEMPFAIL of sysexits.h: the launchers start the same command again, which goes on
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+
+
+def say(line: str) -> None:
+    """Print one line on stderr at once: what a program says beside its result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class UserError(Exception):

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 from etils import epath
 
+from dalle_jax import files
 from dalle_jax.checkpoint import digest
 from dalle_jax.errors import UserError
 
@@ -92,8 +93,8 @@ def save_params(folder: str | os.PathLike, config: Mapping[str, Any], params: An
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # without it, the folder is no model
-        write_file(folder / PARAMS, safetensors.numpy.save(flat))
-        write_file(folder / CONFIG, (json.dumps(dict(config), indent=2) + "\n").encode())
+        files.write(folder / PARAMS, safetensors.numpy.save(flat))
+        files.write(folder / CONFIG, (json.dumps(dict(config), indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"expected a folder to write to, got {folder} ({error.strerror}): choose another") from error
 
@@ -259,19 +260,6 @@ def check_dvae(folder: str | os.PathLike, sha256: str) -> None:
             f"expected the dVAE whose codes the transformer in {folder} was trained on (sha256 {trained_with[:12]}), "
             f"got another ({sha256[:12]}): put that one back into its folder `dvae`"
         )
-
-
-def write_file(path: pathlib.Path, data: bytes) -> None:
-    """Write a file that is the old one or the new one at any moment, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _flat(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

@@ -10,7 +10,6 @@ import errno
 import functools
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,14 +21,10 @@ from etils import epath
 
 from dalle_jax import distributed
 from dalle_jax.checkpoint import digest, format
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 
 DAMAGED = "damaged"  # damaged-STEP-N beside the checkpoints
 ORBAX_WRITER = "async_save"  # Orbax's thread that writes and renames; where its metadata fail, Orbax waits not for it
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
@@ -46,7 +41,7 @@ class Checkpoints:
         keep: int,
         keep_every_hours: float = 0.0,
         folder: str = "",
-        warn: Callable[[str], None] = _to_stderr,
+        warn: Callable[[str], None] = say,
     ):
         """keep: how many of the newest stay. keep_every_hours: besides, one in so many hours stays for ever; 0 none.
 

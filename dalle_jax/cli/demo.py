@@ -10,7 +10,6 @@ import argparse
 import datetime
 import json
 import pathlib
-import sys
 import time
 
 import jax
@@ -23,7 +22,7 @@ from dalle_jax.cli.hooks import sample_hook
 from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source, scenes
 from dalle_jax.data.sources.scene_checker import accuracy, shows
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.mesh import make_mesh
 from dalle_jax.pictures.sheet import contact_sheet
@@ -131,8 +130,7 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
     pipe = Pipeline.load(workdir / "transformer")
     temperature = choose_temperature(pipe)
     report, drawn = judge(pipe, temperature, num_captions)
-    scale = max(1, 128 // pipe.image_size)
-    sheet(drawn, scale=scale).save(workdir / "samples.png")
+    sheet(drawn).save(workdir / "samples.png")
     report |= {
         "dvae": judge_dvae(pipe, num_captions),
         "captions_each": num_captions,
@@ -157,7 +155,7 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
         report["best_of"], best = judge_best(pipe, best_of, num_captions)
         report["by_clip_features"] = judge_by_clip(pipe, drawn, num_captions)
         report["steps"]["clip"], report["parameters"]["clip"] = clip_config.steps, pipe.reranker.model.num_params
-        best_sheet(drawn[RANKED_SET], best, scale=scale, best_of=best_of).save(workdir / "best.png")
+        best_sheet(drawn[RANKED_SET], best, best_of=best_of).save(workdir / "best.png")
     report["seconds"] = time.monotonic() - began
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
@@ -307,15 +305,15 @@ def judge_dvae(pipe: Pipeline, num_pictures: int) -> dict[str, float]:
     }
 
 
-def sheet(drawn, *, scale: int, columns: int = 8, rows_each: int = 2):
+def sheet(drawn, *, columns: int = 8, rows_each: int = 2):
     """The first pictures of the three main sets, framed green or red as the checker judges them."""
     chosen = [(c, t, p) for name in TUNED_ON for c, t, p in list(zip(*drawn[name], strict=True))[: columns * rows_each]]
     captions, told, pictures = zip(*chosen, strict=True)
     marks = [shows(picture, scene).ok for picture, scene in zip(pictures, told, strict=True)]
-    return contact_sheet(pictures, captions, columns=columns, scale=scale, marks=marks)
+    return contact_sheet(pictures, captions, columns=columns, marks=marks)
 
 
-def best_sheet(drawn, best, *, scale: int, best_of: int, columns: int = 8, rows: int = 2):
+def best_sheet(drawn, best, *, best_of: int, columns: int = 8, rows: int = 2):
     """Rows of first samples, each above CLIP's choices for the same captions."""
     captions, told, first = drawn
     pictures, scenes_told, words = [], [], []
@@ -325,8 +323,4 @@ def best_sheet(drawn, best, *, scale: int, best_of: int, columns: int = 8, rows:
             scenes_told += told[start : start + columns]
             words += [f"{title}: {caption}" for caption in captions[start : start + columns]]
     marks = [shows(picture, scene).ok for picture, scene in zip(pictures, scenes_told, strict=True)]
-    return contact_sheet(pictures, words, columns=columns, scale=scale, marks=marks)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return contact_sheet(pictures, words, columns=columns, marks=marks)

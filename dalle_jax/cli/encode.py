@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 from dalle_jax import config as configs
-from dalle_jax import sharding
+from dalle_jax import files, sharding
 from dalle_jax.checkpoint import digest, format
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import MAX_PIXELS, BadImage, decode_image
@@ -186,7 +186,7 @@ def encode(
                 slots = _encode_shard(source, settings.slots(shard), encoder, pool=pool, bar=bar)
                 for left_by_a_kill in folder.glob(f".{features.shard_name(shard)}.*"):
                     left_by_a_kill.unlink()
-                format.write_file(folder / features.shard_name(shard), features.pack(slots, settings))
+                files.write(folder / features.shard_name(shard), features.pack(slots, settings))
                 now += len(slots)
     except OSError as error:
         raise UserError(
@@ -218,7 +218,7 @@ def _claim(folder: pathlib.Path, settings: features.Settings) -> None:
             raise UserError(f"{folder} holds other codes ({listed}): use these values again or another --out")
         return
     text = json.dumps(dataclasses.asdict(settings), indent=1) + "\n"
-    format.write_file(folder / features.SETTINGS, text.encode())
+    files.write(folder / features.SETTINGS, text)
 
 
 def _encode_shard(source: Source, rows: range, encoder: Encoder, *, pool, bar) -> list[Dropped | Encoded]:

@@ -3,14 +3,13 @@
 import argparse
 import json
 import pathlib
-import sys
 
 import jax
 
 from dalle_jax import config as configs
 from dalle_jax import distributed
 from dalle_jax.data.sources import HELP
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 from dalle_jax.evaluate import repeat, report, self_check
 from dalle_jax.evaluate.crew import Crew
 from dalle_jax.evaluate.features import Extractor
@@ -93,12 +92,12 @@ def main(args: argparse.Namespace) -> int:
     if made is None:
         return 0
     for note in made["notes"]:
-        print(f"dalle-jax: note: {note}", file=sys.stderr)
+        say(f"dalle-jax: note: {note}")
     print(json.dumps(made) if args.json else report.sentence(made, args.out / report.REPORT))
     if "repeats" not in made:
         return 0
     told, same = Expected.told(made)
-    print(told, file=sys.stderr)
+    say(told)
     return 0 if same else EXIT_FAILED
 
 

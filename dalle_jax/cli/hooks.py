@@ -23,7 +23,6 @@ from dalle_jax.train import step as steps
 from dalle_jax.train.loop import Hook
 
 CAPTIONS = 16
-SHEET_SIDE = 128  # pixels that a small picture is enlarged to on the sheet, about
 
 
 def hooks_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Hook]:
@@ -49,9 +48,8 @@ def sample_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hoo
         pipe, captions, pictures = sampler.draw(step, state)
         if pipe is None:
             return
-        scale = max(1, SHEET_SIDE // pipe.image_size)
         (workdir / "pictures").mkdir(exist_ok=True)
-        contact_sheet(pictures, captions, columns=8, scale=scale).save(workdir / "pictures" / f"{step:07d}.png")
+        contact_sheet(pictures, captions, columns=8).save(workdir / "pictures" / f"{step:07d}.png")
 
     return config.picture_every or config.steps, draw
 

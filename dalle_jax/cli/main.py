@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import dalle_jax
 from dalle_jax.cli import host_memory
-from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, say
 
 # verb -> (module, what --help says); a dict instead of a module has verbs below it.
 VERBS = {
@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         return args.main(args)
     except UserError as error:
-        print(f"dalle-jax: error: {error}", file=sys.stderr)
+        say(f"dalle-jax: error: {error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("dalle-jax: interrupted", file=sys.stderr)
+        say("dalle-jax: interrupted")
         return EXIT_INTERRUPTED

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 from dalle_jax.preflight import topology as topologies
 
 
@@ -38,13 +38,12 @@ def main(args: argparse.Namespace) -> int:
     from dalle_jax.preflight.job import Job
 
     job = Job(configs.load(args.config, args.overrides), pod, tuple(topologies.devices(pod)))
-    tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     if args.sweep:
-        results = search.sweep(job, tell=tell)
+        results = search.sweep(job, tell=say)
         print(json.dumps([_json(r) for r in results]) if args.json else report.sweep_table(results))
         return 0 if any(r.verdict.fits for r in results) else 1
     result = search.examine(job)
-    changes = [] if result.verdict.fits else search.smallest_changes(result, tell=tell)
+    changes = [] if result.verdict.fits else search.smallest_changes(result, tell=say)
     if args.json:
         print(json.dumps({**_json(result), "changes": [_change(r) for r in changes]}, indent=2))
     else:

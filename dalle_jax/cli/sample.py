@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 
 from dalle_jax.data.decode import BadImage, decode_image
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 from dalle_jax.models import decoding
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.pictures.sheet import contact_sheet
@@ -23,7 +23,6 @@ from dalle_jax.sample.request import Preview
 SHEET = "sheet.png"
 BAR = "{l_bar}{bar}| {n:.2f} of {total} captions [{elapsed}<{remaining}]"
 MOST_NAME_BYTES = 80  # of a caption in a file name
-SHEET_SIDE = 128  # pixels that a small picture is enlarged to on the sheet, about
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     start = time.monotonic()
     images, told = pipe.wave(guided=args.guidance != 1)
     if not args.json:
-        print(told, file=sys.stderr)
+        say(told)
     shares = [0.0] * len(args.captions)
     with tqdm.tqdm(total=len(shares), unit="caption", disable=not sys.stderr.isatty(), bar_format=BAR) as bar:
 
@@ -94,7 +93,6 @@ def main(args: argparse.Namespace) -> int:
         [np.asarray(picture) for picture in flat],
         [_title(picture) for picture in flat],
         columns=min(args.n, 8),
-        scale=max(1, SHEET_SIDE // pipe.image_size),
     )
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,11 @@ import os
 import pathlib
 import signal
 import socket
-import sys
 
 import uvicorn
 
 from dalle_jax.cli.sample import add_loading_arguments, load
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
 from dalle_jax.serve.metrics import Metrics
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     listener = listen(args.host, args.port)
     address = "http://{}:{}".format(f"[{args.host}]" if ":" in args.host else args.host, listener.getsockname()[1])
     if token is None and not _is_loopback(listener):
-        print(f"dalle-jax: warning: {address} is open to the network without a token", file=sys.stderr)
+        say(f"dalle-jax: warning: {address} is open to the network without a token")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that a client gets wrong
     trouble: list[Exception] = []

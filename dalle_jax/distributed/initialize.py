@@ -5,7 +5,6 @@ import glob
 import importlib.util
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 
 from dalle_jax.distributed import kv_store
-from dalle_jax.errors import EXIT_RESTART, UserError
+from dalle_jax.errors import EXIT_RESTART, UserError, say
 
 DEFAULT_PORT = 8476  # of a coordinator that is given without one
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX reads
@@ -81,7 +80,7 @@ def _join(where: str, arguments: Mapping[str, Any], *, seconds: float) -> None:
     expected = f"expected all processes to meet at {where} within {seconds:g} s"
 
     def give_up():  # JAX would abort, with a message that says nothing of all this
-        _say(f"{expected}, but some did not come: {advice}")
+        say(f"dalle-jax: error: {expected}, but some did not come: {advice}")
         os._exit(EXIT_RESTART)
 
     timer = threading.Timer(seconds, give_up)
@@ -94,14 +93,14 @@ def _join(where: str, arguments: Mapping[str, Any], *, seconds: float) -> None:
             raise
         # TPU chips, but no cluster around them: one machine.
     except (jax.errors.JaxRuntimeError, OSError) as error:  # a port that is still taken, a network that is away
-        _say(f"{expected}, got {str(error).strip().splitlines()[0][:300]}: {advice}")
+        say(f"dalle-jax: error: {expected}, got {str(error).strip().splitlines()[0][:300]}: {advice}")
         raise SystemExit(EXIT_RESTART) from error
     finally:
         timer.cancel()
     if kv_store.client() is not None:  # says who is who, and whom JAX means if it loses its coordination service
         index, count = kv_store.place()
         who = f"process {index} of {count} on {socket.gethostname()}; process 0 at {kv_store.coordinator()}"
-        print(f"dalle-jax: {who} holds the coordination service", file=sys.stderr, flush=True)
+        say(f"dalle-jax: {who} holds the coordination service")
 
 
 def _from_flags(coordinator, num_processes, process_id) -> tuple[str, int, int] | None:
@@ -168,13 +167,9 @@ def _wait_for(address: str, seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > until:
-                _say(
-                    f"expected process 0 to listen at {address} within {seconds:g} s, got {error.strerror or error}: "
-                    "start it there, or give the address that it has"
+                say(
+                    f"dalle-jax: error: expected process 0 to listen at {address} within {seconds:g} s, got "
+                    f"{error.strerror or error}: start it there, or give the address that it has"
                 )
                 raise SystemExit(EXIT_RESTART) from error
         time.sleep(0.2)
-
-
-def _say(line: str) -> None:
-    print(f"dalle-jax: error: {line}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ import time
 import jax
 
 from dalle_jax.distributed import connections, kv_store
-from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART, EXIT_USER_ERROR, UserError
+from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART, EXIT_USER_ERROR, UserError, say
 
 # How an error begins that may only say that the connection to a process was lost.
 LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
@@ -225,7 +225,7 @@ class Watchdog:
         return f"process {self._rank} of {self._count} ({socket.gethostname()})"
 
     def _say(self, line: str) -> None:
-        print(f"dalle-jax: {line}", file=sys.stderr, flush=True)
+        say(f"dalle-jax: {line}")
 
 
 class _Peer:

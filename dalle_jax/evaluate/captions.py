@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dalle_jax import config as configs
-from dalle_jax.checkpoint import format
+from dalle_jax import files
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.crew import Crew
@@ -63,7 +63,7 @@ def plan(out: pathlib.Path, source: Source, draw: Draw, settings: Mapping[str, A
     path, settings = out / PLAN, {**settings, "draw": dataclasses.asdict(draw)}
     if crew.first and not path.exists():
         made = choose(source, draw, settings)
-        format.write_file(path, (json.dumps(dataclasses.asdict(made), indent=1) + "\n").encode())
+        files.write(path, json.dumps(dataclasses.asdict(made), indent=1) + "\n")
     crew.wait([path])
     found = load(path)
     if changed := configs.differences(found.settings, settings):

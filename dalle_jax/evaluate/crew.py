@@ -1,6 +1,6 @@
 """The processes that share one evaluation: each does every n-th part, and what is done lies in a folder that all see.
 
-They wait for files, which appear whole (`checkpoint.write_file`), so nobody stands in a collective for the hours that
+They wait for files, which appear whole (`files.write`), so nobody stands in a collective for the hours that
 another one draws.
 """
 

@@ -6,6 +6,8 @@ import time
 
 import tqdm
 
+from dalle_jax import errors
+
 
 def bar(total: int, tell: str, *, done: int = 0):
     """A bar with the time that is left, on a terminal; none where `tell` is ''."""
@@ -17,7 +19,7 @@ def bar(total: int, tell: str, *, done: int = 0):
 def say(line: str) -> None:
     """A line for a log; nothing on a terminal, which has a bar."""
     if not sys.stderr.isatty():
-        print(line, file=sys.stderr, flush=True)
+        errors.say(line)
 
 
 class Clock:

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import dalle_jax
-from dalle_jax.checkpoint import format
+from dalle_jax import files
 from dalle_jax.evaluate import published
 from dalle_jax.evaluate.features import Found
+from dalle_jax.pictures import plot
 
 REPORT, TABLE, CURVE = "report.json", "report.md", "blur.png"
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "scipy", "pillow")
@@ -56,10 +57,10 @@ def write(out: pathlib.Path, report: Mapping[str, Any]) -> None:
     Raises:
       OSError: the folder cannot be written.
     """
-    format.write_file(out / TABLE, table(report).encode())
+    files.write(out / TABLE, table(report))
     if len(report["blur"]) > 1:
         _save_curve(out / CURVE, report)
-    format.write_file(out / REPORT, (json.dumps(report, indent=1) + "\n").encode())  # last: all is there
+    files.write(out / REPORT, json.dumps(report, indent=1) + "\n")  # last: all is there
 
 
 def sentence(report: Mapping[str, Any], path: pathlib.Path) -> str:
@@ -139,37 +140,30 @@ def _row(*cells) -> str:
 
 def _save_curve(path: pathlib.Path, report: Mapping[str, Any]) -> None:
     """FID and Inception score over the radius of blur; the published curves beside it where they belong."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed only here
-    from matplotlib.figure import Figure
-
     rows = report["blur"]
     scores = [name for name in ("fid", "inception_score") if all(name in row for row in rows)]
-    figure = Figure(figsize=(6 * len(scores), 4.8))
-    FigureCanvasAgg(figure)
     with_published = report["protocol"] in published.PROTOCOLS
     ours = "this evaluation" + (", not the protocol as it is" if report["evaluation"]["departures"] else "")
     networks = {"fid": report["network"], "inception_score": report.get("scored_by", report)["network"]}
-    for index, name in enumerate(scores):
-        axes = figure.add_subplot(1, len(scores), index + 1)
-        radii, values = zip(*sorted((row["radius"], row[name]) for row in rows), strict=True)
-        axes.plot(radii, values, marker="o", linewidth=2.5, color="black", label=ours)
-        for curve in published.CURVES if with_published else ():
-            if name == "fid":
-                axes.plot(*zip(*curve.fid.items(), strict=True), marker=".", alpha=0.7, label=curve.model)
-            else:
-                axes.plot([0], [curve.inception_score], marker="_", markersize=12, linestyle="", label=curve.model)
-        axes.set_xlabel("radius of the Gaussian blur of both sets, pixels")
-        axes.set_xticks(radii)
-        low, high = min(0, *values), max(axes.dataLim.y1, 1e-6)  # a set and itself: 0, or rounding below it
-        axes.set_ylim(low, high + 0.08 * (high - low))
-        axes.set_title(f"{COLUMNS[name][0]} ({networks[name]})", fontsize=10)
-        axes.legend(fontsize=7)
-    if with_published:
-        note = f"Others: {published.COGVIEW}. {published.WARNING}"
-        figure.text(0.01, 0.01, note, fontsize=7, wrap=True)
-    elif report["evaluation"]["measure"]["features"] == "clip":
-        figure.text(0.01, 0.01, NO_INCEPTION, fontsize=7)
-    figure.subplots_adjust(bottom=0.2)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=100, format="png")
-    aside.replace(path)
+    with plot.figure(path, width=6 * len(scores), height=4.8) as figure:
+        for index, name in enumerate(scores):
+            axes = figure.add_subplot(1, len(scores), index + 1)
+            radii, values = zip(*sorted((row["radius"], row[name]) for row in rows), strict=True)
+            axes.plot(radii, values, marker="o", linewidth=2.5, color="black", label=ours)
+            for curve in published.CURVES if with_published else ():
+                if name == "fid":
+                    axes.plot(*zip(*curve.fid.items(), strict=True), marker=".", alpha=0.7, label=curve.model)
+                else:
+                    axes.plot([0], [curve.inception_score], marker="_", markersize=12, linestyle="", label=curve.model)
+            axes.set_xlabel("radius of the Gaussian blur of both sets, pixels")
+            axes.set_xticks(radii)
+            low, high = min(0, *values), max(axes.dataLim.y1, 1e-6)  # a set and itself: 0, or rounding below it
+            axes.set_ylim(low, high + 0.08 * (high - low))
+            axes.set_title(f"{COLUMNS[name][0]} ({networks[name]})", fontsize=10)
+            axes.legend(fontsize=7)
+        if with_published:
+            note = f"Others: {published.COGVIEW}. {published.WARNING}"
+            figure.text(0.01, 0.01, note, fontsize=7, wrap=True)
+        elif report["evaluation"]["measure"]["features"] == "clip":
+            figure.text(0.01, 0.01, NO_INCEPTION, fontsize=7)
+        figure.subplots_adjust(bottom=0.2)

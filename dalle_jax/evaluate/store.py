@@ -14,7 +14,7 @@ from concurrent import futures
 
 import numpy as np
 
-from dalle_jax.checkpoint import format
+from dalle_jax import files
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.evaluate import moments
 from dalle_jax.evaluate.crew import Crew
@@ -45,7 +45,7 @@ def parts(
     about = [source.name, rows.tolist(), extractor.network, extractor.digest, extractor.batch, prepare.about()]
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     pieces = [rows[start : start + PART] for start in range(0, len(rows), PART)]
-    files = [folder / f"{name}-{number:05d}.npz" for number in range(len(pieces))]
+    paths = [folder / f"{name}-{number:05d}.npz" for number in range(len(pieces))]
     folder.mkdir(parents=True, exist_ok=True)
     own = crew.own(len(pieces))
     todo = sum(len(pieces[number]) for number in own)
@@ -53,17 +53,17 @@ def parts(
     with bar(todo, tell) as shown:
         for number in own:
             crew.beat(tell or "features")
-            if _still_true(files[number], source):
+            if _still_true(paths[number], source):
                 shown.update(len(pieces[number]))
                 clock.skip(len(pieces[number]))
                 continue
             found = extractor.of_rows(source, prepare=prepare, rows=pieces[number], advance=shown.update)
             moments.check_features(found.features_NF)  # before hours go by
-            format.write_file(files[number], _packed(found))
+            files.write(paths[number], _packed(found))
             clock.done(len(pieces[number]))
             if tell and len(pieces) > 1:
                 say(f"{tell}; {clock}")
-    return files
+    return paths
 
 
 def load(path: pathlib.Path) -> Found:

@@ -1,46 +1,39 @@
-"""Which installed fonts draw a text: captions come in every script, and no font has them all.
+"""Fonts for captions in any script: no single font has every letter.
 
-matplotlib's own DejaVu Sans has Latin, Greek and Cyrillic letters, for example; for Chinese, Japanese or Korean a font
-of the system is looked for. Knows nothing of what is drawn.
+Matplotlib brings DejaVu Sans with Latin, Greek and Cyrillic letters; for others the fonts of the system are searched.
 """
 
 import functools
 from collections.abc import Iterable
 
-# Its glyph for every character is a box with the name of the script.
-_PLACEHOLDERS = "Last Resort"
+_PLACEHOLDERS = "LastResort"  # a font whose glyph for every character is a box with the name of the script
 
 
-def fonts_for(texts: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """Fonts that together draw the texts.
+def fonts_for(texts: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Font files that together have the letters of the texts, and the printable letters that no installed font has."""
+    missing = {letter for text in texts for letter in text if letter.isprintable()}
+    chosen = []
+    for file in installed():
+        if not missing:
+            break
+        if found := missing & letters(file):
+            chosen.append(file)
+            missing -= found
+    return chosen, missing
 
-    Returns:
-      {name: file}, in the order in which a character's font is to be looked for, matplotlib's own first; and the
-      printable characters that no installed font has.
-    """
+
+def installed() -> Iterable[str]:
+    """Font files in the order in which letters are looked up: DejaVu Sans, regular fonts, others."""
     from matplotlib import font_manager  # a second to import
 
-    manager = font_manager.fontManager
-    fonts = {"DejaVu Sans": manager.findfont("DejaVu Sans")}
-    missing = {letter for text in texts for letter in text if letter.isprintable()} - letters(fonts["DejaVu Sans"])
-    known = {font.fname: font.name for font in manager.ttflist}
-    files = sorted(
-        {*known, *font_manager.findSystemFonts()} if missing else (), key=lambda file: ("Regular" not in file, file)
-    )
-    for file in files:
-        found = missing & letters(file)
-        if found and not known.get(file, "").startswith(_PLACEHOLDERS):
-            if file not in known:  # installed after matplotlib made its list
-                manager.addfont(file)
-                known[file] = manager.ttflist[-1].name
-            fonts.setdefault(known[file], file)
-            missing -= found
-    return fonts, missing
+    yield font_manager.findfont("DejaVu Sans")
+    files = [file for file in font_manager.findSystemFonts() if _PLACEHOLDERS not in file]
+    yield from sorted(files, key=lambda file: ("Regular" not in file, file))
 
 
 @functools.cache
 def letters(file: str) -> frozenset[str]:
-    """The characters of a font file; none of a file that is not there any more or cannot be read."""
+    """The characters that a font file has; none if it cannot be read."""
     from matplotlib import ft2font
 
     try:

@@ -1,15 +1,13 @@
-"""Contact sheets: many pictures with their captions on one page, for people to look at.
+"""Contact sheets: many images on one page, each above its caption."""
 
-Knows how to lay out and letter a page; does not know where the pictures came from.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dalle_jax.pictures.fonts import fonts_for, letters
 
+MIN_SIDE = 128  # pixels; smaller images are enlarged by a whole factor up to this
 _PAPER, _INK, _LINE = (255, 255, 255), (40, 40, 40), (208, 208, 208)
 _RIGHT, _WRONG = (30, 150, 70), (205, 40, 40)
 _SPACE, _FRAME, _TEXT = 12, 3, 13  # pixels: between cells, width of a marked frame, height of the letters
@@ -20,34 +18,32 @@ def contact_sheet(
     captions: Sequence[str] | None = None,
     *,
     columns: int,
-    scale: int = 1,
     marks: Sequence[bool] | None = None,
 ) -> Image.Image:
-    """A page of pictures, row by row, each above its caption.
+    """A page of images, row by row; small ones enlarged without smoothing.
 
     Args:
       images: uint8 [H, W, 3] each; sizes may differ.
-      captions: one a picture, wrapped to the width of the cell; None for pictures alone.
-      columns: pictures in a row.
-      scale: whole factor by which every picture is enlarged, without smoothing.
-      marks: one a picture: a green frame for True, a red one for False; None for a thin grey line.
+      captions: one for each image, wrapped to the width of its cell; None for images alone.
+      columns: images in a row.
+      marks: one for each image: a green frame for True, a red one for False; None for a thin gray line.
 
     Raises:
-      ValueError: no pictures, lists of unequal length, columns or scale below 1.
+      ValueError: no images, lists of unequal length, or columns below 1.
     """
-    if not len(images) or columns < 1 or scale < 1:
-        raise ValueError(f"expected pictures, columns and scale of at least 1, got {len(images)}, {columns}, {scale}")
+    if not len(images) or columns < 1:
+        raise ValueError(f"expected images and at least 1 column, got {len(images)} and {columns}")
     for name, values in (("captions", captions), ("marks", marks)):
         if values is not None and len(values) != len(images):
-            raise ValueError(f"expected one of {name} for each of {len(images)} pictures, got {len(values)}")
+            raise ValueError(f"expected one of {name} for each of {len(images)} images, got {len(values)}")
     columns = min(columns, len(images))
-    fonts = [_font(text) for text in captions or ()]
-    width = scale * max(image.shape[1] for image in images)
-    height = scale * max(image.shape[0] for image in images)
-    texts = [wrap(text, font, width) for text, font in zip(captions or (), fonts, strict=True)] or [[]] * len(images)
-    line_height = max((sum(font.getmetrics()) for font in fonts), default=0) + 1
+    width, height = (max(image.shape[axis] for image in images) for axis in (1, 0))
+    scale = max(1, MIN_SIDE // max(width, height))
+    width, height = scale * width, scale * height
+    lettering = _Lettering(captions or ())
+    texts = [wrap(text, lettering.length, width) for text in captions or [""] * len(images)]
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    row_heights = [height + line_height * max(len(texts[i]) for i in row) + (4 if captions else 0) for row in rows]
+    row_heights = [height + (4 + lettering.height * max(len(texts[i]) for i in row) if captions else 0) for row in rows]
 
     outer = _SPACE + _FRAME
     page_size = (columns * (width + outer) + outer, sum(row_heights) + len(rows) * outer + outer)
@@ -56,41 +52,69 @@ def contact_sheet(
     top = outer
     for row, row_height in zip(rows, row_heights, strict=True):
         for column, i in enumerate(row):
-            picture = Image.fromarray(images[i])
-            picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-            left = outer + column * (width + outer) + (width - picture.width) // 2
+            image = Image.fromarray(images[i])
+            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+            left = outer + column * (width + outer) + (width - image.width) // 2
             frame = 1 if marks is None else _FRAME
-            colour = _LINE if marks is None else _RIGHT if marks[i] else _WRONG
-            corners = (left - frame, top - frame, left + picture.width + frame - 1, top + picture.height + frame - 1)
-            pen.rectangle(corners, outline=colour, width=frame)
-            page.paste(picture, (left, top))
+            color = _LINE if marks is None else _RIGHT if marks[i] else _WRONG
+            corners = (left - frame, top - frame, left + image.width + frame - 1, top + image.height + frame - 1)
+            pen.rectangle(corners, outline=color, width=frame)
+            page.paste(image, (left, top))
+            middle = outer + column * (width + outer) + width / 2
             for line, text in enumerate(texts[i]):
-                middle = outer + column * (width + outer) + width / 2
-                pen.text((middle, top + height + 4 + line * line_height), text, _INK, fonts[i], anchor="ma")
+                lettering.draw(pen, text, middle=middle, top=top + height + 4 + line * lettering.height)
         top += row_height + outer
     return page
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks a text into lines of at most `width` pixels, between words where possible and within a word if not."""
+def wrap(text: str, length: Callable[[str], float], width: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels: between words, or within a word that is longer than a line."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
+        if length(joined) <= width:
             lines[-1] = joined
             continue
         if lines[-1]:
             lines.append("")
         for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+            if lines[-1] and length(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
     return lines
 
 
-def _font(text: str) -> ImageFont.FreeTypeFont:
-    """Pillow's own font for plain Latin letters, otherwise the installed one that has the most of the text's."""
-    if text.isascii():
-        return ImageFont.load_default(_TEXT)
-    fonts, _ = fonts_for([text])
-    return ImageFont.truetype(max(fonts.values(), key=lambda file: len(letters(file) & set(text))), _TEXT)
+class _Lettering:
+    """Draws text letter by letter in the first font that has the letter: Pillow's for ASCII, then `fonts_for`."""
+
+    def __init__(self, texts: Sequence[str]):
+        plain = ImageFont.load_default(_TEXT)
+        others = {letter for text in texts for letter in text if not letter.isascii()}
+        files, _ = fonts_for(others)
+        self._fonts = [plain, *(ImageFont.truetype(file, _TEXT) for file in files)]
+        self._number: dict[str, int] = {}
+        for number, file in enumerate(files, 1):
+            self._number = dict.fromkeys(others & letters(file), number) | self._number
+        self.height = 1 + max(sum(font.getmetrics()) for font in self._fonts)
+
+    def length(self, text: str) -> float:
+        """Width of a line in pixels."""
+        return sum(font.getlength(run) for font, run in self._runs(text))
+
+    def draw(self, pen: ImageDraw.ImageDraw, text: str, *, middle: float, top: float) -> None:
+        """A line of text, centered on `middle`."""
+        x, baseline = middle - self.length(text) / 2, top + max(font.getmetrics()[0] for font in self._fonts)
+        for font, run in self._runs(text):
+            pen.text((x, baseline), run, _INK, font, anchor="ls")
+            x += font.getlength(run)
+
+    def _runs(self, text: str) -> list[tuple[ImageFont.FreeTypeFont, str]]:
+        """The text in pieces of one font each; a space belongs to the letters before it."""
+        runs: list[tuple[int, str]] = []
+        for letter in text:
+            number = 0 if letter.isascii() else self._number.get(letter, 0)
+            if runs and (letter == " " or runs[-1][0] == number):
+                runs[-1] = (runs[-1][0], runs[-1][1] + letter)
+            else:
+                runs.append((number, letter))
+        return [(self._fonts[number], run) for number, run in runs]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import sentencepiece
 
+from dalle_jax import files
 from dalle_jax.errors import UserError
 
 FILE_NAME = "tokenizer.model"
@@ -148,9 +149,7 @@ class Tokenizer:
         """Writes the model to a file, or as `tokenizer.model` into a directory; returns the file."""
         path = _file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(self._model)
-        partial.replace(path)
+        files.write(path, self._model)
         return path
 
     def encode(self, caption: str, *, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:

@@ -16,6 +16,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
+from dalle_jax import files
 from dalle_jax.errors import UserError
 
 FILE_NAME = "clip_tokenizer.json"
@@ -97,7 +98,7 @@ class CLIPTokenizer:
         file = pathlib.Path(path) / FILE_NAME
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {"vocab": self._vocab, "merges": [" ".join(merge) for merge in self._merges]}
-        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        files.write(file, json.dumps(content, ensure_ascii=False))
         return file
 
     def encode(self, caption: str) -> list[int]:

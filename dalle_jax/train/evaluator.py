@@ -9,10 +9,12 @@ from jax.sharding import Mesh
 
 from dalle_jax import distributed, sharding
 from dalle_jax.errors import UserError
+from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.train import step as steps
-from dalle_jax.train.monitor import metrics as metrics_files
 from dalle_jax.train.monitor.report import surviving_a_full_disk
 from dalle_jax.train.objectives.task import Task
+
+COLUMNS = 8  # images in a row, where the task does not say
 
 
 class Look:
@@ -57,4 +59,6 @@ class Look:
         if pictures is not None and jax.process_index() == 0:
             with surviving_a_full_disk(f"pictures/{n:07d}.png"):
                 self._pictures.mkdir(exist_ok=True)
-                metrics_files.sheet(pictures).save(self._pictures / f"{n:07d}.png")
+                columns = pictures.shape[1] if pictures.ndim == 5 else COLUMNS
+                images = pictures.reshape(-1, *pictures.shape[-3:])
+                contact_sheet(images, columns=columns).save(self._pictures / f"{n:07d}.png")

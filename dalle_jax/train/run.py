@@ -7,7 +7,6 @@ so a run can be moved, resumed and sampled from without the files it was started
 import contextlib
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -16,13 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax import config as configs
-from dalle_jax import distributed, sharding
+from dalle_jax import distributed, files, sharding
 from dalle_jax.checkpoint import format
 from dalle_jax.data import sources
 from dalle_jax.data.pipeline import Batches, DataConfig
 from dalle_jax.data.record import Source
 from dalle_jax.data.shards import Lanes
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 from dalle_jax.mesh import demand, describe, make_mesh
 from dalle_jax.models import Model
 from dalle_jax.models.attention import kernels
@@ -78,7 +77,7 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
         task = build_task(config)
     mesh = mesh_for(config, task.model)
     if progress and jax.process_index() == 0:
-        print(describe(mesh), file=sys.stderr)
+        say(describe(mesh))
     layout = task.model.config.layout if tokenizer else None
     batches, validation = _data(config, mesh, layout=layout, tokenizer=tokenizer, dvae_sha256=task.frozen_sha256)
     distributed.gather_json(None)  # nobody reads any more what the first process writes now
@@ -276,8 +275,8 @@ def _fill_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, task
             tokenizer.save(workdir)
         if config.name == "transformer" and not (workdir / DVAE / format.CONFIG).exists():
             dvae_config = format.read_config(config.dvae)
-            format.write_file(workdir / format.DVAE_SHA256, f"{task.frozen_sha256}\n".encode())
+            files.write(workdir / format.DVAE_SHA256, f"{task.frozen_sha256}\n")
             format.save_params(workdir / DVAE, {key: dvae_config[key] for key in ("name", "model")}, task.frozen)
-        format.write_file(workdir / format.CONFIG, configs.to_json(config).encode())
+        files.write(workdir / format.CONFIG, configs.to_json(config))
     except OSError as error:
         raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error

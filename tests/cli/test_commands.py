@@ -90,6 +90,6 @@ def test_from_broken_shards_to_pictures(shards, tmp_path, capsys):
     captions = hooks._first_captions(shards, hooks.CAPTIONS)
     pipe = Pipeline.load(transformer)
     rows = pipe(captions, seed=list(range(len(captions))))
-    sheet = contact_sheet([np.asarray(row[0]) for row in rows], captions, columns=8, scale=8)
+    sheet = contact_sheet([np.asarray(row[0]) for row in rows], captions, columns=8)
     drawn = Image.open(transformer / "pictures" / f"{STEPS:07d}.png")
     np.testing.assert_array_equal(np.asarray(drawn), np.asarray(sheet))

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax import config as configs
+from dalle_jax import files
 from dalle_jax.checkpoint import format
 from dalle_jax.cli import main
 from dalle_jax.data import transforms
@@ -190,7 +191,7 @@ def contents(folder):
 
 def test_killed_and_given_again_it_does_what_is_left(folder, dvae, centre, tmp_path, monkeypatch, capsys):
     out, options = tmp_path / "tokens", dict(augment="centre", shard_records=5, batch_size=4)
-    write, written = format.write_file, []
+    write, written = files.write, []
 
     def die_in_the_third(path, data):
         if len(written) == 3:
@@ -199,12 +200,12 @@ def test_killed_and_given_again_it_does_what_is_left(folder, dvae, centre, tmp_p
         written.append(path.name)
         write(path, data)
 
-    monkeypatch.setattr(format, "write_file", die_in_the_third)
+    monkeypatch.setattr(files, "write", die_in_the_third)
     assert encoded(folder, dvae, out, **options) == 130
     with pytest.raises(UserError, match="expected 5 shards in .*, 3 of them are not there"):
         open_source(f"tokens:{out}", pictures_required=False)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("tokens-*")}
-    monkeypatch.setattr(format, "write_file", write)
+    monkeypatch.setattr(files, "write", write)
     capsys.readouterr()
     assert encoded(folder, dvae, out, **options, json=True) == 0
     summary = json.loads(capsys.readouterr().out)

@@ -12,20 +12,18 @@ from dalle_jax.pictures.sheet import contact_sheet, wrap
 def test_a_sheet_has_every_picture_caption_and_mark():
     source = scenes.open_scenes("train")
     images = [source[i].image for i in range(5)]
-    plain = contact_sheet(images, columns=3, scale=2)
-    assert isinstance(plain, Image.Image) and plain.width > 3 * 64 and plain.height > 2 * 64
+    plain = contact_sheet(images, columns=3)
+    assert isinstance(plain, Image.Image) and plain.width > 3 * 128 and plain.height > 2 * 128
     pixels = np.asarray(plain)
     for image in images:
-        doubled = image.repeat(2, 0).repeat(2, 1)
-        windows = np.lib.stride_tricks.sliding_window_view(pixels, doubled.shape)[:, :, 0]
-        rows, columns = np.nonzero((windows[:, :, ::9, ::9] == doubled[::9, ::9]).all((2, 3, 4)))
-        assert any(np.array_equal(windows[r, c], doubled) for r, c in zip(rows, columns, strict=True))
-    lettered = contact_sheet(
-        images, ["a red circle above a blue square"] * 5, columns=3, scale=2, marks=[True] * 4 + [False]
-    )
+        enlarged = image.repeat(4, 0).repeat(4, 1)
+        windows = np.lib.stride_tricks.sliding_window_view(pixels, enlarged.shape)[:, :, 0]
+        rows, columns = np.nonzero((windows[:, :, ::9, ::9] == enlarged[::9, ::9]).all((2, 3, 4)))
+        assert any(np.array_equal(windows[r, c], enlarged) for r, c in zip(rows, columns, strict=True))
+    lettered = contact_sheet(images, ["a red circle above a blue square"] * 5, columns=3, marks=[True] * 4 + [False])
     assert lettered.height > plain.height + 2 * 13
-    colours = {tuple(c) for c in np.asarray(lettered).reshape(-1, 3)}
-    assert {(30, 150, 70), (205, 40, 40)} <= colours
+    colors = {tuple(c) for c in np.asarray(lettered).reshape(-1, 3)}
+    assert {(30, 150, 70), (205, 40, 40)} <= colors
     assert not {(30, 150, 70), (205, 40, 40)} & {tuple(c) for c in pixels.reshape(-1, 3)}
 
 
@@ -42,11 +40,11 @@ def test_a_sheet_that_cannot_be_laid_out_is_refused():
 def test_a_caption_is_broken_between_words_and_loses_none():
     font = ImageFont.load_default(13)
     text = "there is a large purple triangle to the left of anextremelylongwordwithoutanyspaceinit"
-    lines = wrap(text, font, 100)
+    lines = wrap(text, font.getlength, 100)
     assert all(font.getlength(line) <= 100 for line in lines) and len(lines) > 3
     assert lines[0].split() == text.split()[: len(lines[0].split())]
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert wrap("", font, 100) == [""]
+    assert wrap("", font.getlength, 100) == [""]
 
 
 def test_letters_that_no_plain_font_has_are_drawn():
@@ -57,8 +55,14 @@ def test_letters_that_no_plain_font_has_are_drawn():
 
 def test_each_letter_has_a_font_or_is_named(monkeypatch):
     chosen, missing = fonts.fonts_for(["a \u0436\n"])
-    assert [*chosen] == ["DejaVu Sans"] and not missing
-    monkeypatch.setattr(fonts, "letters", lambda file: frozenset("abc" if "DejaVuSans.ttf" in file else "xy"))
-    chosen, missing = fonts.fonts_for(["abcd", "e\nx"])
-    assert len(chosen) == 2 and [*chosen][0] == "DejaVu Sans" and missing == {"d", "e"}
-    assert not any(name.startswith("Last Resort") for name in chosen)
+    assert len(chosen) == 1 and "DejaVuSans" in chosen[0] and not missing
+    files = {"Family-Regular.ttf": "abc", "Family-Bold.ttf": "abcx", "other.ttf": "xy", "broken.ttf": ""}
+    monkeypatch.setattr(fonts, "installed", lambda: iter(files))
+    monkeypatch.setattr(fonts, "letters", lambda file: frozenset(files[file]))
+    assert fonts.fonts_for(["abcd", "e\nx"]) == (["Family-Regular.ttf", "Family-Bold.ttf"], {"d", "e"})
+
+
+def test_every_run_of_a_mixed_caption_has_its_font():
+    image, mixed = np.zeros((64, 64, 3), np.uint8), "a \u0436\u0434 b"
+    pages = [np.asarray(contact_sheet([image], [text], columns=1)) for text in (mixed, "a \u0434\u0436 b", "a b")]
+    assert len({page.tobytes() for page in pages}) == 3

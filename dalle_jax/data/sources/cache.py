@@ -7,13 +7,13 @@ atomic; a damaged entry is rebuilt; delete the folder whenever you like.
 
 import os
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 
+from dalle_jax import files
 from dalle_jax.errors import UserError
 
 VARIABLE = "DALLE_JAX_CACHE"
@@ -59,13 +59,7 @@ def file(name: str, write: Callable[[BinaryIO], None]) -> str:
     return str(path)
 
 
-def _write(path: pathlib.Path, write: Callable[[BinaryIO], None]):
+def _write(path: pathlib.Path, write: Callable[[BinaryIO], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            write(out)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with files.replacing(path) as aside, aside.open("wb") as out:
+        write(out)

@@ -17,10 +17,10 @@ and is mapped into memory, never read whole. Knows no model: what made the codes
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
-import threading
 
 import numpy as np
 import safetensors
@@ -28,11 +28,11 @@ import safetensors.numpy
 
 from dalle_jax.data.record import BadRecord, Dropped, Encoded
 from dalle_jax.errors import UserError
+from dalle_jax.files import OpenFiles
 
 SETTINGS, COUNTS = "tokens.json", "counts"  # the file in a folder, the entry in a shard's metadata
 FORMAT = 1
 MOST_CODES = 1 << 16  # entries of a codebook that uint16 can name
-OPEN_SHARDS = 64  # per process and source, far below the usual limits of open files and of mappings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,18 +163,7 @@ class TokenSource:
                 f"expected {self.settings.shards} shards in {folder}, {missing} of them are not there: give the "
                 "`dalle-jax encode` command again, which does what is left"
             )
-        self._start()
-
-    def _start(self):
-        self._open: collections.OrderedDict[int, _Shard] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self):
-        return self.name, self._folder, self.settings
-
-    def __setstate__(self, state):
-        self.name, self._folder, self.settings = state
-        self._start()
+        self._open = OpenFiles(functools.partial(_open_shard, self._folder))
 
     def __len__(self) -> int:
         return self.settings.records
@@ -183,7 +172,7 @@ class TokenSource:
         index = range(len(self))[index]
         shard, slot = divmod(index, self.settings.shard_records)
         try:
-            return self._shard(shard).read(slot, vocab=self.settings.vocab)
+            return self._open[shard].read(slot, vocab=self.settings.vocab)
         except BadRecord as bad:
             return Dropped(f"{shard_name(shard)}/{slot}", bad.reason, bad.detail)
 
@@ -201,13 +190,9 @@ class TokenSource:
                 f"change that, or encode the pictures with --augment {augment}"
             )
 
-    def _shard(self, number: int) -> "_Shard":
-        with self._lock:
-            shard = self._open.pop(number, None) or _Shard(self._folder / shard_name(number))
-            self._open[number] = shard
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-            return shard
+
+def _open_shard(folder: pathlib.Path, number: int) -> "_Shard":
+    return _Shard(folder / shard_name(number))
 
 
 class _Shard:

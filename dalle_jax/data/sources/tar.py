@@ -7,17 +7,17 @@ fault, so that no caption is ever joined to another sample's picture.
 """
 
 import bz2
-import collections
 import dataclasses
+import functools
 import gzip
 import hashlib
 import lzma
 import os
 import pathlib
-import threading
 import zlib
 from collections.abc import Iterable
 from concurrent import futures
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,10 +25,11 @@ from dalle_jax.data.decode import SUFFIXES
 from dalle_jax.data.record import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, REASONS, BadRecord, Dropped, Record
 from dalle_jax.data.sources import cache, captions
 from dalle_jax.data.sources.tar_members import CHUNK, Member, members
+from dalle_jax.files import OpenFiles
 
 INDEX_VERSION = 1  # raise it when `scan` reads the same file differently: cached indexes are then built anew
 MAX_EXPANSION = 100  # of a compressed shard; images hardly compress
-OPEN_FILES = 64  # per process and source, far below the usual limit of 1024
+OPEN_FILES = 64  # per process and source
 
 _CODES = ("", *REASONS)  # index 0: no fault
 _NO_CAPTION, _TEXT, _JSON = range(3)  # where a sample's caption is
@@ -81,7 +82,7 @@ class ShardSource:
         with futures.ThreadPoolExecutor(8) as pool:  # waits for the disk, mostly
             self._paths = list(pool.map(plain_tar, paths))
         self._index = load_index(self._paths)
-        self._files = _Files(self._paths)
+        self._files = OpenFiles(functools.partial(open, mode="rb", buffering=0), max_open=OPEN_FILES)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -94,7 +95,7 @@ class ShardSource:
             if fault := _CODES[index.fault[row]]:
                 raise BadRecord(fault, REASONS[fault])
             texts = self._captions(row, shard)
-            return Record(key, self._files.read(shard, *index.image[row].tolist(), limit=MAX_IMAGE_BYTES), texts)
+            return Record(key, self._bytes(shard, *index.image[row].tolist(), limit=MAX_IMAGE_BYTES), texts)
         except BadRecord as bad:
             return Dropped(key, bad.reason, bad.detail)
 
@@ -103,29 +104,14 @@ class ShardSource:
         try:
             if kind == _NO_CAPTION:
                 raise BadRecord("no caption", "the sample has neither a .txt nor a .json")
-            data = self._files.read(shard, *self._index.caption[row].tolist(), limit=MAX_CAPTION_BYTES)
+            data = self._bytes(shard, *self._index.caption[row].tolist(), limit=MAX_CAPTION_BYTES)
             return captions.from_text(data) if kind == _TEXT else captions.from_json(data)
         except BadRecord:
             if self._captions_required:
                 raise
             return ()
 
-
-class _Files:
-    """Open files for `os.pread`, which needs no seek and so no lock; a pickled copy opens its own."""
-
-    def __init__(self, paths: list[str]):
-        self._paths = paths
-        self._open: collections.OrderedDict = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self):
-        return self._paths
-
-    def __setstate__(self, paths):
-        self.__init__(paths)
-
-    def read(self, shard: int, offset: int, size: int, *, limit: int) -> bytes:
+    def _bytes(self, shard: int, offset: int, size: int, *, limit: int) -> bytes:
         """`size` bytes of file number `shard`.
 
         Raises:
@@ -134,24 +120,20 @@ class _Files:
         if size > limit:
             raise BadRecord("too many bytes", f"{size}, the limit is {limit}")
         try:
-            # The local name keeps an evicted file open until this read is over.
-            file = self._file(shard)
-            data = os.pread(file.fileno(), size, offset)
-            while len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
-                data += more  # one read stops at about 2 GiB or at a signal
+            data = _read(self._files[self._paths[shard]], offset, size)
         except OSError as error:
             raise BadRecord("unreadable file", str(error)) from None
         if len(data) < size:
             raise BadRecord("truncated tar", f"{self._paths[shard]} has shrunk since it was indexed")
         return data
 
-    def _file(self, shard: int):
-        with self._lock:
-            file = self._open.pop(shard, None) or open(self._paths[shard], "rb", buffering=0)
-            self._open[shard] = file
-            if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-            return file
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Up to `size` bytes by `os.pread`, which needs no seek and so no lock."""
+    data = os.pread(file.fileno(), size, offset)
+    while len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
+        data += more  # one read stops at about 2 GiB or at a signal
+    return data
 
 
 def load_index(paths: list[str]) -> Index:

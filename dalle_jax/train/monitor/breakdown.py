@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 import jax
 
+from dalle_jax.pictures import plot
+
 # What an operation's name contains -> its kind, the first that fits. Fusions are named after what they hold.
 MARKS = {
     "exchange": ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective", "send", "recv"),
@@ -62,26 +64,16 @@ def draw(trace: pathlib.Path, path: pathlib.Path) -> None:
     Raises:
       OSError: the disk is full. ValueError: no operation, or no update, is in the trace.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed only here
-    from matplotlib.figure import Figure
-
     seconds, updates = _read(max(trace.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime))
     total = sum(seconds.values())
-    figure = Figure(figsize=(9, 3.0))
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.24, 0.15, 0.73, 0.73))
-    bars = axes.barh([_WORDS[kind] for kind in KINDS], [1e3 * seconds[kind] / updates for kind in KINDS])
-    bars[-1].set_color("#bbbbbb")
-    labels = [f"{1e3 * seconds[kind] / updates:,.4g} ms, {seconds[kind] / total:.1%}" for kind in KINDS]
-    axes.bar_label(bars, labels, padding=4, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.3e3 * max(seconds.values()) / updates)
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("milliseconds of an update", fontsize=8)
-    axes.set_title(f"{updates} traced updates of {1e3 * total / updates:,.4g} ms, first device", fontsize=9)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=100, format="png")
-    aside.replace(path)
+    plot.save_bars(
+        path,
+        {_WORDS[kind]: 1e3 * seconds[kind] / updates for kind in KINDS},
+        notes=[f"{1e3 * seconds[kind] / updates:,.4g} ms, {seconds[kind] / total:.1%}" for kind in KINDS],
+        colors=["#bbbbbb" if kind == IDLE else "#1f77b4" for kind in KINDS],
+        title=f"{updates} traced updates of {1e3 * total / updates:,.4g} ms, first device",
+        unit="milliseconds of an update",
+    )
 
 
 def _read(file: pathlib.Path) -> tuple[dict[str, float], int]:

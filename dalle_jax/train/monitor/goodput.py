@@ -23,7 +23,8 @@ from typing import Any
 
 import jax
 
-from dalle_jax.checkpoint.format import write_file
+from dalle_jax import files
+from dalle_jax.pictures import plot
 
 FILE, PICTURE = "goodput.json", "goodput.png"
 KINDS = ("init", "compile", "step", "data", "checkpoint", "look", "lost", "down")
@@ -115,7 +116,7 @@ class Ledger:
             "time": time.time(),
         }
         with contextlib.suppress(OSError):
-            write_file(self._path, (json.dumps(content, indent=1) + "\n").encode())
+            files.write(self._path, json.dumps(content, indent=1) + "\n")
 
 
 def share(seconds: Mapping[str, float]) -> float:
@@ -129,28 +130,18 @@ def draw(ledger: Ledger, *, updates: int, path: pathlib.Path) -> None:
     Raises:
       OSError: the disk is full.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed only here
-    from matplotlib.figure import Figure
-
     seconds = {kind: ledger.seconds[kind] for kind in KINDS}
     total = max(sum(seconds.values()), 1e-9)
-    figure = Figure(figsize=(9, 3.6))  # fixed margins: a layout engine draws everything twice
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.24, 0.13, 0.73, 0.77))
-    bars = axes.barh([_WORDS[kind] for kind in KINDS], list(seconds.values()))
-    for kind, bar in zip(KINDS, bars, strict=True):
-        bar.set_color(_COLOURS.get(kind, _OTHER))
-    axes.bar_label(bars, [f"{s:,.1f} s, {s / total:.1%}" for s in seconds.values()], padding=4, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max(*seconds.values(), 1e-9))
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("seconds", fontsize=8)
     each = f", {seconds['step'] / updates:.3g} s each" if updates else ""
     starts = f"{ledger.starts} start{'s' * (ledger.starts > 1)}"
-    axes.set_title(f"goodput {share(seconds):.1%} over {starts}: {updates:,} updates{each}", fontsize=9)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=100, format="png")
-    aside.replace(path)
+    plot.save_bars(
+        path,
+        {_WORDS[kind]: seconds[kind] for kind in KINDS},
+        notes=[f"{s:,.1f} s, {s / total:.1%}" for s in seconds.values()],
+        colors=[_COLOURS.get(kind, _OTHER) for kind in KINDS],
+        title=f"goodput {share(seconds):.1%} over {starts}: {updates:,} updates{each}",
+        unit="seconds",
+    )
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any] | None:
