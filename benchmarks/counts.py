@@ -3,10 +3,8 @@
     python benchmarks/counts.py
 
 By the counting rule of `dalle-jax preflight` (`preflight/flops.py`), of one training sequence. All pairs: if attention
-counted every query with every key, as some do. Heads again: what `model.loss_parts` computes twice.
+counted every query with every key, as some do.
 """
-
-import dataclasses
 
 from dalle_jax import config as configs
 from dalle_jax.models import build
@@ -21,21 +19,19 @@ def count(config: TransformerConfig) -> dict[str, float]:
     total, layout = flops.transformer(config), config.layout
     attention = flops.TRAINING_PASSES * flops.attention(config)
     every = flops.TRAINING_PASSES * 4 * config.num_layers * config.heads * config.head_size * layout.length**2
-    parts = dataclasses.replace(config, loss_parts=2)
     return {
         "flops": total,
         "attention": attention / total,
         "all_pairs": (every - attention) / total,
-        "heads_again": (flops.recomputed(parts) - flops.recomputed(config)) / total,
         "logits_bytes": 4 * layout.logits,
     }
 
 
 def main() -> None:
-    print("| config | GFLOP | attention | all pairs | heads again | logits, MB |\n|---|---|---|---|---|---|")
+    print("| config | GFLOP | attention | all pairs | logits, MB |\n|---|---|---|---|---|")
     for name in CONFIGS:
         found = count(build("transformer", configs.load(f"configs/transformer.py:{name}").model).config)
-        shares = " | ".join(f"{found[share]:.1%}" for share in ("attention", "all_pairs", "heads_again"))
+        shares = " | ".join(f"{found[share]:.1%}" for share in ("attention", "all_pairs"))
         print(f"| {name} | {found['flops'] / 1e9:,.0f} | {shares} | {found['logits_bytes'] / 1e6:.0f} |")
 
 

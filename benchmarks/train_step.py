@@ -75,7 +75,6 @@ SUITES = {
             "optimizer.moments=bf16 storage.params=bf16",
             "batch_size=64 accumulate=4",
             "precision=fp32 batch_size=8",
-            "model.loss_parts=8",
             "model.matmuls=fp8",
         ),
         split=("", "model.pattern=full"),

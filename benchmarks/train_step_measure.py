@@ -44,7 +44,7 @@ from dalle_jax.preflight.hardware import CHIPS, Chip
 from dalle_jax.preflight.job import Job, shard_bytes
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import step as steps
-from dalle_jax.train.objectives.transformer import feature_losses
+from dalle_jax.train.objectives.transformer import token_losses
 from dalle_jax.train.optimizer import powersgd
 
 LEAST_TIMES, MOST_TIMES = 3, 50
@@ -284,8 +284,8 @@ class Parts:
         """The two output heads and the loss, of random image tokens; the last norm is in the rest."""
         config = self._config
         image_BI = jax.random.randint(self._update.key, (len(text_BT), config.layout.image_len), 0, config.image_vocab)
-        features = x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
-        text, image = feature_losses(self._job.task.model, {**params, **heads}, features, text_BT, image_BI)
+        logits = self._job.task.model.apply({**params, **heads}, x_BSD, method="logits")
+        text, image = token_losses(*logits, text_BT, image_BI)
         return TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image
 
 

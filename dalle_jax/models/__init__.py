@@ -14,6 +14,9 @@ _MODELS = {
     "inception": (inception.InceptionConfig, inception.model),
 }
 
+# Options that version 0.1 wrote into `config.json` and that are gone; none of them changed what a model computes.
+_GONE = {"transformer": ("loss_parts", "matmuls")}
+
 
 def build(name: str, config: Mapping) -> Model:
     """The model of this name with these sizes, as pure functions.
@@ -24,4 +27,4 @@ def build(name: str, config: Mapping) -> Model:
     if name not in _MODELS:
         raise ValueError(f"model must be one of {tuple(_MODELS)}, got {name!r}")
     config_class, make = _MODELS[name]
-    return make(config_class(**config))
+    return make(config_class(**{key: value for key, value in config.items() if key not in _GONE.get(name, ())}))

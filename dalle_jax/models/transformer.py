@@ -33,8 +33,6 @@ class TransformerConfig:
     `run_layers`), 'full' as in the paper. scan: run the layers as a scan over the pattern's period (compile time
     independent of depth). precision: one of `layers.PRECISIONS`. attention: what computes it, one of
     `kernels.ATTENTION`. matmuls: of the layers in training, 'model' in the precision's dtype or 'fp8' (`fp8.py`).
-    loss_parts: in how many parts of the vocabulary, one after another, training computes the logits: no more than a
-    part of them exists at once, and the backward pass computes them again. 1: as a whole.
     """
 
     num_layers: int = 64
@@ -51,7 +49,6 @@ class TransformerConfig:
     precision: str = "bf16"
     attention: str = "xla"
     matmuls: str = "model"
-    loss_parts: int = 1
 
     def __post_init__(self):
         for name in ("num_layers", "width", "heads", "head_size"):
@@ -65,9 +62,6 @@ class TransformerConfig:
         if self.matmuls == "fp8" and self.precision.startswith("fp16"):
             raise ValueError(f"matmuls fp8 has its own scales: expected precision bf16 or fp32, got {self.precision}")
         _ = self.kinds
-        ids = self.layout.text_ids, self.layout.image_vocab
-        if self.loss_parts < 1 or any(count % self.loss_parts for count in ids):
-            raise ValueError(f"loss_parts must divide {ids[0]} text ids and {ids[1]} codes, got {self.loss_parts}")
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -128,28 +122,22 @@ class Transformer(nnx.Module):
         Returns: float32 text logits [B, T, text_ids], where slot p predicts what slot p + 1 reads, and float32 image
         logits [B, I, image_vocab], where position p predicts code p. No position sees a later token.
         """
-        text_D, image_D = self.features(text_BT, image_BI, scales)
-        return tuple(self.logits(x, head) for x, head in zip((text_D, image_D), self.heads(), strict=True))
-
-    def features(self, text_BT, image_BI, scales=None):
-        """What the heads read, [B, T, D] of text positions and [B, I, D] of image positions; arguments as above."""
         config, dtype, stream = self.config, compute_dtype(self.config.precision), stream_dtype(self.config.precision)
         x_BSD = jnp.concatenate([self._embed_text(text_BT), self._embed_image(image_BI)], axis=1).astype(stream)
         x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
         x_BSD = run_layers(self.blocks.stacked(dtype, vectors=stream, scales=scales), x_BSD, config)
         x_BSD = layer_norm(x_BSD, self.norm_gain[...], self.norm_bias[...])
-        return x_BSD[:, : config.text_len], x_BSD[:, config.text_len :]
+        return self.logits(x_BSD)
 
-    def heads(self):
-        """The output matrices, [D, text_ids] and [D, image_vocab]."""
-        return self.text_head[...], self.image_head[...]
-
-    def logits(self, x_BSD, head_DV):
-        """Features and an output matrix, or some columns of it -> float32 [B, S, V]."""
+    def logits(self, x_BSD):
+        """The last norm's output [B, S, D] -> float32 [B, T, text_ids] and [B, I, image_vocab]."""
         # Where the paper asks for float32 logits, an accelerator must not round the factors to bfloat16 or TF32.
         exact = jax.lax.Precision.HIGHEST if self.config.precision == "fp16-paper" else None
-        weight = head_DV.astype(x_BSD.dtype)
-        return jnp.einsum("...d,dv->...v", x_BSD, weight, preferred_element_type=jnp.float32, precision=exact)
+        text_BTD, image_BID = x_BSD[:, : self.config.text_len], x_BSD[:, self.config.text_len :]
+        return tuple(
+            jnp.einsum("bsd,dv->bsv", x, head[...].astype(x.dtype), preferred_element_type=jnp.float32, precision=exact)
+            for x, head in ((text_BTD, self.text_head), (image_BID, self.image_head))
+        )
 
     def _embed_text(self, text_BT):
         return _look_up(self.text_embedding, text_BT, "vocab") + self.text_position[...]

@@ -44,13 +44,12 @@ def transformer(config: TransformerConfig) -> int:
 
 
 def recomputed(config: TransformerConfig) -> int:
-    """What the backward pass computes again for one sequence, by `config.remat` and `config.loss_parts`.
+    """What the backward pass computes again for one sequence, by `config.remat`.
 
     `attention` computes the scores again, `dots` too (it keeps the projections), `full` everything. A fused kernel
     goes through the scores twice on its way back: seven products, where four would do if they had been kept.
     """
     own = 0 if config.attention == "xla" else 3 * attention(config) // 2
-    own += transformer_heads(config) if config.loss_parts > 1 else 0
     if config.remat == "none":
         return own
     return own + (transformer_layers(config) if config.remat == "full" else attention(config))

@@ -100,7 +100,7 @@ def _working(model: TransformerConfig, item: int, job: Job) -> int:
         scores = max(_scores(model, kind) for kind in set(model.kinds)) // tensor
     copies = SCORE_COPIES + (PIPELINED_SCORES if _pipelined(model, job) else 0)
     layer = WORKING * layout.length * model.width * item + copies * 4 * scores
-    logits = 3 * 4 * layout.logits // model.loss_parts
+    logits = 3 * 4 * layout.logits
     return max(layer, logits // tensor)
 
 
