@@ -255,13 +255,12 @@ class Parts:
 
     def _layer(self, kind: str):
         config = self._config
-        ways = {"attend": self._attend(kind), "remat": config.remat, "matmuls": config.matmuls}
+        ways = {"attend": self._attend(kind), "remat": config.remat}
         return functools.partial(blocks.layer, **ways)
 
     def _mlp(self, block, x_BSD):
         policy = blocks.REMAT[self._config.remat].get("mlp")
-        mlp = functools.partial(blocks.mlp, multiply=blocks.MATMULS[self._config.matmuls])
-        mlp = jax.checkpoint(mlp, policy=policy) if policy else mlp
+        mlp = jax.checkpoint(blocks.mlp, policy=policy) if policy else blocks.mlp
         return mlp(block, x_BSD.reshape(-1, x_BSD.shape[-1])).reshape(x_BSD.shape)
 
     def _gradient_of_scores(self, kind: str):

@@ -14,7 +14,6 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dalle_jax.models import fp8
 from dalle_jax.models.layers import layer_norm, linear, param, quick_gelu
 from dalle_jax.models.scaled import BRANCH, enter, leave, own
 from dalle_jax.sharding import constrain
@@ -30,8 +29,6 @@ REMAT = {
     "dots": {"attention": _PRODUCTS, "mlp": _PRODUCTS},
     "full": {"attention": _NOTHING, "mlp": _NOTHING},
 }
-
-MATMULS = {"model": linear, "fp8": fp8.linear}  # what computes the products with a layer's four matrices in training
 
 
 def check_remat(remat: str) -> None:
@@ -104,8 +101,8 @@ class Blocks(nnx.Module):
         return scaled | {"scales": scales}
 
 
-def layer(block, x_BSD, *, attend: Callable, remat: str, matmuls: str = "model"):
-    """One layer over a whole sequence. attend: (q, k, v) of [B, S, N, H] -> [B, S, N, H]. matmuls: one of MATMULS.
+def layer(block, x_BSD, *, attend: Callable, remat: str):
+    """One layer over a whole sequence. attend: (q, k, v) of [B, S, N, H] -> [B, S, N, H].
 
     Inside, the stream is one row per token, the shape in which a matrix product reads it. Given another one, XLA's CPU
     backend computes the gradient of the stream again for every reader of it, from all the terms of all later layers.
@@ -124,29 +121,28 @@ def layer(block, x_BSD, *, attend: Callable, remat: str, matmuls: str = "model")
         return mixed_BSNH.reshape(B * S, *mixed_BSNH.shape[2:])
 
     attend_sequences = saving("attend", attend)
-    mix = functools.partial(attention, attend=attend_tokens, multiply=MATMULS[matmuls])
-    widen = functools.partial(mlp, multiply=MATMULS[matmuls])
+    mix = functools.partial(attention, attend=attend_tokens)
     x = constrained(saving("attention", mix)(block, x_BSD.reshape(B * S, D)))
-    return constrained(saving("mlp", widen)(block, x)).reshape(B, S, D)
+    return constrained(saving("mlp", mlp)(block, x)).reshape(B, S, D)
 
 
-def attention(block, x, *, attend, multiply=linear):
-    """The first residual block, [..., D] -> [..., D]. multiply: of MATMULS, here and below."""
+def attention(block, x, *, attend):
+    """The first residual block, [..., D] -> [..., D]."""
 
     def branch(x):
-        return project(block, attend(*qkv(block, x, multiply=multiply)), multiply=multiply)
+        return project(block, attend(*qkv(block, x)))
 
     return _residual(branch, block, x, branch=0)
 
 
-def mlp(block, x, *, multiply=linear):
+def mlp(block, x):
     """The second residual block, [..., D] -> [..., D]."""
 
     def branch(x):
         hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
-        hidden = checkpoint_name(_biased(_linear(multiply, hidden, block, "up"), block["up_bias"]), "product")
+        hidden = checkpoint_name(_biased(_linear(hidden, block, "up"), block["up_bias"]), "product")
         hidden = quick_gelu(hidden)
-        return _biased(_linear(multiply, hidden, block, "down"), block["down_bias"])
+        return _biased(_linear(hidden, block, "down"), block["down_bias"])
 
     return _residual(branch, block, x, branch=1)
 
@@ -160,16 +156,16 @@ def _residual(function, block, x, *, branch: int):
     return x + leave(function(enter(x, scale, dtype)), scale)
 
 
-def qkv(block, x, *, multiply=linear):
+def qkv(block, x):
     """[..., D] -> queries, keys and values, each [..., N, H]."""
     x = layer_norm(x, block["norm1_gain"], block["norm1_bias"])
-    all_three = checkpoint_name(_biased(_linear(multiply, x, block, "qkv"), block["qkv_bias"]), "product")
+    all_three = checkpoint_name(_biased(_linear(x, block, "qkv"), block["qkv_bias"]), "product")
     return all_three[..., 0, :, :], all_three[..., 1, :, :], all_three[..., 2, :, :]
 
 
-def project(block, mixed, *, multiply=linear):
+def project(block, mixed):
     """What attention adds to the stream: [..., N, H] -> [..., D]."""
-    return _biased(_linear(multiply, mixed, block, "out", 2), block["out_bias"])
+    return _biased(_linear(mixed, block, "out", 2), block["out_bias"])
 
 
 def _biased(x, bias):
@@ -177,5 +173,5 @@ def _biased(x, bias):
     return (x + bias).astype(x.dtype)
 
 
-def _linear(multiply, x, block, name: str, inputs: int = 1):
-    return multiply(x, block[name], inputs, LAYER_AXES[name])
+def _linear(x, block, name: str, inputs: int = 1):
+    return linear(x, block[name], inputs, LAYER_AXES[name])

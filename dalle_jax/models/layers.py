@@ -93,10 +93,10 @@ def _linear_backward(inputs, axes, saved, cotangent):
     outputs = weight.ndim - inputs
     over_outputs = tuple(range(cotangent.ndim - outputs, cotangent.ndim)), tuple(range(inputs, weight.ndim))
     by_x = jnp.tensordot(cotangent, weight, over_outputs)
-    return by_x, gradient_of_weight(x, weight, cotangent, inputs, axes)
+    return by_x, _gradient_of_weight(x, weight, cotangent, inputs, axes)
 
 
-def gradient_of_weight(x, weight, cotangent, inputs: int, axes: tuple[str | None, ...] | None):
+def _gradient_of_weight(x, weight, cotangent, inputs: int, axes: tuple[str | None, ...] | None):
     """Of `linear(x, weight, inputs, axes)`, which says how."""
     if axes and (kept := sharding.kept_part(weight.shape, axes, batch=len(x))):
         return _gradient_by_parts(x, cotangent, weight.shape, inputs, *kept)

@@ -18,7 +18,7 @@ from flax import nnx
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
 from dalle_jax.models.attention import kernels
-from dalle_jax.models.blocks import MATMULS, Blocks, Deviations, check_remat, layer
+from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
 from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
 
@@ -32,7 +32,7 @@ class TransformerConfig:
     pattern: 'paper' (row, column, row, row ..., conv last) or 'full'. remat: a step of the ladder `blocks.REMAT` (see
     `run_layers`), 'full' as in the paper. scan: run the layers as a scan over the pattern's period (compile time
     independent of depth). precision: one of `layers.PRECISIONS`. attention: what computes it, one of
-    `kernels.ATTENTION`. matmuls: of the layers in training, 'model' in the precision's dtype or 'fp8' (`fp8.py`).
+    `kernels.ATTENTION`.
     """
 
     num_layers: int = 64
@@ -48,7 +48,6 @@ class TransformerConfig:
     scan: bool = True
     precision: str = "bf16"
     attention: str = "xla"
-    matmuls: str = "model"
 
     def __post_init__(self):
         for name in ("num_layers", "width", "heads", "head_size"):
@@ -57,10 +56,6 @@ class TransformerConfig:
         check_remat(self.remat)
         compute_dtype(self.precision)
         kernels.check_shapes(self.attention, length=self.layout.length, head_size=self.head_size)
-        if self.matmuls not in MATMULS:
-            raise ValueError(f"matmuls must be one of {tuple(MATMULS)}, got {self.matmuls!r}")
-        if self.matmuls == "fp8" and self.precision.startswith("fp16"):
-            raise ValueError(f"matmuls fp8 has its own scales: expected precision bf16 or fp32, got {self.precision}")
         _ = self.kinds
 
     @functools.cached_property
@@ -182,7 +177,7 @@ def run_layers(stacked, x_BSD, config: TransformerConfig):
 
     def one_layer(x, block, kind):
         attend = functools.partial(attend_kind, kind=kind, text_len=config.text_len, grid=config.grid)
-        return layer(block, x, attend=attend, remat=config.remat, matmuls=config.matmuls)
+        return layer(block, x, attend=attend, remat=config.remat)
 
     kinds, period, turns = config.kinds, config.period, config.scan_turns
     first = turns * period
