@@ -6,7 +6,7 @@
 On a processor (two threads, the shape of `compare.py`): 64 candidates of one caption, `ours`; the same number of images
 as 64 captions of which each keeps its own text and all image positions, `plain`; all of a step but attention and its
 cache, `rest`, which draws nonsense and bounds what sharing and windows can gain; and the engine's options. Each round
-measures these three in turns, the first round the options too (an fp8 cache takes a processor half a minute), and a
+measures these three in turns, the first round the options too, and a
 ratio is the middle one of the rounds. On an accelerator: the models of `sampling_bounds.py` with random weights in
 bfloat16, and their share of the roofline. `--compile-for` asks the compiler of a chip that is not here for the bytes of
 the same programs. Each of the three writes its own part of `benchmarks/results/sampling.json`, and the table of all
@@ -39,8 +39,6 @@ WORKS = {
     "rest": ("full", "fp32", {}),
     "bf16": ("paper", "bf16", {}),
     "int8 weights": ("paper", "fp32", {"weights": "int8"}),
-    "fp8 cache": ("paper", "fp32", {"cache": "fp8"}),
-    "int8 weights, fp8 cache": ("paper", "fp32", {"weights": "int8", "cache": "fp8"}),
 }
 
 
@@ -68,7 +66,7 @@ def on_processor(args) -> dict:
         step = bounds.step(engine, *shape)
         works[name] = {
             "weight_bytes": engine.weight_bytes(),
-            "cache_bytes_per_candidate": bounds.cache_bytes(model.config, cache=engine.cache),
+            "cache_bytes_per_candidate": bounds.cache_bytes(model.config),
             "text_bytes": step.text,
             "step_bytes": step.weights + (0 if name == "rest" else step.text + step.windows),
             "step_operations": step.products + (0 if name == "rest" else step.attention),
@@ -119,13 +117,13 @@ def logits(engine, text_CT):
 
     @jax.jit
     def run(weights, text_CT):
-        stores = decoding.prefill(config, *weights, text_CT, cache=engine.cache)
+        stores = decoding.prefill(config, *weights, text_CT)
 
         def one(cache, inputs):
             logits_VB, cache = decoding.decode(config, *weights, stores, cache, *reversed(inputs))
             return cache, logits_VB[:, 0]
 
-        empty = decoding.empty_cache(config, 1, cache=engine.cache)
+        empty = decoding.empty_cache(config, 1)
         return jax.lax.scan(one, empty, (np.arange(config.layout.image_len), previous_I1))[1]
 
     return np.asarray(run(engine._weights, text_CT))
@@ -261,12 +259,11 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["0.4B", "1.3B", "12B"], help="of an accelerator's part")
     parser.add_argument("--candidates", nargs="+", type=int, default=list(COUNTS), help="of an accelerator's part")
     parser.add_argument("--weights", default="model", help="model or int8, of an accelerator's part")
-    parser.add_argument("--cache", default="model", help="model or fp8, of an accelerator's part")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--enough", type=float, default=20.0, help="seconds after which a large wave is not repeated")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    args.options = {"weights": args.weights, "cache": args.cache}
+    args.options = {"weights": args.weights}
     if args.compile_for:
         compile_for(args)
     else:

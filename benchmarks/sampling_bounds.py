@@ -94,7 +94,7 @@ def step(engine: Engine, captions: int, candidates: int) -> Step:
     read = jax.tree.leaves((layers, ends["head"], ends["head_bias"]))
     matrices = [layer[name] for layer in layers for name in ("qkv", "out", "up", "down")] + [ends["head"]]
     numbers = sum(x["int8"].size if isinstance(x, dict) else x.size for x in matrices)
-    stores = jax.eval_shape(lambda: decoding.empty_cache(config, images, cache=engine.cache))
+    stores = jax.eval_shape(lambda: decoding.empty_cache(config, images))
     item = stores[0]["k"].dtype.itemsize
     position = 2 * config.heads * config.head_size  # numbers: a key and a value
     windows = sum(attention_pattern.read_slots(kind, grid=config.grid) for kind in config.kinds) * position * images
@@ -108,9 +108,9 @@ def step(engine: Engine, captions: int, candidates: int) -> Step:
     )
 
 
-def cache_bytes(config: TransformerConfig, *, cache: str = "model") -> int:
+def cache_bytes(config: TransformerConfig) -> int:
     """Stored of one candidate, all layers."""
-    stores = jax.eval_shape(lambda: decoding.empty_cache(config, 1, cache=cache))
+    stores = jax.eval_shape(lambda: decoding.empty_cache(config, 1))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stores))
 
 

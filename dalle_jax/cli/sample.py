@@ -31,12 +31,11 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", type=pathlib.Path, metavar="DIR", help="CLIP that ranks (default: DIR/clip)")
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share one copy of the model")
     parser.add_argument("--weights", choices=decoding.WEIGHTS, default="model", help="precision to hold the weights in")
-    parser.add_argument("--cache", choices=tuple(decoding.CACHES), default="model", help="and the keys and values")
 
 
 def load(args: argparse.Namespace) -> Pipeline:
     """The pipeline of `add_loading_arguments`; raises what `Pipeline.load` does."""
-    return Pipeline.load(args.model, clip=args.clip, tensor=args.tensor, weights=args.weights, cache=args.cache)
+    return Pipeline.load(args.model, clip=args.clip, tensor=args.tensor, weights=args.weights)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

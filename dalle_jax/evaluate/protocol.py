@@ -72,7 +72,7 @@ class Draw:
     count: captions drawn by the seed without one twice, all of them for 0. unique: of equal captions only the first
     counts. best_of: candidates of which CLIP chooses one, 0 for none. seed: of the choice, and of the first picture;
     picture i has the seed `seed + i * max(best_of, 1)`. temperature, guidance, top_k (0: all), top_p: as in
-    `sample.request`; weights, cache: as in `Pipeline.load`. clip: model directory of the CLIP that chooses, '' for the
+    `sample.request`; weights: as in `Pipeline.load`. clip: model directory of the CLIP that chooses, '' for the
     one in the model's own folder. shard_size: pictures in a tar file.
     """
 
@@ -84,7 +84,6 @@ class Draw:
     top_p: float = 1.0
     guidance: float = 1.0
     weights: str = "model"
-    cache: str = "model"
     clip: str = ""
     seed: int = 0
     shard_size: int = 256

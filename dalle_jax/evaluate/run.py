@@ -242,7 +242,7 @@ class _Job:
             raise UserError("expected the workdir of a transformer that draws, or --pictures SOURCE, got neither")
         if not self.evaluation.source:
             raise UserError("expected a source of captions: give --config.source=SOURCE")
-        pipe = Pipeline.load(model, clip=draw.clip or None, weights=draw.weights, cache=draw.cache)
+        pipe = Pipeline.load(model, clip=draw.clip or None, weights=draw.weights)
         drawing.check(pipe, draw)
         self.expected.check("checkpoint", pipe.digest)
         self.expected.check("ranked_by", _ranked_by(pipe, draw))

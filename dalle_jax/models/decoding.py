@@ -29,7 +29,6 @@ from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sharding import constrain
 
 WEIGHTS = ("model", "int8")
-CACHES = {"model": None, "fp8": jnp.float8_e4m3fn}
 # Of the cache [B, N, slots, H] inside the loop as outside of it: XLA would choose others for GPUs and hold it twice.
 AS_STORED = Layout(major_to_minor=(0, 1, 2, 3))
 
@@ -88,7 +87,7 @@ def end_weights(config: TransformerConfig, params: Params) -> dict[str, Any]:
     return centred | {"head": head, "head_bias": head_bias}
 
 
-def prefill(config: TransformerConfig, layers, ends, text_CT, *, cache: str = "model"):
+def prefill(config: TransformerConfig, layers, ends, text_CT):
     """Keys and values of the text, once per caption: a list, one {'k', 'v'} of [C, N, T, H] a layer."""
     dtype, (captions, text_len) = compute_dtype(config.precision), text_CT.shape
     x_CTD = ends["text_embedding"][text_CT] + ends["text_position"]
@@ -96,13 +95,13 @@ def prefill(config: TransformerConfig, layers, ends, text_CT, *, cache: str = "m
     stores = []
     for layer in layers:
         q, k, v = (x.reshape(captions, text_len, *x.shape[1:]) for x in _qkv(layer, x_DB, dtype))
-        stores.append({name: x.swapaxes(1, 2).astype(CACHES[cache] or dtype) for name, x in (("k", k), ("v", v))})
+        stores.append({name: x.swapaxes(1, 2) for name, x in (("k", k), ("v", v))})
         mixed = blockwise.attend_text(q, k, v)
         x_DB = _mlp(layer, _project(layer, x_DB, mixed.reshape(captions * text_len, *mixed.shape[2:])), dtype)
     return stores
 
 
-def empty_cache(config: TransformerConfig, images: int, *, cache: str = "model"):
+def empty_cache(config: TransformerConfig, images: int):
     """Image keys and values before the first position: a list, one {'k', 'v'} of [B, N, slots, H] a layer."""
     return [
         blockwise.empty_cache(
@@ -111,7 +110,7 @@ def empty_cache(config: TransformerConfig, images: int, *, cache: str = "model")
             images=images,
             heads=config.heads,
             head_size=config.head_size,
-            dtype=CACHES[cache] or compute_dtype(config.precision),
+            dtype=compute_dtype(config.precision),
         )
         for kind in config.kinds
     ]

@@ -46,22 +46,18 @@ class Engine:
         *,
         mesh: Mesh | None = None,
         weights: str = "model",
-        cache: str = "model",
     ):
         """params: float32, on the host or a device; converted layer by layer, so the devices never hold them whole.
         None: all weights are shapes only, of an engine that compiles and counts bytes for devices that are not here.
 
-        weights: 'model' (the model's compute dtype) or 'int8'; cache: 'model' or 'fp8', see `models/decoding.py`.
+        weights: 'model' (the model's compute dtype) or 'int8', see `decoding.layer_weights`.
 
         Raises:
-          UserError: an unknown kind of weights or cache.
+          UserError: an unknown kind of weights.
         """
-        if weights not in decoding.WEIGHTS or cache not in decoding.CACHES:
-            raise UserError(
-                f"weights must be one of {decoding.WEIGHTS} and cache one of {tuple(decoding.CACHES)}, "
-                f"got {weights!r} and {cache!r}"
-            )
-        self.config, self.cache = model.config, cache
+        if weights not in decoding.WEIGHTS:
+            raise UserError(f"weights must be one of {decoding.WEIGHTS}, got {weights!r}")
+        self.config = model.config
         self.mesh = local_mesh() if mesh is None else mesh
         if params is None:
             self._weights = _abstract_weights(model, self.mesh, weights)
@@ -123,7 +119,7 @@ class Engine:
             text_CT = np.concatenate([text_CT, np.tile(layout.text_slots([]), (captions, 1))])
         given_CI = np.zeros((captions, layout.image_len), np.int32) if given_CI is None else np.asarray(given_CI)
         keys_B, ids_IB = keys_CM.reshape(-1), np.repeat(given_CI, candidates, axis=0).T
-        how = (self.config, self.mesh, self.cache, guided)
+        how = (self.config, self.mesh, guided)
         arrays = _begin(how, self._weights, jnp.asarray(text_CT), keys_B, jnp.asarray(ids_IB), settings)
         return {"arrays": arrays, "flags": (filtered, guided), "shape": (captions, candidates)}
 
@@ -151,7 +147,7 @@ class Engine:
         settings |= dict.fromkeys(("top_k", "given"), of(images))
         text_CT = of(captions * (2 if guided else 1), config.text_len)
         keys_B, ids_IB = of(images, dtype=jax.random.key(0).dtype), of(config.layout.image_len, images)
-        how = (config, self.mesh, self.cache, guided)
+        how = (config, self.mesh, guided)
         begin = _begin.lower(how, self._weights, text_CT, keys_B, ids_IB, settings)
         begun = begin.compile()
         arrays = _abstract(begin.out_info, begun.output_shardings)
@@ -168,11 +164,11 @@ class Engine:
         config, streams = self.config, 2 if guided else 1
         images = captions * candidates
         text = jax.eval_shape(
-            lambda w, t: decoding.prefill(config, *w, t, cache=self.cache),
+            lambda w, t: decoding.prefill(config, *w, t),
             self._weights,
             jax.ShapeDtypeStruct((captions * streams, config.text_len), jnp.int32),
         )
-        stores = jax.eval_shape(lambda: decoding.empty_cache(config, images * streams, cache=self.cache))
+        stores = jax.eval_shape(lambda: decoding.empty_cache(config, images * streams))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((text, stores)))
         repeated = self.mesh.size // self.ways  # of what is not cut along heads
         return held + repeated * 4 * images * config.image_vocab * (config.grid + 4 * streams)
@@ -228,12 +224,12 @@ def _places(weights, axes, mesh: Mesh):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _begin(how, weights, text_CT, keys_B, ids_IB, settings):
-    config, mesh, cache, guided = how
+    config, mesh, guided = how
     with sharding.use(mesh):
         images = keys_B.size * (2 if guided else 1)
         return {
-            "stores": decoding.prefill(config, *weights, text_CT, cache=cache),
-            "cache": decoding.empty_cache(config, images, cache=cache),
+            "stores": decoding.prefill(config, *weights, text_CT),
+            "cache": decoding.empty_cache(config, images),
             "ids": ids_IB,
             "previous": jnp.full(keys_B.shape, config.layout.start_of_image, jnp.int32),
             "keys": keys_B,

@@ -64,12 +64,11 @@ class Pipeline:
         devices: Sequence[jax.Device] | None = None,
         tensor: int = 1,
         weights: str = "model",
-        cache: str = "model",
     ):
         """can_guide: the transformer saw pictures without their captions in training. The rest is as in `load`.
 
         Raises:
-          UserError: devices, tensor, weights or cache out of range.
+          UserError: devices, tensor or weights out of range.
         """
         devices = jax.local_devices() if devices is None else list(devices)
         if not devices or not all(isinstance(device, jax.Device) for device in devices):
@@ -82,7 +81,7 @@ class Pipeline:
         mesh = make_mesh({"replica": -1, "tensor": tensor}, devices=devices)
         self.model, self.dvae, self.tokenizer, self.digest = transformer, dvae, tokenizer, digest
         self.reranker, self.can_guide = reranker, can_guide
-        self._kinds = {"weights": weights, "cache": cache}
+        self._kinds = {"weights": weights}
         self._engine = Engine(transformer, params, mesh=mesh, **self._kinds)
         self._dvae_params = jax.device_put(dvae_params, sharding.replicated(mesh))
         self._images_place = sharding.batch_sharding(mesh)
@@ -97,15 +96,14 @@ class Pipeline:
         devices: Sequence[jax.Device] | None = None,
         tensor: int = 1,
         weights: str = "model",
-        cache: str = "model",
     ) -> "Pipeline":
         """The model of a transformer's workdir: newest complete checkpoint, tokenizer, dVAE and CLIP.
 
         clip: workdir of the CLIP that ranks candidates; default: `clip` in the folder, if it is there.
         devices: that draw, all of this process by default; each takes a part of the candidates.
         tensor: devices that share one copy of a model that is too large for one; by default each has its own.
-        weights, cache: 'model' for the model's own precision; 'int8' weights and an 'fp8' cache take half the memory of
-        bfloat16 and change the pictures a little.
+        weights: 'model' for the model's own precision; 'int8' takes half the memory of bfloat16 and changes the
+        pictures a little.
 
         Raises:
           UserError: a part is missing, damaged, or does not belong to the others, or an argument is out of range.
@@ -140,7 +138,6 @@ class Pipeline:
             devices=devices,
             tensor=tensor,
             weights=weights,
-            cache=cache,
         )
 
     @property

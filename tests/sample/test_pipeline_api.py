@@ -88,7 +88,6 @@ def test_pictures_carry_how_they_were_made_into_the_png(pipe, tmp_path):
     assert (read.info["caption"], read.info["seed"]) == (CAPTION, "8")
     assert json.loads(read.info["settings"]) == {
         "best_of": None,
-        "cache": "model",
         "checkpoint": pipe.digest,
         "guidance": 1.0,
         "keep_rows": 0,

@@ -19,7 +19,6 @@ from tests.support.parameters import random_parameters
     ("arguments", "message"),
     [
         ({"weights": "int4"}, r"weights must be one of \('model', 'int8'\)"),
-        ({"cache": "int4"}, r"cache one of \('model', 'fp8'\)"),
         ({"devices": []}, "devices must be at least one of"),
         ({"devices": ["cpu"]}, r"devices must be at least one of .* got \['cpu'\]"),
     ],

@@ -136,7 +136,6 @@ def attend_cached(q_BNH, k_BNH, v_BNH, text, cache, kind: str, *, position, grid
 
     The B images are the candidates of C captions, those of a caption side by side.
     text: {'k', 'v'} of [C, N, T, H], stored once per caption and read by all its candidates.
-    Stores may be of another dtype than the queries, which they are read in.
     Returns: output [B, N, H] and the new cache. Equal to `attend` at that position.
     """
     dtype = q_BNH.dtype
@@ -144,19 +143,18 @@ def attend_cached(q_BNH, k_BNH, v_BNH, text, cache, kind: str, *, position, grid
     views, updated = {}, {}
     for name, new in (("k", k_BNH), ("v", v_BNH)):
         views[name], updated[name] = _view_and_update(cache[name], new[:, :, None], slot, start, size)
-    k_local, v_local, k_text, v_text = (store[name].astype(dtype) for store in (views, text) for name in ("k", "v"))
-    by_caption = functools.partial(einops.rearrange, pattern="(c m) n ... -> c n m ...", c=len(k_text))
+    by_caption = functools.partial(einops.rearrange, pattern="(c m) n ... -> c n m ...", c=len(text["k"]))
     by_image = functools.partial(einops.rearrange, pattern="c n m ... -> (c m) n ...")
     q_BNH = _scaled(q_BNH)
-    from_text = jnp.einsum("cnmh,cnkh->cnmk", by_caption(q_BNH), k_text, preferred_element_type=jnp.float32)
-    local = jnp.einsum("bnh,bnkh->bnk", q_BNH, k_local, preferred_element_type=jnp.float32)
+    from_text = jnp.einsum("cnmh,cnkh->cnmk", by_caption(q_BNH), text["k"], preferred_element_type=jnp.float32)
+    local = jnp.einsum("bnh,bnkh->bnk", q_BNH, views["k"], preferred_element_type=jnp.float32)
     local = jnp.where(visible_K, local, MASKED)
     top_BN = jnp.maximum(by_image(from_text.max(-1, initial=MASKED)), local.max(-1))
     weights_text = jnp.exp(from_text - by_caption(top_BN)[..., None])
     weights_local = jnp.exp(local - top_BN[..., None])
     total_BN = by_image(weights_text.sum(-1)) + weights_local.sum(-1)
-    out_text = jnp.einsum("cnmk,cnkh->cnmh", weights_text.astype(dtype), v_text, preferred_element_type=jnp.float32)
-    out = jnp.einsum("bnk,bnkh->bnh", weights_local.astype(dtype), v_local, preferred_element_type=jnp.float32)
+    out_text = jnp.einsum("cnmk,cnkh->cnmh", weights_text.astype(dtype), text["v"], preferred_element_type=jnp.float32)
+    out = jnp.einsum("bnk,bnkh->bnh", weights_local.astype(dtype), views["v"], preferred_element_type=jnp.float32)
     return ((by_image(out_text) + out) / total_BN[..., None]).astype(dtype), updated
 
 
@@ -168,7 +166,7 @@ def _view_and_update(stored, new, slot, start, size: int):
     """
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=2)
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-    view = put(cut(stored, start, size), new.astype(stored.dtype), slot - start)
+    view = put(cut(stored, start, size), new, slot - start)
     return view, view if size == stored.shape[2] else put(stored, cut(view, slot - start, 1), slot)
 
 
