@@ -28,6 +28,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from dalle_jax import model_dir
 from dalle_jax.checkpoint import format
 from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source
@@ -70,9 +71,9 @@ class Run:
     """A trained workdir, ready to be measured."""
 
     def __init__(self, folder: pathlib.Path):
-        self.config = ml_collections.ConfigDict({**format.read_config(folder), "dvae": str(folder / "dvae")})
+        self.config = ml_collections.ConfigDict({**model_dir.read_config(folder), "dvae": str(folder / "dvae")})
         self.task = build_task(self.config)
-        self.params = jax.device_put(format.load_model_dir(folder, name="transformer")[1])
+        self.params = jax.device_put(model_dir.load(folder, name="transformer").params)
         self.frozen = jax.device_put(self.task.frozen)
         self.tokenizer = Tokenizer.load(folder)
         self.steps = format.complete_steps(folder)[-1]

@@ -34,6 +34,7 @@ import numpy as np
 from peers import machine
 from PIL import Image
 
+from dalle_jax import model_dir
 from dalle_jax.cli import host_memory
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import decode_scaled
@@ -216,7 +217,6 @@ def measure_stall() -> dict:
     import jax
 
     from dalle_jax import config as configs
-    from dalle_jax.checkpoint import format
     from dalle_jax.cli.demo import make_tokenizer
     from dalle_jax.models import build
     from dalle_jax.train.run import train
@@ -226,7 +226,7 @@ def measure_stall() -> dict:
         folder = Path(name)
         dvae = configs.load("configs/dvae.py:demo").model.to_dict()
         params = jax.device_get(jax.jit(build("dvae", dvae).init)(jax.random.key(0)))
-        format.save_params(folder / "dvae", {"name": "dvae", "model": dvae}, params)
+        model_dir.save(folder / "dvae", {"name": "dvae", "model": dvae}, params)
         values = {
             "dvae": folder / "dvae", "tokenizer": make_tokenizer(folder), "steps": STALL_UPDATES, "validate_every": 0,
             "picture_every": 0, "checkpoint_every": 0,

@@ -20,7 +20,7 @@ import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source
@@ -96,7 +96,7 @@ def losses(out: pathlib.Path) -> Figure:
 
 def trained(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, Task]:
     """Config and task of a run, with the dVAE of its workdir."""
-    config = ml_collections.ConfigDict(format.read_config(workdir))
+    config = ml_collections.ConfigDict(model_dir.read_config(workdir))
     config.dvae = str(workdir / "dvae")
     return config, build_task(config)
 
@@ -166,7 +166,7 @@ def scales(out: pathlib.Path) -> Figure:
     workdir = numerics.folder(out, "fp16-paper", numerics.SEEDS[0])
     config, task = trained(workdir)
     rule = loss_scale.of(task.model, replicas=1)
-    _, params = format.load_model_dir(workdir)
+    params = model_dir.load(workdir).params
 
     @jax.jit
     def finite(scale, batch):

@@ -29,6 +29,8 @@ import subprocess
 import sys
 import time
 
+from dalle_jax import model_dir
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 COMMON = {
     "log_every": 1, "validate_every": 0, "picture_every": 0, "checkpoint_every": 1, "keep_checkpoints": 1,
@@ -99,7 +101,6 @@ def prepared(out: pathlib.Path, name: str) -> list[str]:
     import jax
 
     from dalle_jax import config as configs
-    from dalle_jax.checkpoint import format
     from dalle_jax.cli import demo
     from dalle_jax.models import build
 
@@ -110,7 +111,7 @@ def prepared(out: pathlib.Path, name: str) -> list[str]:
         demo.make_tokenizer(parts)
         model = {**configs.load(dvae_config).model.to_dict(), **sizes}
         params = jax.jit(build("dvae", model).init)(jax.random.key(0))
-        format.save_params(parts / "dvae", {"name": "dvae", "model": model}, params)
+        model_dir.save(parts / "dvae", {"name": "dvae", "model": model}, params)
     values = {**COMMON, **values, "dvae": parts / "dvae", "tokenizer": parts / "tokenizer.model"}
     overrides = [f"--config.{key}={value}" for key, value in values.items()]
     return [sys.executable, "-m", "dalle_jax.cli", "train", "--config", file, *overrides]

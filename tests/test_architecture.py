@@ -19,6 +19,7 @@ LEVELS = (
     {"config", "text", "sharding", "distributed"},
     {"checkpoint", "mesh"},
     {"models", "data"},
+    {"model_dir"},
     {"train", "sample", "convert"},
     {"evaluate", "preflight", "serve"},
     {"configs"},  # a config reads the defaults of what it configures, and is loaded by its path

@@ -1,20 +1,17 @@
-"""Checkpoints of a run (Orbax) and exported models (safetensors): the only place that knows either format.
+"""Checkpoints of a run as Orbax writes them: the only place that knows the format.
 
-    WORKDIR/config.json  checkpoints/STEP/{state,data,sha256.json}   a run: training state and position in the data
-    WORKDIR/dvae.sha256                                              of the dVAE whose codes a transformer speaks
-    DIR/config.json      params.safetensors                          a model: parameters alone, keys joined by '/'
+    WORKDIR/checkpoints/STEP/{state,data,sha256.json}   training state and position in the data
 
-Both are written aside and appear whole or not at all; what a crash left half-written is never read, and what a disk
-has changed since is noticed by its sha256. Arrays are plain nested dicts; which mesh they lie on is said by whoever
-restores them, so a run may go on on another number of devices. The checkpoints of a run may lie elsewhere, on gs://
-too: the config's `checkpoint_dir` names the place.
+A checkpoint is written aside and appears whole or not at all; what a crash left half-written is never read, and what a
+disk has changed since is noticed by its sha256. Arrays are plain nested dicts; which mesh they lie on is said by
+whoever restores them, so a run may go on on another number of devices. The checkpoints of a run may lie elsewhere, on
+gs:// too: the config's `checkpoint_dir` names the place.
 """
 
 import contextlib
 import datetime
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,15 +19,12 @@ import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors.numpy
 from etils import epath
 
-from dalle_jax import files
 from dalle_jax.checkpoint import digest
 from dalle_jax.errors import UserError
 
-CONFIG, PARAMS, CHECKPOINTS = "config.json", "params.safetensors", "checkpoints"
-DVAE_SHA256 = "dvae.sha256"
+CHECKPOINTS = "checkpoints"
 COMMITTED = "_CHECKPOINT_METADATA"  # Orbax dates it at the very end, so the manifest leaves it out
 
 
@@ -39,21 +33,23 @@ def complete_steps(workdir: str | os.PathLike, folder: str = "") -> list[int]:
     return steps_in(checkpoint_folder(workdir, folder))
 
 
-def checkpoint_path(workdir: str | os.PathLike, step: int | None = None) -> tuple[int, epath.Path]:
+def checkpoint_path(workdir: str | os.PathLike, folder: str = "", *, step: int | None = None) -> tuple[int, epath.Path]:
     """Step and folder of a run's newest complete checkpoint, or of the one of `step`.
 
+    folder: the config's `checkpoint_dir`.
+
     Raises:
-      UserError: no run there, no complete checkpoint yet, or none of that step.
+      UserError: no complete checkpoint yet, or none of that step.
     """
-    folder = checkpoint_folder(workdir, read_config(workdir).get("checkpoint_dir", ""))
-    steps = steps_in(folder)
+    place = checkpoint_folder(workdir, folder)
+    steps = steps_in(place)
     if not steps:
         raise UserError(f"expected a trained model in {workdir}, got a run without a checkpoint: train it first")
     if step is not None and step not in steps:
         listed = ", ".join(map(str, steps))
-        raise UserError(f"expected a checkpoint of update {step} in {folder}, got those of {listed}: take one of them")
+        raise UserError(f"expected a checkpoint of update {step} in {place}, got those of {listed}: take one of them")
     step = steps[-1] if step is None else step
-    return step, folder / str(step)
+    return step, place / str(step)
 
 
 def checkpoint_folder(workdir: str | os.PathLike, folder: str) -> epath.Path:
@@ -80,60 +76,6 @@ def is_complete(path: epath.Path) -> bool:
         return bool(json.loads((path / COMMITTED).read_text()).get("commit_timestamp_nsecs"))
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def save_params(folder: str | os.PathLike, config: Mapping[str, Any], params: Any) -> None:
-    """Write an exported model. config: plain json with at least 'name' and 'model'; params: nested dict of arrays.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
-    folder = pathlib.Path(folder)
-    flat = {"/".join(path): np.ascontiguousarray(value) for path, value in _flat(params).items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).unlink(missing_ok=True)  # without it, the folder is no model
-        files.write(folder / PARAMS, safetensors.numpy.save(flat))
-        files.write(folder / CONFIG, (json.dumps(dict(config), indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"expected a folder to write to, got {folder} ({error.strerror}): choose another") from error
-
-
-def load_params(folder: str | os.PathLike) -> tuple[dict[str, Any], Any]:
-    """Config and parameters (nested dict of numpy arrays) of an exported model.
-
-    Raises:
-      UserError: nothing there, or not an exported model.
-    """
-    folder = pathlib.Path(folder)
-    config = read_config(folder)
-    try:
-        flat = safetensors.numpy.load_file(folder / PARAMS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"expected the parameters of a model in {folder / PARAMS}, got {first_line(error)}: export it again"
-        ) from error
-    return config, _nested({tuple(key.split("/")): value for key, value in flat.items()})
-
-
-def load_model_dir(
-    folder: str | os.PathLike, *, name: str | None = None, step: int | None = None, average: bool = True
-) -> tuple[dict[str, Any], Any]:
-    """Config and parameters of an exported model or of a complete checkpoint of a run, the newest or that of `step`.
-
-    name: the model that is wanted, 'dvae', 'transformer' or 'clip'; None takes any. average: of a run the moving
-    average of the parameters, else the parameters themselves. The config has 'name' and 'model'.
-
-    Raises:
-      UserError: nothing there, no complete checkpoint yet, damaged files, or another model.
-    """
-    folder = pathlib.Path(folder)
-    config = read_config(folder)
-    if name is not None and config["name"] != name:
-        raise UserError(f"expected a {name} in {folder}, got a {config['name']}: give the folder of a {name}")
-    if (folder / PARAMS).exists():
-        return load_params(folder)
-    return config, _read(checkpoint_path(folder, step)[1], "ema" if average else "params")
 
 
 def data_position(path: epath.Path) -> dict[str, Any]:
@@ -168,8 +110,20 @@ def state_digests(path: epath.Path) -> dict[str, str]:
     Raises:
       UserError: the checkpoint is damaged.
     """
-    parts = {key: digest.of_tree(_read(path, key)) for key in sorted(_parts(path))}
+    parts = {key: digest.of_tree(read(path, key)) for key in sorted(_parts(path))}
     return parts | {"state": digest.of_parts(parts)}
+
+
+def read(path: epath.Path, key: str) -> Any:
+    """One part of the state in a checkpoint, 'params' or 'ema' for example, as numpy arrays."""
+    part = _plain(_parts(path)[key])
+    restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+    wanted = ocp.args.PyTreeRestore(item={key: part}, restore_args={key: restore}, partial_restore=True)
+    try:
+        with _reading() as reader:
+            return reader.restore(path / "state", args=wanted)[key]
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise _unreadable(path, error) from error
 
 
 def _parts(path: epath.Path) -> dict[str, Any]:
@@ -177,18 +131,6 @@ def _parts(path: epath.Path) -> dict[str, Any]:
     try:
         with _reading() as reader:
             return dict(reader.metadata(path / "state").item_metadata.tree)
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise _unreadable(path, error) from error
-
-
-def _read(path: epath.Path, key: str) -> Any:
-    """One part of the state in a checkpoint, as numpy arrays."""
-    part = _plain(_parts(path)[key])
-    restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
-    wanted = ocp.args.PyTreeRestore(item={key: part}, restore_args={key: restore}, partial_restore=True)
-    try:
-        with _reading() as reader:
-            return reader.restore(path / "state", args=wanted)[key]
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise _unreadable(path, error) from error
 
@@ -215,68 +157,6 @@ def _without_warnings():
         yield
     finally:
         absl.logging.set_verbosity(before)
-
-
-def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """config.json of a run or an exported model.
-
-    Raises:
-      UserError: no such folder or file, not json, or without 'name' and 'model'.
-    """
-    path = pathlib.Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"expected a model or a workdir, got {folder} without a readable {CONFIG}: check the path"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"expected json in {path}, got {first_line(error)}: mend or delete it") from error
-    if not isinstance(config, dict) or "name" not in config or "model" not in config:
-        raise UserError(f"expected the config of a model in {path}, got one without 'name' and 'model'")
-    return config
-
-
-def check_params(params: Any, abstract: Any, *, where: str) -> None:
-    """Raises UserError if parameters have not the names and shapes that the model of their config has."""
-    found = {path: tuple(value.shape) for path, value in _flat(params).items()}
-    wanted = {path: tuple(value.shape) for path, value in _flat(abstract).items()}
-    for path in sorted({**found, **wanted}):
-        if found.get(path) != wanted.get(path):
-            raise UserError(
-                f"expected parameter {'/'.join(path)} of shape {wanted.get(path)} in {where}, got {found.get(path)}: "
-                "the parameters do not belong to this config"
-            )
-
-
-def check_dvae(folder: str | os.PathLike, sha256: str) -> None:
-    """Raises UserError if a transformer's folder says that it was trained on the codes of another dVAE than this one.
-
-    sha256: `digest.of_model` of the dVAE. Folders of versions that did not write it say nothing.
-    """
-    path = pathlib.Path(folder) / DVAE_SHA256
-    if path.exists() and (trained_with := path.read_text().strip()) != sha256:
-        raise UserError(
-            f"expected the dVAE whose codes the transformer in {folder} was trained on (sha256 {trained_with[:12]}), "
-            f"got another ({sha256[:12]}): put that one back into its folder `dvae`"
-        )
-
-
-def _flat(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, (*prefix, key)) if isinstance(value, Mapping) else {(*prefix, key): value})
-    return flat
-
-
-def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
 
 
 def _plain(tree: Any) -> Any:

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 from dalle_jax import config as configs
-from dalle_jax import sharding
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir, sharding
 from dalle_jax.cli.hooks import sample_hook
 from dalle_jax.data.pipeline import Batches
 from dalle_jax.data.sources import open_source, scenes
@@ -188,8 +187,8 @@ def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
 
 def add_clip(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     """The CLIP of a workdir as a model directory beside the transformer, where `Pipeline.load` looks for it."""
-    config, params = format.load_model_dir(workdir, name="clip")
-    format.save_params(folder, {key: config[key] for key in ("name", "model")}, params)
+    clip = model_dir.load(workdir, name="clip")
+    model_dir.save(folder, {key: clip.config[key] for key in ("name", "model")}, clip.params)
     Tokenizer.load(workdir).save(folder)
 
 
@@ -198,8 +197,8 @@ def planned(file: str, overrides: dict, workdir: pathlib.Path, *, seconds: float
     its number."""
     words = [f"--config.{key}={value}" for key, value in overrides.items()]
     config = configs.load(file, words)
-    if (workdir / format.CONFIG).exists():
-        steps = format.read_config(workdir)["steps"]
+    if (workdir / model_dir.CONFIG).exists():
+        steps = model_dir.read_config(workdir)["steps"]
     else:
         steps = int(np.clip(seconds / (time_update(config) * MORE_THAN_UPDATES), config.steps // 10, config.steps))
     if steps < config.steps:

@@ -21,15 +21,14 @@ import numpy as np
 import tqdm
 
 from dalle_jax import config as configs
-from dalle_jax import files, sharding
-from dalle_jax.checkpoint import digest, format
+from dalle_jax import files, model_dir, sharding
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import MAX_PIXELS, BadImage, decode_image
 from dalle_jax.data.record import Dropped, Encoded, Source
 from dalle_jax.data.sources import HELP, TOKENS, features, open_source
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import local_mesh
-from dalle_jax.models import Model, Params, build
+from dalle_jax.models import Model, Params
 from dalle_jax.models.dvae import encode_images
 
 
@@ -70,16 +69,15 @@ def main(args: argparse.Namespace) -> int:
             f"expected --augmentations 1 with --augment centre, got {args.augmentations}: centre crops are all the same"
         )
     part = _part(args.part)
-    dvae_config, params = format.load_model_dir(args.dvae, name="dvae")
-    model = build("dvae", dvae_config["model"])
-    format.check_params(params, model.abstract, where=args.dvae)
+    dvae = model_dir.load(args.dvae, name="dvae")
+    sizes = dvae.model.config
     source = open_source(args.source)
     try:
         settings = features.Settings(
-            dvae_sha256=digest.of_model(dataclasses.asdict(model.config), params),
-            image_size=model.config.image_size,
-            grid=model.config.grid,
-            vocab=model.config.vocab,
+            dvae_sha256=dvae.digest,
+            image_size=sizes.image_size,
+            grid=sizes.grid,
+            vocab=sizes.vocab,
             augment=args.augment,
             augmentations=args.augmentations,
             seed=args.seed,
@@ -89,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise UserError(f"expected possible settings, got some where {error}: change them") from error
-    encoder = Encoder(model, params, settings, batch_size=args.batch_size, max_pixels=args.max_pixels)
+    encoder = Encoder(dvae.model, dvae.params, settings, batch_size=args.batch_size, max_pixels=args.max_pixels)
     summary = encode(source, args.out, settings, encoder, part=part, threads=args.threads)
     print(json.dumps(summary) if args.json else _line(args.out, summary))
     return 0 if summary["good"] or not summary["dropped"] else 2

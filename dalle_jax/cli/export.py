@@ -4,10 +4,10 @@ import argparse
 import pathlib
 import shutil
 
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.errors import UserError
 
-BESIDES = ("tokenizer.model", "dvae", format.DVAE_SHA256, "clip")  # what a transformer needs to draw and to rank
+BESIDES = ("tokenizer.model", "dvae", model_dir.DVAE_SHA256, "clip")  # what a transformer needs to draw and to rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,15 +21,15 @@ def main(args: argparse.Namespace) -> int:
     source, out = pathlib.Path(args.workdir), pathlib.Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"expected a new or empty folder to export to, got {out}: choose another")
-    config, params = format.load_model_dir(source, step=args.step, average=not args.raw)
-    exported = {key: config[key] for key in ("name", "model")}
-    if dropout := config.get("data", {}).get("caption_dropout"):
+    found = model_dir.load(source, step=args.step, average=not args.raw)
+    exported = {key: found.config[key] for key in ("name", "model")}
+    if dropout := found.config.get("data", {}).get("caption_dropout"):
         exported["data"] = {"caption_dropout": dropout}  # whether the model can be guided
-    format.save_params(out, exported, params)
+    model_dir.save(out, exported, found.params)
     for name in BESIDES:
         if (source / name).is_dir():
             shutil.copytree(source / name, out / name)
         elif (source / name).exists():
             shutil.copy(source / name, out / name)
-    print(f"{config['name']} in {out}")
+    print(f"{found.config['name']} in {out}")
     return 0

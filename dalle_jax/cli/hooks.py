@@ -9,8 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dalle_jax import distributed
-from dalle_jax.checkpoint import format
+from dalle_jax import distributed, model_dir
 from dalle_jax.data.record import Dropped
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
@@ -105,11 +104,11 @@ class _Sampler:
         if jax.process_index() != 0:
             return None, [], []
         if not self._captions:
-            dvae_config, dvae_params = format.load_model_dir(self._workdir / "dvae", name="dvae")
-            self._dvae = build("dvae", dvae_config["model"]), dvae_params
+            dvae = model_dir.load(self._workdir / "dvae", name="dvae")
+            self._dvae = dvae.model, dvae.params
             self._tokenizer = Tokenizer.load(self._workdir)
             # Of the workdir: there a text vocabulary of 0 has become the tokenizer's size.
-            self._model = build("transformer", format.read_config(self._workdir)["model"])
+            self._model = build("transformer", model_dir.read_config(self._workdir)["model"])
             self._captions = _first_captions(self._spec, self._count)
         pipe = Pipeline(self._model, ema, *self._dvae, self._tokenizer, digest=f"step {step}")
         rows = pipe(self._captions, seed=list(range(len(self._captions))))

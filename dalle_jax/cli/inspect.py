@@ -11,6 +11,7 @@ import json
 import pathlib
 from typing import Any
 
+from dalle_jax import model_dir
 from dalle_jax.checkpoint import digest, format
 from dalle_jax.train.monitor import goodput
 
@@ -32,11 +33,11 @@ def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
     Raises:
       UserError: no run or model there, or the checkpoint cannot be read.
     """
-    config = format.read_config(workdir)
-    if (workdir / format.PARAMS).exists():
-        parameters = digest.of_tree(format.load_params(workdir)[1])
+    config = model_dir.read_config(workdir)
+    if (workdir / model_dir.PARAMS).exists():
+        parameters = digest.of_tree(model_dir.read_params(workdir))
         return {"step": None, "data": None, "parameters_sha256": parameters, "checkpoints": [], "config": config}
-    newest, path = format.checkpoint_path(workdir, step)
+    newest, path = format.checkpoint_path(workdir, model_dir.checkpoint_dir(config), step=step)
     checkpoints = _described(path.parent)
     if step is None:
         step = max((entry["step"] for entry in checkpoints if entry["damage"] is None), default=newest)

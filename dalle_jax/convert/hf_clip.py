@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dalle_jax import model_dir
 from dalle_jax.checkpoint import format
 from dalle_jax.convert import state_dict
 from dalle_jax.errors import UserError
@@ -71,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
             f"{tokenizer.vocab_size} in {args.tokenizer or folder}: give the one that belongs to them as --tokenizer"
         )
     tokenizer.save(args.out)
-    format.save_params(args.out, {"name": "clip", "model": dataclasses.asdict(config)}, params)
+    model_dir.save(args.out, {"name": "clip", "model": dataclasses.asdict(config)}, params)
     print(
         f"{clip.model(config).num_params:,} parameters, pictures of {config.image_size} pixels in patches of "
         f"{config.patch}, vectors of {config.embed}"
@@ -146,7 +147,7 @@ def convert(state: Mapping[str, np.ndarray], **settings) -> tuple[clip.CLIPConfi
         raise UserError(f"these arrays do not make a CLIP with two transformers: {error}") from error
     if state:
         raise UserError(f"expected the state dict of a CLIP alone, got {sorted(state)[0]} too: remove what is not its")
-    format.check_params(params, clip.model(config).abstract, where="the state dict")
+    model_dir.check_params(params, clip.model(config).abstract, where="the state dict")
     return config, params
 
 

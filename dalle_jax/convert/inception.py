@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dalle_jax.checkpoint import digest, format
+from dalle_jax import model_dir
+from dalle_jax.checkpoint import digest
 from dalle_jax.convert.state_dict import read_state_dict
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params, inception
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     if os.path.exists(args.out) and (not os.path.isdir(args.out) or os.listdir(args.out)):
         raise UserError(f"expected --out to be a new or empty directory, got {args.out}: choose another")
     config, params = convert(read_state_dict(args.weights))
-    format.save_params(args.out, {"name": "inception", "model": dataclasses.asdict(config)}, params)
+    model_dir.save(args.out, {"name": "inception", "model": dataclasses.asdict(config)}, params)
     print(f"{config.pools} network, {config.classes} classes, sha256 of its parameters {digest.of_tree(params)}")
     print(f"written to {args.out}")
     return 0
@@ -72,7 +73,7 @@ def convert(state: Mapping[str, np.ndarray]) -> tuple[inception.InceptionConfig,
     weight = params["logits"]["weight"]
     params["logits"]["weight"] = np.ascontiguousarray(weight.T)
     config = inception.InceptionConfig(pools=pools)
-    format.check_params(params, inception.model(config).abstract, where="the state dict")
+    model_dir.check_params(params, inception.model(config).abstract, where="the state dict")
     return config, params
 
 

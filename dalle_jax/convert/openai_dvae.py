@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.convert.state_dict import read_state_dict
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params, dvae
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     encoder = read_state_dict(args.encoder, allow_pickle=args.allow_pickle)
     decoder = read_state_dict(args.decoder, allow_pickle=args.allow_pickle)
     config, params = convert(encoder, decoder, image_size=args.image_size)
-    format.save_params(args.out, {"name": "dvae", "model": dataclasses.asdict(config)}, params)
+    model_dir.save(args.out, {"name": "dvae", "model": dataclasses.asdict(config)}, params)
     print(f"{dvae.model(config).num_params:,} parameters, {config.vocab} codes, {config.grid} x {config.grid} grid")
     print(f"written to {args.out}")
     return 0

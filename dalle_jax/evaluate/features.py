@@ -18,8 +18,8 @@ from concurrent import futures
 import jax
 import numpy as np
 
-from dalle_jax import sharding
-from dalle_jax.checkpoint import digest, format
+from dalle_jax import model_dir, sharding
+from dalle_jax.checkpoint import digest
 from dalle_jax.convert import inception as importer
 from dalle_jax.convert.state_dict import read_state_dict
 from dalle_jax.data.decode import BadImage, decode_image
@@ -28,7 +28,7 @@ from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import preprocess, progress
 from dalle_jax.mesh import local_mesh
-from dalle_jax.models import Model, Params, build, inception
+from dalle_jax.models import Model, Params, inception
 
 BATCH = 32  # pictures a device
 LISTS = {"keys": "key", "rows": "row", "captions": "caption", "hashes": "hash", "sizes": "size"}  # of a set, of one
@@ -132,13 +132,8 @@ class Extractor:
         if not pathlib.Path(path).is_dir():
             config, params = importer.convert(read_state_dict(os.fspath(path)))
             return cls(inception.model(config), params, batch=batch)
-        config, params = format.load_model_dir(path, name="inception")
-        try:
-            model = build("inception", config["model"])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"expected a possible network in {path}, got one where {error}") from error
-        format.check_params(params, model.abstract, where=os.fspath(path))
-        return cls(model, params, batch=batch)
+        found = model_dir.load(path, name="inception")
+        return cls(found.model, found.params, batch=batch)
 
     def prepared(self, image_uint8: np.ndarray, prepare: Preparation) -> np.ndarray:
         """What the network reads of a picture uint8 [H, W, 3]."""

@@ -16,8 +16,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from dalle_jax import config as configs
-from dalle_jax import sharding
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir, sharding
 from dalle_jax.data.sources import is_tokens
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import Shape, demand, possible
@@ -224,7 +223,7 @@ def _helper(dvae: str, wanted: tuple[int, int, int]) -> Model:
     wanted: grid, codes, and pixels of a side. One object for all jobs of a search, as it is slow to build.
     """
     if dvae:
-        found = [build("dvae", format.read_config(dvae)["model"])]
+        found = [build("dvae", model_dir.read_config(dvae)["model"])]
     else:
         found = [build("dvae", configs.load(name).model) for name in DVAES]
     for model in found:

@@ -8,7 +8,6 @@ for is `request.py`, which images are drawn together `waves.py`, the sampling it
 into ids before it and ids into pixels after it.
 """
 
-import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -18,14 +17,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dalle_jax import sharding
-from dalle_jax.checkpoint import format
-from dalle_jax.checkpoint.digest import of_model as model_sha256
+from dalle_jax import model_dir, sharding
 from dalle_jax.data.decode import BadImage, to_pixels
 from dalle_jax.data.transforms import centre
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
-from dalle_jax.models import Model, Params, build
+from dalle_jax.models import Model, Params
 from dalle_jax.models.dvae import DVAEConfig, decode_images, encode_images
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.pictures.picture import Picture
@@ -109,10 +106,11 @@ class Pipeline:
           UserError: a part is missing, damaged, or does not belong to the others, or an argument is out of range.
         """
         folder = pathlib.Path(folder)
-        config, model, params = _part(folder, "transformer")
-        _, dvae, dvae_params = _part(folder / "dvae", "dvae")
-        _check_codes(dvae.config, model.config, where=str(folder / "dvae"))
-        format.check_dvae(folder, model_sha256(dataclasses.asdict(dvae.config), dvae_params))
+        transformer = model_dir.load(folder, name="transformer")
+        dvae = model_dir.load(folder / "dvae", name="dvae")
+        model = transformer.model
+        _check_codes(dvae.model.config, model.config, where=str(folder / "dvae"))
+        model_dir.check_dvae(folder, dvae.digest)
         tokenizer = Tokenizer.load(folder)
         if tokenizer.vocab_size != model.config.text_vocab:
             raise UserError(
@@ -120,7 +118,7 @@ class Pipeline:
                 "put the one back that the model was trained with"
             )
         digest = hashlib.sha256()
-        for tree in (params, dvae_params):
+        for tree in (transformer.params, dvae.params):
             for leaf in jax.tree.leaves(tree):
                 digest.update(np.ascontiguousarray(leaf))
         digest.update(tokenizer.digest.encode())
@@ -128,13 +126,13 @@ class Pipeline:
             clip = folder / CLIP
         return cls(
             model,
-            params,
-            dvae,
-            dvae_params,
+            transformer.params,
+            dvae.model,
+            dvae.params,
             tokenizer,
             digest=digest.hexdigest(),
             reranker=None if clip is None else Reranker.load(clip),
-            can_guide=config.get("data", {}).get("caption_dropout", 0) > 0,
+            can_guide=transformer.config.get("data", {}).get("caption_dropout", 0) > 0,
             devices=devices,
             tensor=tensor,
             weights=weights,
@@ -340,23 +338,6 @@ class Pipeline:
             Picture.from_array(pixels, caption=request.caption, seed=seed, score=score, settings=settings)
             for pixels, seed, score in zip(self.decode(kept.ids()), kept.seeds(), kept.scores(), strict=True)
         ]
-
-
-def _part(folder: pathlib.Path, name: str) -> tuple[dict, Model, Params]:
-    """Config, definition and parameters of the model of this name in a folder.
-
-    Raises:
-      UserError: it is missing, damaged, another one, or of impossible sizes.
-    """
-    config, params = format.load_model_dir(folder, name=name)
-    try:
-        model = build(name, config["model"])
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"expected a possible {name} in {folder}, got one where {error}: put its config.json back"
-        ) from error
-    format.check_params(params, model.abstract, where=str(folder))
-    return config, model, params
 
 
 def _check_codes(dvae: DVAEConfig, transformer: TransformerConfig, *, where: str) -> None:

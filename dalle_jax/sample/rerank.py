@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle_jax import model_dir
 from dalle_jax.checkpoint import digest as digests
-from dalle_jax.checkpoint import format
 from dalle_jax.errors import UserError
-from dalle_jax.models import Model, Params, build
+from dalle_jax.models import Model, Params
 from dalle_jax.models.clip import encode_captions, encode_images
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.text.clip import FILE_NAME, CLIPTokenizer
@@ -51,19 +51,15 @@ class Reranker:
           UserError: a part is missing, damaged, or does not belong to the others, or the folder is of another model.
         """
         folder = pathlib.Path(folder)
-        config, params = format.load_model_dir(folder, name="clip")
-        try:
-            model = build("clip", config["model"])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"expected a possible CLIP in {folder}, got one where {error}") from error
-        format.check_params(params, model.abstract, where=str(folder))
+        found = model_dir.load(folder, name="clip")
         tokenizer = CLIPTokenizer.load(folder) if (folder / FILE_NAME).exists() else Tokenizer.load(folder)
-        if tokenizer.vocab_size != model.config.text_vocab:
+        text_vocab = found.model.config.text_vocab
+        if tokenizer.vocab_size != text_vocab:
             raise UserError(
-                f"expected a tokenizer of {model.config.text_vocab} entries in {folder}, got {tokenizer.vocab_size}: "
+                f"expected a tokenizer of {text_vocab} entries in {folder}, got {tokenizer.vocab_size}: "
                 "put the one back that the model was trained with"
             )
-        return cls(model, params, tokenizer)
+        return cls(found.model, found.params, tokenizer)
 
     @property
     def image_size(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax import config as configs
-from dalle_jax import distributed, files, sharding
+from dalle_jax import distributed, files, model_dir, sharding
 from dalle_jax.checkpoint import format
 from dalle_jax.data import sources
 from dalle_jax.data.pipeline import Batches, DataConfig
@@ -70,9 +70,9 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
     tokenizer = _tokenizer(config, workdir) if "tokenizer" in config else None
     _check_workdir(config, workdir)
     own = workdir / DVAE
-    if config.name == "transformer" and (own / format.CONFIG).exists():
+    if config.name == "transformer" and (own / model_dir.CONFIG).exists():
         task = build_task(ml_collections.ConfigDict({**config.to_dict(), "dvae": str(own)}))
-        format.check_dvae(workdir, task.frozen_sha256)
+        model_dir.check_dvae(workdir, task.frozen_sha256)
     else:
         task = build_task(config)
     mesh = mesh_for(config, task.model)
@@ -187,10 +187,10 @@ def _tokenizer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Toke
 
 
 def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    if (workdir / format.CONFIG).exists():
-        configs.refuse_other(format.read_config(workdir), config.to_dict(), where=str(workdir))
+    if (workdir / model_dir.CONFIG).exists():
+        configs.refuse_other(model_dir.read_config(workdir), config.to_dict(), where=str(workdir))
     elif format.complete_steps(workdir, config.checkpoint_dir):
-        raise UserError(f"expected {workdir / format.CONFIG} beside the checkpoints there, got none: restore it")
+        raise UserError(f"expected {workdir / model_dir.CONFIG} beside the checkpoints there, got none: restore it")
 
 
 def data_config(config: ml_collections.ConfigDict) -> DataConfig:
@@ -273,10 +273,10 @@ def _fill_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, task
         workdir.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not (workdir / TOKENIZER).exists():
             tokenizer.save(workdir)
-        if config.name == "transformer" and not (workdir / DVAE / format.CONFIG).exists():
-            dvae_config = format.read_config(config.dvae)
-            files.write(workdir / format.DVAE_SHA256, f"{task.frozen_sha256}\n")
-            format.save_params(workdir / DVAE, {key: dvae_config[key] for key in ("name", "model")}, task.frozen)
-        files.write(workdir / format.CONFIG, configs.to_json(config))
+        if config.name == "transformer" and not (workdir / DVAE / model_dir.CONFIG).exists():
+            dvae_config = model_dir.read_config(config.dvae)
+            files.write(workdir / model_dir.DVAE_SHA256, f"{task.frozen_sha256}\n")
+            model_dir.save(workdir / DVAE, {key: dvae_config[key] for key in ("name", "model")}, task.frozen)
+        files.write(workdir / model_dir.CONFIG, configs.to_json(config))
     except OSError as error:
         raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error

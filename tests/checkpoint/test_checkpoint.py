@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint._src.serialization import jax_array_handlers
 
-from dalle_jax import sharding
+from dalle_jax import model_dir, sharding
 from dalle_jax.checkpoint import format, manager
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
@@ -113,12 +113,12 @@ def test_an_incomplete_checkpoint_is_never_read_and_does_not_block_its_step(tmp_
         shutil.copytree(folder / "4", torn)
         metadata = json.loads((torn / "_CHECKPOINT_METADATA").read_text()) | {"commit_timestamp_nsecs": None}
         (torn / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
-    equal(format.load_model_dir(tmp_path)[1], state(4)["ema"])
+    equal(model_dir.read_params(tmp_path), state(4)["ema"])
     again = manager.Checkpoints(tmp_path, keep=5)
     assert again.latest() == 4
     again.save(8, state(8), {})
     again.close()
-    equal(format.load_model_dir(tmp_path)[1], state(8)["ema"])
+    equal(model_dir.read_params(tmp_path), state(8)["ema"])
 
 
 def test_a_damaged_checkpoint_names_itself(tmp_path):
@@ -129,60 +129,60 @@ def test_a_damaged_checkpoint_names_itself(tmp_path):
     with pytest.raises(UserError, match="checkpoints/2.*cannot be read"):
         manager.Checkpoints(tmp_path, keep=1).restore(2, abstract())
     with pytest.raises(UserError, match="checkpoints/2.*cannot be read"):
-        format.load_model_dir(tmp_path)
+        model_dir.load(tmp_path)
 
 
 def test_an_exported_model_comes_back_as_it_was(tmp_path):
     params = state(1)["params"] | {"whole": np.arange(4, dtype=np.int32), "turned": np.arange(6.0).reshape(2, 3).T}
-    format.save_params(tmp_path / "a" / "b", CONFIG, params)
-    config, loaded = format.load_params(tmp_path / "a" / "b")
+    model_dir.save(tmp_path / "a" / "b", CONFIG, params)
+    config, loaded = model_dir.read_config(tmp_path / "a" / "b"), model_dir.read_params(tmp_path / "a" / "b")
     assert config == CONFIG and loaded["whole"].dtype == np.int32
     equal(loaded, params)
-    format.save_params(tmp_path / "a" / "b", CONFIG, {"b": np.zeros(1)})
-    equal(format.load_model_dir(tmp_path / "a" / "b", name="dvae")[1], {"b": np.zeros(1)})
+    model_dir.save(tmp_path / "a" / "b", CONFIG, {"b": np.zeros(1)})
+    equal(model_dir.read_params(tmp_path / "a" / "b"), {"b": np.zeros(1)})
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["config.json", "params.safetensors"]
 
 
 def test_a_write_that_fails_leaves_no_half_model(tmp_path, monkeypatch):
-    format.save_params(tmp_path, CONFIG, {"b": np.zeros(1)})
+    model_dir.save(tmp_path, CONFIG, {"b": np.zeros(1)})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(format.os, "replace", full)
     with pytest.raises(UserError, match="No space left"):
-        format.save_params(tmp_path, CONFIG, {"b": np.ones(1)})
+        model_dir.save(tmp_path, CONFIG, {"b": np.ones(1)})
     monkeypatch.undo()
     with pytest.raises(UserError, match="config.json"):
-        format.load_params(tmp_path)
+        model_dir.load(tmp_path)
 
 
 def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="check the path"):
-        format.load_model_dir(tmp_path / "nothing")
+        model_dir.load(tmp_path / "nothing")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(UserError, match="train it first"):
-        format.load_model_dir(tmp_path)
+        model_dir.load(tmp_path)
     with pytest.raises(UserError, match="expected a transformer in .*, got a dvae"):
-        format.load_model_dir(tmp_path, name="transformer")
+        model_dir.load(tmp_path, name="transformer")
     (tmp_path / "params.safetensors").write_bytes(b"12345678 no")
     with pytest.raises(UserError, match="export it again"):
-        format.load_model_dir(tmp_path)
+        model_dir.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="json"):
-        format.load_model_dir(tmp_path)
+        model_dir.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="without 'name'"):
-        format.load_model_dir(tmp_path)
+        model_dir.load(tmp_path)
 
 
 def test_parameters_of_another_model_are_refused():
     params = state(0)["params"]
-    format.check_params(params, jax.eval_shape(lambda: params), where="x")
+    model_dir.check_params(params, jax.eval_shape(lambda: params), where="x")
     with pytest.raises(UserError, match=r"parameter block/w of shape \(4, 2\) in x, got \(8, 2\)"):
-        format.check_params(params, {"block": {"w": np.zeros((4, 2))}, "b": np.zeros(3)}, where="x")
+        model_dir.check_params(params, {"block": {"w": np.zeros((4, 2))}, "b": np.zeros(3)}, where="x")
     with pytest.raises(UserError, match="parameter b of shape None"):
-        format.check_params(params, {"block": {"w": np.zeros((8, 2))}}, where="x")
+        model_dir.check_params(params, {"block": {"w": np.zeros((8, 2))}}, where="x")
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax import config as configs
-from dalle_jax import files
+from dalle_jax import files, model_dir
 from dalle_jax.checkpoint import format
 from dalle_jax.cli import main
 from dalle_jax.data import transforms
@@ -63,7 +63,7 @@ def save_dvae(path, seed=1):
     params = jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
     noise = np.random.default_rng(seed).normal(0, 0.5, max(x.size for x in jax.tree.leaves(params))).astype(np.float32)
     params = jax.tree.map(lambda x: x + noise[: x.size].reshape(x.shape), params)
-    format.save_params(path, {"name": "dvae", "model": DVAE}, params)
+    model_dir.save(path, {"name": "dvae", "model": DVAE}, params)
     return path
 
 
@@ -101,7 +101,8 @@ def crops(folder, dvae, tmp_path_factory):
 
 
 def encode_here(dvae, pictures):
-    config, params = format.load_params(dvae)
+    found = model_dir.load(dvae)
+    config, params = found.config, found.params
     return np.asarray(encode_images(build("dvae", config["model"]), params, np.stack(pictures)))
 
 
@@ -148,7 +149,7 @@ def test_training_on_codes_is_training_on_pictures_bit_for_bit(trained):
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(result.state) for result in results))
     losses = [result.metrics["validation/loss"] for result in results]
     assert losses[0] == losses[1] > 0
-    positions = [format.data_position(format.checkpoint_path(place, 4)[1]) for place in places.values()]
+    positions = [format.data_position(format.checkpoint_path(place, step=4)[1]) for place in places.values()]
     assert positions[0] == positions[1] and positions[0]["lanes"][0]["dropped"]
     pictures = [Pipeline.load(place)("picture number 3 of many", seed=1)[0].tobytes() for place in places.values()]
     assert pictures[0] == pictures[1]

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from dalle_jax import model_dir, models
 from dalle_jax.checkpoint import digest, format, manager
 from dalle_jax.cli import main
 from dalle_jax.cli.inspect import inspect
@@ -16,10 +17,15 @@ from dalle_jax.train.optimizer import build
 from tests.support.line_task import LINE, MODEL, config, train
 
 
+@pytest.fixture(autouse=True)
+def known_model(monkeypatch):
+    monkeypatch.setitem(models._MODELS, "line", (dict, lambda config: MODEL))
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
-    (path / "config.json").write_text(json.dumps(config().to_dict()))
+    (path / "config.json").write_text(json.dumps(config().to_dict() | {"name": "line", "model": {}}))
     (path / "tokenizer.model").write_text("as it is")
     train(path)
     return path
@@ -38,7 +44,7 @@ def test_inspect_says_where_a_run_stands(workdir, capsys):
     size = sum(path.stat().st_size for path in (workdir / "checkpoints" / "12").rglob("*") if path.is_file())
     assert found["checkpoints"][1]["bytes"] == size and found["checkpoints"][1]["damage"] is None
     assert 0 < found["goodput"]["goodput"] < 1 and found["goodput"]["starts"] == 1
-    _, params = format.load_model_dir(workdir, average=False)
+    params = model_dir.load(workdir, average=False).params
     assert found["parameters_sha256"] == digest.of_tree(params)
     digests = {found[f"{name}_sha256"] for name in ("parameters", "average", "state")}
     assert len(digests) == 3 and all(len(digest) == 64 for digest in digests)
@@ -105,9 +111,10 @@ def test_export_gives_a_model_directory(workdir, tmp_path, capsys):
     said(capsys, "export", workdir, tmp_path / "average")
     said(capsys, "export", workdir, tmp_path / "raw", "--raw", "--step", 8)
     for name, average, number in [("average", True, None), ("raw", False, 8)]:
-        exported, params = format.load_params(tmp_path / name)
+        found = model_dir.load(tmp_path / name)
+        exported, params = found.config, found.params
         assert set(exported) == {"name", "model"}
-        _, wanted = format.load_model_dir(workdir, average=average, step=number)
+        wanted = model_dir.load(workdir, average=average, step=number).params
         assert params.keys() == wanted.keys()
         for key in params:
             np.testing.assert_array_equal(params[key], wanted[key])

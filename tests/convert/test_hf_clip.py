@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.convert import hf_clip
 from dalle_jax.errors import UserError
 from dalle_jax.models import clip
@@ -197,11 +197,12 @@ def test_a_published_folder_through_the_command(golden, tmp_path, capsys):
     folder = folder_of(golden, tmp_path / "hf")
     assert hf_clip.main(arguments(folder, "--out", tmp_path / "out")) == 0
     assert "pictures of 12 pixels in patches of 4, vectors of 10" in capsys.readouterr().out
-    config, params = format.load_model_dir(tmp_path / "out", name="clip")
+    found = model_dir.load(tmp_path / "out", name="clip")
+    config, params = found.config, found.params
     model = clip.model(clip.CLIPConfig(**config["model"]))
     assert (model.config.image_heads, model.config.text_heads) == (3, 2)
     assert model.config.mean == (0.5, 0.4, 0.3) and model.config.text_vocab == 515
-    format.check_params(params, model.abstract, where="out")
+    model_dir.check_params(params, model.abstract, where="out")
     with pytest.raises(UserError, match="empty directory"):
         hf_clip.main(arguments(folder, "--out", tmp_path / "out"))
 

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from dalle_jax import pixels
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir, pixels
 from dalle_jax.convert import openai_dvae
 from dalle_jax.errors import UserError
 from dalle_jax.models import dvae
@@ -161,7 +160,8 @@ def test_safetensors_through_the_command(golden, tmp_path, capsys):
         save_file(golden[part], tmp_path / f"{part}.safetensors")
     assert openai_dvae.main(arguments(tmp_path, "safetensors")) == 0
     assert "24 codes" in capsys.readouterr().out
-    config, params = format.load_params(tmp_path / "out")
+    found = model_dir.load(tmp_path / "out")
+    config, params = found.config, found.params
     model = dvae.model(dvae.DVAEConfig(**config["model"]))
     assert_near(encode(model, params, golden["image"]), golden["logits"])
     with pytest.raises(UserError, match="empty directory"):

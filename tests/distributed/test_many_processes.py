@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax import config as configs
+from dalle_jax import model_dir
 from dalle_jax.checkpoint import format
 from dalle_jax.data.shards import Lanes
 from dalle_jax.errors import EXIT_RESTART
@@ -136,7 +137,7 @@ def test_another_number_of_processes_goes_on_at_the_same_records(count, four, al
     assert records == [sorted(batch) for batch in seen[6:]]
     wanted = losses(workdir)
     assert losses(tmp_path / "run") == {step: pytest.approx(loss, rel=1e-5) for step, loss in wanted.items()}
-    _, average = format.load_model_dir(tmp_path / "run")
+    average = model_dir.load(tmp_path / "run").params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), average, jax.device_get(result.state["ema"]))
 
 

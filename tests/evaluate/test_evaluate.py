@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.cli import main
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import distances, features, moments, preprocess, self_check, statistics
@@ -105,7 +105,7 @@ def weights(tmp_path_factory):
     """Model directory of a narrow random network."""
     params = jax.device_get(self_check.random_network()._params)
     folder = tmp_path_factory.mktemp("weights")
-    format.save_params(folder, {"name": "inception", "model": {"narrow": 16}}, params)
+    model_dir.save(folder, {"name": "inception", "model": {"narrow": 16}}, params)
     return folder
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import config as configs
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.cli import hooks
 from dalle_jax.data.sources import scenes
 from dalle_jax.errors import UserError
@@ -51,7 +51,7 @@ def test_the_hook_scores_samples_of_held_out_captions(model, weights, monkeypatc
     config = configs.load("configs/transformer.py:demo", [f"--config.evaluate.{word}" for word in words])
     assert [every for every, _ in hooks.hooks_of(config, model)] == [2_000, 5]
     every, score = hooks.evaluate_hook(config, model)
-    average = jax.device_put(format.load_params(model)[1])
+    average = jax.device_put(model_dir.read_params(model))
     state = {"ema": average, "params": average}
     scores = score(5, state)
     assert set(scores) == {"samples/fid", "samples/clip_fid", "samples/clip_score"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import config as configs
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.cli import evaluate
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
@@ -61,7 +61,8 @@ def test_names_of_values_are_those_of_functions():
 
 
 def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_path, capsys):  # noqa: F811
-    config, params = format.load_params(weights)
+    found = model_dir.load(weights)
+    config, params = found.config, found.params
     other, pictures = tmp_path / "other", f"folder:{coco / 'val2014'}"
     prepare = Preparation(resize="dm-gan-score", crop="centre", side=32)
 
@@ -71,7 +72,7 @@ def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_p
     # Surer of its classes, and not of the same one for all pictures.
     mean_F, weight_FV = seen_by(Extractor.load(weights)).features_NF.mean(0), params["logits"]["weight"]
     params["logits"]["weight"] = 10 * (weight_FV - np.outer(mean_F, mean_F @ weight_FV) / (mean_F @ mean_F))
-    format.save_params(other, config, params)
+    model_dir.save(other, config, params)
     values = {
         "source": f"coco:{coco}", "weights": weights, "reference_exactly": IMAGES, "count": IMAGES,
         "measure.pools": "fid", "measure.side": 32, "measure.blur": "(0.0,)", "measure.splits": 2,

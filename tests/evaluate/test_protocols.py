@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax import config as configs
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.cli import evaluate as main
 from dalle_jax.cli.evaluate import evaluate
 from dalle_jax.data.sources import open_source, scenes
@@ -65,7 +65,7 @@ def model(folder, tmp_path_factory):  # noqa: F811
     tokenizer = Tokenizer.load(folder)
     config = dataclasses.replace(TINY, text_vocab=tokenizer.vocab_size, text_len=16)
     params = random_parameters(clip.model(config), deviation=0.25)
-    format.save_params(place / "clip", {"name": "clip", "model": dataclasses.asdict(config)}, params)
+    model_dir.save(place / "clip", {"name": "clip", "model": dataclasses.asdict(config)}, params)
     tokenizer.save(place / "clip")
     return place
 
@@ -247,8 +247,9 @@ def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, word
     assert "expected the captions of the source of" in capsys.readouterr().err
     dvae = tmp_path / "transformer"
     shutil.copytree(model, dvae)
-    config, params = format.load_params(dvae / "dvae")
-    format.save_params(dvae / "dvae", config, jax.tree.map(lambda x: 2 * x, params))
+    found = model_dir.load(dvae / "dvae")
+    config, params = found.config, found.params
+    model_dir.save(dvae / "dvae", config, jax.tree.map(lambda x: 2 * x, params))
     assert run(dvae, *again, "--out", tmp_path / "other") == 2
     assert "expected the checkpoint that draws of" in capsys.readouterr().err
 
@@ -377,8 +378,9 @@ def test_what_is_wrong_with_a_protocol_is_one_line(straight, model, words, coco,
 
 
 def test_broken_weights_are_found_before_a_picture_is_drawn(model, words, weights, tmp_path, monkeypatch, capsys):  # noqa: F811
-    config, params = format.load_params(weights)
-    format.save_params(tmp_path / "nan", config, jax.tree.map(lambda x: x * np.nan, params))
+    found = model_dir.load(weights)
+    config, params = found.config, found.params
+    model_dir.save(tmp_path / "nan", config, jax.tree.map(lambda x: x * np.nan, params))
     monkeypatch.setattr(Pipeline, "draw", lambda *_: pytest.fail("drew"))
     assert run(model, *words, f"--config.weights={tmp_path / 'nan'}", "--out", tmp_path / "out") == 2
     assert "expected finite features" in capsys.readouterr().err

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.convert import inception as importer
 from dalle_jax.convert.state_dict import read_state_dict
 from dalle_jax.errors import UserError
-from dalle_jax.models import build, inception
+from dalle_jax.models import inception
 from tests.support import GOLDEN
 
 GOLDEN_FILE = GOLDEN / "inception.npz"
@@ -172,8 +172,7 @@ def test_through_the_command(tmp_path, capsys):
     args = parser.parse_args([f"{tmp_path}/fid.safetensors", "--out", f"{tmp_path}/out"])
     assert importer.main(args) == 0
     assert "1008 classes" in capsys.readouterr().out
-    config, params = format.load_model_dir(tmp_path / "out", name="inception")
-    format.check_params(params, build("inception", config["model"]).abstract, where="out")
+    params = model_dir.load(tmp_path / "out", name="inception").params
     array = state["Mixed_6b.branch7x7_2.conv.weight"]
     np.testing.assert_array_equal(params["mixed_6b"]["branch7x7_2"]["weight"], array.transpose(2, 3, 1, 0))
     with pytest.raises(UserError, match="empty directory"):

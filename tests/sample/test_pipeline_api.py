@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import dalle_jax
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.cli import main
 from dalle_jax.cli.sample import _open, file_names
 from dalle_jax.data.sources import scenes
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
         "precision": "fp32",
     }
     for name, config, path in (("transformer", model, folder), ("dvae", DVAE, folder / "dvae")):
-        format.save_params(path, {"name": name, "model": config}, random_parameters(build(name, config)))
+        model_dir.save(path, {"name": name, "model": config}, random_parameters(build(name, config)))
     return folder
 
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import dalle_jax
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.cli import main
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
@@ -53,7 +53,7 @@ def test_missing_and_foreign_parts_are_named(folder, tmp_path, capsys):  # noqa:
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     coarse = {**DVAE, "groups": 1}
-    format.save_params(other / "dvae", {"name": "dvae", "model": coarse}, random_parameters(build("dvae", coarse)))
+    model_dir.save(other / "dvae", {"name": "dvae", "model": coarse}, random_parameters(build("dvae", coarse)))
     for words, told in (
         (["sample", str(other), "a star"], "expected a dVAE of 12 codes on a grid of 4"),
         *(

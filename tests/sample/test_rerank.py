@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.checkpoint import format
+from dalle_jax import model_dir
 from dalle_jax.errors import UserError
 from dalle_jax.models import clip
 from dalle_jax.sample import rerank
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     read = np.asarray(apply(wide, states, text, method="encode_text")) * 4.0  # of layer-normed states: length sqrt(16)
     params["text"]["projection"] = (np.linalg.pinv(read) @ wanted).astype(np.float32)
     folder = tmp_path_factory.mktemp("model")
-    format.save_params(folder, {"name": "clip", "model": dataclasses.asdict(config)}, params)
+    model_dir.save(folder, {"name": "clip", "model": dataclasses.asdict(config)}, params)
     tokenizer.save(folder)
     return folder
 
@@ -97,9 +97,10 @@ def test_pictures_are_brought_to_size_as_pillow_does(size):
 
 def test_the_digest_tells_models_apart(folder, reranker, tmp_path):
     assert Reranker.load(folder).digest == reranker.digest
-    config, params = format.load_params(folder)
+    found = model_dir.load(folder)
+    config, params = found.config, found.params
     params["log_scale"] = params["log_scale"] + 1
-    format.save_params(tmp_path, config, params)
+    model_dir.save(tmp_path, config, params)
     shutil.copy(folder / "tokenizer.model", tmp_path)
     assert Reranker.load(tmp_path).digest != reranker.digest
 
@@ -129,13 +130,14 @@ def test_wrong_folders_are_refused(folder, tmp_path):
     Tokenizer.train(["many other words here"], vocab_size=280).save(other)
     with pytest.raises(UserError, match="expected a tokenizer of"):
         Reranker.load(other)
-    config, params = format.load_params(folder)
-    format.save_params(other, {**config, "name": "dvae"}, params)
+    found = model_dir.load(folder)
+    config, params = found.config, found.params
+    model_dir.save(other, {**config, "name": "dvae"}, params)
     with pytest.raises(UserError, match="expected a clip in"):
         Reranker.load(other)
-    format.save_params(other, {"name": "clip", "model": {**config["model"], "embed": 9}}, params)
+    model_dir.save(other, {"name": "clip", "model": {**config["model"], "embed": 9}}, params)
     with pytest.raises(UserError, match="of shape"):
         Reranker.load(other)
-    format.save_params(other, {"name": "clip", "model": {**config["model"], "patch": 3}}, params)
-    with pytest.raises(UserError, match="a possible CLIP"):
+    model_dir.save(other, {"name": "clip", "model": {**config["model"], "patch": 3}}, params)
+    with pytest.raises(UserError, match="a possible clip"):
         Reranker.load(other)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle_jax import model_dir
 from dalle_jax.checkpoint import digest, format, manager
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
@@ -130,10 +131,10 @@ def test_checkpoints_in_another_folder_are_found_through_the_config(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
     content = {"name": "dvae", "model": {}, "checkpoint_dir": str(tmp_path / "store")}
     (tmp_path / "run" / "config.json").write_text(json.dumps(content))
-    assert format.checkpoint_path(tmp_path / "run")[0] == 12
+    assert format.checkpoint_path(tmp_path / "run", str(tmp_path / "store"))[0] == 12
     assert format.complete_steps(tmp_path / "run", str(tmp_path / "store")) == [8, 12]
-    assert set(format.load_model_dir(tmp_path / "run")[1]) == {"matrix", "gain"}
-    raw, average = (format.load_model_dir(tmp_path / "run", step=8, average=a)[1] for a in (False, True))
+    assert set(model_dir.read_params(tmp_path / "run")) == {"matrix", "gain"}
+    raw, average = (model_dir.read_params(tmp_path / "run", step=8, average=a) for a in (False, True))
     assert np.abs(raw["matrix"] - average["matrix"]).max() > 0
 
 

@@ -15,11 +15,10 @@ from flax import nnx
 from PIL import Image
 
 from dalle_jax import config as configs
-from dalle_jax import sharding
+from dalle_jax import model_dir, sharding
 from dalle_jax.checkpoint import format, manager
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
-from dalle_jax.models import build
 from dalle_jax.models.layers import Model, param
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import loop, objectives, run, step
@@ -241,9 +240,7 @@ def test_a_run_leaves_everything_behind(straight, folder):
     assert list(workdir.glob("events.out.tfevents.*"))
     for picture in ("curves.png", "pictures/0000003.png", "pictures/0000006.png"):
         assert np.asarray(Image.open(workdir / picture).convert("L")).std() > 0, picture
-    config, params = format.load_model_dir(workdir, name="dvae")
-    format.check_params(params, build("dvae", config["model"]).abstract, where="")
-    identical(params, result.state["ema"])
+    identical(model_dir.load(workdir, name="dvae").params, result.state["ema"])
     assert not list(folder.glob("*.tfevents*"))
 
 
@@ -324,10 +321,9 @@ def test_a_transformers_workdir_needs_nothing_from_outside(transformer_values, t
     finally:
         hidden.rename(tokenizer)
     assert result.step == 2 and np.isfinite(float(jnp.sum(result.state["params"]["image_head"])))
-    kept, params = format.load_model_dir(tmp_path / "dvae", name="dvae")
-    wanted, average = format.load_model_dir(config.dvae)
-    identical(params, average)
-    assert kept == {key: wanted[key] for key in ("name", "model")}
+    kept, given = model_dir.load(tmp_path / "dvae", name="dvae"), model_dir.load(config.dvae)
+    identical(kept.params, given.params)
+    assert kept.config == {key: given.config[key] for key in ("name", "model")}
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ import dataclasses
 
 import ml_collections
 
-from dalle_jax.checkpoint import digest, format
+from dalle_jax import model_dir
 from dalle_jax.errors import UserError
-from dalle_jax.models import build
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.train.objectives.clip import clip_task
@@ -38,14 +37,12 @@ def build_task(config: ml_collections.ConfigDict) -> Task:
 def _transformer_task(config: ml_collections.ConfigDict) -> Task:
     if not config.dvae:
         raise UserError("a transformer needs a trained dVAE: give its folder as --config.dvae=DIR")
-    dvae_config, params = format.load_model_dir(config.dvae, name="dvae")
-    model = build("dvae", dvae_config["model"])
-    format.check_params(params, model.abstract, where=config.dvae)
+    dvae = model_dir.load(config.dvae, name="dvae")
+    model = dvae.model
     _check_sizes("config.model.grid", config.model.grid, config.dvae, model.config, field="grid")
     _check_sizes("config.model.image_vocab", config.model.image_vocab, config.dvae, model.config, field="vocab")
     _check_sizes("config.data.image_size", config.data.image_size, config.dvae, model.config)
-    task = transformer_task(config, model, params)
-    return dataclasses.replace(task, frozen_sha256=digest.of_model(dataclasses.asdict(model.config), params))
+    return dataclasses.replace(transformer_task(config, model, dvae.params), frozen_sha256=dvae.digest)
 
 
 def _clip_task(config: ml_collections.ConfigDict) -> Task:
