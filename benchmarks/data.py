@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from dalle_jax.data import transforms
-from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
 from dalle_jax.data.sources import open_source
 from dalle_jax.layout import Layout
 from dalle_jax.text.bpe import Tokenizer
@@ -65,8 +65,8 @@ def make_shard(path: Path, *, records: int, height: int, width: int, suffix: str
 def ours(path: Path, size: int, tokenizer: Tokenizer, layout: Layout, *, threads: int):
     """Batches without end, as training reads them."""
     config = DataConfig(image_size=size, augment="transformer", bpe_dropout=DROPOUT, threads=threads)
-    return Batches(open_source(f"wds:{path}"), config, batch_size=BATCH, seed=0, layout=layout, tokenizer=tokenizer,
-                   shuffle=True, epochs=None)  # fmt: skip
+    prepare = Prepare(config, layout, tokenizer)
+    return Batches(open_source(f"wds:{path}"), prepare, batch_size=BATCH, seed=0, shuffle=True, epochs=None)
 
 
 def theirs(path: Path, size: int, tokenizer: Tokenizer, layout: Layout):
@@ -104,8 +104,8 @@ def resume_seconds(folder: Path, tokenizer: Tokenizer, layout: Layout) -> dict[s
         source = open_source(f"wds:{folder}/many-*.tar")
         seconds[name] = time.perf_counter() - start
     config = DataConfig(image_size=16, augment="transformer", bpe_dropout=DROPOUT, threads=CPUS)
-    batches = Batches(source, config, batch_size=BATCH, seed=0, layout=layout, tokenizer=tokenizer, shuffle=True,
-                      epochs=None)  # fmt: skip
+    prepare = Prepare(config, layout, tokenizer)
+    batches = Batches(source, prepare, batch_size=BATCH, seed=0, shuffle=True, epochs=None)
     state = batches.get_state()
     state["position"]["next_index"] = RESUME_AT
     start = time.perf_counter()

@@ -30,7 +30,7 @@ import numpy as np
 
 from dalle_jax import model_dir
 from dalle_jax.checkpoint import format
-from dalle_jax.data.pipeline import Batches
+from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.pictures.sheet import contact_sheet
@@ -81,11 +81,9 @@ class Run:
     def batches(self, spec: str):
         return Batches(
             open_source(spec),
-            data_config(self.config).without_randomness(),
+            Prepare(data_config(self.config).without_randomness(), self.task.model.config.layout, self.tokenizer),
             batch_size=BATCH,
             seed=0,
-            layout=self.task.model.config.layout,
-            tokenizer=self.tokenizer,
             shuffle=False,
             epochs=1,
         )

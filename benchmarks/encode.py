@@ -61,7 +61,7 @@ def measure(variant: str, rounds: int) -> dict[str, list[float]]:
     batches = {
         "pictures": {"image": rng.integers(256, size=(size, side, side, 3), dtype=np.uint8), "text": text},
         "codes": {
-            "codes": rng.integers(dvae.config.vocab, size=(size, dvae.config.grid**2), dtype=np.int32),
+            "image_tokens": rng.integers(dvae.config.vocab, size=(size, dvae.config.grid**2), dtype=np.int32),
             "text": text,
         },
     }

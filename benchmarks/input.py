@@ -38,7 +38,7 @@ from dalle_jax import model_dir
 from dalle_jax.cli import host_memory
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import decode_scaled
-from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
 from dalle_jax.data.record import Record
 from dalle_jax.data.sources import open_source
 from dalle_jax.layout import Layout
@@ -84,8 +84,8 @@ def enlarged(record: Record) -> Record:
 def ours(spec: str, size: int, tokenizer: Tokenizer, **values) -> Batches:
     layout = Layout(text_len=64, text_vocab=tokenizer.vocab_size, grid=8, image_vocab=512)
     config = DataConfig(image_size=size, augment="transformer", bpe_dropout=DROPOUT, threads=0, **values)
-    return Batches(open_source(spec), config, batch_size=BATCH, seed=0, layout=layout, tokenizer=tokenizer,
-                   shuffle=True, epochs=None)  # fmt: skip
+    prepare = Prepare(config, layout, tokenizer)
+    return Batches(open_source(spec), prepare, batch_size=BATCH, seed=0, shuffle=True, epochs=None)
 
 
 class Ours:

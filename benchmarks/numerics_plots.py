@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from dalle_jax import model_dir
 from dalle_jax.checkpoint.manager import Checkpoints
-from dalle_jax.data.pipeline import Batches
+from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source
 from dalle_jax.mesh import make_mesh
 from dalle_jax.text.bpe import Tokenizer
@@ -174,8 +174,8 @@ def scales(out: pathlib.Path) -> Figure:
         return rule.finite(jax.grad(loss)(params))
 
     source = open_source(config.data.train)
-    common = {"layout": task.model.config.layout, "tokenizer": Tokenizer.load(workdir), "seed": 0}
-    batches = Batches(source, data_config(config), batch_size=config.batch_size, shuffle=True, epochs=None, **common)
+    prepare = Prepare(data_config(config), task.model.config.layout, Tokenizer.load(workdir))
+    batches = Batches(source, prepare, batch_size=config.batch_size, seed=0, shuffle=True, epochs=None)
     most = largest_scales(rule, functools.partial(finite, batch=next(batches)))  # [layers, branches]
     print("largest scale without an overflow, log2, by layer:", *(f"{a:.1f} {b:.1f};" for a, b in most))
     start = np.median(most)

@@ -45,7 +45,7 @@ CASES = {
         "configs/transformer.py:1b3",
         {
             "steps": 4, "batch_size": 2, "precision": "fp32", "model.width": 64, "model.heads": 1,
-            "data.train": "scenes:train@256", "data.augment": "centre", "data.bpe_dropout": 0.0,
+            "data.train": "scenes:train@256", "data.augment": "center", "data.bpe_dropout": 0.0,
             "data.english_only": False, "data.drop_boilerplate": False, "model.text_vocab": 384,
         },
     ),

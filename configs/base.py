@@ -39,7 +39,7 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "precision": model.precision,
             "model": fields(model),
             # Named sources, e.g. wds:PATTERN or folder:DIR, of a transformer tokens:DIR; `validation` may be empty.
-            # `lanes` is the most processes that may ever read them, 0 those of the first start (data/lanes.py).
+            # `lanes` is the most processes that may ever read them, 0 those of the first start (data/shards.py).
             "data": {"train": "", "validation": "", "lanes": 0, **fields(data)},
             "optimizer": optimizer(),
             "ema": {"decay": 0.0, "every": 1},

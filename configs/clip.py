@@ -80,7 +80,7 @@ def demo() -> ConfigDict:
             text_heads=4,
             scan=False,
         ),
-        DataConfig(image_size=64, augment="centre", threads=0),
+        DataConfig(image_size=64, augment="center", threads=0),
     )
     config.steps, config.batch_size = 600, 128
     optimizer = config.optimizer

@@ -87,7 +87,7 @@ def demo() -> ConfigDict:
         groups=1,
         stem_kernel=1,
         patch=8,
-        data=DataConfig(image_size=64, augment="centre", threads=1),
+        data=DataConfig(image_size=64, augment="center", threads=1),
         steps=1_000,
         cooling_steps=800,
         learning_rate=6e-3,

@@ -120,7 +120,7 @@ def demo() -> ConfigDict:
         text_len=14,
         text_vocab=384,
         image_vocab=128,
-        data=DataConfig(image_size=64, augment="centre", threads=0),
+        data=DataConfig(image_size=64, augment="center", threads=0),
         steps=4_000,
         learning_rate=8e-3,
         save_every=1_000,

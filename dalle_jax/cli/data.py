@@ -275,7 +275,7 @@ def _printable(text: str) -> str:
 
 
 def draw(records: list[Record], path: str, *, config: DataConfig) -> set[str]:
-    """One PNG with these records, cropped to the centre as validation sees them, each under its first caption.
+    """One PNG with these records, cropped to the center as validation sees them, each under its first caption.
 
     Returns:
       The letters that no installed font has, drawn as boxes.
@@ -293,7 +293,7 @@ def draw(records: list[Record], path: str, *, config: DataConfig) -> set[str]:
     for place, (record, caption) in enumerate(zip(records, captions, strict=True)):
         axes = figure.add_subplot(rows, columns, place + 1)
         image = decode_image(record.image, max_pixels=config.max_pixels)
-        axes.imshow(transforms.centre(image, config.image_size))
+        axes.imshow(transforms.center_crop(image, config.image_size))
         axes.set_title(caption, fontsize=8, family=list(fonts), parse_math=False, wrap=True)
         axes.set_axis_off()
     try:

@@ -18,7 +18,7 @@ import numpy as np
 from dalle_jax import config as configs
 from dalle_jax import model_dir, sharding
 from dalle_jax.cli.hooks import sample_hook
-from dalle_jax.data.pipeline import Batches
+from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source, scenes
 from dalle_jax.data.sources.scene_checker import accuracy, shows
 from dalle_jax.errors import UserError, say
@@ -218,10 +218,8 @@ def time_update(config) -> float:
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     batches = Batches(
         open_source(config.data.train),
-        data_config(config),
+        Prepare(data_config(config), task.model.config.layout, Tokenizer.load(config.tokenizer)),
         batch_size=config.batch_size,
-        layout=task.model.config.layout,
-        tokenizer=Tokenizer.load(config.tokenizer),
         seed=config.seed,
         shuffle=True,
         epochs=None,

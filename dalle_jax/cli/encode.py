@@ -64,9 +64,9 @@ def main(args: argparse.Namespace) -> int:
     for name in ("batch_size", "threads", "max_pixels"):
         if getattr(args, name) < 1:
             raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {getattr(args, name)}: raise it")
-    if args.augment == "centre" and args.augmentations > 1:
+    if args.augment == "center" and args.augmentations > 1:
         raise UserError(
-            f"expected --augmentations 1 with --augment centre, got {args.augmentations}: centre crops are all the same"
+            f"expected --augmentations 1 with --augment center, got {args.augmentations}: center crops are all the same"
         )
     part = _part(args.part)
     dvae = model_dir.load(args.dvae, name="dvae")
@@ -146,7 +146,7 @@ class Encoder:
         shape = -1, self._settings.augmentations, self._settings.grid**2
         many = len([slot for slot in known if isinstance(slot, Encoded)]) * self._settings.augmentations
         codes_RKI = iter(np.asarray(codes)[:many].astype(np.uint16).reshape(shape))
-        return [dataclasses.replace(s, codes=next(codes_RKI)) if isinstance(s, Encoded) else s for s in known]
+        return [dataclasses.replace(s, tokens_KI=next(codes_RKI)) if isinstance(s, Encoded) else s for s in known]
 
 
 def encode(

@@ -1,7 +1,7 @@
 """An encoded image -> uint8 [H, W, 3] in sRGB order, or one named reason why not.
 
 Upright (EXIF orientation), alpha over white, 16 bit scaled down, CMYK and palettes converted, the first frame of an
-animation. The size is read from the header and checked before a single pixel is decoded. Colour profiles are ignored.
+animation. The size is read from the header and checked before a single pixel is decoded. Color profiles are ignored.
 """
 
 import functools
@@ -88,7 +88,7 @@ def decode_scaled(
 
 
 def _jpeg_pixels(opened: Image.Image, image: bytes) -> np.ndarray | None:
-    """An upright gray or colour JPEG by libjpeg-turbo into an array at once: Pillow's bits, in two thirds of its time.
+    """An upright gray or color JPEG by libjpeg-turbo into an array at once: Pillow's bits, in two thirds of its time.
 
     None for all else and for whatever is damaged: Pillow decodes that or knows the reason why not.
     """

@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Sequence
 
-from dalle_jax.text.bpe import normalise
+from dalle_jax.text.bpe import normalize
 
 TOO_SHORT, NOT_ENGLISH, BOILERPLATE = "caption too short", "caption not english", "caption boilerplate"
 ASPECT_RATIO, TOO_SMALL = "aspect ratio", "image too small"
@@ -67,7 +67,7 @@ def good_captions(captions: Sequence[str], config: Filters) -> tuple[str, ...]:
 
 def check_caption(caption: str, config: Filters) -> str | None:
     """Why this caption is dropped, or None. A caption without any text is always too short."""
-    text = normalise(caption)
+    text = normalize(caption)
     if not text or len(text) < config.min_caption_characters or len(text.split()) < config.min_caption_words:
         return TOO_SHORT
     if config.drop_boilerplate and is_boilerplate(text):
@@ -96,7 +96,7 @@ def _identifier():
 
 
 def is_boilerplate(text: str) -> bool:
-    """Is there nothing in this normalised caption but dates, times, file names, numbers and the words around them?"""
+    """Is there nothing in this normalized caption but dates, times, file names, numbers and the words around them?"""
     text = _FILE_NAME.sub(" ", text)
     text = _DATE.sub(" ", text)
     text = _FRAME.sub(" ", text)

@@ -16,11 +16,12 @@ import grain
 import numpy as np
 
 from dalle_jax.data import filters, transforms
-from dalle_jax.data.decode import BadImage, decode_scaled
-from dalle_jax.data.record import Dropped, Encoded, Source
+from dalle_jax.data.decode import decode_scaled
+from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
+from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.errors import UserError
 from dalle_jax.layout import Layout
-from dalle_jax.text.bpe import Tokenizer, normalise
+from dalle_jax.text.bpe import Tokenizer, normalize
 
 EXAMPLE_KEYS = 3  # kept for each reason, for the table that ends a bad run
 CHECK_EVERY = 1000  # records between two looks at the share of broken ones; a smaller source is looked at once through
@@ -30,7 +31,7 @@ CHECK_EVERY = 1000  # records between two looks at the share of broken ones; a s
 class DataConfig(filters.Filters):
     """How records become examples; the filters' switches are inherited.
 
-    image_size: pixels per side. augment: 'dvae' (listing 1), 'transformer' (listing 2), 'clip' or 'centre' (nothing
+    image_size: pixels per side. augment: 'dvae' (listing 1), 'transformer' (listing 2), 'clip' or 'center' (nothing
     random).
     bpe_dropout: probability of skipping a merge, 0.1 in the paper, 0 outside training.
     caption_dropout: share of records whose caption is replaced by the empty one, so that a model can be guided (Ho &
@@ -44,7 +45,7 @@ class DataConfig(filters.Filters):
     """
 
     image_size: int = 256
-    augment: str = "centre"
+    augment: str = "center"
     bpe_dropout: float = 0.0
     caption_dropout: float = 0.0
     max_pixels: int = 100_000_000
@@ -64,121 +65,131 @@ class DataConfig(filters.Filters):
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
     def without_randomness(self) -> "DataConfig":
-        """The same records, centre crops and plain tokens: what validation reads."""
-        return dataclasses.replace(self, augment="centre", bpe_dropout=0.0, caption_dropout=0.0)
+        """The same records, center crops and plain tokens: what validation reads."""
+        return dataclasses.replace(self, augment="center", bpe_dropout=0.0, caption_dropout=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One usable record: image uint8 [S, S, 3] or codes int32 [I], text int32 [text_len] or None; was the text cut?"""
+    """One usable record: its arrays as `Batches` documents them, without the batch dimension; was its text cut?"""
 
-    image: np.ndarray | None
-    codes: np.ndarray | None
-    text: np.ndarray | None
+    arrays: dict[str, np.ndarray]
     cut: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Record -> Example | Dropped, all randomness from the generator; used by every thread at once."""
+    """What becomes of a record. All randomness comes from the generator; used by every thread at once.
+
+    layout, tokenizer: None where captions are not used.
+
+    Raises:
+      UserError: a tokenizer with more entries than the layout's text vocabulary.
+    """
 
     config: DataConfig
-    layout: Layout | None
-    tokenizer: Tokenizer | None
-    at_random: bool  # choose among a record's captions and its encoded crops at random, or take the first
+    layout: Layout | None = None
+    tokenizer: Tokenizer | None = None
+
+    def __post_init__(self):
+        if self.layout is None:
+            return
+        if self.tokenizer is None:
+            raise ValueError("a layout needs a tokenizer")
+        if self.tokenizer.vocab_size > self.layout.text_vocab:
+            raise UserError(
+                f"expected a tokenizer of at most {self.layout.text_vocab} entries, the model's text vocabulary, "
+                f"got {self.tokenizer.vocab_size}: use the tokenizer that the model was trained with"
+            )
+
+    def __call__(self, record, rng: np.random.Generator, *, at_random: bool) -> Example | Dropped:
+        """at_random: choose among a record's captions and encoded crops at random, not the first."""
+        if isinstance(record, Dropped):
+            return record
+        try:
+            return self._example(record, rng, at_random)
+        except BadRecord as bad:
+            return Dropped(record.key, bad.reason, bad.detail)
+
+    def _example(self, record: Record | Encoded, rng: np.random.Generator, at_random: bool) -> Example:
+        config, layout = self.config, self.layout
+        if layout is not None and not record.captions:
+            raise BadRecord("no caption")
+        if isinstance(record, Encoded):
+            height, width = record.height, record.width
+        else:
+            image, (height, width) = decode_scaled(record.image, shortest=self._shortest, max_pixels=config.max_pixels)
+        if reason := filters.check_size(width, height, config):
+            raise BadRecord(reason)
+        captions = filters.good_captions(record.captions, config) if layout is not None else ()
+        if layout is not None and not captions:
+            raise BadRecord(filters.check_caption(record.captions[0], config))
+        if isinstance(record, Encoded):
+            crop = int(rng.integers(len(record.tokens_KI))) if at_random else 0
+            arrays = {"image_tokens": record.tokens_KI[crop].astype(np.int32)}
+        else:
+            arrays = {"image": transforms.AUGMENTATIONS[config.augment](image, config.image_size, rng)}
+        if layout is None:
+            return Example(arrays)
+        caption = captions[int(rng.integers(len(captions)))] if at_random else captions[0]
+        if config.caption_dropout and rng.random() < config.caption_dropout:
+            return Example(arrays | {"text": layout.text_slots([])})
+        longest = self.tokenizer.longest_piece * layout.caption_len  # characters that the text positions can hold
+        caption = normalize(caption)[: longest + 1]  # one too many, so that it still counts as cut
+        tokens = self.tokenizer.encode(caption, dropout=config.bpe_dropout, rng=rng)
+        return Example(arrays | {"text": layout.text_slots(tokens)}, cut=len(tokens) > layout.caption_len)
 
     @functools.cached_property
     def _shortest(self) -> int:
         return transforms.shortest(self.config.augment, self.config.image_size) if self.config.scaled_jpeg else 0
 
-    def __call__(self, record, rng: np.random.Generator) -> Example | Dropped:
-        if isinstance(record, Dropped):
-            return record
-        if self.layout is not None and not record.captions:
-            return Dropped(record.key, "no caption")
-        captions = record.captions if self.layout is not None else ()
-        image = codes = None
-        if isinstance(record, Encoded):
-            height, width = record.height, record.width
-        else:
-            try:
-                image, (height, width) = decode_scaled(
-                    record.image, shortest=self._shortest, max_pixels=self.config.max_pixels
-                )
-            except BadImage as error:
-                return Dropped(record.key, error.reason, error.detail)
-        if reason := filters.check_size(width, height, self.config):
-            return Dropped(record.key, reason)
-        good = filters.good_captions(captions, self.config)
-        if captions and not good:
-            return Dropped(record.key, filters.check_caption(captions[0], self.config))
-        if image is not None:
-            image = transforms.AUGMENTATIONS[self.config.augment](image, self.config.image_size, rng)
-        else:
-            codes = record.codes[int(rng.integers(len(record.codes))) if self.at_random else 0].astype(np.int32)
-        if self.layout is None:
-            return Example(image, codes, None)
-        caption = good[int(rng.integers(len(good)))] if self.at_random else good[0]
-        if self.config.caption_dropout and rng.random() < self.config.caption_dropout:
-            return Example(image, codes, self.layout.text_slots([]))
-        longest = self.tokenizer.longest_piece * self.layout.caption_len  # characters that the text slots can hold
-        caption = normalise(caption)[: longest + 1]  # one too many, so that it still counts as cut
-        tokens = self.tokenizer.encode(caption, dropout=self.config.bpe_dropout, rng=rng)
-        return Example(image, codes, self.layout.text_slots(tokens), cut=len(tokens) > self.layout.caption_len)
-
 
 class Batches:
-    """Iterator over batches: {"image": uint8 [B, S, S, 3]}, or {"codes": int32 [B, I]} of a source of tokens; and,
-    with a layout, "text": int32 [B, text_len].
+    """Iterator over batches {"image": uint8 [B, H, W, 3]}, or {"image_tokens": int32 [B, I]} of an encoded source; with
+    a layout also "text": int32 [B, T].
 
-    Attributes, all counted in records up to the last batch given out and all part of the state:
-      good: records used. cut: captions that were longer than the text slots. dropped: Counter of reason -> records.
+    Attributes, counted in records up to the last batch given out and part of the state:
+      good: records used. cut: captions that were longer than the text positions. dropped: Counter of reason -> records.
       examples: reason -> the first few keys dropped for it.
     """
 
     def __init__(
         self,
         source: Source,
-        config: DataConfig,
+        prepare: Prepare,
         *,
         batch_size: int,
         seed: int,
-        layout: Layout | None,
-        tokenizer: Tokenizer | None,
         shuffle: bool,
         epochs: int | None,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = WHOLE,
     ):
-        """`epochs` None never ends. The last batch of a finite run may be smaller, and is left out when shuffling.
+        """epochs: None never ends. The last batch of a finite run may be smaller, and is left out when shuffling.
+
+        share: of the records, in their global order, that this reader gives out.
 
         Raises:
-          UserError: an empty source, fewer records than processes, or a tokenizer that is not the layout's.
+          UserError: fewer records than readers.
         """
-        if layout is not None and tokenizer is None:
-            raise ValueError("a layout needs a tokenizer")
-        if layout is not None and tokenizer.vocab_size > layout.text_vocab:
+        if len(source) < share.count:
             raise UserError(
-                f"expected a tokenizer of at most {layout.text_vocab} entries, the model's text vocabulary, "
-                f"got {tokenizer.vocab_size}: use the tokenizer that the model was trained with"
-            )
-        if len(source) < process_count:
-            raise UserError(
-                f"expected at least one record for each of {process_count} processes, got {len(source)} from "
+                f"expected at least one record for each of {share.count} processes, got {len(source)} from "
                 f"{source.name}: check the source"
             )
-        self._identity = {"records": len(source), "seed": seed, "shuffle": shuffle, "processes": process_count}
-        self._name, self._config, self._batch_size, self._keep_partial = source.name, config, batch_size, not shuffle
-        self._records = len(source)
+        config = prepare.config
+        self._identity = {"records": len(source), "seed": seed, "shuffle": shuffle, "processes": share.count}
+        self._name, self._records, self._max_bad_share = source.name, len(source), config.max_bad_share
+        self._batch_size, self._keep_partial = batch_size, not shuffle
         records = grain.MapDataset.source(source).seed(seed)
         if shuffle:
             records = records.shuffle()
-        examples = records.random_map(Prepare(config, layout, tokenizer, at_random=shuffle))
-        examples = examples[process_index::process_count].repeat(epochs)
+        examples = share.of(records.random_map(functools.partial(prepare, at_random=shuffle))).repeat(epochs)
         ahead = max(config.threads, config.prefetch_batches * batch_size) if config.threads else 0
         read = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=ahead)
         self._examples = iter(examples.to_iter_dataset(read))
-        self._start_counting()
+        self.good, self.cut = 0, 0
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, list[str]] = {}
 
     def __iter__(self) -> "Batches":
         return self
@@ -204,8 +215,7 @@ class Batches:
             self._stop_if_bad()
         if not batch or (len(batch) < self._batch_size and not self._keep_partial):
             raise StopIteration
-        names = [name for name in ("image", "codes", "text") if getattr(batch[0], name) is not None]
-        return {name: np.stack([getattr(example, name) for example in batch]) for name in names}
+        return {name: np.stack([example.arrays[name] for example in batch]) for name in batch[0].arrays}
 
     def get_state(self) -> dict[str, Any]:
         """Position and counts after the last batch given out; plain json."""
@@ -246,11 +256,6 @@ class Batches:
             lines.append(f"  {count:8d}  {reason}  (e.g. {', '.join(self.examples[reason])})")
         return "\n".join(lines)
 
-    def _start_counting(self) -> None:
-        self.good, self.cut = 0, 0
-        self.dropped: collections.Counter[str] = collections.Counter()
-        self.examples: dict[str, list[str]] = {}
-
     def _drop(self, record: Dropped) -> None:
         self.dropped[record.reason] += 1
         keys = self.examples.setdefault(record.reason, [])
@@ -262,8 +267,8 @@ class Batches:
         if seen >= self._records and not self.good:
             raise UserError(f"expected at least one usable record in {self._name}, got none:\n{self.table()}")
         bad = sum(count for reason, count in self.dropped.items() if reason not in filters.REASONS)
-        if seen % min(CHECK_EVERY, self._records) == 0 and bad > self._config.max_bad_share * seen:
+        if seen % min(CHECK_EVERY, self._records) == 0 and bad > self._max_bad_share * seen:
             raise UserError(
-                f"expected at most {self._config.max_bad_share:.0%} broken records in {self._name}, "
+                f"expected at most {self._max_bad_share:.0%} broken records in {self._name}, "
                 f"got {bad / seen:.0%}: mend the data or raise config.data.max_bad_share\n{self.table()}"
             )

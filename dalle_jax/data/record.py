@@ -56,14 +56,14 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One picture as a dVAE's codes, and its captions.
+    """One image as the image tokens of a frozen tokenizer, and its captions.
 
-    key: its name, for people. codes: uint16 [K, I], K crops of I codes in raster order. height, width: of the picture
+    key: its name, for people. tokens_KI: uint16, K crops of I image tokens in raster order. height, width: of the image
     before it was cropped, in pixels. captions: not blank, stripped.
     """
 
     key: str
-    codes: np.ndarray
+    tokens_KI: np.ndarray
     height: int
     width: int
     captions: tuple[str, ...]

@@ -1,9 +1,9 @@
-"""The training batches of many processes, cut so that another number of processes can go on with them.
+"""The training batches of several processes, cut so that another number of processes can resume them.
 
-The global order of records (see `pipeline`) is dealt to `lanes` in turn, and every batch takes the same number of
-examples from each lane. Each lane knows its own position and counts, so all lanes together are the exact state of the
-data, whoever reads them: process p of n reads lanes p * lanes / n and the following. A run goes on with any number of
-processes that divides the lanes. With one lane this is one `Batches`.
+The global order of records (see `pipeline`) is dealt to the shards in turn, and every batch takes the same number of
+examples from each shard. A shard knows its position and its counts, so all shards together are the exact state of the
+data, whoever reads them: process p of n reads the p-th of n equal runs of shards. A run can resume with any number of
+processes that divides the number of shards. With one shard this is one `Batches`.
 """
 
 import collections
@@ -13,121 +13,122 @@ from typing import Any
 
 import numpy as np
 
-from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.record import Source
+from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.errors import UserError
-from dalle_jax.layout import Layout
-from dalle_jax.text.bpe import Tokenizer
 
 
-class Lanes:
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
+class ShardedBatches:
     """Iterator over this reader's part of each shuffled batch, without end; the arrays are those of `Batches`."""
 
     def __init__(
         self,
         source: Source,
-        config: DataConfig,
+        prepare: Prepare,
         *,
         batch_size: int,
         seed: int,
-        layout: Layout | None,
-        tokenizer: Tokenizer | None,
-        lanes: int = 0,
-        reader: int = 0,
-        readers: int = 1,
-        gather: Callable[[Any], list[Any]] = lambda value: [value],
+        shards: int | None = None,
+        share: Share = WHOLE,
+        gather: Callable[[Any], list[Any]] = _alone,
     ):
-        """batch_size: of all readers together. lanes: 0 takes those of the state to go on from, or one a reader.
+        """batch_size: of all readers together. shards: None takes those of the state to resume, or one a reader.
 
-        reader, readers: which part of a batch this process reads; processes whose devices hold the same rows are the
-        same reader. gather: the values of all processes, see `distributed.gather_json`.
+        share: which part of a batch this process reads; processes whose devices hold the same rows read the same part.
+        gather: the values of all processes, see `distributed.gather_json`.
 
         Raises:
-          UserError: lanes that the readers or the batch cannot share, and what `Batches` raises.
+          UserError: shards that the readers or the batch cannot share, and what `Batches` raises.
         """
-        self._source, self._config, self._batch_size = source, config, batch_size
-        self._common = {"seed": seed, "layout": layout, "tokenizer": tokenizer, "shuffle": True, "epochs": None}
-        self._wanted, self._reader, self._readers, self._gather = lanes, reader, readers, gather
-        self._lanes: dict[int, Batches] = {}
-        self._open(lanes or readers)
+        self._source, self._prepare, self._batch_size, self._seed = source, prepare, batch_size, seed
+        self._wanted, self._share, self._gather = shards, share, gather
+        self._shards: dict[int, Batches] = {}
+        self._open(shards or share.count)
 
-    def _open(self, lanes: int) -> None:
-        if lanes % self._readers or self._batch_size % lanes:
-            possible = [str(n) for n in range(1, lanes + 1) if lanes % n == 0]
+    def _open(self, count: int) -> None:
+        if count % self._share.count or self._batch_size % count:
+            possible = [str(n) for n in range(1, count + 1) if count % n == 0]
             raise UserError(
-                f"expected data.lanes = {lanes} to be a multiple of the processes that read data and to divide the "
-                f"batch_size of {self._batch_size}, got {self._readers} processes: use {' or '.join(possible)}, or "
+                f"expected data.lanes = {count} to be a multiple of the processes that read data and to divide the "
+                f"batch_size of {self._batch_size}, got {self._share.count} processes: use {' or '.join(possible)}, or "
                 "begin a new run with another data.lanes"
             )
-        own = lanes // self._readers
-        config = dataclasses.replace(self._config, threads=-(-self._config.threads // own))
+        each = count // self._share.count
+        config = self._prepare.config
+        config = dataclasses.replace(config, threads=-(-config.threads // each))
         self.close()
-        self._count = lanes
-        self._lanes = {
-            lane: Batches(
+        self._count = count
+        self._shards = {
+            shard: Batches(
                 self._source,
-                config,
-                batch_size=self._batch_size // lanes,
-                process_index=lane,
-                process_count=lanes,
-                **self._common,
+                dataclasses.replace(self._prepare, config=config),
+                batch_size=self._batch_size // count,
+                seed=self._seed,
+                shuffle=True,
+                epochs=None,
+                share=Share(shard, count),
             )
-            for lane in range(self._reader * own, (self._reader + 1) * own)
+            for shard in range(self._share.index * each, (self._share.index + 1) * each)
         }
 
-    def __iter__(self) -> "Lanes":
+    def __iter__(self) -> "ShardedBatches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch, the examples of one lane after those of the other.
+        """The next batch, the examples of one shard after those of the other.
 
         Raises:
           UserError: too many records are broken, or none can be used.
         """
-        parts = [next(batches) for batches in self._lanes.values()]
-        return (
-            parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        )
+        parts = [next(batches) for batches in self._shards.values()]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     @property
     def good(self) -> int:
-        """Records used, in the lanes of this process."""
-        return sum(batches.good for batches in self._lanes.values())
+        """Records used, in the shards of this process."""
+        return sum(batches.good for batches in self._shards.values())
 
     @property
     def dropped(self) -> collections.Counter[str]:
-        """Reason -> records, in the lanes of this process."""
-        return sum((batches.dropped for batches in self._lanes.values()), collections.Counter())
+        """Reason -> records, in the shards of this process."""
+        return sum((batches.dropped for batches in self._shards.values()), collections.Counter())
 
     def get_state(self) -> dict[str, Any]:
-        """Positions and counts of all lanes after the last batch given out; plain json, the same on every process.
+        """Positions and counts of all shards after the last batch given out; plain json, the same on every process.
 
         All processes must call this at the same point.
         """
         states = {}
-        for of_process in self._gather({str(lane): batches.get_state() for lane, batches in self._lanes.items()}):
+        for of_process in self._gather({str(shard): batches.get_state() for shard, batches in self._shards.items()}):
             states.update(of_process)
-        return {"lanes": [states[str(lane)] for lane in range(self._count)]}
+        return {"lanes": [states[str(shard)] for shard in range(self._count)]}  # the key that `inspect --json` prints
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues every lane after the batch at which the state was taken, bit for bit.
+        """Continues every shard after the batch at which the state was taken, bit for bit.
 
         Raises:
-          UserError: the state belongs to another source, seed or number of lanes, or its lanes cannot be shared by so
-            many readers.
+          UserError: the state belongs to another source, seed or number of shards, or its shards cannot be divided
+            among so many readers.
         """
-        lanes = len(state["lanes"])
-        if self._wanted not in (0, lanes):
+        count = len(state["lanes"])
+        if self._wanted not in (None, count):
             raise UserError(
-                f"expected to resume data with data.lanes = {lanes}, got {self._wanted}: leave it at 0 to go on, or "
+                f"expected to resume data with data.lanes = {count}, got {self._wanted}: leave it out to resume, or "
                 "begin a new run"
             )
-        if lanes != self._count:
-            self._open(lanes)
-        for lane, batches in self._lanes.items():
-            batches.set_state(state["lanes"][lane])
+        if count != self._count:
+            self._open(count)
+        for shard, batches in self._shards.items():
+            batches.set_state(state["lanes"][shard])
 
     def close(self) -> None:
         """Stops the threads."""
-        for batches in self._lanes.values():
+        for batches in self._shards.values():
             batches.close()

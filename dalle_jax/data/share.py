@@ -26,3 +26,6 @@ class Share:
     def of(self, items: Slices) -> Slices:
         """This share of the items, in their order. The shares of all workers together are the items, each once."""
         return items[self.index :: self.count]
+
+
+WHOLE = Share()

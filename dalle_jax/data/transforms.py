@@ -1,11 +1,11 @@
-"""Picture to square: the paper's two augmentations, CLIP's and the deterministic centre crop.
+"""Picture to square: the paper's two augmentations, CLIP's and the deterministic center crop.
 
 Each takes uint8 [H, W, 3] and returns uint8 [size, size, 3]; the paper's listings are for size 256 and their constants
 scale with the size. Randomness comes from the generator that is handed in and from nowhere else.
 
 Shrinking averages areas as the listings ask, in sparse products: Pillow's BOX filter counts border pixels wholly or not
 at all, which is no area average unless the ratio is an integer. A picture smaller than the size has to grow, which the
-listings never do; that, and `centre`, use Pillow's Lanczos filter as the released notebook does. CLIP's filter is
+listings never do; that, and `center_crop`, use Pillow's Lanczos filter as the released notebook does. CLIP's filter is
 bicubic.
 """
 
@@ -33,7 +33,7 @@ def augment_dvae(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -
 
 
 def augment_transformer(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Listing 2: a square crop near the centre, shrunk to 8/8 .. 9/8 of the size, any crop, never mirrored.
+    """Listing 2: a square crop near the center, shrunk to 8/8 .. 9/8 of the size, any crop, never mirrored.
 
     Captions say left and right and pictures hold writing, hence no mirror.
     """
@@ -48,7 +48,7 @@ def augment_clip(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -
     return _resized(square, size, Image.Resampling.BICUBIC)
 
 
-def centre(image_uint8: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
+def center_crop(image_uint8: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """Shorter side to `size` (Lanczos), then the middle square; `rng` is not used."""
     height, width = image_uint8.shape[:2]
     side = min(height, width)
@@ -63,7 +63,7 @@ def shortest(augment: str, size: int) -> int:
     return math.ceil(share * size)
 
 
-AUGMENTATIONS = {"dvae": augment_dvae, "transformer": augment_transformer, "clip": augment_clip, "centre": centre}
+AUGMENTATIONS = {"dvae": augment_dvae, "transformer": augment_transformer, "clip": augment_clip, "center": center_crop}
 
 
 def shrink_by_area(

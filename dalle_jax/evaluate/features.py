@@ -24,7 +24,7 @@ from dalle_jax.convert import inception as importer
 from dalle_jax.convert.state_dict import read_state_dict
 from dalle_jax.data.decode import BadImage, decode_image
 from dalle_jax.data.record import Dropped, Source
-from dalle_jax.data.transforms import centre
+from dalle_jax.data.transforms import center_crop
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import preprocess, progress
 from dalle_jax.mesh import local_mesh
@@ -49,7 +49,7 @@ class Preparation:
         """Cropped and blurred, still uint8 [H, W, 3]."""
         image_uint8 = preprocess.CROPS[self.crop](image_uint8)
         if self.side and self.crop != "none":
-            image_uint8 = centre(image_uint8, self.side)
+            image_uint8 = center_crop(image_uint8, self.side)
         return preprocess.blurred(image_uint8, self.blur)
 
     def about(self) -> dict[str, str]:

@@ -165,7 +165,9 @@ class Job:
         size, side = self.config.batch_size, self.config.data.image_size
         arrays = {"image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=place)}
         if self.has_codes:
-            arrays = {"codes": jax.ShapeDtypeStruct((size, self.config.model.grid**2), jnp.int32, sharding=place)}
+            arrays = {
+                "image_tokens": jax.ShapeDtypeStruct((size, self.config.model.grid**2), jnp.int32, sharding=place)
+            }
         if self.helper is not None:
             text_len = self.config.model.text_len
             arrays["text"] = jax.ShapeDtypeStruct((size, text_len), jnp.int32, sharding=place)

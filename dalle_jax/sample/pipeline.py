@@ -19,7 +19,7 @@ from PIL import Image
 
 from dalle_jax import model_dir, sharding
 from dalle_jax.data.decode import BadImage, to_pixels
-from dalle_jax.data.transforms import centre
+from dalle_jax.data.transforms import center_crop
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models import Model, Params
@@ -232,7 +232,7 @@ class Pipeline:
 
     def encode(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """A picture, its centre crop at `image_size`, as int32 codes [grid * grid] in raster order."""
-        return np.asarray(_encode(self.dvae, self._dvae_params, centre(_pixels(image), self.image_size)[None]))[0]
+        return np.asarray(_encode(self.dvae, self._dvae_params, center_crop(_pixels(image), self.image_size)[None]))[0]
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Codes in raster order, [grid * grid] or [B, grid * grid] -> uint8 [image_size, image_size, 3] or [B, ...].

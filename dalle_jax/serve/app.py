@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dalle_jax.data.decode import to_pixels
-from dalle_jax.data.transforms import centre
+from dalle_jax.data.transforms import center_crop
 from dalle_jax.errors import UserError
 from dalle_jax.sample.request import Request as DrawRequest
 from dalle_jax.serve import answer, body, metrics, page, schema, upload
@@ -169,7 +169,7 @@ def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str, maske
             raise invalid("keep_rows", f"keep_rows must be {kept}, which the mask says, or left out")
         values = {**values, "keep_rows": kept}
     # At the model's size already here, as `Pipeline.encode` would make it: a full queue stays small.
-    pixels = centre(to_pixels(image), pipe.image_size)
+    pixels = center_crop(to_pixels(image), pipe.image_size)
     return schema.edit(values, image=pixels, pipe=pipe, model=model)
 
 

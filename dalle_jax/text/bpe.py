@@ -1,4 +1,4 @@
-"""Captions to text tokens: normalisation and a sentencepiece BPE vocabulary with byte fallback and BPE dropout.
+"""Captions to text tokens: normalization and a sentencepiece BPE vocabulary with byte fallback and BPE dropout.
 
 The vocabulary is one unknown piece, 256 byte pieces, then merges and characters; there is no start, end or padding
 piece, because the layout owns those. Every caption has an encoding: a character that the vocabulary lacks is spelled
@@ -32,7 +32,7 @@ KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners: they build emoji and spell P
 _log = logging.getLogger(__name__)
 
 
-def normalise(caption: str) -> str:
+def normalize(caption: str) -> str:
     """Lower-case NFKC text, single spaces, no control characters; idempotent. The tokenizer reads nothing else."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", caption).lower()).replace(SPACE, " ")
     text = " ".join(text.split())
@@ -81,7 +81,7 @@ class Tokenizer:
         Raises:
           UserError: no caption has any text, or vocab_size has no room beside the byte pieces.
         """
-        lines = [text for text in map(normalise, captions) if text]
+        lines = [text for text in map(normalize, captions) if text]
         if not lines:
             raise UserError("expected captions to train a tokenizer on, got none with any text: check the source")
         if vocab_size < RESERVED + 16:
@@ -153,12 +153,12 @@ class Tokenizer:
         return path
 
     def encode(self, caption: str, *, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:
-        """Token ids of a caption, which is normalised first.
+        """Token ids of a caption, which is normalized first.
 
         With `dropout`, every possible merge is skipped with that probability at every merge step (Provilkov et al.
         2019), so the same caption is cut in many ways; all choices come from `rng`.
         """
-        text = normalise(caption)
+        text = normalize(caption)
         if dropout == 0.0:
             return self._processor.encode(text)
         if rng is None or not 0.0 <= dropout <= 1.0:
@@ -166,7 +166,7 @@ class Tokenizer:
         return self._merge_with_dropout(text, dropout, rng)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The normalised caption of these ids; bytes that are no UTF-8 become the replacement character."""
+        """The normalized caption of these ids; bytes that are no UTF-8 become the replacement character."""
         return self._processor.decode([int(i) for i in ids])
 
     def _merge_with_dropout(self, text: str, dropout: float, rng: np.random.Generator) -> list[int]:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from dalle_jax import distributed, sharding
 from dalle_jax.checkpoint.manager import Checkpoints
-from dalle_jax.data.shards import Lanes
+from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.errors import UserError
 from dalle_jax.train import step as steps
 from dalle_jax.train.evaluator import Look
@@ -55,7 +55,7 @@ def run(
     workdir: pathlib.Path,
     *,
     mesh: Mesh,
-    batches: Lanes,
+    batches: ShardedBatches,
     validation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None,
     hooks: Sequence[Hook] = (),
     progress: bool = True,

@@ -18,9 +18,10 @@ from dalle_jax import config as configs
 from dalle_jax import distributed, files, model_dir, sharding
 from dalle_jax.checkpoint import format
 from dalle_jax.data import sources
-from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
 from dalle_jax.data.record import Source
-from dalle_jax.data.shards import Lanes
+from dalle_jax.data.shards import ShardedBatches
+from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError, say
 from dalle_jax.mesh import demand, describe, make_mesh
 from dalle_jax.models import Model
@@ -210,8 +211,8 @@ def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer, dvae_sh
     if not config.data.train:
         raise UserError("a run needs data: name its source as --config.data.train=SOURCE, e.g. folder:DIR")
     data = data_config(config)
-    common = {"layout": layout, "tokenizer": tokenizer, "seed": config.seed}
-    reader, readers = sharding.batch_reader(mesh)
+    prepare = Prepare(data, layout, tokenizer)
+    share = Share(*sharding.batch_reader(mesh))
 
     def open_source(spec: str, asked_by: str, augment: str) -> Source:
         needs_pictures = config.name != "transformer"
@@ -220,15 +221,14 @@ def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer, dvae_sh
             source.refuse_other(dvae_sha256=dvae_sha256, augment=augment, asked_by=asked_by)
         return source
 
-    batches = Lanes(
+    batches = ShardedBatches(
         open_source(config.data.train, "config.data.augment", data.augment),
-        data,
+        prepare,
         batch_size=config.batch_size,
-        lanes=config.data.lanes,
-        reader=reader,
-        readers=readers,
+        seed=config.seed,
+        shards=config.data.lanes or None,
+        share=share,
         gather=distributed.gather_json,
-        **common,
     )
     if not config.data.validation:
         return batches, None
@@ -238,13 +238,12 @@ def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer, dvae_sh
     def validation() -> Iterable[Mapping[str, np.ndarray]]:
         fresh = Batches(
             held_out,
-            plain,
-            batch_size=config.batch_size // readers,
-            process_index=reader,
-            process_count=readers,
+            dataclasses.replace(prepare, config=plain),
+            batch_size=config.batch_size // share.count,
+            seed=config.seed,
             shuffle=False,
             epochs=1,
-            **common,
+            share=share,
         )
         try:
             yield from _in_step(fresh)

@@ -18,7 +18,7 @@ from dalle_jax.checkpoint import format
 from dalle_jax.cli import main
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import decode_image
-from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
 from dalle_jax.data.record import Dropped, Encoded
 from dalle_jax.data.sources import features, open_source
 from dalle_jax.errors import UserError
@@ -85,10 +85,10 @@ def encoded(folder, dvae, out, **options) -> int:
 
 
 @pytest.fixture(scope="module")
-def centre(folder, dvae, tmp_path_factory):
-    """One centre crop each, in shards of 5."""
-    out = tmp_path_factory.mktemp("tokens") / "centre"
-    assert encoded(folder, dvae, out, augment="centre", shard_records=5, batch_size=4) == 0
+def center(folder, dvae, tmp_path_factory):
+    """One center crop each, in shards of 5."""
+    out = tmp_path_factory.mktemp("tokens") / "center"
+    assert encoded(folder, dvae, out, augment="center", shard_records=5, batch_size=4) == 0
     return out
 
 
@@ -106,10 +106,10 @@ def encode_here(dvae, pictures):
     return np.asarray(encode_images(build("dvae", config["model"]), params, np.stack(pictures)))
 
 
-def test_every_slot_is_the_sources_own(folder, dvae, centre):
-    source, codes = open_source(f"folder:{folder}"), open_source(f"tokens:{centre}", pictures_required=False)
+def test_every_slot_is_the_sources_own(folder, dvae, center):
+    source, codes = open_source(f"folder:{folder}"), open_source(f"tokens:{center}", pictures_required=False)
     codes = pickle.loads(pickle.dumps(codes))
-    assert len(codes) == len(source) == PICTURES and len(list(centre.glob("*.safetensors"))) == 5
+    assert len(codes) == len(source) == PICTURES and len(list(center.glob("*.safetensors"))) == 5
     dropped, pictures, found = collections.Counter(), [], []
     for record, slot in zip(source, codes, strict=True):
         assert slot.key == record.key
@@ -118,9 +118,9 @@ def test_every_slot_is_the_sources_own(folder, dvae, centre):
             continue
         image = decode_image(record.image)
         assert (slot.height, slot.width, slot.captions) == (*image.shape[:2], record.captions)
-        assert slot.codes.shape == (1, GRID**2) and slot.codes.dtype == np.uint16
-        pictures.append(transforms.centre(image, SIDE))
-        found.append(slot.codes[0])
+        assert slot.tokens_KI.shape == (1, GRID**2) and slot.tokens_KI.dtype == np.uint16
+        pictures.append(transforms.center_crop(image, SIDE))
+        found.append(slot.tokens_KI[0])
     assert dropped == {"not an image": 1, "truncated image": 1, "empty caption": 1}
     # Were all codes the same, their equality would say nothing.
     assert len(np.unique(found)) >= 4 and len({codes.tobytes() for codes in found}) == len(found)
@@ -137,9 +137,9 @@ def train(workdir, dvae, tokenizer, source, **values):
 
 
 @pytest.fixture(scope="module")
-def trained(folder, dvae, tokenizer, centre, tmp_path_factory):
+def trained(folder, dvae, tokenizer, center, tmp_path_factory):
     """Workdirs and results of the same training on pictures and on their codes."""
-    sources = {"pictures": f"folder:{folder}", "codes": f"tokens:{centre}"}
+    sources = {"pictures": f"folder:{folder}", "codes": f"tokens:{center}"}
     places = {kind: tmp_path_factory.mktemp("runs") / kind for kind in sources}
     return places, [train(places[kind], dvae, tokenizer, source) for kind, source in sources.items()]
 
@@ -158,31 +158,34 @@ def test_training_on_codes_is_training_on_pictures_bit_for_bit(trained):
 def batches(source, *, shuffle, **values):
     config = DataConfig(image_size=SIDE, augment="transformer", threads=0, max_bad_share=0.5, **values)
     layout, tokenizer = Layout(8, 320, GRID, VOCAB), Tokenizer.train(["one two three"], vocab_size=290)
-    kept = {"layout": layout, "tokenizer": tokenizer, "shuffle": shuffle}
-    return Batches(source, config, batch_size=4, seed=3, epochs=None if shuffle else 1, **kept)
+    prepare = Prepare(config, layout, tokenizer)
+    return Batches(source, prepare, batch_size=4, seed=3, shuffle=shuffle, epochs=None if shuffle else 1)
 
 
 def test_crops_are_the_augmentations_of_the_seed_and_all_are_used(folder, dvae, crops, tmp_path):
     pictures, source = open_source(f"folder:{folder}"), open_source(f"tokens:{crops}", pictures_required=False)
     image = decode_image(pictures[3].image)
     wanted = [transforms.augment_transformer(image, SIDE, np.random.default_rng((5, 3, crop))) for crop in range(4)]
-    np.testing.assert_array_equal(source[3].codes, encode_here(dvae, wanted))
-    assert len({codes.tobytes() for codes in source[3].codes}) > 1
+    np.testing.assert_array_equal(source[3].tokens_KI, encode_here(dvae, wanted))
+    assert len({codes.tobytes() for codes in source[3].tokens_KI}) > 1
     good = [slot for slot in source if isinstance(slot, Encoded)]
-    rows = {slot.codes[crop].tobytes(): (slot.key, crop) for crop in range(3, -1, -1) for slot in reversed(good)}
+    rows = {slot.tokens_KI[crop].tobytes(): (slot.key, crop) for crop in range(3, -1, -1) for slot in reversed(good)}
     endless, first = batches(source, shuffle=True), batches(source, shuffle=False)
-    seen = [rows[codes.astype(np.uint16).tobytes()] for _ in range(60) for codes in next(endless)["codes"]]
+    seen = [rows[codes.astype(np.uint16).tobytes()] for _ in range(60) for codes in next(endless)["image_tokens"]]
     assert {crop for _, crop in seen} == {0, 1, 2, 3} and len({key for key, _ in seen}) == len(good)
-    assert {rows[codes.astype(np.uint16).tobytes()][1] for batch in first for codes in batch["codes"]} == {0}
+    assert {rows[codes.astype(np.uint16).tobytes()][1] for batch in first for codes in batch["image_tokens"]} == {0}
     assert endless.dropped["not an image"] > 0
     assert encoded(folder, dvae, tmp_path / "other", augmentations=4, shard_records=8, batch_size=12, seed=6) == 0
     other = open_source(f"tokens:{tmp_path / 'other'}", pictures_required=False)
-    assert any((a.codes != b.codes).any() for a, b in zip(good, (s for s in other if hasattr(s, "codes")), strict=True))
+    assert any(
+        (a.tokens_KI != b.tokens_KI).any()
+        for a, b in zip(good, (s for s in other if isinstance(s, Encoded)), strict=True)
+    )
 
 
 def test_filters_read_the_size_of_the_picture_and_the_captions(crops):
     filtered = batches(open_source(f"tokens:{crops}", pictures_required=False), shuffle=False, min_image_side=12)
-    assert all(batch["codes"].dtype == np.int32 and batch["text"].shape[1] == 8 for batch in filtered)
+    assert all(batch["image_tokens"].dtype == np.int32 and batch["text"].shape[1] == 8 for batch in filtered)
     assert filtered.dropped["image too small"] == 1 and filtered.good == PICTURES - 4
 
 
@@ -190,8 +193,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_killed_and_given_again_it_does_what_is_left(folder, dvae, centre, tmp_path, monkeypatch, capsys):
-    out, options = tmp_path / "tokens", dict(augment="centre", shard_records=5, batch_size=4)
+def test_killed_and_given_again_it_does_what_is_left(folder, dvae, center, tmp_path, monkeypatch, capsys):
+    out, options = tmp_path / "tokens", dict(augment="center", shard_records=5, batch_size=4)
     write, written = files.write, []
 
     def die_in_the_third(path, data):
@@ -213,25 +216,25 @@ def test_killed_and_given_again_it_does_what_is_left(folder, dvae, centre, tmp_p
     assert (summary["records"], summary["good"], summary["now"]["records"]) == (PICTURES, PICTURES - 3, PICTURES - 10)
     assert summary["dropped"] == {"not an image": 1, "truncated image": 1, "empty caption": 1}
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before and len(before) == 2
-    assert contents(out) == contents(centre)
+    assert contents(out) == contents(center)
 
 
-def test_parts_make_the_same_folder(folder, dvae, centre, tmp_path, capsys):
-    options = dict(augment="centre", shard_records=5, batch_size=4)
+def test_parts_make_the_same_folder(folder, dvae, center, tmp_path, capsys):
+    options = dict(augment="center", shard_records=5, batch_size=4)
     assert encoded(folder, dvae, tmp_path / "t", **options, part="1/2") == 0
     assert "3 shards are left to other parts" in capsys.readouterr().out
     assert encoded(folder, dvae, tmp_path / "t", **options, part="0/2") == 0
     line = capsys.readouterr().out
-    assert f"--config.data.train=tokens:{tmp_path / 't'} --config.data.augment=centre" in line and line.count("\n") == 1
-    assert contents(tmp_path / "t") == contents(centre)
+    assert f"--config.data.train=tokens:{tmp_path / 't'} --config.data.augment=center" in line and line.count("\n") == 1
+    assert contents(tmp_path / "t") == contents(center)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"seed": 1}, "holds other codes .seed was 0 and is 1.: use these values again or another --out"),
-        ({"augment": "transformer"}, "augment was 'centre' and is 'transformer'"),
-        ({"augmentations": 2}, "expected --augmentations 1 with --augment centre, got 2"),
+        ({"augment": "transformer"}, "augment was 'center' and is 'transformer'"),
+        ({"augmentations": 2}, "expected --augmentations 1 with --augment center, got 2"),
         ({"augment": "clip", "augmentations": 0}, "augmentations must be a whole number of at least 1"),
         ({"shard_records": 0}, "shard_records must be"),
         ({"batch_size": 0}, "--batch-size of at least 1, got 0"),
@@ -239,24 +242,24 @@ def test_parts_make_the_same_folder(folder, dvae, centre, tmp_path, capsys):
         ({"part": "all"}, "--part I/N"),
     ],
 )
-def test_wrong_options_are_one_sentence(folder, dvae, centre, capsys, options, message):
-    before = contents(centre)
-    assert encoded(folder, dvae, centre, **{"augment": "centre", "shard_records": 5, **options}) == 2
+def test_wrong_options_are_one_sentence(folder, dvae, center, capsys, options, message):
+    before = contents(center)
+    assert encoded(folder, dvae, center, **{"augment": "center", "shard_records": 5, **options}) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(message, error), error
-    assert contents(centre) == before
+    assert contents(center) == before
 
 
 def test_another_dvae_is_refused_by_encoding_training_and_sampling(
-    folder, dvae, tokenizer, centre, trained, tmp_path, capsys
+    folder, dvae, tokenizer, center, trained, tmp_path, capsys
 ):
     other = save_dvae(tmp_path / "other", seed=2)
-    assert encoded(folder, other, centre, augment="centre", shard_records=5) == 2
+    assert encoded(folder, other, center, augment="center", shard_records=5) == 2
     assert "holds other codes (dvae_sha256 was" in capsys.readouterr().err
     with pytest.raises(UserError, match="expected the dVAE whose codes lie in .*, got another .* --config.dvae=DIR"):
-        train(tmp_path / "run", other, tokenizer, f"tokens:{centre}")
-    with pytest.raises(UserError, match="crops of kind 'transformer' in .*, as config.data.augment asks, got 'centre'"):
-        train(tmp_path / "run", dvae, tokenizer, f"tokens:{centre}", **{"data.augment": "transformer"})
+        train(tmp_path / "run", other, tokenizer, f"tokens:{center}")
+    with pytest.raises(UserError, match="crops of kind 'transformer' in .*, as config.data.augment asks, got 'center'"):
+        train(tmp_path / "run", dvae, tokenizer, f"tokens:{center}", **{"data.augment": "transformer"})
     assert not (tmp_path / "run").exists()
     workdir = tmp_path / "exported"
     assert main.main(["export", str(trained[0]["codes"]), str(workdir)]) == 0
@@ -267,14 +270,14 @@ def test_another_dvae_is_refused_by_encoding_training_and_sampling(
         with pytest.raises(UserError, match="expected the dVAE whose codes the transformer in .* was trained on"):
             Pipeline.load(place)
     with pytest.raises(UserError, match="was trained on .* put that one back"):
-        train(tmp_path / "copy", dvae, tokenizer, f"tokens:{centre}", steps=6)
+        train(tmp_path / "copy", dvae, tokenizer, f"tokens:{center}", steps=6)
 
 
-def test_codes_are_no_pictures(crops, dvae, tokenizer, centre, tmp_path, capsys):
-    assert main.main(["data", f"tokens:{centre}"]) == 2
+def test_codes_are_no_pictures(crops, dvae, tokenizer, center, tmp_path, capsys):
+    assert main.main(["data", f"tokens:{center}"]) == 2
     assert "expected a source of pictures, got tokens:" in capsys.readouterr().err
-    with pytest.raises(UserError, match="expected crops of kind 'centre' in .* as validation asks, got 'transformer'"):
-        train(tmp_path, dvae, tokenizer, f"tokens:{centre}", **{"data.validation": f"tokens:{crops}"})
+    with pytest.raises(UserError, match="expected crops of kind 'center' in .* as validation asks, got 'transformer'"):
+        train(tmp_path, dvae, tokenizer, f"tokens:{center}", **{"data.validation": f"tokens:{crops}"})
     with pytest.raises(UserError, match="expected a folder that `dalle-jax encode` made, got /nowhere"):
         open_source("tokens:/nowhere", pictures_required=False)
 
@@ -288,8 +291,8 @@ def test_the_dvae_stays_where_pictures_are_read():
     assert not reads("tokens:a", "") and not reads("tokens:a", "tokens:b")
 
 
-def test_damaged_shards_cost_their_records_only(centre, tmp_path):
-    copy = shutil.copytree(centre, tmp_path / "copy")
+def test_damaged_shards_cost_their_records_only(center, tmp_path):
+    copy = shutil.copytree(center, tmp_path / "copy")
     cut, odd = copy / features.shard_name(1), copy / features.shard_name(2)
     cut.write_bytes(cut.read_bytes()[:-50])
     settings = dataclasses.replace(features.read_settings(copy), vocab=1 << 16)
@@ -311,7 +314,7 @@ def test_preflight_leaves_the_dvae_out_of_an_update_on_codes():
         for source, more in (("scenes:train@64", ()), ("tokens:x", ("--config.data.validation=",)))
     ]
     pictures, codes = jobs
-    assert set(codes.batch) == {"codes", "text"} and not codes.frozen and pictures.frozen
+    assert set(codes.batch) == {"image_tokens", "text"} and not codes.frozen and pictures.frozen
     extra = [
         estimate.estimate(job, []).executed_flops_per_sequence - flops.transformer(job.task.model.config)
         for job in jobs

@@ -191,9 +191,7 @@ def test_training_batches_survive_and_stop_at_the_share(tmp_path):
 
     def batches(allowed):
         config = pipeline.DataConfig(image_size=16, max_pixels=10_000_000, max_bad_share=allowed, threads=0)
-        return pipeline.Batches(
-            source, config, batch_size=8, seed=0, layout=None, tokenizer=None, shuffle=False, epochs=1
-        )
+        return pipeline.Batches(source, pipeline.Prepare(config), batch_size=8, seed=0, shuffle=False, epochs=1)
 
     lenient = batches(share + 0.01)
     assert sum(len(batch["image"]) for batch in lenient) == good == lenient.good
@@ -217,7 +215,7 @@ def test_shared_broken_shard(name):
 
 @shared
 def test_shared_odd_images():
-    """Size and mean colours of 48 unusual but valid files, whole and by quadrant."""
+    """Size and mean colors of 48 unusual but valid files, whole and by quadrant."""
     for entry in json.loads((SHARED / "odd/MANIFEST.json").read_text()):
         image = decode_image((SHARED / "odd" / entry["file"]).read_bytes())
         height, width = image.shape[:2]
@@ -283,7 +281,7 @@ def test_shared_files_through_the_report_and_the_batches(spec, good, capsys):
     assert report["good"] == good and report["records"] == good + sum(report["dropped"].values())
     config = pipeline.DataConfig(image_size=16, max_bad_share=0.6, threads=0)
     batches = pipeline.Batches(
-        open_source(spec), config, batch_size=8, seed=0, layout=None, tokenizer=None, shuffle=False, epochs=1
+        open_source(spec), pipeline.Prepare(config), batch_size=8, seed=0, shuffle=False, epochs=1
     )
     assert sum(len(batch["image"]) for batch in batches) == good
     assert batches.dropped == report["dropped"]

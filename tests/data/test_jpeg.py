@@ -21,7 +21,7 @@ FORMS = {
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Slopes, edges and colours."""
+    """Slopes, edges and colors."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([5 * x + y, 255 * (x // 7 % 2 == y // 5 % 2), x * y], axis=-1)
     return Image.fromarray(pixels.astype(np.uint8)).convert(mode)

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from dalle_jax.data import filters, transforms
-from dalle_jax.data.pipeline import Batches, DataConfig
+from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
 from dalle_jax.data.record import Dropped, Record
+from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError
 from dalle_jax.layout import Layout
 from dalle_jax.text.bpe import Tokenizer
@@ -50,8 +51,8 @@ class Numbers:
 def batches(source, tokenizer, *, config=None, batch_size=4, seed=7, shuffle=True, epochs=None, **kwargs):
     config = config or DataConfig(image_size=8, augment="transformer", bpe_dropout=0.1, threads=2)
     layout = None if tokenizer is None else LAYOUT
-    return Batches(source, config, batch_size=batch_size, seed=seed, layout=layout, tokenizer=tokenizer,
-                   shuffle=shuffle, epochs=epochs, **kwargs)  # fmt: skip
+    prepare = Prepare(config, layout, tokenizer)
+    return Batches(source, prepare, batch_size=batch_size, seed=seed, shuffle=shuffle, epochs=epochs, **kwargs)
 
 
 def numbers_of(batch, tokenizer):
@@ -83,7 +84,7 @@ class Photos(Numbers):
 
 
 def test_scaled_jpeg_gives_nearly_the_same_pictures_and_the_same_filters(tokenizer):
-    exact = DataConfig(image_size=16, augment="centre", threads=0, min_image_side=100)
+    exact = DataConfig(image_size=16, augment="center", threads=0, min_image_side=100)
     scaled = dataclasses.replace(exact, scaled_jpeg=True)
     pictures = [
         np.concatenate([b["image"] for b in batches(Photos(8), tokenizer, config=config, shuffle=False, epochs=1)])
@@ -92,7 +93,7 @@ def test_scaled_jpeg_gives_nearly_the_same_pictures_and_the_same_filters(tokeniz
     assert len(pictures[1]) == 8  # the filter asks for the size before scaling
     difference = np.abs(pictures[0].astype(float) - pictures[1])
     assert 0 < difference.mean() < 2
-    assert [transforms.shortest(name, 256) for name in ("dvae", "transformer", "clip", "centre")] == [
+    assert [transforms.shortest(name, 256) for name in ("dvae", "transformer", "clip", "center")] == [
         384,
         288,
         512,
@@ -110,7 +111,7 @@ def test_shapes(tokenizer):
 
 def test_dropped_captions_are_empty_ones_at_the_configured_share(tokenizer):
     """The rest, pictures and tokens, is what a run without dropping reads; validation drops none."""
-    config = DataConfig(image_size=8, augment="centre", caption_dropout=0.25, threads=0)
+    config = DataConfig(image_size=8, augment="center", caption_dropout=0.25, threads=0)
     found = take(batches(Numbers(400), tokenizer, config=config, shuffle=False, epochs=1), 100)
     plain = take(batches(Numbers(400), tokenizer, config=config.without_randomness(), shuffle=False, epochs=1), 100)
     text, whole = (np.concatenate([batch["text"] for batch in each]) for each in (found, plain))
@@ -125,7 +126,7 @@ def test_dropped_captions_are_empty_ones_at_the_configured_share(tokenizer):
 def test_every_record_once_per_epoch_whatever_the_processes(tokenizer, processes):
     orders = []
     for index in range(processes):
-        iterator = batches(Numbers(36), tokenizer, epochs=2, process_index=index, process_count=processes)
+        iterator = batches(Numbers(36), tokenizer, epochs=2, share=Share(index, processes))
         orders.append([i for batch in iterator for i in numbers_of(batch, tokenizer)])
     share = 36 // processes
     for epoch in range(2):
@@ -137,9 +138,7 @@ def test_every_record_once_per_epoch_whatever_the_processes(tokenizer, processes
 
 def test_what_happens_to_a_record_does_not_depend_on_the_processes(tokenizer):
     alone = take(batches(Numbers(24), tokenizer, batch_size=2), 4)
-    first, second = (
-        take(batches(Numbers(24), tokenizer, batch_size=1, process_index=i, process_count=2), 4) for i in range(2)
-    )
+    first, second = (take(batches(Numbers(24), tokenizer, batch_size=1, share=Share(i, 2)), 4) for i in range(2))
     for name in ("image", "text"):
         together = [np.concatenate([a[name], b[name]]) for a, b in zip(first, second, strict=True)]
         np.testing.assert_array_equal(np.stack([batch[name] for batch in alone]), np.stack(together))
@@ -295,10 +294,9 @@ def test_nothing_usable_is_an_error_and_no_endless_loop(tokenizer, epochs):
 
 def test_refusals(tokenizer):
     with pytest.raises(UserError, match="3 processes, got 2"):
-        batches(Numbers(2), tokenizer, process_count=3)
+        batches(Numbers(2), tokenizer, share=Share(0, 3))
     with pytest.raises(UserError, match="expected a tokenizer of at most"):
-        Batches(Numbers(9), DataConfig(), batch_size=1, seed=0, layout=Layout(8, 300, 2, 8), tokenizer=tokenizer,
-                shuffle=True, epochs=None)  # fmt: skip
+        Prepare(DataConfig(), Layout(8, 300, 2, 8), tokenizer)
     for wrong in (
         {"augment": "none"},
         {"threads": -1},

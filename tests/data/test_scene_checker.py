@@ -50,7 +50,7 @@ def agrees(scene, placed, said):
     true = scenes.canonical(Scene(tuple(item.object for item in placed), scene.relation))
     said = scenes.canonical(said)
     return (true.relation, len(true.objects)) == (said.relation, len(said.objects)) and all(
-        (a.shape, a.colour) == (b.shape, b.colour) and b.size in (None, a.size)
+        (a.shape, a.color) == (b.shape, b.color) and b.size in (None, a.size)
         for a, b in zip(true.objects, said.objects, strict=True)
     )
 
@@ -75,7 +75,7 @@ def test_shuffled_captions_pass_at_chance_level(objects, shifts):
 def altered(scene):
     """Captions that are wrong in one word, or tell the objects the wrong way round."""
     for i, o in enumerate(scene.objects):
-        others = [dataclasses.replace(o, colour=c) for c in scenes.COLOURS if c != o.colour]
+        others = [dataclasses.replace(o, color=c) for c in scenes.COLORS if c != o.color]
         others += [dataclasses.replace(o, shape=s) for s in scenes.SHAPES if s != o.shape]
         for other in others:
             yield Scene((*scene.objects[:i], other, *scene.objects[i + 1 :]), scene.relation)
@@ -110,9 +110,9 @@ def white(side=32):
     return np.full((side, side, 3), 255, np.uint8)
 
 
-def painted(mask, colour="red"):
+def painted(mask, color="red"):
     """A mask bool [S, S] painted on white."""
-    return np.where(mask[..., None], np.array(scenes.COLOURS[colour]), 255).astype(np.uint8)
+    return np.where(mask[..., None], np.array(scenes.COLORS[color]), 255).astype(np.uint8)
 
 
 def disc(side, *, x=0.5, y=0.5, radius=0.2):
@@ -124,8 +124,8 @@ def cheats(side):
     """Pictures that show no scene at all."""
     yield "blank", white(side)
     yield "black", np.zeros((side, side, 3), np.uint8)
-    for colour, value in scenes.COLOURS.items():
-        yield f"all {colour}", np.broadcast_to(np.uint8(value), (side, side, 3)).copy()
+    for color, value in scenes.COLORS.items():
+        yield f"all {color}", np.broadcast_to(np.uint8(value), (side, side, 3)).copy()
     for seed in range(3):
         yield "noise", rng(seed).integers(0, 256, (side, side, 3), np.uint8)
         yield "specks", painted(rng(seed).random((side, side)) < 0.3)
@@ -143,7 +143,7 @@ def cheats(side):
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_pictures_without_a_scene_show_no_scene(side):
-    objects = [Object(*o) for o in itertools.product(scenes.SHAPES, scenes.COLOURS)]
+    objects = [Object(*o) for o in itertools.product(scenes.SHAPES, scenes.COLORS)]
     every = [Scene((o,)) for o in objects] + [Scene(pair, "above") for pair in itertools.pairwise(objects)]
     for name, image in cheats(side):
         for scene in every:
@@ -157,7 +157,7 @@ def test_each_rule_names_what_is_wrong(side):
     two_tone = np.where((np.arange(side) > side / 2)[:, None, None], painted(disc(side), "orange"), circle)
     extra = np.minimum(circle, painted(disc(side, x=0.15, y=0.85, radius=0.07), "blue"))
     ghost = np.where(disc(side, x=0.15, y=0.85, radius=0.12)[..., None], np.uint8([255, 200, 200]), circle)
-    grey = np.where(circle == 255, np.uint8(200), circle)
+    gray = np.where(circle == 255, np.uint8(200), circle)
     tint = np.where(disc(side)[..., None], np.uint8([245, 190, 190]), 255).astype(np.uint8)
     pale = np.where(disc(side)[..., None], np.uint8([235, 140, 140]), 255).astype(np.uint8)
     tiny = painted(disc(side, radius=0.09))
@@ -165,14 +165,14 @@ def test_each_rule_names_what_is_wrong(side):
     speck[1, 1] = 0
     for image, reason in (
         (white(side), "0 objects"),
-        (two_tone, "two colours"),
+        (two_tone, "two colors"),
         (extra, "2 objects"),
         (ghost, "neither white nor an object"),
-        (grey, "no clear shape|none of the colours|neither white"),
+        (gray, "no clear shape|none of the colors|neither white"),
         (tint, "0 objects"),
-        (pale, "none of the colours"),
+        (pale, "none of the colors"),
         (tiny, "of no size"),
-        (np.broadcast_to(np.uint8(scenes.COLOURS["red"]), (side, side, 3)), "of no size"),
+        (np.broadcast_to(np.uint8(scenes.COLORS["red"]), (side, side, 3)), "of no size"),
         (painted(disc(side), "blue"), "large blue circle instead of a red circle"),
     ):
         verdict = shows(image, ONE)
@@ -209,9 +209,9 @@ def test_the_objects_are_measured_where_they_are():
         objects, dirt = look(image)
         assert dirt == 0 and len(objects) == len(placed)
         for item in placed:
-            sink = shapes.CENTRE_OF_MASS[item.object.shape] * item.radius
+            sink = shapes.CENTER_OF_MASS[item.object.shape] * item.radius
             seen = min(objects, key=lambda o: math.hypot(o.x - item.x, o.y - item.y - sink))
-            assert (seen.shape, seen.colour, seen.size) == (item.object.shape, item.object.colour, item.object.size)
+            assert (seen.shape, seen.color, seen.size) == (item.object.shape, item.object.color, item.object.size)
             # A tenth of a pixel for place and two for the radius: rounding to 8 bits and soft corners.
             assert math.hypot(seen.x - item.x, seen.y - item.y - sink) < 0.1 / 64
             assert seen.radius == pytest.approx(item.radius, abs=0.2 / 64)

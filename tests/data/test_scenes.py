@@ -88,7 +88,7 @@ def test_a_wrong_name_is_one_clear_sentence(spec):
 
 
 def test_captions_say_the_scene_and_can_be_read_back():
-    objects = [Object(*o) for o in itertools.product(scenes.SHAPES, scenes.COLOURS, (None, *scenes.SIZES))]
+    objects = [Object(*o) for o in itertools.product(scenes.SHAPES, scenes.COLORS, (None, *scenes.SIZES))]
     one = [(Scene((o,)), w) for o in objects for w in range(len(scenes.ONE_OBJECT_WORDINGS))]
     pairs = list(
         itertools.product(objects[::7], objects[::5], scenes.RELATIONS, range(len(scenes.TWO_OBJECT_WORDINGS)))
@@ -121,33 +121,32 @@ def test_training_never_shows_what_is_held_out():
     for split, count in (("train", 20_000), ("val", 2_000)):
         for index in range(count):
             scene = scenes.sample_scene(split, index)
-            seen_objects |= {(o.colour, o.shape) for o in scene.objects}
+            seen_objects |= {(o.color, o.shape) for o in scene.objects}
             if scene.relation:
                 upper = scenes.canonical(scene)
                 seen_relations.add((upper.objects[0].shape, upper.relation, upper.objects[1].shape))
-                seen_combinations.add(tuple((o.colour, o.shape) for o in upper.objects) + (upper.relation,))
+                seen_combinations.add(tuple((o.color, o.shape) for o in upper.objects) + (upper.relation,))
     # 20,000 records are enough to meet all that is allowed, so these are equalities.
     assert len(scenes.UNSEEN_PAIRS) == 5 and len(scenes.UNSEEN_RELATIONS) == 5
-    assert seen_objects == set(itertools.product(scenes.COLOURS, scenes.SHAPES)) - scenes.UNSEEN_PAIRS
+    assert seen_objects == set(itertools.product(scenes.COLORS, scenes.SHAPES)) - scenes.UNSEEN_PAIRS
     every = set(itertools.product(scenes.SHAPES, ("above", "left of"), scenes.SHAPES))
     assert len(every) == 32 and seen_relations == every - scenes.UNSEEN_RELATIONS
     for name in ("two_unseen_combination", "two_unseen_pair", "two_unseen_relation"):
         for _, scene in scenes.captions(name, "report", 300):
             upper = scenes.canonical(scene)
-            assert tuple((o.colour, o.shape) for o in upper.objects) + (upper.relation,) not in seen_combinations
+            assert tuple((o.color, o.shape) for o in upper.objects) + (upper.relation,) not in seen_combinations
     unseen = {s for part in scenes.PARTS for _, s in scenes.captions("two_unseen_combination", part, 5000)}
     unseen = {
-        tuple((o.colour, o.shape) for o in scenes.canonical(s).objects) + (scenes.canonical(s).relation,)
-        for s in unseen
+        tuple((o.color, o.shape) for o in scenes.canonical(s).objects) + (scenes.canonical(s).relation,) for s in unseen
     }
     assert 0.05 < len(unseen) / (len(unseen) + len(seen_combinations)) < 0.15  # one in ten, by hash
 
 
-def test_every_colour_and_shape_is_common_in_training():
+def test_every_color_and_shape_is_common_in_training():
     count = 4_000
     sample = [scenes.sample_scene("train", i) for i in range(count)]
-    for word in (*scenes.COLOURS, *scenes.SHAPES, *scenes.RELATIONS):
-        having = sum(any(word in (o.colour, o.shape) for o in s.objects) or s.relation == word for s in sample)
+    for word in (*scenes.COLORS, *scenes.SHAPES, *scenes.RELATIONS):
+        having = sum(any(word in (o.color, o.shape) for o in s.objects) or s.relation == word for s in sample)
         assert having > count / 10, word
 
 
@@ -173,7 +172,7 @@ def test_captions_for_tuning_and_for_the_report_are_apart(name):
 
         def combinations(told):
             upper = [scenes.canonical(s) for _, s in told]
-            return {(*((o.colour, o.shape) for o in s.objects), s.relation) for s in upper}
+            return {(*((o.color, o.shape) for o in s.objects), s.relation) for s in upper}
 
         assert not combinations(tune) & combinations(report)
     for part, told in (("tune", tune), ("report", report)):
@@ -198,7 +197,7 @@ def test_the_measures_of_a_shape_are_those_of_its_drawing(shape):
     # Anti-aliasing is exact along a straight edge; corners and the curve are off by less than a pixel each.
     assert share.sum() == pytest.approx(shapes.AREA[shape] * radius**2, abs=20)
     down = (share.sum(1) @ (pixels + 0.5)) / share.sum() - middle
-    assert down == pytest.approx(shapes.CENTRE_OF_MASS[shape] * radius, abs=0.1)
+    assert down == pytest.approx(shapes.CENTER_OF_MASS[shape] * radius, abs=0.1)
     edge_length = np.count_nonzero((share > 0) & (share < 1))  # pixels that a line crosses: 1 to 4/pi a unit of length
     assert 0.9 < edge_length / (shapes.PERIMETER[shape] * radius) < 1.5
     rows, columns = np.nonzero(share > 0.5)

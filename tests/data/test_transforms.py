@@ -61,7 +61,7 @@ def test_area_window_is_a_cut_of_the_whole():
 @pytest.mark.parametrize("name", transforms.AUGMENTATIONS)
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (5, 40), (33, 21), (64, 64), (1, 1), (200, 31)])
 def test_shape_and_plain_pictures(name, height, width):
-    """A plain colour stays exactly that colour, whatever is cropped and resized."""
+    """A plain color stays exactly that color, whatever is cropped and resized."""
     image = np.full((height, width, 3), (3, 128, 255), np.uint8)
     out = transforms.AUGMENTATIONS[name](image, 16, np.random.default_rng(0))
     assert out.shape == (16, 16, 3) and out.dtype == np.uint8 and out.flags.c_contiguous
@@ -133,14 +133,14 @@ def test_the_papers_sizes(monkeypatch, name, shortest, longest):
     assert seen[0] == 270 if name == "dvae" else 256 <= seen[0] <= 270
 
 
-def test_centre_takes_the_middle():
-    out = transforms.centre(coordinates(8, 20), 8)
+def test_center_takes_the_middle():
+    out = transforms.center_crop(coordinates(8, 20), 8)
     np.testing.assert_array_equal(out[0, :, 1], np.arange(6, 14))
-    out = transforms.centre(coordinates(60, 40, step=4), 10)
+    out = transforms.center_crop(coordinates(60, 40, step=4), 10)
     assert abs(int(out[:, :, 0].mean()) - 29.5 * 4) < 2 and abs(int(out[:, :, 1].mean()) - 19.5 * 4) < 2
 
 
-@pytest.mark.parametrize("name", ["centre", "clip"])
+@pytest.mark.parametrize("name", ["center", "clip"])
 def test_a_picture_of_the_size_wanted_is_copied_as_pillow_does(name):
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     out = transforms.AUGMENTATIONS[name](image, 16, np.random.default_rng(0))

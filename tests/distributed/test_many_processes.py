@@ -11,7 +11,7 @@ from PIL import Image
 from dalle_jax import config as configs
 from dalle_jax import model_dir
 from dalle_jax.checkpoint import format
-from dalle_jax.data.shards import Lanes
+from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.errors import EXIT_RESTART
 from dalle_jax.mesh import make_mesh
 from dalle_jax.train import run
@@ -48,13 +48,13 @@ def words(values, **more):
 
 def here(values, workdir, **more):
     """The same run in this process, on its eight devices; returns the result and the records of each batch."""
-    seen, take, build = [], Lanes.__next__, run.build_task
+    seen, take, build = [], ShardedBatches.__next__, run.build_task
     train_driver.note_records(seen)
     run.build_task = train_driver.toy_task
     try:
         return run.train(configs.load("configs/dvae.py:demo", words(values, **more)), workdir, progress=False), seen
     finally:
-        Lanes.__next__, run.build_task = take, build
+        ShardedBatches.__next__, run.build_task = take, build
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from flax import nnx
 from dalle_jax import distributed, sharding
 from dalle_jax.cli import main
 from dalle_jax.cli import train as training
-from dalle_jax.data.shards import Lanes
+from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.models.layers import Model, param
 from dalle_jax.train import run
 from dalle_jax.train.monitor import goodput, metrics
@@ -60,7 +60,7 @@ def toy_task(_=None) -> Task:
 
 def note_records(seen: list, *, on_batch=lambda number: None) -> None:
     """From here on, the record numbers of every training batch of this process (its pictures tell) go to `seen`."""
-    take = Lanes.__next__
+    take = ShardedBatches.__next__
 
     def taken(self):
         batch = take(self)
@@ -68,7 +68,7 @@ def note_records(seen: list, *, on_batch=lambda number: None) -> None:
         on_batch(len(seen))
         return batch
 
-    Lanes.__next__ = taken
+    ShardedBatches.__next__ = taken
 
 
 def digest(tree) -> str:

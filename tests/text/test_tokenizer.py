@@ -14,7 +14,7 @@ import sentencepiece
 from dalle_jax.cli import tokenizer as train_tokenizer
 from dalle_jax.data.record import Dropped, Record
 from dalle_jax.errors import UserError
-from dalle_jax.text.bpe import RESERVED, Tokenizer, normalise
+from dalle_jax.text.bpe import RESERVED, Tokenizer, normalize
 
 TRAINING = [f"a {size} {colour} {shape} on the {place}" for size in ("small", "large", "tiny", "über-large")
             for colour in ("red", "green", "blue", "crème") for shape in ("circle", "square", "star 🙂", "사과")
@@ -40,23 +40,23 @@ def tokenizer():
     return Tokenizer.train(TRAINING, vocab_size=340)
 
 
-def test_normalise():
-    assert normalise("  A Red\tAPPLE \n") == "a red apple"
-    assert normalise("ﬁne Ⅷ") == "fine viii"
-    assert normalise("a\x00b\x1b\ud800\u00ad") == "ab"
-    assert normalise("x\u2581y") == "x y"
-    assert normalise("👩\u200d👩") == "👩\u200d👩"
+def test_normalize():
+    assert normalize("  A Red\tAPPLE \n") == "a red apple"
+    assert normalize("ﬁne Ⅷ") == "fine viii"
+    assert normalize("a\x00b\x1b\ud800\u00ad") == "ab"
+    assert normalize("x\u2581y") == "x y"
+    assert normalize("👩\u200d👩") == "👩\u200d👩"
 
 
-def test_normalise_is_idempotent_for_every_character():
+def test_normalize_is_idempotent_for_every_character():
     changed = [
-        c for c in map(chr, range(0, sys.maxunicode, 3)) if normalise(normalise(f"x{c}y")) != normalise(f"x{c}y")
+        c for c in map(chr, range(0, sys.maxunicode, 3)) if normalize(normalize(f"x{c}y")) != normalize(f"x{c}y")
     ]
     assert not changed
 
 
-def test_normalised_text_has_no_control_characters():
-    text = normalise("".join(map(chr, range(0x3000))))
+def test_normalized_text_has_no_control_characters():
+    text = normalize("".join(map(chr, range(0x3000))))
     assert not {unicodedata.category(c) for c in text} & {"Cc", "Cs"}
 
 
@@ -66,7 +66,7 @@ def test_every_caption_comes_back(tokenizer, caption):
     for dropout in (0.0, 0.1, 0.5, 1.0):
         ids = tokenizer.encode(caption, dropout=dropout, rng=rng)
         assert all(isinstance(i, int) and 0 < i < tokenizer.vocab_size for i in ids)  # 0 is the unknown piece
-        assert tokenizer.decode(ids) == normalise(caption)
+        assert tokenizer.decode(ids) == normalize(caption)
 
 
 def test_merging_without_dropout_is_sentencepiece(tokenizer):

@@ -93,20 +93,23 @@ def read_settings(folder: pathlib.Path) -> Settings:
     """
     path = folder / SETTINGS
     try:
-        return Settings(**json.loads(path.read_text()))
+        fields = json.loads(path.read_text())
+        if fields.get("augment") == "centre":  # as version 0.1 wrote it
+            fields["augment"] = "center"
+        return Settings(**fields)
     except OSError as error:
         raise UserError(
             f"expected a folder that `dalle-jax encode` made, got {folder} without a readable {SETTINGS} "
             f"({error.strerror}): check the path"
         ) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"expected the settings of format {FORMAT} in {path}, got one where {error}") from error
 
 
 def pack(slots: list[Encoded | Dropped], settings: Settings) -> bytes:
     """A shard of these slots as the bytes of its file."""
     good = [slot for slot in slots if isinstance(slot, Encoded)]
-    codes = [slot.codes for slot in good] or [np.empty((0, settings.augmentations, settings.grid**2), np.uint16)]
+    codes = [slot.tokens_KI for slot in good] or [np.empty((0, settings.augmentations, settings.grid**2), np.uint16)]
     rows = np.cumsum([isinstance(slot, Encoded) for slot in slots]) - 1
     texts = [json.dumps(_described(slot), ensure_ascii=False).encode() for slot in slots]
     arrays = {

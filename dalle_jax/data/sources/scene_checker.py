@@ -4,18 +4,18 @@ The rules, fixed before any model was tuned on them:
   1. Foreground is what differs from white by more than FOREGROUND; its 4-connected pieces of at least SPECK of the
      picture are the objects. There must be as many as the caption says, and what else is not white (smaller pieces,
      pale stains, away from the objects' soft edges) must add up to less than DIRT.
-  2. An object's colour is the nearest of the six, within COLOUR_REACH, to the median of its inner half: the pixels
-     furthest from white. At least ONE_COLOURED of all its pixels must be that colour or a mixture of it with white, as
-     an edge is. Otherwise it is two-coloured.
+  2. An object's color is the nearest of the six, within COLOR_REACH, to the median of its inner half: the pixels
+     furthest from white. At least ONE_COLORED of all its pixels must be that color or a mixture of it with white, as
+     an edge is. Otherwise it is two-colored.
   3. An object's shape is the one of the four whose outline fits best when it is drawn, by the code that draws the
-     scenes, with the same area and centre of mass. The misfit is the area where the two differ, in soft coverage, over
+     scenes, with the same area and center of mass. The misfit is the area where the two differ, in soft coverage, over
      the length of the outline: how far the outlines are apart on average. It must be at most OUTLINE, and the overlap
      (intersection over union) at least OVERLAP. A bare threshold on the overlap would ask far more of a small star
      than of a large circle.
   4. An object's size is large if the box of that shape with that area has a half side above LARGE; it must be within
      BEYOND times of the sizes that are drawn, so that a picture filled with red is no red square.
-  5. The relation is along the axis in which the centres of mass differ more.
-What the caption leaves open, an unnamed size or the place, is free. Distances of colours are Euclidean, RGB in [0, 1].
+  5. The relation is along the axis in which the centers of mass differ more.
+What the caption leaves open, an unnamed size or the place, is free. Distances of colors are Euclidean, RGB in [0, 1].
 """
 
 import dataclasses
@@ -24,25 +24,25 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from dalle_jax.data.sources.scenes import COLOURS, RADIUS, Object, Scene, parse
-from dalle_jax.data.sources.shapes import AREA, CENTRE_OF_MASS, PERIMETER, SHAPES, coverage
+from dalle_jax.data.sources.scenes import COLORS, RADIUS, Object, Scene, parse
+from dalle_jax.data.sources.shapes import AREA, CENTER_OF_MASS, PERIMETER, SHAPES, coverage
 
 __all__ = ["Seen", "Verdict", "accuracy", "look", "parse", "shows"]
 
-FOREGROUND = 0.4  # a pixel covered by two fifths; every colour is at 0.87 or more from white
+FOREGROUND = 0.4  # a pixel covered by two fifths; every color is at 0.87 or more from white
 PALE = 0.25  # less than this is white: noise, or the faint halo of a decoder
 SPECK = 0.006  # of the picture: 6 pixels at 32; the smallest object, a small star, covers 31
 DIRT = 0.02  # of the picture: 20 pixels at 32, two thirds of the smallest object
 HALO = 1 / 32  # of the side: how far the soft edge of an object reaches
-COLOUR_REACH = 0.30
-ONE_COLOURED = 0.80
-OFF_COLOUR = 0.20  # from the line between white and the colour; the colours are at least 0.28 from each other's lines
+COLOR_REACH = 0.30
+ONE_COLORED = 0.80
+OFF_COLOR = 0.20  # from the line between white and the color; the colors are at least 0.28 from each other's lines
 OUTLINE = 0.018  # of the side: 0.6 pixels at 32
 OVERLAP = 0.60
 LARGE = (RADIUS["small"][1] + RADIUS["large"][0]) / 2
 BEYOND = 1.4
 
-_PALETTE = {name: np.array(value) / 255 for name, value in COLOURS.items()}
+_PALETTE = {name: np.array(value) / 255 for name, value in COLORS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,15 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One object as found. x, y: centre of mass; radius: half side of its box; all in fractions of the side.
+    """One object as found. x, y: center of mass; radius: half side of its box; all in fractions of the side.
 
-    colour is None where it is none of the six, shape where no shape fits.
+    color is None where it is none of the six, shape where no shape fits.
     misfit: mean distance of its outline from that of the best shape.
     """
 
     shape: str | None
-    colour: str | None
-    one_coloured: bool
+    color: str | None
+    one_colored: bool
     x: float
     y: float
     radius: float
@@ -112,11 +112,11 @@ def _describe(image_unit: np.ndarray, piece_SS: np.ndarray, others_SS: np.ndarra
     inside_NC = pixels_HWC[piece_HW]
     from_white_N = np.linalg.norm(1 - inside_NC, axis=-1)
     median = np.median(inside_NC[from_white_N >= np.median(from_white_N)], axis=0)
-    colour = min(_PALETTE, key=lambda name: np.linalg.norm(median - _PALETTE[name]))
-    ink = 1 - _PALETTE[colour]
-    share_HW = np.clip((1 - pixels_HWC) @ ink / (ink @ ink), 0, 1)  # of white turned into the colour: soft coverage
+    color = min(_PALETTE, key=lambda name: np.linalg.norm(median - _PALETTE[name]))
+    ink = 1 - _PALETTE[color]
+    share_HW = np.clip((1 - pixels_HWC) @ ink / (ink @ ink), 0, 1)  # of white turned into the color: soft coverage
     residual_HW = np.linalg.norm(1 - share_HW[..., None] * ink - pixels_HWC, axis=-1)
-    one_coloured = np.mean(residual_HW[piece_HW] <= OFF_COLOUR) >= ONE_COLOURED
+    one_colored = np.mean(residual_HW[piece_HW] <= OFF_COLOR) >= ONE_COLORED
 
     soft_HW = share_HW * (ndimage.binary_dilation(piece_HW, _DISC, iterations=reach) & ~others_SS[part])
     height, width = soft_HW.shape
@@ -128,8 +128,8 @@ def _describe(image_unit: np.ndarray, piece_SS: np.ndarray, others_SS: np.ndarra
     misfit, overlap = fits[shape][0] / side, fits[shape][1]
     return Seen(
         shape=shape if misfit <= OUTLINE and overlap >= OVERLAP else None,
-        colour=colour if np.linalg.norm(median - _PALETTE[colour]) <= COLOUR_REACH else None,
-        one_coloured=bool(one_coloured),
+        color=color if np.linalg.norm(median - _PALETTE[color]) <= COLOR_REACH else None,
+        one_colored=bool(one_colored),
         x=(left + x) / side,
         y=(top + y) / side,
         radius=math.sqrt(area / AREA[shape]) / side,
@@ -138,12 +138,12 @@ def _describe(image_unit: np.ndarray, piece_SS: np.ndarray, others_SS: np.ndarra
 
 
 def _fit(soft_HW: np.ndarray, shape: str, *, x: float, y: float, radius: float) -> tuple[float, float]:
-    """Mean distance of the outlines, in pixels, and overlap of soft coverage with the shape about the same centre.
+    """Mean distance of the outlines, in pixels, and overlap of soft coverage with the shape about the same center.
 
     The frame is the piece's own box; what the drawn shape covers outside of it counts as differing.
     """
     height, width = soft_HW.shape
-    y = y - CENTRE_OF_MASS[shape] * radius
+    y = y - CENTER_OF_MASS[shape] * radius
     drawn_HW = coverage(shape, x=x, y=y, radius=radius, columns=np.arange(width), rows=np.arange(height))
     area, common = soft_HW.sum(), np.minimum(soft_HW, drawn_HW).sum()  # the shape as drawn has the same area
     return float(2 * (area - common) / (PERIMETER[shape] * radius)), float(common / (2 * area - common))
@@ -151,16 +151,16 @@ def _fit(soft_HW: np.ndarray, shape: str, *, x: float, y: float, radius: float) 
 
 def _difference(seen: Seen, said: Object) -> str:
     """What is wrong with an object: '' if it is what the caption says."""
-    if seen.colour is None:
-        return f"an object of none of the colours instead of {said}"
-    if not seen.one_coloured:
-        return f"an object of two colours instead of {said}"
+    if seen.color is None:
+        return f"an object of none of the colors instead of {said}"
+    if not seen.one_colored:
+        return f"an object of two colors instead of {said}"
     if seen.shape is None:
         return f"something of no clear shape instead of {said} (outline off by {seen.misfit:.1%} of the side)"
     if seen.size is None:
-        return f"a {seen.colour} {seen.shape} of no size ({2 * seen.radius:.0%} of the side) instead of {said}"
-    right = seen.shape == said.shape and seen.colour == said.colour and said.size in (None, seen.size)
-    return "" if right else f"a {seen.size} {seen.colour} {seen.shape} instead of {said}"
+        return f"a {seen.color} {seen.shape} of no size ({2 * seen.radius:.0%} of the side) instead of {said}"
+    right = seen.shape == said.shape and seen.color == said.color and said.size in (None, seen.size)
+    return "" if right else f"a {seen.size} {seen.color} {seen.shape} instead of {said}"
 
 
 def shows(image_uint8: np.ndarray, scene: Scene) -> Verdict:

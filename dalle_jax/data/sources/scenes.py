@@ -1,6 +1,6 @@
-"""Built-in generated scenes: plain coloured shapes on white and the captions that describe them.
+"""Built-in generated scenes: plain colored shapes on white and the captions that describe them.
 
-Knows the grammar of the captions, how a scene is drawn, and THE split: which colour-shape pairs, relations and
+Knows the grammar of the captions, how a scene is drawn, and THE split: which color-shape pairs, relations and
 combinations never occur in training, so that a correct picture of one is zero-shot. Does not know how a picture is
 judged (scene_checker.py) nor anything about models.
 
@@ -22,7 +22,7 @@ from dalle_jax.data.record import Record
 from dalle_jax.data.sources.shapes import SHAPES, coverage
 from dalle_jax.errors import UserError
 
-COLOURS = {
+COLORS = {
     "red": (220, 30, 30),
     "green": (30, 160, 60),
     "blue": (40, 70, 220),
@@ -37,7 +37,7 @@ RELATIONS = tuple(OPPOSITE)
 RADIUS = {"small": (0.145, 0.16), "large": (0.205, 0.22)}  # half the side of the box that holds the shape
 MARGIN = 1 / 64  # between any box and the border: half a pixel at 32, the reach of the anti-aliasing
 GAP = 1 / 16  # at least this between the boxes of two objects: 2 pixels at 32, 4 at 64
-SLANT = 0.5  # the centres of two objects differ across the relation's axis by at most this times along it
+SLANT = 0.5  # the centers of two objects differ across the relation's axis by at most this times along it
 
 ONE_OBJECT_WORDINGS = (
     "{a}",
@@ -59,7 +59,7 @@ _ONE_SIZES = ((None,), ("small",), ("large",))
 _ONE_OF_TWO = tuple(itertools.chain.from_iterable(((size, None), (None, size)) for size in SIZES))
 _TWO_SIZES = ((None, None),) * 4 + _ONE_OF_TWO + tuple(itertools.product(SIZES, repeat=2))
 
-# THE split. Each held-out pair leaves its colour at least three shapes and its shape at least four colours.
+# THE split. Each held-out pair leaves its color at least three shapes and its shape at least four colors.
 UNSEEN_PAIRS = frozenset(
     {("red", "square"), ("green", "star"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "square")}
 )
@@ -85,15 +85,15 @@ class Object:
     """One shape; `size` is None where the caption does not name it."""
 
     shape: str
-    colour: str
+    color: str
     size: str | None = None
 
     def __post_init__(self):
-        if self.shape not in SHAPES or self.colour not in COLOURS or self.size not in (None, *SIZES):
-            raise ValueError(f"no such object: {self.size} {self.colour} {self.shape}")
+        if self.shape not in SHAPES or self.color not in COLORS or self.size not in (None, *SIZES):
+            raise ValueError(f"no such object: {self.size} {self.color} {self.shape}")
 
     def __str__(self):
-        words = f"{self.size} {self.colour} {self.shape}" if self.size else f"{self.colour} {self.shape}"
+        words = f"{self.size} {self.color} {self.shape}" if self.size else f"{self.color} {self.shape}"
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -111,7 +111,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """An object as drawn: its box is centred on (x, y) with half side `radius`, in fractions of the side."""
+    """An object as drawn: its box is centered on (x, y) with half side `radius`, in fractions of the side."""
 
     object: Object  # its size is never None
     x: float
@@ -133,8 +133,8 @@ def caption(scene: Scene, *, wording: int = 0) -> str:
 @functools.cache
 def _patterns() -> tuple[re.Pattern, ...]:
     def of_object(name):
-        size, colour, shape = "|".join(SIZES), "|".join(COLOURS), "|".join(SHAPES)
-        return rf"an? (?:(?P<{name}_size>{size}) )?(?P<{name}_colour>{colour}) (?P<{name}_shape>{shape})"
+        size, color, shape = "|".join(SIZES), "|".join(COLORS), "|".join(SHAPES)
+        return rf"an? (?:(?P<{name}_size>{size}) )?(?P<{name}_color>{color}) (?P<{name}_shape>{shape})"
 
     relation = rf"(?:to the )?(?P<relation>{'|'.join(RELATIONS)})"
     parts = {"a": of_object("a"), "b": of_object("b"), "relation": relation}
@@ -148,7 +148,7 @@ def parse(text: str) -> Scene | None:
         if found := pattern.fullmatch(words):
             group = found.groupdict()
             names = ("a", "b") if group.get("relation") else ("a",)
-            objects = (Object(group[f"{n}_shape"], group[f"{n}_colour"], group[f"{n}_size"]) for n in names)
+            objects = (Object(group[f"{n}_shape"], group[f"{n}_color"], group[f"{n}_size"]) for n in names)
             return Scene(tuple(objects), group.get("relation"))
     return None
 
@@ -173,12 +173,12 @@ def _without_sizes(scene: Scene) -> Scene:
 
 
 def unseen_pairs(scene: Scene) -> int:
-    """How many of its objects are of a colour-shape pair that training never shows."""
-    return sum((o.colour, o.shape) in UNSEEN_PAIRS for o in scene.objects)
+    """How many of its objects are of a color-shape pair that training never shows."""
+    return sum((o.color, o.shape) in UNSEEN_PAIRS for o in scene.objects)
 
 
 def unseen_relation(scene: Scene) -> bool:
-    """Whether training never shows these two shapes, of whatever colours, in this relation."""
+    """Whether training never shows these two shapes, of whatever colors, in this relation."""
     upper = canonical(scene)
     return (
         upper.relation is not None
@@ -202,9 +202,9 @@ def in_training(scene: Scene) -> bool:
 def _pool(name: str) -> tuple[Scene, ...]:
     """All canonical scenes without sizes of 'one_train', 'two_train' or an evaluation set.
 
-    Two objects are never of the same colour and shape: a caption could not tell them apart.
+    Two objects are never of the same color and shape: a caption could not tell them apart.
     """
-    objects = [Object(shape, colour) for shape in SHAPES for colour in COLOURS]
+    objects = [Object(shape, color) for shape in SHAPES for color in COLORS]
     pairs = [(a, b) for a, b in itertools.product(objects, repeat=2) if a != b]
     one = [Scene((a,)) for a in objects]
     two = [Scene(pair, relation) for relation in ("above", "left of") for pair in pairs]
@@ -225,12 +225,12 @@ def _say(scene: Scene, sizes: tuple[str | None, ...], *, swap: bool) -> Scene:
     objects, relation = scene.objects, scene.relation
     if swap and relation is not None:
         objects, relation = objects[::-1], OPPOSITE[relation]
-    return Scene(tuple(Object(o.shape, o.colour, size) for o, size in zip(objects, sizes, strict=True)), relation)
+    return Scene(tuple(Object(o.shape, o.color, size) for o, size in zip(objects, sizes, strict=True)), relation)
 
 
 # --- drawing
 
-_INK = {name: 255.0 - np.array(value) for name, value in COLOURS.items()}  # what the colour takes from white
+_INK = {name: 255.0 - np.array(value) for name, value in COLORS.items()}  # what the color takes from white
 
 
 def place(scene: Scene, rng: np.random.Generator) -> tuple[Placed, ...]:
@@ -246,7 +246,7 @@ def place(scene: Scene, rng: np.random.Generator) -> tuple[Placed, ...]:
     objects, radii = [], []
     for o, size_u, radius_u in zip(scene.objects, pick[0:2], pick[2:4], strict=False):  # one object leaves some over
         size = o.size or SIZES[int(size_u * len(SIZES))]
-        objects.append(Object(o.shape, o.colour, size))
+        objects.append(Object(o.shape, o.color, size))
         radii.append(between(*RADIUS[size], radius_u))
 
     if scene.relation is None:
@@ -276,11 +276,11 @@ def render(placed: tuple[Placed, ...], *, image_size: int) -> np.ndarray:
     image_uint8 = np.full((image_size, image_size, 3), 255, np.uint8)
     for item in placed:
         x, y, radius = item.x * image_size, item.y * image_size, item.radius * image_size
-        left, top = (max(0, math.floor(centre - radius - 0.5)) for centre in (x, y))
-        right, bottom = (min(image_size, math.ceil(centre + radius + 0.5)) for centre in (x, y))
+        left, top = (max(0, math.floor(center - radius - 0.5)) for center in (x, y))
+        right, bottom = (min(image_size, math.ceil(center + radius + 0.5)) for center in (x, y))
         columns, rows = np.arange(left, right), np.arange(top, bottom)
         share = coverage(item.object.shape, x=x, y=y, radius=radius, columns=columns, rows=rows)
-        image_uint8[top:bottom, left:right] = 255.5 - share[..., None] * _INK[item.object.colour]
+        image_uint8[top:bottom, left:right] = 255.5 - share[..., None] * _INK[item.object.color]
     return image_uint8
 
 
@@ -382,7 +382,7 @@ def captions(set_name: str, part: str, n: int) -> list[tuple[str, Scene]]:
     """The first `n` captions of an evaluation set, with what they say; a longer list begins with the shorter one.
 
     Part 'tune' is for choosing a temperature, 'report' for the figures that are published; no caption is in both.
-    With two objects no combination is in both either, in whatever words; with one object the colour-shape pairs are
+    With two objects no combination is in both either, in whatever words; with one object the color-shape pairs are
     shared by necessity. Captions do not repeat before the part is exhausted: with one object there are few (see
     `available`), and then the list goes round again.
     """

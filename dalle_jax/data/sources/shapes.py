@@ -1,7 +1,7 @@
 """The four shapes of the built-in scenes: their outlines, measures and anti-aliased coverage.
 
 Each lies in a box [-1, 1] x [-1, 1], x to the right, y down, and the measures are in units of half the box's side.
-Does not know colours, places or captions.
+Does not know colors, places or captions.
 """
 
 import math
@@ -26,8 +26,8 @@ AREA = {  # of each shape, in units of the squared half side of its box
     "triangle": math.sqrt(3),
     "star": 5 * _STAR * _STAR_INNER * math.sin(math.pi / 5),
 }
-# How far below the middle of its box the centre of mass lies, in units of the box's half side.
-CENTRE_OF_MASS = {"circle": 0.0, "square": 0.0, "triangle": math.sqrt(3) / 6, "star": -_STAR_DROP}
+# How far below the middle of its box the center of mass lies, in units of the box's half side.
+CENTER_OF_MASS = {"circle": 0.0, "square": 0.0, "triangle": math.sqrt(3) / 6, "star": -_STAR_DROP}
 
 
 def _distance(shape: str, x_HW: np.ndarray, y_HW: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ def _distance(shape: str, x_HW: np.ndarray, y_HW: np.ndarray) -> np.ndarray:
 def coverage(shape: str, *, x: float, y: float, radius: float, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Share of each pixel that the shape covers, anti-aliased over one pixel: float64 [len(rows), len(columns)].
 
-    x, y, radius: centre and half side of the shape's box, in pixels. columns, rows: indices of the pixels wanted.
+    x, y, radius: center and half side of the shape's box, in pixels. columns, rows: indices of the pixels wanted.
     """
     unit_x = (columns + 0.5 - x) / radius
     unit_y = (rows + 0.5 - y) / radius

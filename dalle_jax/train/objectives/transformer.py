@@ -46,8 +46,8 @@ def _cross_entropy(logits, targets):
 
 def _loss(model, dvae_model, params, frozen, batch, *, key, step, scales=None):
     del key, step  # nothing random, nothing scheduled
-    if "codes" in batch:
-        image_BI = batch["codes"]
+    if "image_tokens" in batch:
+        image_BI = batch["image_tokens"]
     else:
         image_BI = jax.lax.stop_gradient(encode_images(dvae_model, frozen, batch["image"]))
     text, image = token_losses(*model.apply(params, batch["text"], image_BI, scales), batch["text"], image_BI)

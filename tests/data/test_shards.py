@@ -1,28 +1,30 @@
-"""Lanes: the same batches whoever reads them, and a run that goes on with another number of processes."""
+"""Sharded batches: the same batches whoever reads them, and a run that goes on with another number of processes."""
 
 import json
 
 import numpy as np
 import pytest
 
-from dalle_jax.data.pipeline import DataConfig
-from dalle_jax.data.shards import Lanes
+from dalle_jax.data.pipeline import DataConfig, Prepare
+from dalle_jax.data.shards import ShardedBatches
+from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError
 from tests.data.test_pipeline import LAYOUT, Numbers, batches, numbers_of, take, tokenizer  # noqa: F401  (a fixture)
 
 CONFIG = DataConfig(image_size=8, augment="transformer", bpe_dropout=0.1, threads=2, max_bad_share=0.5)
 
 
-def readers(source, tokenizer, count, *, lanes, batch_size=8, seed=7, config=CONFIG):  # noqa: F811
+def readers(source, tokenizer, count, *, shards, batch_size=8, seed=7, config=CONFIG):  # noqa: F811
     """All readers of a job; `gather` of each asks all of them, as in a real one."""
     made = []
 
     def gather(_):
-        return [{str(lane): part.get_state() for lane, part in reader._lanes.items()} for reader in made]
+        return [{str(shard): part.get_state() for shard, part in reader._shards.items()} for reader in made]
 
     for index in range(count):
-        made.append(Lanes(source, config, batch_size=batch_size, seed=seed, layout=LAYOUT, tokenizer=tokenizer,
-                          lanes=lanes, reader=index, readers=count, gather=gather))  # fmt: skip
+        prepare = Prepare(config, LAYOUT, tokenizer)
+        made.append(ShardedBatches(source, prepare, batch_size=batch_size, seed=seed, shards=shards,
+                                   share=Share(index, count), gather=gather))  # fmt: skip
     return made
 
 
@@ -41,24 +43,24 @@ def assert_same(first, second):
             np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_one_lane_is_plain_batches(tokenizer):  # noqa: F811
+def test_one_shard_is_plain_batches(tokenizer):  # noqa: F811
     source = Numbers(23, faults=(2, 5))
-    (lanes,) = readers(source, tokenizer, 1, lanes=0, batch_size=4)
+    (sharded,) = readers(source, tokenizer, 1, shards=None, batch_size=4)
     plain = batches(source, tokenizer, config=CONFIG)
-    assert_same(take(lanes, 12), take(plain, 12))
-    assert lanes.get_state() == {"lanes": [plain.get_state()]}
-    assert (lanes.good, lanes.dropped) == (plain.good, plain.dropped)
+    assert_same(take(sharded, 12), take(plain, 12))
+    assert sharded.get_state() == {"lanes": [plain.get_state()]}
+    assert (sharded.good, sharded.dropped) == (plain.good, plain.dropped)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_batches_do_not_depend_on_who_reads_the_lanes(tokenizer, count):  # noqa: F811
+def test_batches_do_not_depend_on_who_reads_the_shards(tokenizer, count):  # noqa: F811
     source = Numbers(29, faults=(2, 5, 11))
-    wanted = global_batches(readers(source, tokenizer, 4, lanes=4), 12)
-    assert_same(global_batches(readers(source, tokenizer, count, lanes=4), 12), wanted)
+    wanted = global_batches(readers(source, tokenizer, 4, shards=4), 12)
+    assert_same(global_batches(readers(source, tokenizer, count, shards=4), 12), wanted)
 
 
 def test_every_record_once_per_epoch(tokenizer):  # noqa: F811
-    seen = [numbers_of(batch, tokenizer) for batch in global_batches(readers(Numbers(24), tokenizer, 2, lanes=4), 6)]
+    seen = [numbers_of(batch, tokenizer) for batch in global_batches(readers(Numbers(24), tokenizer, 2, shards=4), 6)]
     for epoch in (seen[:3], seen[3:]):
         assert sorted(sum(epoch, [])) == list(range(24))
     assert seen[:3] != seen[3:]
@@ -67,14 +69,14 @@ def test_every_record_once_per_epoch(tokenizer):  # noqa: F811
 @pytest.mark.parametrize("later", [1, 2, 4])
 def test_another_number_of_readers_goes_on_at_the_same_records(tokenizer, later):  # noqa: F811
     source = Numbers(29, faults=(2, 5, 11))
-    first = readers(source, tokenizer, 4, lanes=0)
+    first = readers(source, tokenizer, 4, shards=None)
     global_batches(first, 5)
     states = [json.dumps(reader.get_state()) for reader in first]
     assert len(set(states)) == 1
     good, dropped = sum(reader.good for reader in first), sum(reader.dropped.total() for reader in first)
     assert dropped > 0
 
-    resumed = readers(source, tokenizer, later, lanes=0 if later < 4 else 4)
+    resumed = readers(source, tokenizer, later, shards=None if later < 4 else 4)
     for reader in resumed:
         reader.set_state(json.loads(states[0]))
     assert sum(reader.good for reader in resumed) == good
@@ -85,27 +87,27 @@ def test_another_number_of_readers_goes_on_at_the_same_records(tokenizer, later)
 
 def test_numbers_that_do_not_fit_are_refused_with_those_that_do(tokenizer):  # noqa: F811
     source = Numbers(40)
-    state = readers(source, tokenizer, 4, lanes=0, batch_size=24)[0].get_state()
-    (three, *_) = readers(source, tokenizer, 3, lanes=0, batch_size=24)
+    state = readers(source, tokenizer, 4, shards=None, batch_size=24)[0].get_state()
+    (three, *_) = readers(source, tokenizer, 3, shards=None, batch_size=24)
     with pytest.raises(UserError, match=r"data.lanes = 4 .* got 3 processes: use 1 or 2 or 4"):
         three.set_state(state)
     with pytest.raises(UserError, match=r"divide the batch_size of 8"):
-        readers(source, tokenizer, 1, lanes=3)
-    (two, *_) = readers(source, tokenizer, 2, lanes=2, batch_size=24)
+        readers(source, tokenizer, 1, shards=3)
+    (two, *_) = readers(source, tokenizer, 2, shards=2, batch_size=24)
     with pytest.raises(UserError, match=r"data.lanes = 4, got 2"):
         two.set_state(state)
-    (other, *_) = readers(source, tokenizer, 4, lanes=0, batch_size=24, seed=8)
+    (other, *_) = readers(source, tokenizer, 4, shards=None, batch_size=24, seed=8)
     with pytest.raises(UserError, match="seed = 7, got 8"):
         other.set_state(state)
 
 
-def test_a_lane_of_few_records_may_hold_nothing_but_broken_ones(tokenizer):  # noqa: F811
+def test_a_shard_of_few_records_may_hold_nothing_but_broken_ones(tokenizer):  # noqa: F811
     """The share of broken records is judged over as many records as one process would judge it over."""
     source = Numbers(16, faults=(3,))
     config = DataConfig(image_size=8, threads=0, max_bad_share=0.3)
-    made = readers(source, tokenizer, 1, lanes=8, config=config)
+    made = readers(source, tokenizer, 1, shards=8, config=config)
     seen = [i for batch in global_batches(made, 40) for i in numbers_of(batch, tokenizer)]
     assert set(seen) == set(range(16)) - {3}
-    broken = readers(Numbers(16, faults=range(0, 16, 2)), tokenizer, 1, lanes=8, config=config)
+    broken = readers(Numbers(16, faults=range(0, 16, 2)), tokenizer, 1, shards=8, config=config)
     with pytest.raises(UserError, match="at most 30% broken records"):
         global_batches(broken, 40)
