@@ -39,15 +39,15 @@ class Ours:
     """Our side; what it compiles and opens is kept between the rounds."""
 
     def __init__(self, folder: pathlib.Path):
-        from dalle_jax.convert import inception as importer
+        from dalle_jax.convert.inception import convert
         from dalle_jax.data.sources import open_source
         from dalle_jax.evaluate.features import Extractor, Preparation
         from dalle_jax.models import inception
-        from tests.models.test_inception import weights
+        from tests.support.inception_weights import state_dict
 
-        state = weights("fid")
+        state = state_dict("fid")
         np.savez(folder / "weights.npz", **state)
-        config, params = importer.convert(state)
+        config, params = convert(state)
         self.folder, self.prepare = folder, Preparation()
         self.extractor = Extractor(inception.model(config), params)
         self.source = open_source(f"folder:{folder / 'pictures'}", captions_required=False)

@@ -14,7 +14,7 @@ import dalle_jax
 from dalle_jax.cli import host_memory
 from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, say
 
-# verb -> (module, what --help says); a dict instead of a module has verbs below it.
+# verb -> (module, what --help says)
 VERBS = {
     "demo": ("dalle_jax.cli.demo", "train everything on generated scenes and draw captions never seen, in minutes"),
     "data": ("dalle_jax.cli.data", "report what a source of captioned pictures holds and what would be dropped"),
@@ -27,14 +27,7 @@ VERBS = {
     "sample": ("dalle_jax.cli.sample", "draw pictures for captions"),
     "evaluate": ("dalle_jax.cli.evaluate", "say how far pictures are from a reference set: FID, IS, KID, precision"),
     "serve": ("dalle_jax.cli.serve", "answer OpenAI's Images API over HTTP, with a page for people"),
-    "convert": (
-        {
-            "openai-dvae": ("dalle_jax.convert.openai_dvae", "the released dVAE of OpenAI as a model directory"),
-            "hf-clip": ("dalle_jax.convert.hf_clip", "a CLIP of OpenAI or Hugging Face as a model directory"),
-            "inception": ("dalle_jax.convert.inception", "the network of FID, IS and KID as a model directory"),
-        },
-        "turn published weights into a model directory",
-    ),
+    "convert": ("dalle_jax.cli.convert", "turn published weights into a model directory"),
 }
 OVERRIDE = "--config."
 OVERRIDDEN = ("train", "preflight", "evaluate")  # verbs whose config can be changed on the command line
@@ -47,16 +40,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
-def _add_verbs(parser: argparse.ArgumentParser, verbs: dict, words: Sequence[str]) -> None:
+def _add_verbs(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """One subparser per verb; only the verb that `words` begins with imports its module and gets arguments."""
     subparsers = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
-    for verb, (module, summary) in verbs.items():
+    for verb, (module, summary) in VERBS.items():
         child = subparsers.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
-        if not words or words[0] != verb:
-            continue
-        if isinstance(module, dict):
-            _add_verbs(child, module, words[1:])
-        else:
+        if words and words[0] == verb:
             work = importlib.import_module(module)
             work.add_arguments(child)
             child.set_defaults(main=work.main)
@@ -75,7 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     words = [word for word in argv if not word.startswith(OVERRIDE)]
     parser = _Parser(prog="dalle-jax", description=dalle_jax.__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dalle-jax {dalle_jax.__version__}")
-    _add_verbs(parser, VERBS, words)
+    _add_verbs(parser, words)
     args = parser.parse_args(words)
     if overrides and words[0] not in OVERRIDDEN:
         verbs = " or ".join(f"`{verb}`" for verb in OVERRIDDEN)

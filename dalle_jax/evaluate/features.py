@@ -20,8 +20,7 @@ import numpy as np
 
 from dalle_jax import model_dir, sharding
 from dalle_jax.checkpoint import digest
-from dalle_jax.convert import inception as importer
-from dalle_jax.convert.state_dict import read_state_dict
+from dalle_jax.convert.inception import load_published
 from dalle_jax.data.decode import BadImage, decode_image
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.transforms import center_crop
@@ -130,7 +129,7 @@ class Extractor:
           UserError: nothing there, or the weights of something else.
         """
         if not pathlib.Path(path).is_dir():
-            config, params = importer.convert(read_state_dict(os.fspath(path)))
+            config, params = load_published(path)
             return cls(inception.model(config), params, batch=batch)
         found = model_dir.load(path, name="inception")
         return cls(found.model, found.params, batch=batch)

@@ -5,15 +5,13 @@ PyTorch; it was written by `python -m tests.convert.test_openai_dvae` and may ch
 With PyTorch and the package DALL-E installed, the same comparison runs live, and the file itself is checked too.
 """
 
-import argparse
-import pathlib
-import pickle
-
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dalle_jax import model_dir, pixels
+from dalle_jax.cli import main
 from dalle_jax.convert import openai_dvae
 from dalle_jax.errors import UserError
 from dalle_jax.models import dvae
@@ -62,8 +60,8 @@ def torch_outputs(encoder, decoder, image_uint8):
     with torch.no_grad():
         image = torch.from_numpy(image_uint8).permute(0, 3, 1, 2).float() / 255
         logits = encoder(map_pixels(image))
-        codes = torch.nn.functional.one_hot(logits.argmax(1), SIZES["vocab_size"]).permute(0, 3, 1, 2).float()
-        output = decoder(codes)
+        one_hot = torch.nn.functional.one_hot(logits.argmax(1), SIZES["vocab_size"]).permute(0, 3, 1, 2).float()
+        output = decoder(one_hot)
     return logits.permute(0, 2, 3, 1).numpy(), output.permute(0, 2, 3, 1).numpy()
 
 
@@ -154,37 +152,13 @@ def test_the_golden_file_is_what_pytorch_gives(golden):
 
 def test_safetensors_through_the_command(golden, tmp_path, capsys):
     """Needs no PyTorch; what is written is a model directory that loads."""
-    from safetensors.numpy import save_file
-
     for part in ("encoder", "decoder"):
         save_file(golden[part], tmp_path / f"{part}.safetensors")
-    assert openai_dvae.main(arguments(tmp_path, "safetensors")) == 0
+    words = [f"--{part}={tmp_path}/{part}.safetensors" for part in ("encoder", "decoder")]
+    assert main.main(["convert", "openai-dvae", *words, f"--out={tmp_path}/out", f"--image-size={IMAGE_SIZE}"]) == 0
     assert "24 codes" in capsys.readouterr().out
     found = model_dir.load(tmp_path / "out")
-    config, params = found.config, found.params
-    model = dvae.model(dvae.DVAEConfig(**config["model"]))
-    assert_near(encode(model, params, golden["image"]), golden["logits"])
-    with pytest.raises(UserError, match="empty directory"):
-        openai_dvae.main(arguments(tmp_path, "safetensors"))
-
-
-def test_torch_files_through_the_reader(tmp_path):
-    encoder, _ = reference()
-    import torch
-
-    torch.save(encoder.state_dict(), tmp_path / "state.pt")
-    read = openai_dvae.read_state_dict(str(tmp_path / "state.pt"), allow_pickle=False)
-    np.testing.assert_array_equal(read["blocks.input.w"], encoder.state_dict()["blocks.input.w"].numpy())
-
-    torch.save(encoder, tmp_path / "module.pkl")
-    with pytest.raises(UserError, match=r"module\.state_dict\(\)"):
-        openai_dvae.read_state_dict(str(tmp_path / "module.pkl"), allow_pickle=False)
-    read = openai_dvae.read_state_dict(str(tmp_path / "module.pkl"), allow_pickle=True)
-    assert read.keys() == encoder.state_dict().keys()
-
-    (tmp_path / "list.pt").write_bytes(pickle.dumps([1]))
-    with pytest.raises(UserError):
-        openai_dvae.read_state_dict(str(tmp_path / "list.pt"), allow_pickle=True)
+    assert_near(encode(found.model, found.params, golden["image"]), golden["logits"])
 
 
 @pytest.mark.parametrize(
@@ -195,6 +169,7 @@ def test_torch_files_through_the_reader(tmp_path):
         (lambda e, d: e.update({"blocks.output.conv.b": np.zeros(7)}), "head/bias"),
         (lambda e, d: e.pop("blocks.input.w"), "blocks.input.w"),
         (lambda e, d: e.clear(), "blocks"),
+        (lambda e, d: e.update({"blocks.output.conv.b": np.full(24, np.nan)}), "expected finite weights"),
     ],
 )
 def test_wrong_state_dicts_are_refused(golden, damage, message):
@@ -202,21 +177,6 @@ def test_wrong_state_dicts_are_refused(golden, damage, message):
     damage(encoder, decoder)
     with pytest.raises(UserError, match=message):
         openai_dvae.convert(encoder, decoder, image_size=IMAGE_SIZE)
-
-
-def test_missing_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        openai_dvae.read_state_dict(str(tmp_path / "nothing.pt"), allow_pickle=False)
-    (tmp_path / "broken.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(UserError, match="safetensors"):
-        openai_dvae.read_state_dict(str(tmp_path / "broken.safetensors"), allow_pickle=False)
-
-
-def arguments(folder: pathlib.Path, ending: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    openai_dvae.add_arguments(parser)
-    files = ["--encoder", f"{folder}/encoder.{ending}", "--decoder", f"{folder}/decoder.{ending}"]
-    return parser.parse_args([*files, "--out", f"{folder}/out", "--image-size", str(IMAGE_SIZE)])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import scipy.linalg
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import distances, moments, statistics
 from dalle_jax.evaluate.moments import Moments
-from tests.models.test_inception import import_torchvision
+from tests.support.inception_weights import import_torchvision
 
 GOLDEN = {
     "fid": 1.8294722616714978,  # pytorch-fid

@@ -17,8 +17,7 @@ from PIL import Image
 from dalle_jax.evaluate import distances, features, moments, preprocess, statistics
 from tests.evaluate.test_distances import relu_features
 from tests.evaluate.test_evaluate import picture, run
-from tests.models.test_inception import import_torchvision
-from tests.models.test_inception import weights as seeded
+from tests.support.inception_weights import import_torchvision, state_dict
 
 COUNT, HEIGHT, WIDTH = 16, 60, 80  # not square, so that a resize has to squeeze
 WHY = "the comparison takes PyTorch and {0}: pip install torch torchvision {0}"
@@ -49,7 +48,7 @@ def weights(tmp_path_factory):
     """One file that all three programs read."""
     torch = import_torchvision(WHY.format("pytorch-fid or torch-fidelity"))
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save({name: torch.from_numpy(array) for name, array in seeded("fid").items()}, path)
+    torch.save({name: torch.from_numpy(array) for name, array in state_dict("fid").items()}, path)
     return path
 
 

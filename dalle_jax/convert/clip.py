@@ -1,12 +1,10 @@
-"""CLIP as OpenAI and Hugging Face publish it (safetensors, vision transformers) as a model directory of this package.
+"""CLIP as OpenAI and Hugging Face publish it (safetensors, vision transformers): its names in terms of `models.clip`.
 
-Knows the two namings (`vision_model.encoder.layers.0...`, `visual.transformer.resblocks.0...`) and torch's layouts.
-Sizes are read off the arrays; what arrays do not tell (heads, activation, pixel statistics) comes from config.json and
+Knows the two namings (`vision_model.encoder.layers.0...`, `visual.transformer.resblocks.0...`). Sizes are inferred from
+the arrays; what arrays do not say (heads, activation, pixel statistics) comes from config.json and
 preprocessor_config.json beside them, or is the released models'. Pickled files are refused: they can run any code.
 """
 
-import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -17,10 +15,10 @@ import numpy as np
 
 from dalle_jax import model_dir
 from dalle_jax.checkpoint import format
-from dalle_jax.convert import state_dict
+from dalle_jax.convert import weights
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params, clip
-from dalle_jax.text.clip import MERGES, VOCAB, CLIPTokenizer
+from dalle_jax.text.clip import CLIPTokenizer
 
 WEIGHTS = "model.safetensors"
 HEAD_SIZE = 64  # of every released model
@@ -29,7 +27,7 @@ EPSILON = 1e-5
 
 # Buffers, not parameters.
 _IGNORED = re.compile(r".*position_ids|input_resolution|context_length|vocab_size")
-# OpenAI's names are turned into Hugging Face's, in this order.
+# From OpenAI's names to Hugging Face's, in this order.
 _OPENAI_NAMES = (
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
@@ -46,61 +44,79 @@ _OPENAI_NAMES = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
+# From our names to Hugging Face's.
+_IMAGE = {
+    "patch": "vision_model.embeddings.patch_embedding.weight",
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "position": "vision_model.embeddings.position_embedding.weight",
+    "norm_before_gain": "vision_model.pre_layrnorm.weight",
+    "norm_before_bias": "vision_model.pre_layrnorm.bias",
+    "norm_gain": "vision_model.post_layernorm.weight",
+    "norm_bias": "vision_model.post_layernorm.bias",
+    "projection": "visual_projection.weight",
+}
+_TEXT = {
+    "embedding": "text_model.embeddings.token_embedding.weight",
+    "position": "text_model.embeddings.position_embedding.weight",
+    "norm_gain": "text_model.final_layer_norm.weight",
+    "norm_bias": "text_model.final_layer_norm.bias",
+    "projection": "text_projection.weight",
+}
+_LAYER = {
+    "norm1_gain": "layer_norm1.weight",
+    "norm1_bias": "layer_norm1.bias",
+    "out": "self_attn.out_proj.weight",
+    "out_bias": "self_attn.out_proj.bias",
+    "norm2_gain": "layer_norm2.weight",
+    "norm2_bias": "layer_norm2.bias",
+    "up": "mlp.fc1.weight",
+    "up_bias": "mlp.fc1.bias",
+    "down": "mlp.fc2.weight",
+    "down_bias": "mlp.fc2.bias",
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", metavar="SAFETENSORS_OR_DIR", help=f"a file, or a folder with {WEIGHTS}")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the model directory is written")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PATH",
-        help=f"bpe_simple_vocab_16e6.txt.gz, or a folder with {VOCAB} and {MERGES} (default: beside the weights)",
-    )
+def load_published(
+    source: str | os.PathLike, *, tokenizer: str | os.PathLike | None = None
+) -> tuple[clip.CLIPConfig, Params, CLIPTokenizer]:
+    """Config, parameters and tokenizer of a published file or folder.
 
+    tokenizer: a merge list or a folder with a vocabulary; default: beside the weights.
 
-def main(args: argparse.Namespace) -> int:
-    if os.path.exists(args.out) and (not os.path.isdir(args.out) or os.listdir(args.out)):
-        raise UserError(f"expected --out to be a new or empty directory, got {args.out}: choose another")
-    source = pathlib.Path(args.weights)
+    Raises:
+      UserError: a part is missing or unreadable, or the tokenizer has another size than the weights.
+    """
+    source = pathlib.Path(source)
     folder = source if source.is_dir() else source.parent
-    state = read_state_dict(source / WEIGHTS if source.is_dir() else source)
-    config, params = convert(state, **read_settings(folder))
-    tokenizer = CLIPTokenizer.load(args.tokenizer or folder)
-    if tokenizer.vocab_size != config.text_vocab:
+    config, params = convert(read(source / WEIGHTS if source.is_dir() else source), **read_settings(folder))
+    found = CLIPTokenizer.load(tokenizer or folder)
+    if found.vocab_size != config.text_vocab:
         raise UserError(
-            f"expected a vocabulary of {config.text_vocab} entries beside its two marks, as the weights have, got "
-            f"{tokenizer.vocab_size} in {args.tokenizer or folder}: give the one that belongs to them as --tokenizer"
+            f"expected a vocabulary of {config.text_vocab} entries besides the start and end marks, as in the weights, "
+            f"got {found.vocab_size} in {tokenizer or folder}: give the one that belongs to them as --tokenizer"
         )
-    tokenizer.save(args.out)
-    model_dir.save(args.out, {"name": "clip", "model": dataclasses.asdict(config)}, params)
-    print(
-        f"{clip.model(config).num_params:,} parameters, pictures of {config.image_size} pixels in patches of "
-        f"{config.patch}, vectors of {config.embed}"
-    )
-    print(f"written to {args.out}")
-    return 0
+    return config, params, found
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file.
 
     Raises:
       UserError: not there, not safetensors.
     """
-    path = pathlib.Path(path)
     if path.is_file() and path.suffix != ".safetensors":
         raise UserError(
             f"expected a .safetensors file, got {path}: pickled files (.pt, .bin) can run any code and are not read; "
             "load it where you trust it and save its state dict with safetensors.torch.save_file"
         )
-    return state_dict.read_state_dict(os.fspath(path))
+    return weights.read(path)
 
 
 def read_settings(folder: pathlib.Path) -> dict:
     """Keyword arguments of `convert` from the json files that Hugging Face puts beside the weights, if any.
 
     Raises:
-      UserError: not json, or a model that is computed otherwise than the released ones.
+      UserError: not json, or a model that computes something else than the released ones.
     """
     settings = {}
     found = _json(folder / "config.json")
@@ -130,9 +146,9 @@ def _json(path: pathlib.Path) -> dict:
 
 
 def convert(state: Mapping[str, np.ndarray], **settings) -> tuple[clip.CLIPConfig, Params]:
-    """A state dict in either naming -> config and parameters (numpy float32) of `models.clip`.
+    """Config and parameters (numpy float32) from a state dict in either naming.
 
-    settings: fields of CLIPConfig that arrays do not tell: image_heads, text_heads (default: heads of 64), mean, std.
+    settings: fields of CLIPConfig that arrays do not say: image_heads, text_heads (default: heads of 64), mean, std.
 
     Raises:
       UserError: an array is missing, left over or of another shape than the rest asks for, or the sizes do not fit.
@@ -146,7 +162,7 @@ def convert(state: Mapping[str, np.ndarray], **settings) -> tuple[clip.CLIPConfi
     except (ValueError, TypeError, IndexError) as error:
         raise UserError(f"these arrays do not make a CLIP with two transformers: {error}") from error
     if state:
-        raise UserError(f"expected the state dict of a CLIP alone, got {sorted(state)[0]} too: remove what is not its")
+        raise UserError(f"expected the state dict of a CLIP alone, got {sorted(state)[0]} too: remove what is not CLIP")
     model_dir.check_params(params, clip.model(config).abstract, where="the state dict")
     return config, params
 
@@ -173,9 +189,9 @@ def _named_as_hugging_face(state: Mapping[str, np.ndarray]) -> dict[str, np.ndar
 
 
 def _infer_config(state: Mapping[str, np.ndarray], settings: Mapping) -> clip.CLIPConfig:
-    image_width, _, patch, _ = state["vision_model.embeddings.patch_embedding.weight"].shape
-    text_ids, text_width = state["text_model.embeddings.token_embedding.weight"].shape
-    grid = round((len(state["vision_model.embeddings.position_embedding.weight"]) - 1) ** 0.5)
+    image_width, _, patch, _ = state[_IMAGE["patch"]].shape
+    text_ids, text_width = state[_TEXT["embedding"]].shape
+    grid = round((len(state[_IMAGE["position"]]) - 1) ** 0.5)
     sizes = {
         "embed": len(state["visual_projection.weight"]),
         "image_size": grid * patch,
@@ -183,7 +199,7 @@ def _infer_config(state: Mapping[str, np.ndarray], settings: Mapping) -> clip.CL
         "image_layers": _count_layers(state, "vision_model"),
         "image_width": image_width,
         "image_heads": image_width // HEAD_SIZE,
-        "text_len": len(state["text_model.embeddings.position_embedding.weight"]),
+        "text_len": len(state[_TEXT["position"]]),
         "text_vocab": text_ids - 2,
         "text_layers": _count_layers(state, "text_model"),
         "text_width": text_width,
@@ -198,53 +214,32 @@ def _count_layers(state: Mapping[str, np.ndarray], tower: str) -> int:
 
 
 def _params(state: dict[str, np.ndarray], config: clip.CLIPConfig) -> Params:
-    """Takes every array that it uses out of `state`."""
-    take = state.pop
-    patch_DCHW = take("vision_model.embeddings.patch_embedding.weight")
-    image = {
-        "patch": patch_DCHW.transpose(2, 3, 1, 0).reshape(-1, config.image_width),
-        "class_embedding": take("vision_model.embeddings.class_embedding")[None],
-        "position": take("vision_model.embeddings.position_embedding.weight"),
-        "norm_before_gain": take("vision_model.pre_layrnorm.weight"),
-        "norm_before_bias": take("vision_model.pre_layrnorm.bias"),
-        "blocks": _blocks(state, "vision_model", config.image_layers, config.image_heads),
-        "norm_gain": take("vision_model.post_layernorm.weight"),
-        "norm_bias": take("vision_model.post_layernorm.bias"),
-        "projection": take("visual_projection.weight").T,
-    }
-    text = {
-        "embedding": take("text_model.embeddings.token_embedding.weight"),
-        "position": take("text_model.embeddings.position_embedding.weight"),
-        "blocks": _blocks(state, "text_model", config.text_layers, config.text_heads),
-        "norm_gain": take("text_model.final_layer_norm.weight"),
-        "norm_bias": take("text_model.final_layer_norm.bias"),
-        "projection": take("text_projection.weight").T,
-    }
-    return {"image": image, "text": text, "log_scale": take("logit_scale").reshape(1)}
+    """Takes every array that it uses out of `state`; torch keeps matrices as [outputs, inputs]."""
+    image = {ours: state.pop(theirs) for ours, theirs in _IMAGE.items()}
+    image["patch"] = image["patch"].transpose(2, 3, 1, 0).reshape(-1, config.image_width)
+    image["class_embedding"] = image["class_embedding"][None]
+    text = {ours: state.pop(theirs) for ours, theirs in _TEXT.items()}
+    for part in (image, text):
+        part["projection"] = part["projection"].T
+    image["blocks"] = _blocks(state, "vision_model", layers=config.image_layers, heads=config.image_heads)
+    text["blocks"] = _blocks(state, "text_model", layers=config.text_layers, heads=config.text_heads)
+    return {"image": image, "text": text, "log_scale": state.pop("logit_scale").reshape(1)}
 
 
-def _blocks(state: dict[str, np.ndarray], tower: str, layers: int, heads: int) -> Params:
-    """All layers of a tower, stacked; torch keeps matrices as [outputs, inputs]."""
-
-    def one(index: int) -> Params:
-        take = lambda name: state.pop(f"{tower}.encoder.layers.{index}.{name}")  # noqa: E731
-        matrices = [take(f"self_attn.{part}_proj.weight").T for part in "qkv"]
-        biases = [take(f"self_attn.{part}_proj.bias") for part in "qkv"]
-        width = len(matrices[0])
-        return {
-            "norm1_gain": take("layer_norm1.weight"),
-            "norm1_bias": take("layer_norm1.bias"),
-            "qkv": np.stack(matrices, axis=1).reshape(width, 3, heads, -1),
-            "qkv_bias": np.stack(biases).reshape(3, heads, -1),
-            "out": take("self_attn.out_proj.weight").T.reshape(heads, -1, width),
-            "out_bias": take("self_attn.out_proj.bias"),
-            "norm2_gain": take("layer_norm2.weight"),
-            "norm2_bias": take("layer_norm2.bias"),
-            "up": take("mlp.fc1.weight").T,
-            "up_bias": take("mlp.fc1.bias"),
-            "down": take("mlp.fc2.weight").T,
-            "down_bias": take("mlp.fc2.bias"),
-        }
-
-    every = [one(index) for index in range(layers)]
+def _blocks(state: dict[str, np.ndarray], tower: str, *, layers: int, heads: int) -> Params:
+    """All layers of a tower, stacked."""
+    every = [_layer(state, f"{tower}.encoder.layers.{index}", heads) for index in range(layers)]
     return {name: np.stack([layer[name] for layer in every]) for name in every[0]}
+
+
+def _layer(state: dict[str, np.ndarray], prefix: str, heads: int) -> Params:
+    layer = {ours: state.pop(f"{prefix}.{theirs}") for ours, theirs in _LAYER.items()}
+    for name in ("out", "up", "down"):
+        layer[name] = layer[name].T
+    width = len(layer["up"])
+    layer["out"] = layer["out"].reshape(heads, -1, width)
+    matrices = [state.pop(f"{prefix}.self_attn.{part}_proj.weight").T for part in "qkv"]
+    biases = [state.pop(f"{prefix}.self_attn.{part}_proj.bias") for part in "qkv"]
+    layer["qkv"] = np.stack(matrices, axis=1).reshape(width, 3, heads, -1)
+    layer["qkv_bias"] = np.stack(biases).reshape(3, heads, -1)
+    return layer

@@ -1,11 +1,10 @@
 """Published CLIP weights give the features of the package transformers' CLIPModel.
 
 The golden file holds a tiny model's weights (random, rounded to float16), pictures, captions and what CLIPModel made of
-them in PyTorch; it was written by `python -m tests.convert.test_hf_clip` and may change only with the shapes chosen
+them in PyTorch; it was written by `python -m tests.convert.test_clip` and may change only with the shapes chosen
 here. With PyTorch and transformers installed the same comparison runs live, and the file itself is checked too.
 """
 
-import argparse
 import json
 
 import jax
@@ -14,11 +13,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from dalle_jax import model_dir
-from dalle_jax.convert import hf_clip
+from dalle_jax.cli import main
+from dalle_jax.convert.clip import convert, read_settings
 from dalle_jax.errors import UserError
 from dalle_jax.models import clip
 from tests.support import GOLDEN
-from tests.text.test_clip_tokenizer import generated, write_merge_list, write_vocab
+from tests.support.clip_vocabulary import generated, write_merge_list, write_vocab
 
 GOLDEN_FILE = GOLDEN / "hf_clip.npz"
 VOCAB = 20  # entries, then the two marks
@@ -74,7 +74,7 @@ def torch_features(model, pixel_BHWC, text_BT):
 
 
 def our_features(state, pixel_BHWC, text_BT):
-    config, params = hf_clip.convert(state, **HEADS)
+    config, params = convert(state, **HEADS)
     image_BE, text_BE, scale = clip.model(config).apply(params, pixel_BHWC, text_BT)
     return np.asarray(image_BE), np.asarray(text_BE), np.asarray(scale * image_BE @ text_BE.T)
 
@@ -136,7 +136,7 @@ def test_the_golden_features_depend_on_every_weight(golden):
     lie in the same array.
     """
     state, arrays = golden
-    config, params = hf_clip.convert(state, **HEADS)
+    config, params = convert(state, **HEADS)
     model = clip.model(config)
 
     features = jax.jit(lambda p: model.apply(p, arrays["pixels"], arrays["text"]))
@@ -153,7 +153,7 @@ def test_the_golden_features_depend_on_every_weight(golden):
 
 def test_openai_names_are_the_same_model(golden):
     state, _ = golden
-    ours, theirs = (hf_clip.convert(names, **HEADS) for names in (state, openai_names(state)))
+    ours, theirs = (convert(names, **HEADS) for names in (state, openai_names(state)))
     assert ours[0] == theirs[0]
     jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
 
@@ -169,10 +169,8 @@ def test_pytorch_and_jax_agree(golden, seed):
             np.testing.assert_array_equal(state[name], array)
 
 
-def arguments(*words) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    hf_clip.add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
+def convert_folder(folder, out, *words) -> int:
+    return main.main(["convert", "hf-clip", *map(str, (folder, "--out", out, *words))])
 
 
 def folder_of(golden, folder):
@@ -195,36 +193,26 @@ def folder_of(golden, folder):
 def test_a_published_folder_through_the_command(golden, tmp_path, capsys):
     """Needs no PyTorch; what is written is a model directory that loads, tokenizer included."""
     folder = folder_of(golden, tmp_path / "hf")
-    assert hf_clip.main(arguments(folder, "--out", tmp_path / "out")) == 0
-    assert "pictures of 12 pixels in patches of 4, vectors of 10" in capsys.readouterr().out
+    assert convert_folder(folder, tmp_path / "out") == 0
+    assert "images of 12 pixels in patches of 4, vectors of 10" in capsys.readouterr().out
     found = model_dir.load(tmp_path / "out", name="clip")
-    config, params = found.config, found.params
-    model = clip.model(clip.CLIPConfig(**config["model"]))
-    assert (model.config.image_heads, model.config.text_heads) == (3, 2)
-    assert model.config.mean == (0.5, 0.4, 0.3) and model.config.text_vocab == 515
-    model_dir.check_params(params, model.abstract, where="out")
-    with pytest.raises(UserError, match="empty directory"):
-        hf_clip.main(arguments(folder, "--out", tmp_path / "out"))
+    config = found.model.config
+    assert (config.image_heads, config.text_heads) == (3, 2)
+    assert config.mean == (0.5, 0.4, 0.3) and config.text_vocab == 515
 
 
-def test_a_tokenizer_of_another_size_is_refused(golden, tmp_path):
+def test_a_tokenizer_of_another_size_is_refused(golden, tmp_path, capsys):
     folder = folder_of(golden, tmp_path / "hf")
     other = write_merge_list(tmp_path / "bpe.txt.gz", generated())
-    with pytest.raises(UserError, match="a vocabulary of 515 entries beside its two marks"):
-        hf_clip.main(arguments(folder, "--tokenizer", other, "--out", tmp_path / "out"))
+    assert convert_folder(folder, tmp_path / "out", "--tokenizer", other) == 2
+    assert "a vocabulary of 515 entries besides the start and end marks" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_pickled_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        hf_clip.read_state_dict(tmp_path / "nothing.safetensors")
-    for name in ("pytorch_model.bin", "ViT-B-32.pt"):
-        (tmp_path / name).write_bytes(b"\x80\x04.")
-        with pytest.raises(UserError, match="can run any code"):
-            hf_clip.read_state_dict(tmp_path / name)
-    (tmp_path / "broken.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(UserError, match="does not read as one"):
-        hf_clip.read_state_dict(tmp_path / "broken.safetensors")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "ViT-B-32.pt"])
+def test_pickled_files_are_refused(name, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    assert convert_folder(tmp_path / name, tmp_path / "out") == 2 and "can run any code" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -242,16 +230,16 @@ def test_wrong_state_dicts_are_refused(golden, damage, message):
     state = dict(golden[0])
     damage(state)
     with pytest.raises(UserError, match=message):
-        hf_clip.convert(state, **HEADS)
+        convert(state, **HEADS)
 
 
 def test_models_that_are_computed_otherwise_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_act": "gelu"}}))
     with pytest.raises(UserError, match="expected hidden_act = quick_gelu in text_config"):
-        hf_clip.read_settings(tmp_path)
+        read_settings(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="expected json"):
-        hf_clip.read_settings(tmp_path)
+        read_settings(tmp_path)
 
 
 if __name__ == "__main__":

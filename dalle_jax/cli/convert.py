@@ -1,0 +1,78 @@
+"""`dalle-jax convert`: published weights as a model directory of this package."""
+
+import argparse
+import dataclasses
+
+from dalle_jax.checkpoint import digest
+from dalle_jax.convert import clip, inception, openai_dvae, weights
+from dalle_jax.models import build
+from dalle_jax.text.clip import MERGES, VOCAB
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    families = parser.add_subparsers(metavar="FAMILY", required=True)
+    dvae = _family(families, "openai-dvae", "the released dVAE of OpenAI", convert_dvae)
+    dvae.add_argument("--encoder", required=True, metavar="FILE", help="state dict of the encoder")
+    dvae.add_argument("--decoder", required=True, metavar="FILE", help="state dict of the decoder")
+    dvae.add_argument("--image-size", type=int, default=256, help="pixels per side it is used at (default: 256)")
+    dvae.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="also read files that hold a whole pickled module; such a file can run any code, so trust its origin",
+    )
+    hf_clip = _family(families, "hf-clip", "a CLIP of OpenAI or Hugging Face", convert_clip)
+    hf_clip.add_argument("weights", metavar="SAFETENSORS_OR_DIR", help=f"a file, or a folder with {clip.WEIGHTS}")
+    hf_clip.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help=f"bpe_simple_vocab_16e6.txt.gz, or a folder with {VOCAB} and {MERGES} (default: beside the weights)",
+    )
+    network = _family(families, "inception", "the network of FID, IS and KID", convert_inception)
+    network.add_argument("weights", metavar="FILE", help=f"{inception.PUBLISHED}; or the same arrays as .safetensors")
+
+
+def _family(families, name: str, summary: str, convert) -> argparse.ArgumentParser:
+    summary = f"{summary} as a model directory"
+    parser = families.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the model directory is written")
+    parser.set_defaults(convert=convert)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes the model directory and says what is in it.
+
+    Raises:
+      UserError: weights that cannot be read or are of another model, or an --out that is not empty.
+    """
+    weights.check_empty(args.out)
+    print(args.convert(args))
+    print(f"written to {args.out}")
+    return 0
+
+
+def convert_dvae(args: argparse.Namespace) -> str:
+    encoder, decoder = (weights.read(path, allow_pickle=args.allow_pickle) for path in (args.encoder, args.decoder))
+    config, params = openai_dvae.convert(encoder, decoder, image_size=args.image_size)
+    weights.save(args.out, "dvae", config, params)
+    return f"{_num_params('dvae', config)} parameters, {config.vocab} codes, {config.grid} x {config.grid} grid"
+
+
+def convert_clip(args: argparse.Namespace) -> str:
+    config, params, tokenizer = clip.load_published(args.weights, tokenizer=args.tokenizer)
+    tokenizer.save(args.out)
+    weights.save(args.out, "clip", config, params)
+    return (
+        f"{_num_params('clip', config)} parameters, images of {config.image_size} pixels in patches of {config.patch}, "
+        f"vectors of {config.embed}"
+    )
+
+
+def convert_inception(args: argparse.Namespace) -> str:
+    config, params = inception.load_published(args.weights)
+    weights.save(args.out, "inception", config, params)
+    return f"{config.pools} network, {config.classes} classes, sha256 of its parameters {digest.of_tree(params)}"
+
+
+def _num_params(name: str, config) -> str:
+    return f"{build(name, dataclasses.asdict(config)).num_params:,}"
