@@ -1,4 +1,4 @@
-"""`benchmarks/attention.py` on a device: a call ends in time, the next one goes on, nothing is measured twice."""
+"""`benchmarks/speed/attention.py` on a device: a call ends in time, the next one goes on, nothing is measured twice."""
 
 import itertools
 import json
@@ -6,16 +6,11 @@ import types
 
 import pytest
 
-from tests.support import ROOT
-
-BENCHMARKS = ROOT / "benchmarks"
-
 
 @pytest.fixture
 def benchmark(monkeypatch):
     """Its measurements pretended, also the time: every look at the clock takes 50 s."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import attention
+    from benchmarks.speed import attention
 
     measured, clock = [], itertools.count(step=50)
 

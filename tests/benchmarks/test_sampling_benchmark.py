@@ -1,4 +1,4 @@
-"""What `benchmarks/sampling.py` counts is the formula, and its part for accelerators runs, here on a tiny model."""
+"""What `benchmarks.speed.sampling` counts is the formula, and its part for accelerators runs, here on a tiny model."""
 
 import argparse
 import json
@@ -8,15 +8,11 @@ import pytest
 
 from dalle_jax.mesh import make_mesh
 from dalle_jax.sample.engine import Engine
-from tests.support import ROOT
-
-BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
-def bounds(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import sampling_bounds
+def bounds():
+    from benchmarks.speed import sampling_bounds
 
     return sampling_bounds
 
@@ -44,7 +40,7 @@ def test_bytes_of_a_candidate_and_a_step_are_those_of_the_windows(bounds, name, 
 @pytest.mark.slow
 def test_the_part_for_accelerators_runs(bounds, tmp_path, monkeypatch):
     """All of it in one call, but for the size of the model and the name of the chip."""
-    import sampling
+    from benchmarks.speed import sampling
 
     sizes = {"num_layers": 3, "width": 16, "heads": 2, "head_size": 8, "text_len": 70, "grid": 4, "image_vocab": 32}
     monkeypatch.setattr(bounds, "MODELS", {"1.3B": sizes})

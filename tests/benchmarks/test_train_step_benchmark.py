@@ -1,4 +1,4 @@
-"""`benchmarks/train_step.py`: its suites are configs that exist, its table says what was measured."""
+"""`benchmarks/speed/train_step.py`: its suites are configs that exist, its table says what was measured."""
 
 import json
 import os
@@ -19,7 +19,6 @@ from dalle_jax.preflight.job import Job
 from dalle_jax.preflight.topology import Topology
 from tests.support import ROOT
 
-BENCHMARKS = ROOT / "benchmarks"
 TINY = {
     "batch_size": 8, "precision": "fp32", "model.num_layers": 5, "model.width": 16, "model.heads": 2,
     "model.head_size": 8, "model.text_len": 8,
@@ -27,9 +26,8 @@ TINY = {
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import train_step
+def benchmark():
+    from benchmarks.speed import train_step
 
     return train_step
 
@@ -51,7 +49,7 @@ def test_every_variant_of_a_suite_is_a_possible_model(benchmark):
 def test_the_suite_of_flags_turns_off_every_flag_of_the_launchers(benchmark):
     """One by one, and XLA knows the words: a process with an unknown flag or value ends at its start."""
     off = [flag for variant in benchmark.SUITES["flags"].variants for flag in benchmark.parse(variant)[1]]
-    launched = (BENCHMARKS.parent / "launch" / "xla_flags.sh").read_text()
+    launched = (ROOT / "launch" / "xla_flags.sh").read_text()
     names = re.findall(r"^ +--(xla_gpu\w+)=", launched, re.MULTILINE)
     assert sorted(flag.removeprefix("--").partition("=")[0] for flag in off) == sorted(names)
     assert not any(f"    {flag}\n" in launched for flag in off)
@@ -62,7 +60,7 @@ def test_the_suite_of_flags_turns_off_every_flag_of_the_launchers(benchmark):
 def test_flags_of_a_variant_reach_its_process_after_those_of_the_environment(benchmark, tmp_path, monkeypatch):
     script = tmp_path / "measure.py"
     script.write_text("import os, json; print(json.dumps({'flags': os.environ['XLA_FLAGS']}))")
-    monkeypatch.setattr(benchmark, "MEASURE", script)
+    monkeypatch.setattr(benchmark, "MEASURE", (script,))
     monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
     suite = benchmark.Suite("any", {}, ("", "--xla_two=a,b --xla_three=3"))
     rows = benchmark.measured(suite, tmp_path, until=time.monotonic() + 60)
@@ -78,7 +76,7 @@ def test_what_a_cut_off_variant_has_measured_is_kept(benchmark, tmp_path, monkey
         "print('ready', *(['{\"whole\": 1}'] if way == 'whole' else []), sep='\\n', flush=True)\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(benchmark, "MEASURE", script)
+    monkeypatch.setattr(benchmark, "MEASURE", (script,))
     suite = benchmark.Suite("any", {}, ("way=whole", "way=never"))
     dated = lambda row: {name: row[name] for name in row if name not in ("date", "load_before")}  # noqa: E731
     clock = iter([0.0, 0.0, 4.9]).__next__  # began, ended; began
@@ -99,7 +97,7 @@ def test_a_machine_without_the_device_ends_the_call_and_nothing_is_noted(benchma
 
 
 def test_a_suites_dvae_is_the_one_that_encodes(benchmark):
-    import train_step_measure as measure
+    from benchmarks.speed import train_step_measure as measure
 
     chip, sizes = Chip("any", "gpu", 0, {}, 0.0, 0.0), benchmark.SUITES["sparse-dense"].dvae
     job = Job(configs.load("configs/transformer.py:1b3"), Topology(chip, (1, 1)), jax.devices()[:1])
@@ -109,7 +107,7 @@ def test_a_suites_dvae_is_the_one_that_encodes(benchmark):
 
 
 def test_names_of_devices_are_found(benchmark):
-    import train_step_measure as measure
+    from benchmarks.speed import train_step_measure as measure
 
     for kind, name in {
         "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100-40", "TPU v4": "v4",

@@ -1,31 +1,25 @@
-"""The load of `benchmarks/serve.py` on a server that draws noise: nothing is lost, nothing depends on company."""
+"""The load of `benchmarks.reliability.serve` on a server that draws noise: nothing is lost or depends on company."""
 
 import argparse
-import importlib.util
 import io
 import json
 
 import numpy as np
 from PIL import Image
 
-from tests.support import ROOT
+from benchmarks.reliability import serve
 from tests.support.stand_in_server import SIDE, NoisePipeline, serving
-
-SCRIPT = ROOT / "benchmarks" / "serve.py"
 
 
 def test_200_mixed_requests_on_a_short_queue():
-    spec = importlib.util.spec_from_file_location("serve_benchmark", SCRIPT)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)).save(file, "PNG")
     pipe = NoisePipeline(row_seconds=0.005)
     with serving(pipe, queue=24, max_batch=32) as server:
-        client = benchmark.Client(server.port, image=file.getvalue())
+        client = serve.Client(server.port, image=file.getvalue())
         (model,) = json.loads(client.get("/v1/models"))["data"]
-        bodies = benchmark.wishes(200, first_seed=7, model=model)
-        went = benchmark.load(client, bodies, clients=48)
+        bodies = serve.wishes(200, first_seed=7, model=model)
+        went = serve.load(client, bodies, clients=48)
         assert went["lost"] == [] and went["refused"] > 0
         assert went["images"] == sum(body["n"] for body in bodies)
         assert went["candidates"] == sum(body.get("best_of", body["n"]) for body in bodies)
@@ -34,7 +28,7 @@ def test_200_mixed_requests_on_a_short_queue():
         alone = [client.ask(body).files for body in bodies[::9]]
         assert alone == [answer.files for answer in went["answers"][::9]]
     args = argparse.Namespace(requests=200, clients=48, note="Noise.")
-    table = benchmark.report({"first": went}, args=args, model=model, machine="", told="", same=1, sample=1)
+    table = serve.report({"first": went}, args=args, model=model, machine="", told="", same=1, sample=1)
     (row,) = [line for line in table.splitlines() if line.startswith("| first")]
     assert "| 0 of 200 |" in row and row.count("|") == next(line for line in table.splitlines() if "p50" in line).count(
         "|"

@@ -1,6 +1,6 @@
 """`kill -9` of a training process: the same command goes on and ends with the bits of a run that nobody killed.
 
-Two moments here; `benchmarks/soak.py` does twenty on the whole command, with several processes if asked.
+Two moments here; `benchmarks/reliability/soak.py` does twenty on the whole command, with several processes if asked.
 """
 
 import os

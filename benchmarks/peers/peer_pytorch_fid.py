@@ -1,0 +1,87 @@
+"""pytorch-fid 0.3.0 on features and pictures that `evaluate.py` has written: its seconds, as one JSON object.
+
+Runs in an environment of its own, which has torch and no JAX:
+
+    python3.11 -m venv PEER
+    PEER/bin/pip install torch==2.13.0 torchvision==0.28.0 scipy==1.17.1 pytorch-fid==0.3.0
+    PEER/bin/python -m benchmarks.peers.peer_pytorch_fid FOLDER distance
+
+distance   one.npy and other.npy: statistics of both sets as its `calculate_activation_statistics` makes them, distance
+features   pictures/*.png by the network of weights.npz, with its own loop and its command's batch and workers
+batches    the same in batches of 16 in channels-last order, which is faster: what it could do, not what it does
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import time
+
+import numpy as np
+import torch
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:  # a build without its compiled operators, of which nothing here is used
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor a, Tensor b, float c) -> Tensor")
+
+import pytorch_fid.inception as inception
+from pytorch_fid import fid_score
+
+BATCH, FEW = 50, 16  # its command's default; what suits a processor
+WARM_UP = 8  # pictures
+
+
+def distance(folder: pathlib.Path) -> dict:
+    sets = [np.load(folder / f"{name}.npy") for name in ("one", "other")]
+    start = time.perf_counter()
+    statistics = []
+    for features in sets:
+        activations = np.empty(features.shape)  # as `get_activations` collects them
+        activations[:] = features
+        statistics += [np.mean(activations, axis=0), np.cov(activations, rowvar=False)]
+    between = time.perf_counter()
+    fid = float(fid_score.calculate_frechet_distance(*statistics))
+    return {"statistics": between - start, "distance": time.perf_counter() - between, "fid": fid}
+
+
+def features(folder: pathlib.Path, *, batch: int = BATCH, channels_last: bool = False) -> dict:
+    with np.load(folder / "weights.npz") as arrays:
+        state = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    inception.load_state_dict_from_url = lambda *_, **__: state  # it would fetch the published file
+    network = inception.InceptionV3()
+    if channels_last:
+        network = ChannelsLast(network)
+    files = sorted((folder / "pictures").glob("*.png"))
+    workers = min(len(os.sched_getaffinity(0)), 8)  # as its command has it
+    seconds = []
+    for taken in (files[:WARM_UP], files):
+        start = time.perf_counter()
+        found = fid_score.get_activations(taken, network, batch, 2_048, "cpu", workers)
+        seconds.append(time.perf_counter() - start)
+    np.save(folder / "theirs.npy", found)
+    return {"pictures_a_second": len(files) / seconds[-1]}
+
+
+class ChannelsLast(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def forward(self, x_BCHW):
+        return self.network(x_BCHW.contiguous(memory_format=torch.channels_last))
+
+
+WORKS = {
+    "distance": distance,
+    "features": features,
+    "batches": lambda folder: features(folder, batch=FEW, channels_last=True),
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("work", choices=WORKS)
+    args = parser.parse_args()
+    print(json.dumps({**WORKS[args.work](args.folder), "torch": torch.__version__}))

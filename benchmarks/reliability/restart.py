@@ -1,0 +1,245 @@
+"""How long a run takes to its first update, cold and started again: what compiled programs kept in the workdir save.
+
+    python -m benchmarks.reliability.restart --out runs/restart            # again until it prints the table
+    python -m benchmarks.reliability.restart --out runs/restart --lower # how long 12b takes to trace and lower
+
+A case is a training that is killed (`kill -9`) after its first checkpoints and given again, in turns on copies of its
+workdir: with the programs that the first start kept, and with JAX told to keep and read none. Both go on to the same
+update, and the digests of the whole training state must be the same: programs that were read back compute the same
+bits as compiled ones. Cold is the first start.
+
+first update   from the start of the loop to the end of the first update, `init` and `compile` of the run's ledger
+numbers        from the start of the command until the numbers of the first update are in metrics.jsonl; the imports
+               and the data are in it
+
+Each call makes as many rounds as fit into --seconds; rows are the middle of all rounds. Results go to
+benchmarks/results/restart.md and .json.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+from dalle_jax import model_dir
+
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
+COMMON = {
+    "log_every": 1, "validate_every": 0, "picture_every": 0, "checkpoint_every": 1, "keep_checkpoints": 1,
+    "data.validation": "", "mesh.replica": 1, "mesh.fsdp": 1,
+}  # fmt: skip
+# name -> the dVAE's sizes, the config, what differs from it, updates to the end.
+CASES = {
+    "demo": ("configs/dvae.py:demo", {}, "configs/transformer.py:demo", {"steps": 12}),
+    "24 layers, 1280 tokens": (
+        "configs/dvae.py:paper",
+        {"width": 16, "stem": 16},
+        "configs/transformer.py:1b3",
+        {
+            "steps": 4, "batch_size": 2, "precision": "fp32", "model.width": 64, "model.heads": 1,
+            "data.train": "scenes:train@256", "data.augment": "center", "data.bpe_dropout": 0.0,
+            "data.english_only": False, "data.drop_boilerplate": False, "model.text_vocab": 384,
+        },
+    ),
+}  # fmt: skip
+WAYS = {"cold": {}, "kept programs": {}, "compiled": {"JAX_ENABLE_COMPILATION_CACHE": "false"}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder for the runs; again to go on")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=210, help="begin no round after this")
+    parser.add_argument("--lower", action="store_true", help="only trace and lower the update of 12b")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    notes = args.out / "rounds.json"
+    rounds = json.loads(notes.read_text()) if notes.exists() else {}
+    until = time.monotonic() + args.seconds
+    if args.lower:
+        rounds.setdefault("lower", []).append(lower())
+        notes.write_text(json.dumps(rounds, indent=1) + "\n")
+    else:
+        for name in CASES:
+            while len(rounds.setdefault(name, [])) < args.rounds and time.monotonic() < until:
+                rounds[name].append(one_round(args.out, name))
+                notes.write_text(json.dumps(rounds, indent=1) + "\n")
+    if any(len(rounds.get(name, [])) < args.rounds for name in CASES) or "lower" not in rounds:
+        print("not all there yet: give the command again, and once with --lower")
+        return 1
+    write_results(args.results, args.rounds, rounds)
+    return 0
+
+
+def one_round(out: pathlib.Path, name: str) -> dict:
+    """Seconds and digests of one cold start and the two restarts."""
+    words, folder = prepared(out, name), out / "round"
+    shutil.rmtree(folder, ignore_errors=True)
+    found = {"load": round(os.getloadavg()[0], 2)}
+    for way, environment in WAYS.items():
+        workdir = folder / way.replace(" ", "-")
+        if way != "cold":
+            shutil.copytree(folder / "killed", workdir)
+        found[way] = start(words, workdir, environment, kill=way == "cold")
+        if way == "cold":
+            workdir.rename(folder / "killed")
+        print(f"{name}, {way}: {found[way]}", flush=True)
+    return found
+
+
+def prepared(out: pathlib.Path, name: str) -> list[str]:
+    """The command of a case, after its tokenizer and random dVAE are there."""
+    import jax
+
+    from dalle_jax import config as configs
+    from dalle_jax.cli import demo
+    from dalle_jax.models import build
+
+    dvae_config, sizes, file, values = CASES[name]
+    parts = out / "parts" / name.replace(" ", "-").replace(",", "")
+    if not (parts / "dvae").exists():
+        parts.mkdir(parents=True, exist_ok=True)
+        demo.make_tokenizer(parts)
+        model = {**configs.load(dvae_config).model.to_dict(), **sizes}
+        params = jax.jit(build("dvae", model).init)(jax.random.key(0))
+        model_dir.save(parts / "dvae", {"name": "dvae", "model": model}, params)
+    values = {**COMMON, **values, "dvae": parts / "dvae", "tokenizer": parts / "tokenizer.model"}
+    overrides = [f"--config.{key}={value}" for key, value in values.items()]
+    return [sys.executable, "-m", "dalle_jax.cli", "train", "--config", file, *overrides]
+
+
+def start(words: list[str], workdir: pathlib.Path, environment: dict[str, str], *, kill: bool) -> dict:
+    """One start: until a checkpoint is there and then kill -9, or until its end. Seconds, and the digest at the end."""
+    before, done = ledger(workdir), steps_done(workdir)
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | environment
+    began = time.monotonic()
+    with (workdir.parent.parent / "starts.log").open("a") as log:
+        process = subprocess.Popen([*words, "--workdir", str(workdir)], env=environment, stdout=log, stderr=log)
+    while steps_done(workdir) <= done and process.poll() is None:
+        time.sleep(0.01)
+    numbers = time.monotonic() - began
+    if kill:
+        while not list((workdir / "checkpoints").glob("[0-9]*/sha256.json")) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    elif process.wait():
+        raise SystemExit(f"a start ended with {process.returncode}: see {workdir.parent.parent}/starts.log")
+    spent = ledger(workdir)
+    seconds = {kind: round(spent[kind] - before[kind], 2) for kind in ("init", "compile")}
+    found = {"numbers": round(numbers, 2), **seconds, "first update": round(sum(seconds.values()), 2)}
+    if not kill:
+        inspect = [sys.executable, "-m", "dalle_jax.cli", "inspect", str(workdir), "--json"]
+        found["digest"] = json.loads(subprocess.run(inspect, check=True, capture_output=True).stdout)["state_sha256"]
+    return found
+
+
+def steps_done(workdir: pathlib.Path) -> int:
+    """The newest update whose numbers are there."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def ledger(workdir: pathlib.Path) -> dict[str, float]:
+    path = workdir / "goodput.json"
+    return json.loads(path.read_text())["seconds"] if path.exists() else {"init": 0.0, "compile": 0.0}
+
+
+def lower() -> dict:
+    """Seconds of importing, tracing and lowering the update of 12b for eight emulated devices, on one host's CPUs."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    words = [sys.executable, "-c", LOWER]
+    done = subprocess.run(words, env=os.environ | {"XLA_FLAGS": flags}, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"12b: {found}", flush=True)
+    return found
+
+
+LOWER = """
+import json, os, time
+load, began = os.getloadavg()[0], time.monotonic()
+import jax
+from dalle_jax import config as configs
+from dalle_jax.preflight import topology
+from dalle_jax.preflight.job import Job
+imported = time.monotonic()
+job = Job(configs.load("configs/transformer.py:12b"), topology.parse("gpu:h100:1x8"), tuple(jax.devices()))
+lowered = job.lower()
+seconds = {"imports": imported - began, "trace and lower": time.monotonic() - imported}
+text = len(lowered.as_text())
+print(json.dumps({k: round(s, 2) for k, s in seconds.items()} | {"load": round(load, 2), "characters": text}))
+"""
+
+
+def middle(rounds: list[dict], way: str, kind: str) -> float:
+    return statistics.median(one[way][kind] for one in rounds)
+
+
+def write_results(folder: pathlib.Path, count: int, rounds: dict) -> None:
+    """The table and its figures."""
+    import jax
+
+    same = all(len({one[way]["digest"] for way in list(WAYS)[1:]}) == 1 for name in CASES for one in rounds[name])
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    loads = [one["load"] for name in CASES for one in rounds[name]]
+    command = f"python -m benchmarks.reliability.restart --rounds {count} --out DIR"
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": [command, f"{command} --lower"],
+        "machine": f"{machine}, JAX {jax.__version__}; load average {min(loads)} to {max(loads)} before the rounds",
+        "same_bits": same,
+        "rounds": rounds,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "restart.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "restart.md").write_text(table(result))
+    print(table(result))
+
+
+def table(result: dict) -> str:
+    rounds = result["rounds"]
+    lines = [
+        "# To the first update: cold, and started again",
+        "",
+        f"{result['date']}; {result['machine']}.",
+        "",
+        *(f"    {command}" for command in result["command"]),
+        "",
+        "Seconds, the middle of the rounds. First update: init and compile of the run's ledger. Numbers: from the",
+        "start of the command until the numbers of the first update are in metrics.jsonl.",
+        "",
+        "| case | start | init | compile | first update | of cold | numbers | of cold |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in CASES:
+        cold = {kind: middle(rounds[name], "cold", kind) for kind in ("first update", "numbers")}
+        for way in WAYS:
+            found = {k: middle(rounds[name], way, k) for k in ("init", "compile", "first update", "numbers")}
+            shares = {kind: f"{found[kind] / cold[kind]:.0%}" for kind in cold}
+            lines.append(
+                f"| {name} | {'again, ' * (way != 'cold')}{way} | {found['init']:.2f} | {found['compile']:.2f} | "
+                f"{found['first update']:.2f} | {shares['first update']} | {found['numbers']:.2f} | "
+                f"{shares['numbers']} |"
+            )
+    lowering = max(one["trace and lower"] for one in rounds["lower"])
+    bits = "are the same bits" if result["same_bits"] else "DIFFER"
+    lines += [
+        "",
+        f"The training states after the same updates, with programs read back and with compiled ones, {bits} in every",
+        f"round. The update of configs/transformer.py:12b traces and lowers for eight devices in {lowering:.1f} s.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""Speed and memory of the training update: one call measures a list of variants and prints one table.
+
+    python -m benchmarks.speed.train_step --config configs/transformer.py:demo --out runs/step --seconds 5 \
+        --variants "" "batch_size=32" "model.remat=full" "model.pattern=full"
+    python -m benchmarks.speed.train_step --suite sparse-dense --out runs/sparse-dense # again until it prints the table
+    bash -c 'source launch/xla_flags.sh gpu; python -m benchmarks.speed.train_step --suite 1b3 --out runs/1b3'
+    bash -c 'source launch/xla_flags.sh gpu; python -m benchmarks.speed.train_step --suite flags --out runs/flags'
+
+A variant is `key=value` words that change the config, and flags of XLA (`--xla...`), which come after those of the
+environment; '' is the config itself. `--config.key=value` changes all of them.
+Each is measured in a process of its own by `train_step_measure.py`, which says how, and a variant that fails (out of
+memory) is a row that says so. What was measured stays in --out as soon as it is there; a call that ran out of its
+--minutes, by which its last variant is ended, goes on when it is given again, also on another machine that has the
+folder. Where even JAX or the device is missing the call ends at once, and nothing is noted.
+
+MFU counts the model's own products, forward and backward, and of attention only the pairs of query and key that the
+mask allows (`preflight/flops.py`); HFU what is computed, rematerialization and the encoding of the pictures included.
+Both are shares of the data sheet's peak for dense arithmetic in the config's precision; on a CPU, which has no such
+sheet, of what one large matrix product reaches there. The roofline is the time that the peak, or the memory's
+bandwidth, allows at best (`preflight/estimate.py`, at 100 %).
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
+MEASURE = ("-m", "benchmarks.speed.train_step_measure")
+READY = "ready"  # what it prints when the devices are there
+OVERRIDE = "--config."
+PARTS = ("attention", "scores", "mlp", "heads", "encode", "optimizer", "rest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A fixed list of variants. common: changes of all. split: the variants whose parts are timed; all by default.
+    dvae: other sizes of the frozen dVAE. seconds: to time each program for. platform: JAX's name of what it is for;
+    any by default."""
+
+    config: str
+    common: Mapping[str, Any]
+    variants: tuple[str, ...]
+    split: tuple[str, ...] | None = None
+    dvae: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 10.0
+    platform: str = ""
+
+
+SUITES = {
+    # One H100 or H200, 1280 tokens. The first rows matter most, if time runs out.
+    "1b3": Suite(
+        "configs/transformer.py:1b3",
+        {"batch_size": 16, "model.remat": "dots"},
+        (
+            "",
+            "model.pattern=full",
+            "model.attention=pallas",
+            "model.scan=False",
+            "model.scan=False batch_size=32",
+            "model.scan=False model.attention=pallas",
+            "model.scan=False model.pattern=full",
+            "batch_size=24",
+            "model.remat=full batch_size=64",
+            "model.remat=attention batch_size=8",
+            "model.remat=none batch_size=4",
+            "model.remat=none batch_size=4 model.pattern=full",
+            "optimizer.moments=bf16 storage.params=bf16",
+            "batch_size=64 accumulate=4",
+            "precision=fp32 batch_size=8",
+        ),
+        split=("", "model.pattern=full"),
+        seconds=6.0,
+        platform="gpu",
+    ),
+    # Layers of the paper's width on one H100 or H200. Heads, loss and dVAE are in the MFU, which is that of the layers
+    # at least.
+    "12b-layers": Suite(
+        "configs/transformer.py:12b",
+        {"batch_size": 16, "model.num_layers": 9, "model.remat": "dots", "mesh.replica": 1, "mesh.fsdp": 1},
+        (
+            "",
+            "model.num_layers=5",
+            "model.scan=False",
+            "model.attention=pallas",
+            "model.remat=full batch_size=32",
+            "model.remat=none batch_size=4",
+            "model.pattern=full",
+        ),
+        split=("",),
+        seconds=6.0,
+        platform="gpu",
+    ),
+    # Each flag of launch/xla_flags.sh turned off, on all GPUs of a machine.
+    "flags": Suite(
+        "configs/transformer.py:1b3",
+        {"batch_size": 16, "model.remat": "dots", "mesh.replica": 1, "mesh.fsdp": -1},
+        (
+            "",
+            "--xla_gpu_enable_latency_hiding_scheduler=false",
+            "--xla_gpu_enable_pipelined_all_gather=false",
+            "--xla_gpu_enable_pipelined_reduce_scatter=false",
+            "--xla_gpu_enable_pipelined_all_reduce=false",
+            "--xla_gpu_enable_while_loop_double_buffering=false",
+            "--xla_gpu_all_gather_combine_threshold_bytes=31457280",
+            "--xla_gpu_reduce_scatter_combine_threshold_bytes=31457280",
+            "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN",
+        ),
+        split=(),
+        seconds=6.0,
+        platform="gpu",
+    ),
+    # The paper's pattern against dense causal attention of our own, all 1280 positions, narrow enough for a CPU.
+    "sparse-dense": Suite(
+        "configs/transformer.py:1b3",
+        {"precision": "fp32", "model.num_layers": 8, "model.width": 128, "model.heads": 2, "batch_size": 2},
+        (
+            "model.remat=none",
+            "model.remat=none model.pattern=full",
+            "model.remat=full",
+            "model.remat=full model.pattern=full",
+        ),
+        dvae={"width": 16, "stem": 16},
+        seconds=4.0,
+    ),
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--suite", choices=SUITES, help="instead of --config and --variants")
+    parser.add_argument("--config", metavar="FILE.py:VARIANT")
+    parser.add_argument("--variants", nargs="+", default=[""], metavar="'key=value ...'")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder; again to go on")
+    parser.add_argument("--seconds", type=float, help="to time each program for (default 10, or the suite's)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call (default 9)")
+    parser.add_argument("--whole", action="store_true", help="do not time the parts")
+    parser.add_argument("--name", help="of the files in benchmarks/results (default: the suite's); none without")
+    words = sys.argv[1:]
+    common = dict(word.removeprefix(OVERRIDE).split("=", 1) for word in words if word.startswith(OVERRIDE))
+    args = parser.parse_args([word for word in words if not word.startswith(OVERRIDE)])
+    if bool(args.suite) == bool(args.config):
+        parser.error("expected one of --suite and --config")
+    suite = SUITES[args.suite] if args.suite else Suite(args.config, {}, tuple(args.variants))
+    if args.seconds:
+        suite = dataclasses.replace(suite, seconds=args.seconds)
+    suite = dataclasses.replace(suite, common={**suite.common, **common}, **({"split": ()} if args.whole else {}))
+    rows = measured(suite, args.out, until=time.monotonic() + 60 * args.minutes)
+    missing = [variant for variant in suite.variants if variant not in rows]
+    print(text := table(suite, rows, command(words)))
+    if missing:
+        print(f"not measured yet: {', '.join(map(title, missing))}; give the command again")
+        return 1
+    if name := args.name or args.suite:
+        (RESULTS / f"train_step_{name}.md").write_text(text)
+        (RESULTS / f"train_step_{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def measured(suite: Suite, out: pathlib.Path, *, until: float) -> dict[str, dict]:
+    """variant -> its figures, or {'failed': why}; those of earlier calls included. Ends by `until`, a monotonic time.
+
+    Raises:
+      SystemExit: a variant without flags of its own did not get as far as its devices, so none would.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    notes = out / "rows.json"
+    rows = json.loads(notes.read_text()) if notes.exists() else {}
+    alone = True  # whether the variant has the whole call
+    for variant in suite.variants:
+        began, load = time.monotonic(), os.getloadavg()[0]
+        if variant in rows or began > until:
+            continue
+        row = measure(suite, variant, seconds=until - began)
+        if "cut off" in row and not alone:
+            break  # the next call begins with it
+        about = {"date": datetime.date.today().isoformat(), "load_before": round(load, 2)}
+        rows[variant], alone = row | about, False
+        notes.write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"{title(variant)}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+def measure(suite: Suite, variant: str, *, seconds: float) -> dict[str, Any]:
+    """Figures of one variant, or {'failed': why}, also with 'cut off' where it was still at it after `seconds`."""
+    changes, flags = parse(variant)
+    asked = {
+        "config": suite.config,
+        "values": {**suite.common, **changes},
+        "seconds": suite.seconds,
+        "split": suite.split is None or variant in suite.split,
+        "dvae": suite.dvae,
+        "platform": suite.platform,
+    }
+    environment = os.environ | {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()}
+    words, late = [sys.executable, *MEASURE, json.dumps(asked)], {}
+    try:
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=seconds)
+        printed, said = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as cut:
+        printed, said = ((text or b"").decode(errors="replace") for text in (cut.stdout, cut.stderr))
+        late = {"cut off": True}
+    found = [line for line in printed.splitlines() if line.startswith("{") and line.endswith("}")]
+    if found:
+        return json.loads(found[-1])
+    if late:
+        return {"failed": f"took more than {seconds:.0f} s"} | late
+    lines = [line for line in said.strip().splitlines() if not line.startswith(" ")]
+    why = (lines or [f"status {done.returncode}"])[-1][:200]
+    if READY not in printed and not flags:
+        sys.exit(f"{title(variant)}: {why}")
+    return {"failed": why}
+
+
+def parse(variant: str) -> tuple[dict[str, str], list[str]]:
+    """Changes of the config and flags of XLA."""
+    words = variant.split()
+    flags = [word for word in words if word.startswith("--xla")]
+    return dict(word.split("=", 1) for word in words if word not in flags), flags
+
+
+def command(words: list[str]) -> str:
+    quoted = [f"'{word}'" if " " in word or not word else word for word in words]
+    if "--out" in words:
+        quoted[words.index("--out") + 1] = "DIR"
+    return f"python -m benchmarks.speed.train_step {' '.join(quoted)}"
+
+
+def title(variant: str) -> str:
+    return variant.replace("model.", "") or "as it is"
+
+
+def table(suite: Suite, rows: Mapping[str, dict], command: str) -> str:
+    """Speed, memory and parts of every variant as Markdown."""
+    good = {variant: row for variant, row in rows.items() if "failed" not in row}
+    if not good:
+        return "\n".join(f"{title(variant)}: {row['failed']}" for variant, row in rows.items())
+    first = next(iter(good.values()))
+    values = " ".join(f"{key}={value}" for key, value in suite.common.items())
+    sizes = " ".join(f"{key} {value}" for key, value in suite.dvae.items())
+    loads = [row["load_before"] for row in good.values()]
+    best = {what: max(row[what] for row in good.values()) for what in ("matmul_flops", "copy_bytes_per_second")}
+    reached = (
+        f"a large matrix product reaches {best['matmul_flops'] / 1e12:,.4g} TFLOP/s, a copy "
+        f"{best['copy_bytes_per_second'] / 1e9:,.4g} GB/s"
+    )
+    if first["chip"]:
+        reached = f"the data sheet of {first['chip']} says {first['peak_flops'] / 1e12:,.4g} TFLOP/s; {reached}"
+    lines = [
+        f"# The training update of {suite.config}",
+        "",
+        f"{first['date']}; {first['device']}, {first['host']}, load average "
+        f"{min(loads)} to {max(loads)} before the variants.",
+        "",
+        f"    {command}",
+        "",
+        f"All with {values or 'nothing changed'}{f'; a dVAE of {sizes}' if sizes else ''}. "
+        f"{reached[0].upper()}{reached[1:]}.",
+        "",
+        "MFU: the model's products, of attention only the pairs that the mask allows. HFU: with what is computed again",
+        "and the encoding of pictures. Roofline: the time that peak and memory allow, of the time taken. Memory: what",
+        "the compiler asks for, of one device, with everything the run holds there. Peak: the most that was ever in",
+        "use, of the device's memory or, on a CPU, of the process, compiling included.",
+        "",
+        "| variant | batch | s an update | tokens/s | MFU | HFU | roofline | memory, GB | peak, GB | compile, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for variant, row in rows.items():
+        if "failed" in row:
+            lines.append(f"| {title(variant)} | | failed: {row['failed'].replace('|', '/')} | | | | | | | |")
+            continue
+        seconds, least = row["step_seconds"], dict(row["roofline_seconds"])
+        if row["chip"]:
+            peak = row["peak_flops"]
+        else:  # the machine is no faster in one row than in another
+            peak = best["matmul_flops"]
+            least["compute"] *= row["matmul_flops"] / peak
+            least["memory"] *= row["copy_bytes_per_second"] / best["copy_bytes_per_second"]
+        mfu, hfu = (row[f"{what}_flops_per_device"] / seconds / peak for what in ("model", "executed"))
+        lines.append(
+            f"| {title(variant)} | {row['batch_size']} | {seconds:.4g} | {row['tokens_per_second']:,.0f} | {mfu:.1%} | "
+            f"{hfu:.1%} | {max(least.values()) / seconds:.0%} | {row['memory_bytes'] / 1e9:.2f} | "
+            f"{row['peak_bytes'] / 1e9:.2f} | {row['compile_seconds']:.1f} |"
+        )
+    split = {variant: row for variant, row in good.items() if "mlp" in row["seconds"]}
+    if split:
+        lines += [
+            "",
+            "Where the time goes, in seconds of an update, parts timed as programs of their own (attention: the whole",
+            "residual branch, of it the scores and weighted sums; heads: logits and loss; encode: pictures to codes by",
+            "the frozen dVAE; rest: what all gradients together take beyond these). Host: a batch put on the devices.",
+            "",
+            f"| variant | {' | '.join(PARTS)} | host |",
+            f"|---|{'---|' * (len(PARTS) + 1)}",
+        ]
+        for variant, row in split.items():
+            found = [row["seconds"][part] for part in (*PARTS, "host")]
+            lines.append(f"| {title(variant)} | {' | '.join(f'{seconds:.4g}' for seconds in found)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
