@@ -5,14 +5,27 @@ only lay them out as config keys.
 """
 
 import dataclasses
+import typing
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from dalle_jax.train.ema import Ema
+from dalle_jax.train.optimizer.build import Optimizer
+from dalle_jax.train.optimizer.powersgd import Compression
+from dalle_jax.train.step import Storage
 
 
 def fields(instance: Any) -> ConfigDict:
-    """The fields of a dataclass instance as config keys."""
-    return ConfigDict(dataclasses.asdict(instance))
+    """The fields of a dataclass instance as config keys; one that is None takes a value of its type."""
+    config, types = ConfigDict(), typing.get_type_hints(type(instance))
+    for name in types:
+        value = getattr(instance, name)
+        if dataclasses.is_dataclass(value):
+            value = fields(value)
+        config[name] = placeholder(typing.get_args(types[name])[0]) if value is None else value
+    return config
 
 
 def base(name: str, *, model: Any, data: Any) -> ConfigDict:
@@ -26,11 +39,11 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             "accumulate": 1,  # microbatches per update
             # -1 is chosen: fsdp as much of an island of fast links as the model divides into, replica the rest.
             "mesh": {"replica": -1, "fsdp": -1, "tensor": 1},
-            # Between updates: dtype of hidden matrices ('fp32', 'bf16'); moving average in the hosts' memory or not.
-            "storage": {"params": "fp32", "offload_ema": False},
-            # PowerSGD between replicas (train/powersgd.py): rank of all pieces of a matrix together, 0 for none; format
-            # of what is sent and left out ('bf16', 'paper', 'fp32').
-            "compression": {"rank": 0, "format": "bf16"},
+            # Each of these is explained in its dataclass, in dalle_jax/train.
+            "storage": fields(Storage()),
+            "compression": fields(Compression()),
+            "optimizer": fields(Optimizer()),
+            "ema": fields(Ema()),
             # How long processes wait for one another at the start, and how long one may be silent or stuck before the
             # job ends, where programs are compiled and elsewhere (distributed/watchdog.py).
             "processes": {"start_seconds": 300, "hang_seconds": 300, "compile_seconds": 3_600},
@@ -41,8 +54,6 @@ def base(name: str, *, model: Any, data: Any) -> ConfigDict:
             # Named sources, e.g. wds:PATTERN or folder:DIR, of a transformer tokens:DIR; `validation` may be empty.
             # `lanes` is the most processes that may ever read them, 0 those of the first start (data/shards.py).
             "data": {"train": "", "validation": "", "lanes": 0, **fields(data)},
-            "optimizer": optimizer(),
-            "ema": {"decay": 0.0, "every": 1},
             # In updates; 0 is never. Training ends with a checkpoint in any case.
             "log_every": 50,
             "validate_every": 1_000,
@@ -69,28 +80,3 @@ def watch(config: ConfigDict) -> None:
     preflight says 1024 chips take, and 29 in the fortnight of 64.
     """
     config.update(check_replicas_every=config.checkpoint_every, keep_every_hours=12.0)
-
-
-def optimizer() -> ConfigDict:
-    """AdamW without schedule or clipping; the keys are explained in `train/optimizer.py`."""
-    return ConfigDict(
-        {
-            "name": "adamw",
-            "learning_rate": 1e-3,
-            "b1": 0.9,
-            "b2": 0.999,
-            "eps": 1e-8,
-            "weight_decay": 0.0,
-            "decay_tables": False,
-            "clip_norm": 0.0,
-            "momentum": 0.95,
-            "moments": "fp32",
-            "schedule": {
-                "name": "warmup_constant",
-                "warmup_steps": 0,
-                "decay_steps": 0,
-                "end_learning_rate": 0.0,
-                "plateau": {"window": 1_000, "patience": 10, "min_improvement": 1e-3, "halvings": 5},
-            },
-        }
-    )

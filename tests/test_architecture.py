@@ -62,6 +62,7 @@ MAY_JIT = {
     "checkpoint/manager.py",  # the copy that is written
     "cli/encode.py",
     "train/step.py",
+    "train/optimizer/powersgd.py",  # the form in which checkpoints hold what was left out
     "train/monitor/replicas.py",
     "train/objectives/dvae.py",
     "evaluate/features.py",

@@ -13,7 +13,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.train import run
 from dalle_jax.train.objectives.dvae import Objective
-from dalle_jax.train.optimizer import build as optimizer
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from tests.support import ROOT
 
 SPECS = [f"configs/dvae.py:{v}" for v in ("paper", "emoji", "demo")] + [
@@ -28,7 +28,7 @@ def test_every_config_builds_what_it_configures(spec):
     model = build(config.name, config.model)
     data = {key: value for key, value in config.data.items() if key not in run.SOURCE_KEYS}
     assert DataConfig(**data).image_size == config.data.image_size
-    optimizer.build(config.optimizer, steps=config.steps, axes=model.axes)
+    build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=model.axes)
     if config.name == "dvae":
         Objective(**config.objective)
     if config.name in ("dvae", "clip"):
@@ -65,9 +65,9 @@ def test_only_a_model_is_trained():
     [
         ("keep_checkpoints=0", "keep_checkpoints of at least 1, got 0"),  # every one would be deleted, the newest too
         ("rollback_after=-1", "rollback_after of at least 0, got -1"),
-        ("ema.every=0", "ema.every of at least 1, got 0: set --config.ema.every=N"),
-        ("ema.decay=1.0", "ema.decay from 0 to below 1, got 1.0, with which the average never"),
-        ("ema.decay=-0.5", "ema.decay from 0 to below 1, got -0.5"),
+        ("ema.every=0", "ema.every to be a whole number of at least 1"),
+        ("ema.decay=1.0", "ema.decay to be a number of at least 0 and below 1, got 1.0"),
+        ("ema.decay=-0.5", "ema.decay to be a number of at least 0"),
     ],
 )
 def test_values_that_would_do_harm_in_silence_are_refused(word, message):

@@ -135,9 +135,10 @@ def trainer(pattern: str):
     from dalle_jax import sharding
     from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT
     from dalle_jax.mesh import make_mesh
+    from dalle_jax.train.ema import Ema
     from dalle_jax.train.objectives.task import Task
     from dalle_jax.train.objectives.transformer import token_losses
-    from dalle_jax.train.step import init_state, make_update
+    from dalle_jax.train.step import TrainStep
 
     model = transformer(pattern)
 
@@ -149,14 +150,14 @@ def trainer(pattern: str):
     task = Task(name="transformer", model=model, loss=loss)
     mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
     optimizer = optax.with_extra_args_support(optax.adamw(LEARNING_RATE))
-    update = make_update(task, optimizer, mesh=mesh, ema_decay=0.99)
+    training = TrainStep(task, optimizer, mesh, ema=Ema(decay=0.99))
     key = jax.random.key(0)
     codes = np.random.default_rng(1).integers(SHAPE["image_vocab"], size=(BATCH, SHAPE["grid"] ** 2), dtype=np.int32)
     batch = sharding.shard_batch({"text": captions(), "image": codes}, mesh)
-    state = [init_state(task, optimizer, key=key, mesh=mesh)]
+    state = [training.init(key)]
 
     def step():
-        state[0], metrics = update(state[0], {}, batch, key)
+        state[0], metrics = training.update(state[0], {}, batch, key)
         jax.block_until_ready((state[0], metrics))
 
     return step

@@ -79,19 +79,20 @@ def trainer(precision: str):
 
     from dalle_jax import sharding
     from dalle_jax.mesh import make_mesh
+    from dalle_jax.train.ema import Ema
     from dalle_jax.train.objectives.dvae import dvae_task
-    from dalle_jax.train.optimizer import build as optimizers
-    from dalle_jax.train.step import init_state, make_update
+    from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+    from dalle_jax.train.step import TrainStep
 
     config = config_of(precision)
     task, mesh, key = dvae_task(config), make_mesh({}), jax.random.key(0)
-    optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
-    update = make_update(task, optimizer, mesh=mesh, ema_decay=config.ema.decay)
+    optimizer = build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=task.model.axes)
+    training = TrainStep(task, optimizer, mesh, ema=Ema(**config.ema))
     batch = sharding.shard_batch({"image": pictures()}, mesh)
-    state = [init_state(task, optimizer, key=key, mesh=mesh)]
+    state = [training.init(key)]
 
     def step():
-        state[0], metrics = update(state[0], {}, batch, key)
+        state[0], metrics = training.update(state[0], {}, batch, key)
         jax.block_until_ready((state[0], metrics))
 
     return step

@@ -26,9 +26,10 @@ from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.preflight import flops
-from dalle_jax.train import step
+from dalle_jax.train.ema import Ema
 from dalle_jax.train.objectives.transformer import transformer_task
-from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.step import TrainStep
 
 RESULTS = Path(__file__).parent.parent / "results"
 DVAE_OF = {"12b": "paper", "5b6": "paper", "2b8": "paper", "1b3": "paper", "400m": "paper"}  # others: their own name
@@ -55,7 +56,8 @@ def measure(variant: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of one update on pictures and on codes, the middle one of each round."""
     config, dvae = configured(variant)
     task = transformer_task(config, dvae, jax.jit(dvae.init)(jax.random.key(1)))
-    mesh, built = make_mesh({}), optimizers.build(config.optimizer, steps=100, axes=task.model.axes)
+    mesh = make_mesh({})
+    optimizer = build_optimizer(Optimizer(**config.optimizer), steps=100, axes=task.model.axes)
     rng, size, side = np.random.default_rng(0), config.batch_size, dvae.config.image_size
     text = np.tile(task.model.config.layout.text_slots([]), (size, 1))
     batches = {
@@ -66,15 +68,15 @@ def measure(variant: str, rounds: int) -> dict[str, list[float]]:
         },
     }
     batches = {name: sharding.shard_batch(batch, mesh) for name, batch in batches.items()}
-    update = step.make_update(task, built, mesh=mesh, ema_decay=config.ema.decay)
-    states = {name: step.init_state(task, built, key=jax.random.key(0), mesh=mesh) for name in batches}
+    step = TrainStep(task, optimizer, mesh, ema=Ema(**config.ema))
+    states = {name: step.init(jax.random.key(0)) for name in batches}
     seconds = {name: [] for name in batches}
     for number in range(rounds):
         for name, batch in batches.items():
             times = []
             for _ in range(UPDATES + (0 if number else WARM_UP)):
                 began = time.perf_counter()
-                states[name], metrics = update(states[name], task.frozen, batch, jax.random.key(1))
+                states[name], metrics = step.update(states[name], task.frozen, batch, jax.random.key(1))
                 jax.block_until_ready((states[name], metrics))
                 times.append(time.perf_counter() - began)
             seconds[name].append(statistics.median(times[-UPDATES:]))

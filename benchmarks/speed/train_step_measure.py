@@ -46,7 +46,6 @@ from dalle_jax.preflight.job import Job, shard_bytes
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import step as steps
 from dalle_jax.train.objectives.transformer import token_losses
-from dalle_jax.train.optimizer import powersgd
 
 LEAST_TIMES, MOST_TIMES = 3, 50
 MATMUL_SIDE = {"cpu": 1_536}  # of the product that says what the device reaches; 8192 elsewhere
@@ -134,14 +133,7 @@ class Update:
         results = found.output_size_in_bytes - found.alias_size_in_bytes
         arguments = max(held, found.argument_size_in_bytes)
         self.memory_bytes = arguments + results + found.temp_size_in_bytes + found.generated_code_size_in_bytes
-        self.state = steps.init_state(
-            job.task,
-            job.optimizer,
-            key=jax.random.key(0),
-            mesh=job.mesh,
-            storage=steps.Storage(**job.config.storage),
-            compression=powersgd.Compression(**job.config.compression),
-        )
+        self.state = job.step.init(jax.random.key(0))
         if job.helper is not None:
             frozen = jax.jit(job.helper.init, out_shardings=sharding.replicated(job.mesh))
             self.frozen = frozen(jax.random.key(1))

@@ -27,11 +27,12 @@ from dalle_jax.mesh import make_mesh
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import CLIP, Pipeline
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train import step
+from dalle_jax.train.ema import Ema
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives import build_task
-from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from dalle_jax.train.run import data_config, train
+from dalle_jax.train.step import TrainStep
 
 REPORT_KEYS = {
     "one_object_accuracy": "one_seen",
@@ -212,9 +213,9 @@ def time_update(config) -> float:
     As in training, each batch is made while the update before it runs.
     """
     task, mesh = build_task(config), make_mesh(config.mesh)
-    optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
-    update = step.make_update(task, optimizer, mesh=mesh, ema_decay=config.ema.decay)
-    state = step.init_state(task, optimizer, key=jax.random.key(0), mesh=mesh)
+    optimizer = build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=task.model.axes)
+    step = TrainStep(task, optimizer, mesh, ema=Ema(**config.ema))
+    state = step.init(jax.random.key(0))
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     batches = Batches(
         open_source(config.data.train),
@@ -229,7 +230,7 @@ def time_update(config) -> float:
         began = time.perf_counter()
         batch = sharding.shard_batch(next(batches), mesh)
         jax.block_until_ready(running)
-        state, running = update(state, frozen, batch, jax.random.key(1))
+        state, running = step.update(state, frozen, batch, jax.random.key(1))
         seconds.append(time.perf_counter() - began)
     batches.close()
     return float(np.median(seconds[2:]))

@@ -18,8 +18,8 @@ from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train import step as steps
 from dalle_jax.train.loop import Hook
+from dalle_jax.train.step import ema_params
 
 CAPTIONS = 16
 
@@ -100,7 +100,7 @@ class _Sampler:
 
     def draw(self, step: int, state) -> tuple[Pipeline | None, list[str], list[np.ndarray]]:
         """Pipeline, captions and a picture uint8 each; no pipeline on all processes but the first."""
-        ema = distributed.whole(steps.average_of(state))
+        ema = distributed.whole(ema_params(state))
         if jax.process_index() != 0:
             return None, [], []
         if not self._captions:

@@ -26,12 +26,14 @@ from dalle_jax.models.layers import compute_dtype
 from dalle_jax.preflight.hardware import compute_capability
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import run
-from dalle_jax.train import step as steps
+from dalle_jax.train.ema import Ema
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.objectives.transformer import transformer_task
-from dalle_jax.train.optimizer import build as optimizers
 from dalle_jax.train.optimizer import powersgd
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.optimizer.powersgd import Compression
+from dalle_jax.train.step import State, Storage, TrainStep
 
 DVAES = ("configs/dvae.py:paper", "configs/dvae.py:emoji", "configs/dvae.py:demo")
 
@@ -97,15 +99,20 @@ class Job:
         return possible(self.topology.count, self.topology.island, unfit=ask)
 
     @functools.cached_property
-    def optimizer(self):
-        return optimizers.build(self.config.optimizer, steps=self.config.steps, axes=self.task.model.axes)
-
-    @property
-    def _kept(self) -> dict[str, Any]:
-        storage = steps.Storage(**self.config.storage)
+    def step(self) -> TrainStep:
+        """The update that the training would make."""
+        config, storage = self.config, Storage(**self.config.storage)
         if self._without_host_memory:
             storage = dataclasses.replace(storage, offload_ema=False)
-        return {"storage": storage, "compression": self._compression}
+        return TrainStep(
+            self.task,
+            build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=self.task.model.axes),
+            self.mesh,
+            storage=storage,
+            compression=self._compression,
+            accumulate=config.accumulate,
+            ema=Ema(**config.ema),
+        )
 
     @property
     def _without_host_memory(self) -> bool:
@@ -119,8 +126,8 @@ class Job:
         return shard_bytes(self.state["ema"]) if taken_off else 0
 
     @property
-    def _compression(self) -> powersgd.Compression:
-        return powersgd.Compression(**self.config.compression)
+    def _compression(self) -> Compression:
+        return Compression(**self.config.compression)
 
     @property
     def across_replicas(self) -> tuple[int, int]:
@@ -135,19 +142,18 @@ class Job:
         return sent * (4 if self._compression.format == "fp32" else 2) + rest, instead * item + rest
 
     @property
-    def state(self) -> steps.State:
+    def state(self) -> State:
         """The training state as jax.ShapeDtypeStruct with shardings."""
         config = self.config.to_dict()
         model = {key: value for key, value in config["model"].items() if key != "remat"}
         parts = model, config["optimizer"], config["storage"], config["compression"], config["steps"]
         decides = config["name"], json.dumps(parts, sort_keys=True), self.mesh
         if decides not in self._states:
-            found = steps.abstract_state(self.task, self.optimizer, mesh=self.mesh, **self._kept)
-            self._states[decides] = found
+            self._states[decides] = self.step.abstract
         return self._states[decides]
 
     @functools.cached_property
-    def _states(self) -> dict[Any, steps.State]:
+    def _states(self) -> dict[Any, State]:
         """Of this job and all that `changed` makes of it, by what decides them: a search asks for hundreds."""
         return {}
 
@@ -195,17 +201,8 @@ class Job:
 
     def lower(self) -> jax.stages.Lowered:
         """The real update, lowered for the topology's platform."""
-        update = steps.make_update(
-            self.task,
-            self.optimizer,
-            mesh=self.mesh,
-            accumulate=self.config.accumulate,
-            ema_decay=self.config.ema.decay,
-            ema_every=self.config.ema.every,
-            **self._kept,
-        )
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return update.lower(self.state, self.frozen, self.batch, key)
+        return self.step.update.lower(self.state, self.frozen, self.batch, key)
 
     def changed(self, values: Mapping[str, Any]) -> "Job":
         """The same job with other values of config keys, {'model.remat': 'full'}."""

@@ -23,17 +23,19 @@ from dalle_jax import distributed, sharding
 from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.errors import UserError
-from dalle_jax.train import step as steps
-from dalle_jax.train.evaluator import Look
+from dalle_jax.train.ema import Ema
+from dalle_jax.train.evaluator import Evaluator
 from dalle_jax.train.monitor import goodput, replicas, tracing
 from dalle_jax.train.monitor.report import Report, surviving_a_full_disk, to_terminal
 from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.optimizer import build as optimizers
-from dalle_jax.train.optimizer import loss_scale, powersgd
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.optimizer.powersgd import Compression
+from dalle_jax.train.optimizer.schedule import learning_rate
 from dalle_jax.train.rollback import Rollback
+from dalle_jax.train.step import State, Storage, TrainStep
 
 # (every, f): f(step, state) after each `every`-th update; it may return numbers for the metrics.
-Hook = tuple[int, Callable[[int, steps.State], Mapping[str, float] | None]]
+Hook = tuple[int, Callable[[int, State], Mapping[str, float] | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Result:
     seconds: float
     metrics: dict[str, float]
     signal: int
-    state: steps.State
+    state: State
 
 
 def run(
@@ -76,16 +78,15 @@ def run(
         stay so, or devices that should hold the same numbers and do not.
     """
     ledger = goodput.Ledger(workdir)
-    optimizer = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
-    kept = {"storage": steps.Storage(**config.storage), "compression": powersgd.Compression(**config.compression)}
-    update = steps.make_update(
+    optimizer = Optimizer(**config.optimizer)
+    step = TrainStep(
         task,
-        optimizer,
-        mesh=mesh,
+        build_optimizer(optimizer, steps=config.steps, axes=task.model.axes),
+        mesh,
+        storage=Storage(**config.storage),
+        compression=Compression(**config.compression),
         accumulate=config.accumulate,
-        ema_decay=config.ema.decay,
-        ema_every=config.ema.every,
-        **kept,
+        ema=Ema(**config.ema),
     )
     init_key, update_key, look_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(
@@ -95,22 +96,21 @@ def run(
         folder=config.checkpoint_dir,
         warn=to_terminal,
     )
-    saved_form, to_saved, from_saved = steps.make_saved(task, optimizer, mesh=mesh, **kept)
     beat(0, "restore")
-    if (restored := checkpoints.restore_latest(saved_form)) is not None:
+    if (restored := checkpoints.restore_latest(step.saved)) is not None:
         start, state, position = restored
-        state = from_saved(state)
+        state = step.from_saved(state)
         batches.set_state(position)
     else:
-        start, state = 0, steps.init_state(task, optimizer, key=init_key, mesh=mesh, **kept)
+        start, state = 0, step.init(init_key)
     ledger.restored(start)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
-    look = Look(task, workdir, frozen, mesh=mesh, key=look_key, validation=validation, most=config.validation_batches)
-    rate = optimizers.schedule(config.optimizer, steps=config.steps)
+    look = Evaluator(step, workdir, frozen, key=look_key, validation=validation, max_batches=config.validation_batches)
+    rate = learning_rate(optimizer.schedule, optimizer.learning_rate, steps=config.steps)
     report = Report(task, config, workdir, start=start, rate=rate, progress=progress)
-    rollback = Rollback(config.rollback_after, patience=config.log_every, forgiven=loss_scale.patience(task.model))
+    rollback = Rollback(config.rollback_after, patience=config.log_every, forgiven=step.scale_patience)
     trace = tracing.Trace(workdir / tracing.FOLDER, profile, warn=to_terminal)
-    check_replicas = replicas.make_check(steps.abstract_state(task, optimizer, mesh=mesh, **kept), mesh=mesh)
+    check_replicas = replicas.make_check(step.abstract, mesh=mesh)
     began, saved, save_due = time.monotonic(), start, False
     n, turn, stop = start, 0, False
 
@@ -130,7 +130,7 @@ def run(
                         ledger.move("data", time.monotonic() - waited)
                     beat(n, "update")
                     ledger.enter("compile" if turn == 1 else "step")
-                    state, measured = update(state, frozen, batch, update_key)
+                    state, measured = step.update(state, frozen, batch, update_key)
                     ledger.enter("step")
                 report.update(n, measured)  # waits for update n - 1
                 last = n == config.steps
@@ -142,10 +142,10 @@ def run(
                     streak = report.streak
                     del state  # before another one takes its place
                     with ledger.during("lost"):
-                        restored = checkpoints.restore_latest(saved_form)
+                        restored = checkpoints.restore_latest(step.saved)
                     if restored is None:
                         raise UserError("expected an undamaged checkpoint to go back to, got none: start a new run")
-                    saved, state = restored[0], from_saved(restored[1])
+                    saved, state = restored[0], step.from_saved(restored[1])
                     ledger.restored(saved)
                     report.rewind(saved)
                     report.say(
@@ -183,9 +183,9 @@ def run(
                     beat(n, "checkpoint")
                     with report.pause(), ledger.during("checkpoint"):
                         if last or not report.streak:  # a checkpoint is something to go back to
-                            state = to_saved(state)
+                            state = step.to_saved(state)
                             checkpoints.save(n, state, batches.get_state())
-                            state = from_saved(state)
+                            state = step.from_saved(state)
                             ledger.saved(n)
                             saved, save_due = n, False
                 ledger.tick()

@@ -29,14 +29,18 @@ from dalle_jax.models.attention import kernels
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import compilation_cache, loop
+from dalle_jax.train.ema import Ema
 from dalle_jax.train.monitor import tracing
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import powersgd
+from dalle_jax.train.optimizer.build import Optimizer
+from dalle_jax.train.optimizer.powersgd import Compression
+from dalle_jax.train.step import Storage
 
 DVAE, TOKENIZER = "dvae", "tokenizer.model"  # inside the workdir
 SOURCE_KEYS = ("train", "validation", "lanes")  # of config.data; the others are DataConfig's
-LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "ema.every": 1, "keep_checkpoints": 1, "rollback_after": 0}
+LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "keep_checkpoints": 1, "rollback_after": 0}
 
 
 def train(
@@ -105,15 +109,15 @@ def mesh_for(config: ml_collections.ConfigDict, model: Model, *, devices: Sequen
 
     Raises:
       UserError: no such mesh, with the nearest possible ones; see `make_mesh` and `demand`. Or
-        `config.compression` saves nothing on it; see `powersgd.refuse_waste`.
+        `config.compression` saves nothing on it; see `powersgd.check_rank`.
     """
     ask = demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
     mesh = make_mesh(config.mesh, devices=devices, unfit=ask)
     if config.compression.rank:
-        compression = powersgd.Compression(**config.compression)
+        compression = Compression(**config.compression)
         found = powersgd.layouts(model.abstract, model.axes, compression=compression, mesh=mesh)
         item = compute_dtype(config.precision)(0).dtype.itemsize
-        powersgd.refuse_waste(found, form=compression.format, item=item)
+        powersgd.check_rank(found, form=compression.format, item=item)
     return mesh
 
 
@@ -131,11 +135,7 @@ def check_values(config: ml_collections.ConfigDict) -> None:
     for name, least in LEAST.items():
         if values[name] < least:
             raise UserError(f"expected config.{name} of at least {least}, got {values[name]}: set --config.{name}=N")
-    if not 0.0 <= config.ema.decay < 1.0:
-        raise UserError(
-            f"expected config.ema.decay from 0 to below 1, got {config.ema.decay}, with which the average never comes "
-            "near the parameters: 0.99 averages about a hundred of its updates, 0 keeps the parameters themselves"
-        )
+    Optimizer(**config.optimizer), Ema(**config.ema), Storage(**config.storage), Compression(**config.compression)
     if config.precision.startswith("fp16"):
         if config.storage.params != "fp32":
             raise UserError(
@@ -149,8 +149,8 @@ def check_values(config: ml_collections.ConfigDict) -> None:
             )
     if config.compression.rank and config.name != "transformer":
         raise UserError(
-            f"expected config.compression.rank = 0 for a {config.name}, got {config.compression.rank}: its loss may be "
-            "no mean over examples (CLIP's pairs, a dVAE's `balance`), of which replicas could take a part each"
+            f"expected config.compression.rank = None for a {config.name}, got {config.compression.rank}: its loss may "
+            "be no mean over examples (CLIP's pairs, a dVAE's `balance`), of which replicas could take a part each"
         )
     if config.storage.offload_ema and not config.ema.decay:
         raise UserError(

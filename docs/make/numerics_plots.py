@@ -26,13 +26,13 @@ from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source
 from dalle_jax.mesh import make_mesh
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train import step
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.optimizer import build as optimizers
-from dalle_jax.train.optimizer import formats, loss_scale, moments
+from dalle_jax.train.optimizer import formats, loss_scale, matrices, moments
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from dalle_jax.train.run import data_config
+from dalle_jax.train.step import TrainStep
 
 DOCS = pathlib.Path(__file__).parent.parent
 FLOAT16_NORMAL, FLOAT16_SMALLEST = -14, -24  # exponents
@@ -107,9 +107,9 @@ def trained(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, Task]:
 def float32_moments(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """'mu' and 'nu' of all hidden matrices at the end of a run that kept them in float32, as flat arrays without 0."""
     (config, task), mesh = trained(workdir), make_mesh({}, devices=jax.devices()[:1])
-    built = optimizers.build(config.optimizer, steps=config.steps, axes=task.model.axes)
-    _, state, _ = Checkpoints(workdir, keep=1).restore_latest(step.abstract_state(task, built, mesh=mesh))
-    hidden = jax.tree.leaves(optimizers.hidden_mask(task.model.axes))
+    built = build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=task.model.axes)
+    _, state, _ = Checkpoints(workdir, keep=1).restore_latest(TrainStep(task, built, mesh).saved)
+    hidden = jax.tree.leaves(matrices.hidden_mask(task.model.axes))
     found = {}
     for moment in ("mu", "nu"):
         leaves = jax.tree.leaves(optax.tree.get(state["opt_state"], moment))
@@ -165,7 +165,7 @@ def scales(out: pathlib.Path) -> Figure:
     do not move there."""
     workdir = numerics.folder(out, "fp16-paper", numerics.SEEDS[0])
     config, task = trained(workdir)
-    rule = loss_scale.of(task.model, replicas=1)
+    rule = loss_scale.for_model(task.model, replicas=1)
     params = model_dir.load(workdir).params
 
     @jax.jit
@@ -214,7 +214,7 @@ def scales(out: pathlib.Path) -> Figure:
     return figure
 
 
-def largest_scales(rule: loss_scale.Scaling, finite) -> np.ndarray:
+def largest_scales(rule: loss_scale.NoScale, finite) -> np.ndarray:
     """log2 [layers, 2], to a half: every branch goes down by itself until all gradients of a batch are finite."""
     powers = np.full(rule.shape, FAR)
     while not (ok := np.asarray(finite(2.0**powers))).all():

@@ -12,9 +12,7 @@ from dalle_jax.cli import main
 from dalle_jax.cli.inspect import inspect
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
-from dalle_jax.train import step
-from dalle_jax.train.optimizer import build
-from tests.support.line_task import LINE, MODEL, config, train
+from tests.support.line_task import MODEL, config, line_step, train
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +53,7 @@ def test_inspect_says_where_a_run_stands(workdir, capsys):
 
 
 def test_the_digests_do_not_depend_on_the_mesh_a_run_was_saved_on(workdir, tmp_path):
-    built = build.build(config().optimizer, steps=12, axes=MODEL.axes)
-    abstract = step.abstract_state(LINE, built, mesh=make_mesh({"fsdp": 4, "tensor": 2}))
+    abstract = line_step(make_mesh({"fsdp": 4, "tensor": 2})).abstract
     reader = manager.Checkpoints(workdir, keep=9)
     _, state, position = reader.restore_latest(abstract)
     reader.close()

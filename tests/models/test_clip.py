@@ -20,10 +20,11 @@ from dalle_jax.models.layers import Model
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.text.bpe import Tokenizer
 from dalle_jax.train import run
-from dalle_jax.train import step as steps
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives import clip as clip_task
-from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.optimizer import matrices
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.step import TrainStep
 from tests.support.parameters import random_parameters
 
 TINY = CLIPConfig(
@@ -195,15 +196,15 @@ def test_eight_devices_train_as_one_does():
     config = tiny_config("--config.optimizer.name=adamw", *ONE_LAYER)
     task = build_task(config)
     image, text = random_batch(TINY, batch=8)
-    built = optimizers.build(config.optimizer, steps=10, axes=task.model.axes)
+    built = build_optimizer(Optimizer(**config.optimizer), steps=10, axes=task.model.axes)
     found = []
     for shape in ((1, 1, 1), (2, 2, 2)):
         devices = jax.devices()[: int(np.prod(shape))]
         mesh = make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices=devices)
-        state = steps.init_state(task, built, key=jax.random.key(0), mesh=mesh)
+        training = TrainStep(task, built, mesh)
+        state = training.init(jax.random.key(0))
         batch = sharding.shard_batch({"image": image, "text": text}, mesh)
-        update = steps.make_update(task, built, mesh=mesh)
-        _, metrics = update(state, {}, batch, jax.random.key(1))
+        _, metrics = training.update(state, {}, batch, jax.random.key(1))
         found.append(jax.device_get(metrics))
     assert found[0]["loss"] > 1.0 and found[0]["grad_norm"] > 0.1
     for metrics in found[1:]:
@@ -212,11 +213,11 @@ def test_eight_devices_train_as_one_does():
 
 def test_embeddings_decay_but_gains_and_biases_do_not():
     """Section 2.5: decay on all weights that are not gains or biases."""
-    decays = optimizers.decay_mask(clip.model(TINY).axes, tables=True)
+    decays = matrices.decay_mask(clip.model(TINY).axes, tables=True)
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): d for path, d in jax.tree.leaves_with_path(decays)}
     kept = {name for name, d in names.items() if not d}
     assert kept == {name for name in names if name.endswith(("gain", "bias", "log_scale"))}
-    assert not optimizers.decay_mask(clip.model(TINY).axes)["text"]["embedding"]
+    assert not matrices.decay_mask(clip.model(TINY).axes)["text"]["embedding"]
 
 
 def test_microbatches_are_refused():

@@ -12,9 +12,9 @@ from dalle_jax import sharding
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import choose, demand
 from dalle_jax.models import build
-from dalle_jax.train import step
 from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.optimizer import build as optimizer
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.step import Storage, TrainStep
 
 
 def promised():
@@ -37,9 +37,9 @@ def bytes_a_device(tree):
 
 def abstract_state(config, mesh):
     model = build(config.name, config.model)
-    built = optimizer.build(config.optimizer, steps=config.steps, axes=model.axes)
-    storage = step.Storage(**config.storage)
-    return step.abstract_state(Task(config.name, model, loss=None), built, mesh=mesh, storage=storage)
+    built = build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=model.axes)
+    storage = Storage(**config.storage)
+    return TrainStep(Task(config.name, model, loss=None), built, mesh, storage=storage).abstract
 
 
 @pytest.mark.parametrize("spec, shape, island, parameters, megabytes", list(promised()))

@@ -22,7 +22,6 @@ from dalle_jax.preflight import collectives, compiled, flops, hardware, memory, 
 from dalle_jax.preflight import estimate as estimates
 from dalle_jax.preflight import topology as topologies
 from dalle_jax.preflight.job import Job, shard_bytes
-from dalle_jax.train import step as steps
 from tests.support import ROOT
 
 SMALL = ("--config.batch_size=16", "--config.steps=100", "--config.model.num_layers=2")
@@ -222,7 +221,7 @@ def test_traced_flops_see_loops_products_and_convolutions():
 
 def test_state_bytes_are_those_of_real_arrays():
     job = emulated()
-    state = steps.init_state(job.task, job.optimizer, key=jax.random.key(0), mesh=job.mesh)
+    state = job.step.init(jax.random.key(0))
     for kind, part in (("parameters", "params"), ("optimizer", "opt_state"), ("ema", "ema")):
         first = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state[part])]
         assert memory.by_kind(job)[kind] == sum(first) == shard_bytes(job.state[part])

@@ -9,9 +9,9 @@ import numpy as np
 
 from dalle_jax import distributed, sharding
 from dalle_jax.mesh import make_mesh
-from dalle_jax.train import step as steps
 from dalle_jax.train.objectives import build_task
-from dalle_jax.train.optimizer import build as optimizers
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.step import TrainStep
 from tests.models.test_clip import ONE_LAYER, TINY, random_batch, tiny_config
 
 BATCH, UPDATES = 8, 2
@@ -26,15 +26,15 @@ def train(mesh):
     words = ("optimizer.name=adamw", "optimizer.eps=1e-3", "optimizer.schedule.warmup_steps=0")
     config = tiny_config(*(f"--config.{word}" for word in words), *ONE_LAYER, batch_size=BATCH)
     task = build_task(config)
-    built = optimizers.build(config.optimizer, steps=UPDATES, axes=task.model.axes)
-    state = steps.init_state(task, built, key=jax.random.key(0), mesh=mesh)
-    update = steps.make_update(task, built, mesh=mesh)
+    built = build_optimizer(Optimizer(**config.optimizer), steps=UPDATES, axes=task.model.axes)
+    step = TrainStep(task, built, mesh)
+    state = step.init(jax.random.key(0))
     part, parts = sharding.batch_reader(mesh)
     measured = []
     for seed in range(UPDATES):
         image, text = (x.reshape(parts, -1, *x.shape[1:])[part] for x in random_batch(TINY, batch=BATCH, seed=seed))
         batch = sharding.shard_batch({"image": image, "text": text}, mesh)
-        state, metrics = update(state, {}, batch, jax.random.key(1))
+        state, metrics = step.update(state, {}, batch, jax.random.key(1))
         measured.append({name: float(value) for name, value in metrics.items()})
     return measured, distributed.whole(state["params"])
 

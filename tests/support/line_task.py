@@ -14,6 +14,8 @@ from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, param
 from dalle_jax.train import loop
 from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.step import TrainStep
 
 WIDTH, BATCH = 8, 8
 
@@ -66,6 +68,13 @@ def config(**values):
     result.optimizer.update(name="adamw", learning_rate=0.05, b2=0.9)
     result.optimizer.schedule.update(name="warmup_constant", warmup_steps=0)
     return result
+
+
+def line_step(mesh, **options):
+    """The `TrainStep` of LINE with the optimizer of `config()`."""
+    values = config()
+    optimizer = build_optimizer(Optimizer(**values.optimizer), steps=values.steps, axes=MODEL.axes)
+    return TrainStep(LINE, optimizer, mesh, **options)
 
 
 def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=(), **values):

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from dalle_jax.train import step
 from dalle_jax.train.monitor import goodput
+from dalle_jax.train.step import TrainStep
 from tests.support.line_task import train
 
 barh = Axes.barh
@@ -64,7 +64,7 @@ def test_the_picture_has_a_bar_of_every_kind(tmp_path, monkeypatch):
     assert (picture != 255).any()
 
     drawn = []
-    monkeypatch.setattr(Axes, "barh", lambda self, *bars: drawn.append(bars) or barh(self, *bars))
+    monkeypatch.setattr(Axes, "barh", lambda self, *bars, **style: drawn.append(bars) or barh(self, *bars, **style))
     ledger = goodput.Ledger(tmp_path)
     ledger.seconds.update({kind: 10.0 * index for index, kind in enumerate(goodput.KINDS)})
     goodput.draw(ledger, updates=4, path=tmp_path / goodput.PICTURE)
@@ -76,10 +76,10 @@ def test_the_picture_has_a_bar_of_every_kind(tmp_path, monkeypatch):
 
 
 def test_no_number_is_waited_for_before_the_next_update_is_dispatched(tmp_path, monkeypatch):
-    order, make, get = [], step.make_update, jax.device_get
+    order, jitted, get = [], TrainStep.update.func, jax.device_get
 
-    def make_noted(*args, **options):
-        update = make(*args, **options)
+    def noted(step):
+        update = jitted(step)
         return lambda *args: (order.append("update"), update(*args))[1]
 
     def get_noted(tree):
@@ -87,7 +87,7 @@ def test_no_number_is_waited_for_before_the_next_update_is_dispatched(tmp_path, 
             order.append("wait")
         return get(tree)
 
-    monkeypatch.setattr(step, "make_update", make_noted)
+    monkeypatch.setattr(TrainStep, "update", property(noted))
     monkeypatch.setattr(jax, "device_get", get_noted)
     train(tmp_path, steps=4, log_every=1, checkpoint_every=0)
     assert order == ["update", "update", "wait", "update", "wait", "update", "wait", "wait"]

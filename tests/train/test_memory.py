@@ -21,9 +21,12 @@ from dalle_jax.models import transformer
 from dalle_jax.models.blocks import REMAT
 from dalle_jax.models.layers import Model, param
 from dalle_jax.models.transformer import TransformerConfig
-from dalle_jax.train import loop, step
+from dalle_jax.train import loop
+from dalle_jax.train.ema import Ema
 from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.optimizer import build, formats, moments
+from dalle_jax.train.optimizer import formats, moments, schedule
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.step import Storage, TrainStep, ema_params
 from tests.support import line_task
 
 # The remat ladder.
@@ -120,8 +123,9 @@ def update_bytes(remat):
 
     task, mesh = Task("transformer", model, loss), make_mesh({}, devices=jax.devices()[:1])
     opt = optax.with_extra_args_support(optax.sgd(0.1))
-    shapes = step.abstract_state(task, opt, mesh=mesh), {}, ids(model.config), jax.random.key(0)
-    found = step.make_update(task, opt, mesh=mesh).lower(*shapes).compile().memory_analysis()
+    step = TrainStep(task, opt, mesh)
+    shapes = step.abstract, {}, ids(model.config), jax.random.key(0)
+    found = step.update.lower(*shapes).compile().memory_analysis()
     assert found.alias_size_in_bytes >= 8 * model.num_params  # the donated state holds the new one, average included
     return found.temp_size_in_bytes
 
@@ -182,24 +186,24 @@ def loss(params, frozen, batch, *, key, step):
     return value, {}
 
 
-TASK, FLOAT32 = Task("net", MODEL, loss), step.Storage()
+TASK, FLOAT32 = Task("net", MODEL, loss), Storage()
 
 
 def built(**values):
     config = ml_collections.ConfigDict(configs.load("configs/dvae.py:paper").optimizer.to_dict())
     config.schedule.update(name="warmup_constant", warmup_steps=0)
     config.update({"learning_rate": 3e-3, **values})
-    return build.build(config, steps=1000, axes=MODEL.axes)
+    return build_optimizer(Optimizer(**config), steps=1000, axes=MODEL.axes)
 
 
 def train(opt, *, updates, storage=FLOAT32, accumulate=1, mesh=None):
     mesh = mesh or make_mesh({}, devices=jax.devices()[:1])
-    state = step.init_state(TASK, opt, key=jax.random.key(0), mesh=mesh, storage=storage)
-    update = step.make_update(TASK, opt, mesh=mesh, ema_decay=0.9, storage=storage, accumulate=accumulate)
+    step = TrainStep(TASK, opt, mesh, ema=Ema(decay=0.9), storage=storage, accumulate=accumulate)
+    state = step.init(jax.random.key(0))
     rng, losses = np.random.default_rng(0), []
     for _ in range(updates):
         batch = sharding.shard_batch({"ids": rng.integers(0, 32, 16).astype(np.int32)}, mesh)
-        state, measured = update(state, {}, batch, jax.random.key(1))
+        state, measured = step.update(state, {}, batch, jax.random.key(1))
         losses.append(float(measured["loss"]))
     return losses, state
 
@@ -217,7 +221,7 @@ def hidden_in(dtype):
 )
 def test_only_hidden_matrices_and_their_moments_are_kept_in_16_bits(name, kept, dtype):
     opt = built(name=name, moments=kept)
-    _, state = train(opt, updates=2, storage=step.Storage(params="bf16"), accumulate=2)
+    _, state = train(opt, updates=2, storage=Storage(params="bf16"), accumulate=2)
     assert dtypes(state["params"]) == hidden_in("bfloat16")
     assert dtypes(state["ema"]) == hidden_in("float32")
     kinds = {}
@@ -225,7 +229,7 @@ def test_only_hidden_matrices_and_their_moments_are_kept_in_16_bits(name, kept, 
         if isinstance(path[-1], jax.tree_util.DictKey) and leaf.ndim:
             kinds.setdefault(path[-1].key, set()).add(leaf.dtype.name)
     assert kinds == {key: {value} for key, value in hidden_in(dtype).items()}
-    _, plain = train(built(name=name), updates=2, storage=step.Storage(params="bf16"))
+    _, plain = train(built(name=name), updates=2, storage=Storage(params="bf16"))
     sizes = {leaf.dtype.name for leaf in jax.tree.leaves(plain["opt_state"]) if leaf.ndim}
     assert sizes == {"float32"}  # moments do not follow the parameters' dtype
 
@@ -246,7 +250,7 @@ def fp32_losses():
 def test_16_bits_learn_like_float32(kept):
     """By four orders of magnitude in 300 updates, and to where float32 ends."""
     values, params = SIXTEEN[kept]
-    losses, _ = train(built(**values), updates=300, storage=step.Storage(params=params))
+    losses, _ = train(built(**values), updates=300, storage=Storage(params=params))
     first, end, wanted = losses[0], np.mean(losses[-50:]), np.mean(fp32_losses()[-50:])
     assert wanted < 1e-4 * first
     assert end < 1.1 * wanted  # measured: 1.003, 0.999 and 0.69 of float32's 3.8e-5
@@ -270,14 +274,14 @@ def test_a_slow_second_moment_is_not_frozen_by_rounding(kept):
 
 
 def test_rounding_repeats_when_an_update_is_repeated():
-    runs = [train(built(moments="paper"), updates=3, storage=step.Storage(params="bf16"))[1] for _ in range(2)]
+    runs = [train(built(moments="paper"), updates=3, storage=Storage(params="bf16"))[1] for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, runs))
 
 
 @pytest.mark.parametrize("kept", ["bf16", "paper"])
 def test_16_bits_on_a_mesh_halve_the_bytes_of_matrices(kept):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    _, state = train(built(moments=kept), updates=1, storage=step.Storage(params="bf16"), mesh=mesh)
+    _, state = train(built(moments=kept), updates=1, storage=Storage(params="bf16"), mesh=mesh)
     for tree in (state["params"], optax.tree.get(state["opt_state"], "mu"), optax.tree.get(state["opt_state"], "nu")):
         assert {shard.data.nbytes for shard in tree["up"].addressable_shards} == {2 * 64 * 128 * 2 // 8}
 
@@ -285,7 +289,7 @@ def test_16_bits_on_a_mesh_halve_the_bytes_of_matrices(kept):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: step.Storage(params="fp8"), "config.storage.params must be one of fp32, bf16, got 'fp8'"),
+        (lambda: Storage(params="fp8"), "config.storage.params must be one of fp32, bf16, got 'fp8'"),
         (lambda: built(moments="fp16"), "config.optimizer.moments must be one of fp32, bf16, paper, got 'fp16'"),
         (lambda: built(name="muon", moments="paper"), "made for Adam's two moments"),
     ],
@@ -302,12 +306,12 @@ def test_an_average_in_host_memory_is_the_same():
     """But for the rounding of sums of numbers up to 1, which the compiler may contract to other operations."""
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     run = functools.partial(train, built(), updates=3, mesh=mesh)
-    (_, state), (_, wanted) = run(storage=step.Storage(offload_ema=True)), run()
+    (_, state), (_, wanted) = run(storage=Storage(offload_ema=True)), run()
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(close, *map(jax.device_get, (state, wanted)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         assert leaf.sharding.memory_kind == ("pinned_host" if path[0].key == "ema" else "device"), path
-    average = step.average_of(state)
+    average = ema_params(state)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(average)} == {"device"}
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (average, state["ema"])))
 
@@ -328,7 +332,7 @@ def test_a_run_with_its_average_in_host_memory_and_halved_steps_goes_on_bit_for_
     run("stopped", 4, offload_ema=True)
     resumed = run("stopped", 8, offload_ema=True)
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(r.state) for r in (straight, resumed)))
-    assert 0.5**5 < float(build.plateau_scale(resumed.state["opt_state"])) < 0.5
+    assert 0.5**5 < float(schedule.measured(resumed.state["opt_state"])["plateau_scale"]) < 0.5
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
     jax.tree.map(close, *(jax.device_get(r.state["ema"]) for r in (straight, run("plain", 8))))
     average, params = (np.asarray(straight.state[name]["matrix"]) for name in ("ema", "params"))

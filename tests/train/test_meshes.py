@@ -14,10 +14,11 @@ from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.mesh import demand, make_mesh
 from dalle_jax.models import build
-from dalle_jax.train import step
+from dalle_jax.train.ema import Ema
 from dalle_jax.train.objectives.dvae import dvae_task
 from dalle_jax.train.objectives.transformer import transformer_task
-from dalle_jax.train.optimizer import build as optimizer
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.step import TrainStep
 
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
 UPDATES, BATCH = 4, 16
@@ -47,7 +48,7 @@ def task_of(name, **more):
     else:
         config, model = tiny("transformer", TRANSFORMER, **more), build("dvae", dvae.model)
         task = transformer_task(config, model, jax.jit(model.init)(jax.random.key(5)))
-    return task, optimizer.build(config.optimizer, steps=UPDATES, axes=task.model.axes)
+    return task, build_optimizer(Optimizer(**config.optimizer), steps=UPDATES, axes=task.model.axes)
 
 
 def batches(name):
@@ -67,11 +68,11 @@ def train(name, shape, *, accumulate=1, **more):
         devices=jax.devices()[: math.prod(shape)],
         unfit=demand(task.model.abstract, task.model.axes, batch_size=BATCH, accumulate=accumulate),
     )
-    state = step.init_state(task, built, key=jax.random.key(0), mesh=mesh)
-    update = step.make_update(task, built, mesh=mesh, ema_decay=0.9, accumulate=accumulate)
+    step = TrainStep(task, built, mesh, ema=Ema(decay=0.9), accumulate=accumulate)
+    state = step.init(jax.random.key(0))
     frozen, measured = jax.device_put(task.frozen, sharding.replicated(mesh)), []
     for batch in batches(name):
-        state, values = update(state, frozen, sharding.shard_batch(batch, mesh), jax.random.key(1))
+        state, values = step.update(state, frozen, sharding.shard_batch(batch, mesh), jax.random.key(1))
         measured.append((float(values["loss"]), float(values["grad_norm"])))
     return np.array(measured), state
 

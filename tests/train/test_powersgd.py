@@ -17,10 +17,11 @@ from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build
 from dalle_jax.preflight import collectives
-from dalle_jax.train import run, step
-from dalle_jax.train.optimizer import build as optimizer
+from dalle_jax.train import run
 from dalle_jax.train.optimizer import powersgd
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from dalle_jax.train.optimizer.powersgd import Compression, PowerSGD
+from dalle_jax.train.step import TrainStep
 from tests.support.line_task import LINE, train
 from tests.train.test_precision import equations, task_of, tokens
 from tests.train.test_precision import made as plain
@@ -34,7 +35,7 @@ ABSTRACT = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SH
 def made(replicas, fsdp, rank, form):
     mesh = make_mesh({"replica": replicas, "fsdp": fsdp, "tensor": 8 // (replicas * fsdp)})
     compressor = PowerSGD(ABSTRACT, AXES, compression=Compression(rank, form), mesh=mesh)
-    return compressor, jax.jit(compressor.exchange)
+    return compressor, jax.jit(compressor.reduce)
 
 
 def gradients(seed, replicas):
@@ -62,7 +63,7 @@ def test_pieces_are_cut_and_joined_again(shape):
 def test_full_rank_is_the_exact_mean(replicas, fsdp):
     compressor, exchange = made(replicas, fsdp, 64, "fp32")
     grads = gradients(0, replicas)
-    mean, left_out, norm = exchange(grads, compressor.fresh(), jax.random.key(0))
+    mean, norm, left_out = exchange(grads, compressor.init(), jax.random.key(0))
     wanted = jax.tree.map(lambda g: g.mean(0), grads)
     close(mean, wanted, atol=1e-5)  # numbers of size 1, two products in float32
     np.testing.assert_allclose(norm, np.sqrt(sum(np.square(g).sum() for g in wanted.values())), rtol=1e-5)
@@ -78,16 +79,16 @@ IDENTITY = {"fp32": 1e-5, "bf16": 2**-7, "paper": 2**-8}
 def test_what_was_applied_and_what_is_left_out_add_up_to_the_gradients(form):
     """Whatever the rank: after any number of updates, sum of updates + mean of what is left out = sum of gradients."""
     compressor, exchange = made(4, 2, 4, form)
-    error, applied, wanted = compressor.fresh(), 0.0, 0.0
+    error, applied, wanted = compressor.init(), 0.0, 0.0
     for index in range(4):
         grads = gradients(index, 4)
-        mean, error, norm = exchange(grads, error, jax.random.key(index))
+        mean, norm, error = exchange(grads, error, jax.random.key(index))
         flat = np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(mean)))
         np.testing.assert_allclose(norm, flat, rtol=1e-5 if form == "fp32" else 2**-7)  # of the factors
         applied = jax.tree.map(lambda a, b: a + np.asarray(b), applied, mean) if index else jax.device_get(mean)
         new = jax.tree.map(lambda g: np.asarray(g.mean(0)), grads)
         wanted = jax.tree.map(np.add, wanted, new) if index else new
-    held = {name: x / 4 for name, x in compressor.packed(error).items()}
+    held = {name: x / 4 for name, x in compressor.pack(error).items()}
     assert np.linalg.norm(held["up"]) > 0.3 * np.linalg.norm(wanted["up"])  # much is left out at this rank
     close(applied["gain"], wanted["gain"], rtol=1e-5, atol=1e-6)
     for name in held:
@@ -98,19 +99,19 @@ def test_what_was_applied_and_what_is_left_out_add_up_to_the_gradients(form):
 def test_what_a_gradient_is_compressed_by_is_drawn_once():
     """Another update, and so other random bits: the same gradients lead to the same mean."""
     compressor, exchange = made(4, 2, 4, "bf16")
-    first, second = (exchange(gradients(0, 4), compressor.fresh(), jax.random.key(n)) for n in range(2))
+    first, second = (exchange(gradients(0, 4), compressor.init(), jax.random.key(n)) for n in range(2))
     jax.tree.map(np.testing.assert_array_equal, first[0], second[0])
-    assert all((np.asarray(first[1][n]) != np.asarray(second[1][n])).any() for n in first[1])  # rounded otherwise
+    assert all((np.asarray(first[2][n]) != np.asarray(second[2][n])).any() for n in first[2])  # rounded otherwise
 
 
 def test_a_zero_gradient_stays_zero_and_the_largest_numbers_do_no_harm():
     compressor, exchange = made(4, 2, 4, "paper")
     zero = jax.tree.map(jnp.zeros_like, gradients(0, 4))
-    mean, left_out, norm = exchange(zero, compressor.fresh(), jax.random.key(0))
+    mean, norm, left_out = exchange(zero, compressor.init(), jax.random.key(0))
     assert float(norm) == 0 and not any(np.asarray(x).any() for x in jax.tree.leaves((mean, left_out)))
     large = jax.tree.map(lambda g: 1e3 * g, gradients(0, 4))  # far beyond 16: sent and kept as the largest
-    mean, left_out, norm = exchange(large, compressor.fresh(), jax.random.key(0))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((mean, compressor.packed(left_out), norm)))
+    mean, norm, left_out = exchange(large, compressor.init(), jax.random.key(0))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((mean, compressor.pack(left_out), norm)))
 
 
 @pytest.mark.parametrize("variant, rank, saved", [("2b8", 512, 0.83), ("5b6", 640, 0.85), ("12b", 896, 0.86)])
@@ -135,14 +136,13 @@ def setting(replicas, fsdp, rank, form="bf16", precision="fp32"):
     mesh = make_mesh({"replica": replicas, "fsdp": fsdp})
     task = task_of(precision)
     config = configs.load("configs/transformer.py:demo", ["--config.optimizer.name=adamw"]).optimizer
-    built = optimizer.build(config, steps=100, axes=task.model.axes)
-    kept = {"mesh": mesh, "compression": Compression(rank, form)}
-    state = step.init_state(task, built, key=jax.random.key(0), **kept)
+    built = build_optimizer(Optimizer(**config), steps=100, axes=task.model.axes)
+    step = TrainStep(task, built, mesh, compression=Compression(rank, form))
+    state = step.init(jax.random.key(0))
     head = 0.1 * np.random.default_rng(0).normal(size=state["params"]["image_head"].shape).astype(np.float32)
     state["params"]["image_head"] = jax.device_put(head, state["params"]["image_head"].sharding)  # fresh ones are zero
-    update = step.make_update(task, built, **kept)
     batch = sharding.shard_batch(tokens(0), mesh)
-    return state, update.lower(state, {}, batch, jax.random.key(1)).compile(), mesh, batch
+    return state, step.update.lower(state, {}, batch, jax.random.key(1)).compile(), mesh, batch
 
 
 def test_only_factors_and_uncompressed_tensors_cross_the_replica_axis():
@@ -173,9 +173,9 @@ def test_what_is_kept_and_sent_has_the_papers_formats():
     mesh, task = make_mesh({"replica": 2, "fsdp": 4}), task_of("fp16-paper")
     words = ["--config.optimizer.name=adamw", "--config.optimizer.moments=paper"]
     config = configs.load("configs/transformer.py:demo", words).optimizer
-    built = optimizer.build(config, steps=100, axes=task.model.axes)
-    kept = {"mesh": mesh, "compression": Compression(4, "paper")}
-    state = step.abstract_state(task, built, **kept)
+    built = build_optimizer(Optimizer(**config), steps=100, axes=task.model.axes)
+    step = TrainStep(task, built, mesh, compression=Compression(4, "paper"))
+    state = step.abstract
 
     def dtypes(tree):
         return {powersgd.name(path): leaf.dtype.name for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -185,7 +185,7 @@ def test_what_is_kept_and_sent_has_the_papers_formats():
     for moment in ("mu", "nu"):
         assert dtypes(optax.tree.get(state["opt_state"], moment)) == wide | matrices
     assert dtypes(state["error"]) == matrices and dtypes(state["params"]) == dtypes(state["ema"]) == wide
-    traced = step.make_update(task, built, **kept).trace(state, {}, tokens(0), jax.random.key(1))
+    traced = step.update.trace(state, {}, tokens(0), jax.random.key(1))
     maps = [eqn.params["jaxpr"] for eqn in equations(traced.jaxpr.jaxpr) if eqn.primitive.name == "shard_map"]
     named = lambda eqns, *names: [eqn for eqn in eqns if eqn.primitive.name in names]  # noqa: E731
     (exchange,) = (list(equations(inside)) for inside in maps if named(equations(inside), "all_to_all"))
@@ -216,7 +216,7 @@ def test_what_is_not_compressed_gets_the_ordinary_gradient():
 def test_at_full_rank_a_run_in_microbatches_is_the_ordinary_one(tmp_path):
     mesh = make_mesh({"replica": 2, "fsdp": 2}, devices=jax.devices()[:4])
     common = {"mesh": mesh, "steps": 6, "checkpoint_every": 0, "accumulate": 2}
-    runs = [train(tmp_path / str(rank), compression={"rank": rank, "format": "fp32"}, **common) for rank in (0, 16)]
+    runs = [train(tmp_path / str(rank), compression={"rank": rank, "format": "fp32"}, **common) for rank in (None, 16)]
     close(*(run.state["params"] for run in runs), rtol=1e-4, atol=1e-5)
     assert runs[0].metrics["train/loss"] == pytest.approx(runs[1].metrics["train/loss"], rel=1e-5)
 
@@ -248,7 +248,7 @@ def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_replicas(tmp_path):
     sums = []
     for mesh, error in zip(meshes, (resumed.state["error"], None), strict=True):
         compressor = PowerSGD(LINE.model.abstract, LINE.model.axes, compression=Compression(4, "paper"), mesh=mesh)
-        total = compressor.packed(error) if error else compressor.packed(compressor.unpacked(sums[0]))
+        total = compressor.pack(error) if error else compressor.pack(compressor.unpack(sums[0]))
         sums.append(jax.device_get(total))
     for name, total in sums[0].items():
         np.testing.assert_allclose(sums[1][name], total, rtol=2**-9, atol=1e-12, err_msg=name)
@@ -257,7 +257,7 @@ def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_replicas(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Compression(-1), "at least 0, got -1"),
+        (lambda: Compression(0), "at least 1 .*got 0"),
         (lambda: Compression(8, "fp16"), "format must be one of fp32, bf16, paper"),
         (lambda: made(1, 8, 8, "bf16"), "expected several replicas .* set --config.mesh.replica"),
         (lambda: made(2, 4, 6, "bf16"), "multiple of 4, .* got 6: choose 4"),
@@ -283,7 +283,7 @@ def test_a_rank_that_saves_nothing_is_refused(words, most):
     words = [f"--config.{word}" for word in ("mesh.replica=2", "mesh.fsdp=1", *words)]
     config = configs.load("configs/transformer.py:demo", words)
     make = functools.partial(run.mesh_for, config, build("transformer", config.model), devices=jax.devices()[:2])
-    with pytest.raises(UserError, match=f"leaves something out, got .* choose at most {most}, or 0"):
+    with pytest.raises(UserError, match=f"leaves something out, got .* choose at most {most}, or None"):
         make()
     config.compression.rank = most
     assert make().shape["replica"] == 2

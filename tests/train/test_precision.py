@@ -16,12 +16,13 @@ from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build, transformer
 from dalle_jax.models.scaled import BRANCH
 from dalle_jax.models.transformer import TransformerConfig
-from dalle_jax.train import run, step
+from dalle_jax.train import run
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.objectives.transformer import token_losses
-from dalle_jax.train.optimizer import build as optimizer
 from dalle_jax.train.optimizer import loss_scale
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.step import TrainStep
 from tests.support.line_task import train
 from tests.train import test_meshes
 
@@ -127,9 +128,9 @@ def test_no_single_scale_serves_a_deep_model():
 def test_a_scale_a_branch_serves_it():
     """Within float16's rounding, 2^-11 a number, which a few dozen products pile up to less than 1 %."""
     wanted, gradients, shape = deep_gradients("fp32")(1.0), deep_gradients("fp16-paper"), (DEEP.num_layers, 2)
-    rule = loss_scale.of(transformer.model(dataclasses.replace(DEEP, precision="fp16-paper")), replicas=1)
+    rule = loss_scale.for_model(transformer.model(dataclasses.replace(DEEP, precision="fp16-paper")), replicas=1)
     powers = np.full(shape, 24)
-    assert 2.0 ** powers.max() == rule.most
+    assert 2.0 ** powers.max() == rule.max_scale
     while not (finite := np.asarray(rule.finite({"blocks": gradients(2.0**powers)}))).all():
         powers = np.where(finite, powers, powers - 1)  # each branch by itself
     assert powers.min() > 7 and np.ptp(powers) > 8  # what the rule allows, and not one scale for all
@@ -186,9 +187,9 @@ def made(precision, many):
     mesh = make_mesh(SIZES if many else {}, devices=jax.devices()[: 8 if many else 1])
     config = configs.load("configs/transformer.py:demo", ["--config.optimizer.name=adamw"]).optimizer
     task = task_of(precision)
-    built = optimizer.build(config, steps=100, axes=task.model.axes)
-    fresh = functools.partial(step.init_state, task, built, key=jax.random.key(0), mesh=mesh)
-    return mesh, step.make_update(task, built, mesh=mesh), fresh
+    built = build_optimizer(Optimizer(**config), steps=100, axes=task.model.axes)
+    step = TrainStep(task, built, mesh)
+    return mesh, step.update, lambda: step.init(jax.random.key(0))
 
 
 def updates(precision, *, count, many=False, state=None):
@@ -240,13 +241,13 @@ def test_an_overflow_moves_only_the_scale_of_its_branch():
 
 
 def test_scales_rise_fall_wait_and_stay_in_bounds():
-    rule = loss_scale.of(transformer.model(TINY), replicas=4)
+    rule = loss_scale.for_model(transformer.model(TINY), replicas=4)
     state, ok = rule.init(), jnp.ones((2, 2), bool)
     assert float(state["scale"][0, 0]) == 4 * 2.0**13
     bad = ok.at[0, 1].set(False)
     history = []
     for index in range(127):
-        state = rule.moved(state, bad if index in (0, 50, 124, 125) else ok)
+        state = rule.updated(state, bad if index in (0, 50, 124, 125) else ok)
         history.append(np.asarray(state["scale"]) / (4 * 2.0**13))
     up = 2.0 ** (1 / 1000)
     np.testing.assert_allclose(history[0], [[up, 2**-0.5], [up, up]], rtol=1e-6)
@@ -254,20 +255,20 @@ def test_scales_rise_fall_wait_and_stay_in_bounds():
     np.testing.assert_allclose(history[124][0, 1] / history[123][0, 1], 1.0, rtol=1e-7)  # 124 updates after it
     np.testing.assert_allclose(history[125][0, 1] / history[124][0, 1], 2**-0.5, rtol=1e-6)  # 125
     np.testing.assert_allclose(history[126][1, 1], up**127, rtol=1e-4)
-    for value, wanted in [(2.0**40, rule.most), (1.0, rule.least)]:
+    for value, wanted in [(2.0**40, rule.max_scale), (1.0, rule.min_scale)]:
         far = {**state, "scale": jnp.full((2, 2), value), "since": jnp.full((2, 2), 999)}
-        assert set(np.ravel(rule.moved(far, ok)["scale"])) == {wanted}
-    assert (rule.least, rule.most) == (4 * 2.0**7, 4 * 2.0**24)
+        assert set(np.ravel(rule.updated(far, ok)["scale"])) == {wanted}
+    assert (rule.min_scale, rule.max_scale) == (4 * 2.0**7, 4 * 2.0**24)
 
 
 def test_the_global_scale_doubles_after_2000_updates_and_halves_at_once():
-    rule = loss_scale.of(build("dvae", {"precision": "fp16-global"}), replicas=4)
-    state = jax.lax.fori_loop(0, 1999, lambda _, s: rule.moved(s, jnp.array(True)), rule.init())
+    rule = loss_scale.for_model(build("dvae", {"precision": "fp16-global"}), replicas=4)
+    state = jax.lax.fori_loop(0, 1999, lambda _, s: rule.updated(s, jnp.array(True)), rule.init())
     assert float(state["scale"]) == 2.0**16
-    state = rule.moved(state, jnp.array(True))
+    state = rule.updated(state, jnp.array(True))
     assert float(state["scale"]) == 2.0**17
-    assert float(rule.moved(rule.moved(state, jnp.array(False)), jnp.array(False))["scale"]) == 2.0**15
-    assert loss_scale.of(build("dvae", {}), replicas=4) is None
+    assert float(rule.updated(rule.updated(state, jnp.array(False)), jnp.array(False))["scale"]) == 2.0**15
+    assert not loss_scale.for_model(build("dvae", {}), replicas=4).init()
 
 
 class Tokens:
@@ -336,11 +337,8 @@ def test_a_run_goes_on_bit_for_bit_and_logs_every_scale(tmp_path, sizes, compres
 def test_a_scale_on_its_way_down_is_no_reason_to_go_back(tmp_path):
     """It may fall once in 125 updates and all of them are skipped until it has: more than `rollback_after`, and more
     than `log_every`, by which a run without a checkpoint ends."""
-    rule = loss_scale.of(task_of("fp16-paper").model, replicas=1)
-    assert (
-        loss_scale.patience(task_of("fp16-paper").model) == 8 * rule.hold
-        and loss_scale.patience(build("dvae", {})) == 0
-    )
+    rule = loss_scale.for_model(task_of("fp16-paper").model, replicas=1)
+    assert rule.patience == 8 * rule.hold and loss_scale.for_model(build("dvae", {}), replicas=1).patience == 0
 
     def blow(n, state):
         if n == 2:  # far above the rule's bounds: an update later at the upper one, where this head overflows too

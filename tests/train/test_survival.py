@@ -14,10 +14,9 @@ from dalle_jax import model_dir
 from dalle_jax.checkpoint import digest, format, manager
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
-from dalle_jax.train import rollback, step
+from dalle_jax.train import rollback
 from dalle_jax.train.monitor import goodput, metrics
-from dalle_jax.train.optimizer import build
-from tests.support.line_task import LINE, MODEL, Numbers, config, digest_of, train
+from tests.support.line_task import LINE, Numbers, digest_of, line_step, train
 
 
 def identical(a, b):
@@ -62,7 +61,7 @@ def test_harm_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_used(tr
             continue  # without a manifest a checkpoint is as trustworthy as Orbax makes it
         workdir = copy(trained, tmp_path / str(index))
         harm(workdir / name)
-        abstract = step.abstract_state(LINE, built(), mesh=one_device())
+        abstract = line_step(one_device()).abstract
         reader = manager.Checkpoints(workdir, keep=2)
         found = reader.restore_latest(abstract)
         reader.close()
@@ -76,11 +75,6 @@ def test_harm_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_used(tr
 
 def one_device():
     return make_mesh({}, devices=jax.devices()[:1])
-
-
-def built():
-    values = config()
-    return build.build(values.optimizer, steps=values.steps, axes=MODEL.axes)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_same_bits(trained, tmp_path):
@@ -143,7 +137,7 @@ def test_a_state_comes_back_on_another_mesh_bit_for_bit(tmp_path, sizes):
     train(tmp_path, mesh=make_mesh({"fsdp": 8}), steps=4)
     before = digest_of(tmp_path)
     mesh = one_device() if sizes is None else make_mesh(sizes)
-    abstract = step.abstract_state(LINE, built(), mesh=mesh)
+    abstract = line_step(mesh).abstract
     reader = manager.Checkpoints(tmp_path, keep=2)
     _, state, position = reader.restore_latest(abstract)
     assert state["params"]["matrix"].sharding == abstract["params"]["matrix"].sharding

@@ -21,10 +21,12 @@ from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, param
 from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.train import loop, objectives, run, step
+from dalle_jax.train import loop, objectives, run
+from dalle_jax.train.ema import Ema
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.optimizer import build as optimizer
+from dalle_jax.train.optimizer.build import OPTIMIZERS, Optimizer, build_optimizer
+from dalle_jax.train.step import TrainStep
 
 VOCAB, WIDTH, LENGTH, BATCH = 16, 8, 9, 16
 
@@ -62,7 +64,7 @@ def toy_optimizer(name="adamw", **values):
     config = ml_collections.ConfigDict(configs.load("configs/transformer.py:12b").optimizer.to_dict())
     config.update({"name": name, "learning_rate": 0.05, "clip_norm": 0.5, **values})
     config.schedule.update(name="warmup_constant", warmup_steps=2)
-    return optimizer.build(config, steps=100, axes=MODEL.axes)
+    return build_optimizer(Optimizer(**config), steps=100, axes=MODEL.axes)
 
 
 def toy_batch(index):
@@ -71,11 +73,11 @@ def toy_batch(index):
 
 def toy_run(mesh, *, updates=6, built=None, batch=toy_batch, **options):
     built = built or toy_optimizer()
-    state = step.init_state(TOY, built, key=jax.random.key(0), mesh=mesh)
-    update = step.make_update(TOY, built, mesh=mesh, **{"ema_decay": 0.9, **options})
+    step = TrainStep(TOY, built, mesh, **{"ema": Ema(decay=0.9), **options})
+    state = step.init(jax.random.key(0))
     measured = []
     for index in range(updates):
-        state, values = update(state, TOY.frozen, sharding.shard_batch(batch(index), mesh), jax.random.key(1))
+        state, values = step.update(state, TOY.frozen, sharding.shard_batch(batch(index), mesh), jax.random.key(1))
         measured.append(jax.device_get(values))
     return state, measured
 
@@ -123,7 +125,7 @@ def test_training_learns_and_the_average_follows(single):
     assert 0 < np.abs(ema - params).max()
 
 
-@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_accumulation_equals_the_whole_batch(name):
     whole, parts = (toy_run(one_device(), built=toy_optimizer(name), accumulate=n, updates=4) for n in (1, 4))
     close([m["loss"] for m in parts[1]], [m["loss"] for m in whole[1]], rtol=1e-5)
@@ -138,30 +140,30 @@ def test_accumulation_on_a_mesh(single):
 
 def test_the_average_moves_every_nth_update_only():
     mesh, built = one_device(), toy_optimizer()
-    update = step.make_update(TOY, built, mesh=mesh, ema_decay=0.75, ema_every=2)
-    state = step.init_state(TOY, built, key=jax.random.key(0), mesh=mesh)
+    step = TrainStep(TOY, built, mesh, ema=Ema(decay=0.75, every=2))
+    state = step.init(jax.random.key(0))
     before = jax.device_get(state["ema"]["head"])
-    state, _ = update(state, TOY.frozen, toy_batch(0), jax.random.key(1))
+    state, _ = step.update(state, TOY.frozen, toy_batch(0), jax.random.key(1))
     identical(state["ema"]["head"], before)
-    state, _ = update(state, TOY.frozen, toy_batch(1), jax.random.key(1))
+    state, _ = step.update(state, TOY.frozen, toy_batch(1), jax.random.key(1))
     close(state["ema"]["head"], 0.75 * before + 0.25 * jax.device_get(state["params"]["head"]), rtol=1e-6)
 
 
 def test_without_decay_the_average_is_the_parameters():
-    state, _ = toy_run(one_device(), updates=2, ema_decay=0.0)
+    state, _ = toy_run(one_device(), updates=2, ema=Ema())
     identical(state["ema"], state["params"])
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
     mesh, built = one_device(), toy_optimizer()
-    update = step.make_update(TOY, built, mesh=mesh, ema_decay=0.9)
-    state = step.init_state(TOY, built, key=jax.random.key(0), mesh=mesh)
-    state, _ = update(state, TOY.frozen, toy_batch(0), jax.random.key(1))
+    step = TrainStep(TOY, built, mesh, ema=Ema(decay=0.9))
+    state = step.init(jax.random.key(0))
+    state, _ = step.update(state, TOY.frozen, toy_batch(0), jax.random.key(1))
     before = jax.device_get(state)
-    state, measured = update(state, {"temperature": np.float32(np.nan)}, toy_batch(1), jax.random.key(1))
+    state, measured = step.update(state, {"temperature": np.float32(np.nan)}, toy_batch(1), jax.random.key(1))
     identical((state["params"], state["opt_state"]), (before["params"], before["opt_state"]))
     assert (int(state["step"]), int(measured["skipped"])) == (2, 1)
-    state, measured = update(state, TOY.frozen, toy_batch(1), jax.random.key(1))
+    state, measured = step.update(state, TOY.frozen, toy_batch(1), jax.random.key(1))
     assert int(measured["skipped"]) == 1 and np.isfinite(measured["loss"])
     assert np.abs(jax.device_get(state["params"]["head"]) - before["params"]["head"]).max() > 0
 

@@ -19,6 +19,7 @@ from dalle_jax import pixels
 from dalle_jax.models import Model, Params, build
 from dalle_jax.models.dvae import decode_images, encode_images, to_unit
 from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.optimizer.schedule import cosine
 
 LIKELIHOODS = ("logit_laplace", "gaussian")
 GAUSSIAN_SCALE = 0.1  # standard deviation of 'gaussian', in the logit-Laplace range
@@ -36,8 +37,7 @@ class Cosine:
     steps: int
 
     def __call__(self, step):
-        done = jnp.minimum(jnp.asarray(step, jnp.float32) / max(self.steps, 1), 1.0) if self.steps else 1.0
-        return self.end + (self.start - self.end) * (1.0 + jnp.cos(jnp.pi * done)) / 2.0
+        return cosine(self.start, self.end, self.steps)(step) if self.steps else jnp.float32(self.end)
 
 
 @dataclasses.dataclass(frozen=True)

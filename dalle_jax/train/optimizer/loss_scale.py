@@ -20,78 +20,127 @@ from dalle_jax.models.scaled import finite_branches
 
 GLOBAL, PAPER = "fp16-global", "fp16-paper"
 FALLS = 8  # of a scale in a row: by 16 where it falls by sqrt 2, by 256 where it falls by 2
+Scales = dict[str, jax.Array]
+
+
+class NoScale:
+    """What the step asks of a scale, for precisions that need none: nothing changes."""
+
+    patience = 0  # updates in a row that may be skipped because a scale has to fall, and for no other reason
+
+    def init(self) -> Scales:
+        """The state of the scales before the first update."""
+        return {}
+
+    def loss_options(self, scales: Scales) -> dict[str, jax.Array]:
+        """Keyword arguments of the task's loss."""
+        return {}
+
+    def scaled(self, loss: jax.Array, scales: Scales) -> jax.Array:
+        """The loss to differentiate."""
+        return loss
+
+    def unscaled(self, grads: Any, scales: Scales) -> Any:
+        """The gradients of the loss itself, from those of the scaled one. grads: float32."""
+        return grads
+
+    def finite(self, grads: Any) -> jax.Array:
+        """bool of the scales' shape: is the gradient that each scale is responsible for finite? grads: float32."""
+        return jnp.array(True)
+
+    def updated(self, scales: Scales, finite: jax.Array) -> Scales:
+        """The state after an update with these results of `finite`."""
+        return scales
+
+    def measured(self, scales: Scales) -> dict[str, jax.Array]:
+        """What the metrics say of the scales."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaling:
-    """How scales start and move.
+class _Moving(NoScale):
+    """Scales that start at `start` and stay between `min_scale` and `max_scale`."""
 
-    shape: () or (layers, 2). start, least, most: bounds hold after each change. growth: factor after every `every`
-    finite updates. backoff: factor after one that is not, though not within `hold` updates of the last time.
-    """
-
-    shape: tuple[int, ...]
     start: float
-    least: float
-    most: float
-    growth: float
+    min_scale: float
+    max_scale: float
+    growth: float  # factor after so many finite updates:
     every: int
-    backoff: float
-    hold: int
+    backoff: float  # factor after an update that is not finite,
+    hold: int  # though not within so many updates of the last time
+    shape: tuple[int, ...] = ()
 
     @property
-    def by_branch(self) -> bool:
-        return bool(self.shape)
+    def patience(self) -> int:
+        return FALLS * max(self.hold, 1)
 
-    def init(self) -> dict[str, Any]:
+    def init(self) -> Scales:
         return {
             "scale": jnp.full(self.shape, self.start, jnp.float32),
             "since": jnp.full(self.shape, self.hold, jnp.int32),
         }
 
-    def finite(self, grads: Any):
-        """bool of the state's shape: is the gradient that each scale is responsible for finite? grads: float32."""
-        if self.by_branch:
-            return finite_branches(grads["blocks"])
-        return jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
-
-    def moved(self, state: dict[str, Any], finite) -> dict[str, Any]:
-        """The state after an update. finite: of `finite`."""
-        since = state["since"] + 1
+    def updated(self, scales: Scales, finite: jax.Array) -> Scales:
+        since = scales["since"] + 1
         falls = ~finite & (since >= self.hold)
         grows = finite & (since % self.every == 0)
         factor = jnp.where(falls, self.backoff, jnp.where(grows, self.growth, 1.0))
         return {
-            "scale": jnp.clip(state["scale"] * factor, self.least, self.most).astype(jnp.float32),
+            "scale": jnp.clip(scales["scale"] * factor, self.min_scale, self.max_scale).astype(jnp.float32),
             "since": jnp.where(falls, 0, since),
         }
 
-
-def patience(model: Model) -> int:
-    """Updates in a row that may be skipped because a scale has to fall FALLS times, and for no other reason."""
-    scales = of(model, replicas=1)
-    return FALLS * max(scales.hold, 1) if scales else 0
+    def measured(self, scales: Scales) -> dict[str, jax.Array]:
+        return {"log2_scale": jnp.log2(scales["scale"])}
 
 
-def of(model: Model, *, replicas: int) -> Scaling | None:
-    """The scaling of a model's precision; None where gradients need none.
+class GlobalScale(_Moving):
+    """One scale for the whole loss."""
 
-    replicas: pieces that the batch of a loss is cut into, the M of section 2.4: losses are means over the whole batch,
+    def scaled(self, loss: jax.Array, scales: Scales) -> jax.Array:
+        return loss * scales["scale"]
+
+    def unscaled(self, grads: Any, scales: Scales) -> Any:
+        return jax.tree.map(lambda g: g / scales["scale"], grads)
+
+    def finite(self, grads: Any) -> jax.Array:
+        return all_finite(grads)
+
+
+class BranchScales(_Moving):
+    """A scale a residual branch, [layers, 2], which the model applies and takes off again."""
+
+    def loss_options(self, scales: Scales) -> dict[str, jax.Array]:
+        return {"scales": scales["scale"]}
+
+    def finite(self, grads: Any) -> jax.Array:
+        return finite_branches(grads["blocks"])
+
+
+def for_model(model: Model, *, replicas: int) -> NoScale:
+    """The scales of a model's precision.
+
+    replicas: pieces that the batch of a loss is cut into, the M of section 2.4. Losses are means over the whole batch,
       or over a replica's part of it where gradients are compressed, so what a device sees of their gradient is M times
-      smaller than that of its own batch, and the paper's scales are M times larger.
+      smaller than that of its local batch, and the paper's scales are M times larger.
     """
     precision = getattr(model.config, "precision", None)
     if precision == GLOBAL:
-        return Scaling((), 2.0**16, 1.0, 2.0**24, growth=2.0, every=2_000, backoff=0.5, hold=0)
+        return GlobalScale(2.0**16, 1.0, 2.0**24, growth=2.0, every=2_000, backoff=0.5, hold=0)
     if precision == PAPER:
-        return Scaling(
-            (model.config.num_layers, 2),
+        return BranchScales(
             start=replicas * 2.0**13,
-            least=replicas * 2.0**7,
-            most=replicas * 2.0**24,
+            min_scale=replicas * 2.0**7,
+            max_scale=replicas * 2.0**24,
             growth=2.0 ** (1 / 1_000),
             every=1,
             backoff=2.0**-0.5,
             hold=125,
+            shape=(model.config.num_layers, 2),
         )
-    return None
+    return NoScale()
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """bool: is every number of every array finite?"""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()

@@ -6,7 +6,7 @@ Only hidden matrices are ever kept in 16 bits; embeddings, output heads, gains a
     fp32     float32, both
     bf16     bfloat16, both: float32's range, neighbours 0.4 to 0.8 % apart
     paper    the first in 1-6-9, the second in 0-6-10 (`formats.py`), neighbours 0.1 to 0.2 % and 0.05 to 0.1 % apart,
-             and the second never above 5 (`NU_MOST`)
+             and the second never above 5 (`MAX_NU`)
 
 A change of less than half the distance between neighbours is lost by rounding to the nearest. So what moves slowly is
 rounded up or down at random with the right mean:
@@ -24,13 +24,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dalle_jax.errors import UserError
 from dalle_jax.train.optimizer import formats
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}  # of parameters
 MOMENTS = ("fp32", "bf16", "paper")
 FORMATS = {"mu": formats.FIRST, "nu": formats.SECOND}  # of 'paper'
-NU_MOST = 5.0  # the second moment is clipped to this before it is used or stored (section 2.4, appendix E)
+MAX_NU = 5.0  # the second moment is clipped to this before it is used or stored (section 2.4, appendix E)
 
 
 class Stored(NamedTuple):
@@ -38,17 +37,6 @@ class Stored(NamedTuple):
 
     count: jax.Array
     inner: Any
-
-
-def dtype(name: str, *, key: str):
-    """The dtype of a config value.
-
-    Raises:
-      UserError: not one of DTYPES.
-    """
-    if name not in DTYPES:
-        raise UserError(f"{key} must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
 
 
 def round_at_random(x, key):
@@ -62,12 +50,12 @@ def round_at_random(x, key):
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def widened(tree: Any) -> Any:
+def to_float32(tree: Any) -> Any:
     """The same tree with bfloat16 leaves as float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
 
-def narrowed_like(tree: Any, like: Any, key) -> Any:
+def cast_like(tree: Any, like: Any, key) -> Any:
     """float32 leaves rounded at random where `like` holds bfloat16; each leaf has its own random bits."""
     leaves, structure = jax.tree.flatten(tree)
     kept = structure.flatten_up_to(like)
@@ -83,12 +71,7 @@ def stored(inner: optax.GradientTransformation, *, matrices: Any, kept: str) -> 
     inner: one whose moments are called mu and nu, each a nested dict like the parameters (AdamW, Muon).
     matrices: nested dict of bool, the parameters that count as hidden matrices.
     kept: one of MOMENTS; with 'fp32' it is `inner` itself.
-
-    Raises:
-      UserError: another value of `kept`.
     """
-    if kept not in MOMENTS:
-        raise UserError(f"config.optimizer.moments must be one of {', '.join(MOMENTS)}, got {kept!r}")
     inner = optax.with_extra_args_support(inner)
     if kept == "fp32":
         return inner
@@ -115,7 +98,7 @@ def stored(inner: optax.GradientTransformation, *, matrices: Any, kept: str) -> 
     def wide(state):
         if kept == "paper":
             return mapped(lambda x, moment, _: formats.decode(x, FORMATS[moment]), state)
-        return widened(state)
+        return to_float32(state)
 
     def init(params):
         return Stored(jnp.zeros([], jnp.int32), narrowed(inner.init(params), jax.random.key(0)))
@@ -129,42 +112,18 @@ def stored(inner: optax.GradientTransformation, *, matrices: Any, kept: str) -> 
 
 
 def scale_by_clipped_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` whose second moment is clipped by value to NU_MOST before it is used."""
+    """`optax.scale_by_adam` whose second moment is clipped by value to MAX_NU before it is used."""
 
     def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda g, m: b1 * m + (1.0 - b1) * g, updates, state.mu)
-        nu = jax.tree.map(lambda g, v: jnp.minimum(b2 * v + (1.0 - b2) * jnp.square(g), NU_MOST), updates, state.nu)
+        nu = jax.tree.map(lambda g, v: jnp.minimum(b2 * v + (1.0 - b2) * jnp.square(g), MAX_NU), updates, state.nu)
         first, second = 1.0 - b1**count, 1.0 - b2**count  # of the mean of 1, .., 1 so far: Adam's bias correction
         updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
-
-
-def average_on_host(average: Any, params: Any, decay, *, axes: Any) -> Any:
-    """decay * average + (1 - decay) * params, of an average that lies in host memory, and stays there.
-
-    It passes through the device: stacked layers one at a time, in a loop, the rest at once.
-    """
-    old, structure = jax.tree.flatten(average)
-    new, names = structure.flatten_up_to(params), structure.flatten_up_to(axes)
-    stacked = [name[0] == "layers" for name in names]
-
-    def mixed(old, new):
-        here = jax.device_put(old, jax.memory.Space.Device)
-        here = [decay * a + (1.0 - decay) * p.astype(a.dtype) for a, p in zip(here, new, strict=True)]
-        return jax.device_put(here, jax.memory.Space.Host)
-
-    def part(layers):
-        return tuple([x for x, s in zip(tree, stacked, strict=True) if s == layers] for tree in (old, new))
-
-    of_layers = []
-    if any(stacked):
-        _, of_layers = jax.lax.scan(lambda _, xs: (None, mixed(*xs)), None, part(True))
-    of_layers, of_rest = iter(of_layers), iter(mixed(*part(False)))
-    return structure.unflatten(next(of_layers if s else of_rest) for s in stacked)
 
 
 def _moment(path) -> str | None:

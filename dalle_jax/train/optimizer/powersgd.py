@@ -20,37 +20,41 @@ in float32 of values sent in 16 bits, by an all-to-all and an all-gather, which 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax import sharding
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, check_number
 from dalle_jax.sharding import INSIDE, REPLICA
-from dalle_jax.train.optimizer import build as optimizers
-from dalle_jax.train.optimizer import formats, moments
+from dalle_jax.train.optimizer import formats, matrices, moments
+from dalle_jax.train.optimizer.loss_scale import all_finite
 
 FORMATS = ("fp32", "bf16", "paper")
 EPSILON = 1e-6  # added to P's diagonal, so that its columns are independent (appendix E)
+REPLICAS, LEFT_OUT = 2**31 - 2, 2**31 - 3  # folded into an update's key, numbers that no microbatch has
 KEY = 0x9051  # of Q0, which the layers of a stacked parameter share
+Error = dict[str, jax.Array]
+Gradients = Callable[[Any, jax.Array], tuple[Any, Any]]  # (batch, key) -> (gradients, metrics)
 # Of three thin products, for which the paper wants float32: an accelerator must not round factors to bfloat16 or TF32.
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """rank: of all pieces of a matrix together, a multiple of their number; 0 compresses nothing. The paper's are 512,
-    640 and 896 for its models of 2.8, 5.6 and 12 billion parameters (Table 1). format: of what is sent and of what is
-    left out, 'fp32', 'bf16' or 'paper' (1-6-9)."""
+    """Compression of gradients between replicas."""
 
-    rank: int = 0
-    format: str = "bf16"
+    # Of all pieces of a matrix together, a multiple of their number; None compresses nothing. The paper's are 512, 640
+    # and 896 for its models of 2.8, 5.6 and 12 billion parameters (Table 1).
+    rank: int | None = None
+    format: str = "bf16"  # of what is sent and of what is left out: 'fp32', 'bf16' or 'paper' (1-6-9)
 
     def __post_init__(self):
-        if self.rank < 0:
-            raise UserError(f"expected config.compression.rank of at least 0, got {self.rank}: 0 compresses nothing")
+        check_number("config.compression.rank", self.rank, min=1, max=2**20, whole=True, optional=True)
         if self.format not in FORMATS:
             raise UserError(f"config.compression.format must be one of {', '.join(FORMATS)}, got {self.format!r}")
 
@@ -119,7 +123,7 @@ def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) ->
     if replicas == 1:
         raise UserError(
             "expected several replicas with config.compression.rank, between which gradients are compressed, got "
-            f"{dict(mesh.shape)}: set --config.mesh.replica, or --config.compression.rank=0"
+            f"{dict(mesh.shape)}: set --config.mesh.replica, or --config.compression.rank=None"
         )
     if compression.rank % count:
         raise UserError(
@@ -130,7 +134,7 @@ def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) ->
     names = jax.tree.structure(abstract).flatten_up_to(axes)
     found = {}
     for (path, leaf), dimensions in zip(leaves, names, strict=True):
-        split = optimizers.matrix_dimensions(dimensions)
+        split = matrices.dimensions(dimensions)
         if split is None:
             continue
         inside = (*split.reduction_axis, *split.output_axis)
@@ -140,11 +144,37 @@ def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) ->
         if sides[cut] % count:
             raise UserError(
                 f"expected the {count} devices of a replica to share the {sides[cut]} numbers of a side of "
-                f"{name(path)}, which they cannot: choose another mesh, or --config.compression.rank=0"
+                f"{name(path)}, which they cannot: choose another mesh, or --config.compression.rank=None"
             )
         whole = Pieces(leaf.shape, (*stacked, *inside), sides, count, cut, 0)
         found[name(path)] = dataclasses.replace(whole, rank=min(compression.rank // count, whole.piece[0]))
     return found
+
+
+class Mean:
+    """Gradients without compression: those of the whole batch's loss, which the compiler averages over the devices."""
+
+    replicas = 1  # whose gradients are reduced here
+    places: dict[str, NamedSharding] = {}
+    packed_abstract: dict[str, jax.ShapeDtypeStruct] = {}
+
+    def init(self) -> Error:
+        return {}
+
+    def per_replica(self, gradients: Gradients) -> Gradients:
+        return gradients
+
+    def everywhere(self, check: Callable[[Any], jax.Array], grads: Any) -> jax.Array:
+        return check(grads)
+
+    def reduce(self, grads: Any, error: Error, key: jax.Array) -> tuple[Any, jax.Array, Error]:
+        return grads, optax.tree.norm(grads), error
+
+    def pack(self, error: Error) -> Error:
+        return error
+
+    def unpack(self, total: Error) -> Error:
+        return total
 
 
 class PowerSGD:
@@ -159,7 +189,7 @@ class PowerSGD:
         places = sharding.shardings(abstract, axes, mesh)
         self._param = {name(path): place for path, place in jax.tree_util.tree_leaves_with_path(places)}
 
-    def fresh(self) -> dict[str, jax.Array]:
+    def init(self) -> Error:
         """Nothing left out yet."""
         dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "paper": jnp.uint16}[self._format]
         return {n: jnp.zeros(self._shape(pieces), dtype) for n, pieces in self.layouts.items()}
@@ -169,13 +199,36 @@ class PowerSGD:
 
     @property
     def places(self) -> dict[str, NamedSharding]:
+        """Shardings of the error."""
         return {n: NamedSharding(self._mesh, self._whole) for n in self.layouts}
 
-    def exchange(self, grads: Any, error: dict[str, jax.Array], key) -> tuple[Any, dict[str, jax.Array], jax.Array]:
-        """The gradient of the update, what is left out then, and the gradient's norm.
+    def per_replica(self, gradients: Gradients) -> Gradients:
+        """The function that computes gradients of each replica's part of the batch, [replicas, ...], and mean metrics.
 
-        grads: nested dict of float32 [replicas, ...]. key: of the rounding of what is left out.
+        gradients: (batch, key) -> (gradients, metrics) of a batch.
         """
+
+        def of_each(batch, key):
+            parts = jax.tree.map(lambda x: x.reshape(self.replicas, -1, *x.shape[1:]), batch)
+            place = PartitionSpec(*sharding.TABLE["batch"])
+            parts = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place), parts)
+            keys = jax.random.split(jax.random.fold_in(key, REPLICAS), self.replicas)
+            with sharding.independent(REPLICA):
+                grads, metrics = jax.vmap(gradients, spmd_axis_name=REPLICA)(parts, keys)
+            return grads, jax.tree.map(lambda x: x.mean(0), metrics)
+
+        return of_each
+
+    def everywhere(self, check: Callable[[Any], jax.Array], grads: Any) -> jax.Array:
+        """Whether `check`, an array of bool, holds for the gradients of every replica."""
+        return jax.vmap(check)(grads).all(0)
+
+    def reduce(self, grads: Any, error: Error, key: jax.Array) -> tuple[Any, jax.Array, Error]:
+        """The gradient of the update, its norm (infinite if any replica's is not finite), and what is left out then.
+
+        grads: nested dict of float32 [replicas, ...]. key: of the update, for rounding what is left out.
+        """
+        in_range, key = all_finite(grads), jax.random.fold_in(key, LEFT_OUT)
         leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
         grads = {name(path): g for path, g in leaves}
 
@@ -195,7 +248,8 @@ class PowerSGD:
         )
         decompressed, left_out, square = local(cut, error, key)
         means |= {n: self._join(n, x) for n, x in decompressed.items()}
-        return structure.unflatten(means[n] for n in grads), left_out, jnp.sqrt(sum(squares) + square)
+        norm = jnp.where(in_range, jnp.sqrt(sum(squares) + square), jnp.inf)
+        return structure.unflatten(means[n] for n in grads), norm, left_out
 
     def _kept(self, n: str, x):
         return self._pin(x, self._param[n].spec)
@@ -255,17 +309,35 @@ class PowerSGD:
         whole = jax.lax.all_gather(_bits(mean), REPLICA, tiled=True)
         return _read(_floats(whole, self._format), self._format)[: x.size].reshape(x.shape)
 
-    def packed(self, error: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """What a checkpoint holds: the sum over the replicas, float32, in the parameters' own shapes.
+    @property
+    def packed_abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `pack` returns, as shapes with shardings."""
+        return {
+            n: jax.ShapeDtypeStruct(pieces.shape, jnp.float32, sharding=self._param[n])
+            for n, pieces in self.layouts.items()
+        }
+
+    @functools.cached_property
+    def pack(self) -> Callable[[Error], Error]:
+        """What a checkpoint holds of an error: the sum over the replicas, float32, in the parameters' own shapes.
 
         An update depends on the mean over the replicas alone, so nothing is lost but rounding.
         """
-        return {n: self._join(n, _read(x, self._format).sum(0)) for n, x in error.items()}
 
-    def unpacked(self, total: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """What is left out on any number of replicas and pieces, from a checkpoint's sum."""
-        each = {n: _written(self._split(n, x) / self.replicas, self._format) for n, x in total.items()}
-        return {n: jnp.broadcast_to(x, self._shape(self.layouts[n])) for n, x in each.items()}
+        def pack(error):
+            return {n: self._join(n, _read(x, self._format).sum(0)) for n, x in error.items()}
+
+        return jax.jit(pack, out_shardings={n: self._param[n] for n in self.layouts})
+
+    @functools.cached_property
+    def unpack(self) -> Callable[[Error], Error]:
+        """The error on any number of replicas and pieces, from a checkpoint's sum."""
+
+        def unpack(total):
+            each = {n: _written(self._split(n, x) / self.replicas, self._format) for n, x in total.items()}
+            return {n: jnp.broadcast_to(x, self._shape(self.layouts[n])) for n, x in each.items()}
+
+        return jax.jit(unpack, out_shardings=self.places)
 
 
 def name(path) -> str:
@@ -279,7 +351,7 @@ def sent_numbers(found: dict[str, Pieces]) -> tuple[int, int]:
     return sent, sum(pieces.matrices * math.prod(pieces.piece) for pieces in found.values())
 
 
-def refuse_waste(found: dict[str, Pieces], *, form: str, item: int) -> None:
+def check_rank(found: dict[str, Pieces], *, form: str, item: int) -> None:
     """Raises UserError for factors that have no fewer bytes than the gradients, or that hold all of them.
 
     form: of what is sent. item: bytes of a number of a gradient that is not compressed.
@@ -292,7 +364,7 @@ def refuse_waste(found: dict[str, Pieces], *, form: str, item: int) -> None:
         most *= next(iter(found.values())).count
         raise UserError(
             f"expected a config.compression.rank that leaves something out, got one with {sent * wire:,} bytes a "
-            f"device in place of {instead * item:,}: choose at most {most}, or 0 to compress nothing"
+            f"device in place of {instead * item:,}: choose at most {most}, or None to compress nothing"
         )
 
 

@@ -1,0 +1,54 @@
+"""The moving average of the parameters, which samples and evaluations use."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.errors import check_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """The paper has 0.99 every 25 updates for the transformer (appendix E) and 0.999 in each for the dVAE (A.2)."""
+
+    decay: float = 0.0  # 0 keeps the average equal to the parameters
+    every: int = 1  # updates between two moves of the average
+
+    def __post_init__(self):
+        check_number("config.ema.decay", self.decay, min=0, below=1)  # with 1 it would never come near the parameters
+        check_number("config.ema.every", self.every, min=1, max=2**31 - 1, whole=True)
+
+    def decay_at(self, step: jax.Array) -> jax.Array:
+        """The decay after update number `step`: 1, which leaves the average as it is, where it does not move."""
+        return jnp.where(step % self.every == 0, self.decay, 1.0 if self.decay else 0.0)
+
+
+def average(ema: Any, params: Any, decay: jax.Array) -> Any:
+    """decay * ema + (1 - decay) * params."""
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new.astype(old.dtype), ema, params)
+
+
+def average_on_host(ema: Any, params: Any, decay: jax.Array, *, axes: Any) -> Any:
+    """`average` for one that lies in host memory and stays there, also where `decay` is 1: XLA has no conditional over
+    arrays in host memory.
+
+    It passes through the device: stacked layers one at a time, in a loop, the rest at once.
+    """
+    old, structure = jax.tree.flatten(ema)
+    new, names = structure.flatten_up_to(params), structure.flatten_up_to(axes)
+    stacked = [name[0] == "layers" for name in names]
+
+    def through_the_device(old, new):
+        here = jax.device_put(old, jax.memory.Space.Device)
+        return jax.device_put(average(here, new, decay), jax.memory.Space.Host)
+
+    def part(layers: bool):
+        return tuple([x for x, s in zip(tree, stacked, strict=True) if s == layers] for tree in (old, new))
+
+    layers = []
+    if any(stacked):
+        _, layers = jax.lax.scan(lambda _, xs: (None, through_the_device(*xs)), None, part(True))
+    layers, rest = iter(layers), iter(through_the_device(*part(False)))
+    return structure.unflatten(next(layers if s else rest) for s in stacked)
