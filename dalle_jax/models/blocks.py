@@ -14,7 +14,8 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dalle_jax.models.layers import layer_norm, linear, param, quick_gelu
+from dalle_jax.models.layers import layer_norm, param, quick_gelu
+from dalle_jax.models.ops import linear
 from dalle_jax.models.scaled import BRANCH, enter, leave, own
 from dalle_jax.sharding import constrain
 

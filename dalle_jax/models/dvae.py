@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dalle_jax import pixels
+from dalle_jax.models import ops
 from dalle_jax.models.layers import Model, Params, compute_dtype, param, refuse_branch_scales
 from dalle_jax.sharding import constrain
 
 OUTPUTS = 6  # per pixel: three means, then three log scales (appendix A.3)
-CPU_VECTOR = 16  # float32 numbers in a wide register; fewer input channels would leave it mostly empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Conv(nnx.Module):
         # Gathered before use: a convolution whose channels are cut over the mesh got wrong gradients from XLA's CPU
         # backend (jax 0.10.2), and a network this small needs its storage cut, not its products.
         x_BHWC, weight = x_BHWC.astype(self.dtype), constrain(self.weight[...].astype(self.dtype), (None,) * 4)
-        y_BHWC = convolve(x_BHWC, weight, precision)
+        y_BHWC = ops.conv(x_BHWC, weight, precision)
         return y_BHWC + self.bias[...].astype(self.dtype)
 
     def look_up(self, ids_BHW):
@@ -221,71 +221,6 @@ class Decoder(nnx.Module):
     def pixels(self, x_BGGC):
         x_BHWC = self.head(jax.nn.relu(self.tower(x_BGGC.astype(compute_dtype(self.config.precision)))))
         return _depth_to_space(x_BHWC, self.config.patch).astype(jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(x_BHWC, weight, precision: jax.lax.Precision | None = None):
-    """A 'same' convolution of stride 1 of [B, H, W, I] with [kernel, kernel, I, O]; a 1x1 one is a matrix product.
-
-    On a CPU the gradient of the weight is computed another way, equal to rounding; other devices get the convolution's.
-    """
-    return _plain(x_BHWC, weight, precision)
-
-
-def _plain(x_BHWC, weight, precision):
-    if weight.shape[:2] == (1, 1):
-        return jnp.einsum("bhwi,io->bhwo", x_BHWC, weight[0, 0], precision=precision)
-    return jax.lax.conv_general_dilated(
-        x_BHWC,
-        weight,
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
-    )
-
-
-def _convolve_forward(x_BHWC, weight, precision):
-    return convolve(x_BHWC, weight, precision), (x_BHWC, weight)
-
-
-def _convolve_backward(precision, saved, cotangent_BHWC):
-    x_BHWC, weight = saved
-    (by_x,) = jax.linear_transpose(lambda x: _plain(x, weight, precision), x_BHWC)(cotangent_BHWC)
-
-    def by_weight(x_BHWC, cotangent_BHWC):
-        return jax.linear_transpose(lambda weight: _plain(x_BHWC, weight, precision), weight)(cotangent_BHWC)[0]
-
-    def on_cpu(x_BHWC, cotangent_BHWC):
-        kernel, _, inputs, outputs = weight.shape
-        if kernel == 1:
-            # Of two matrices: over three dimensions a factor would first be copied, transposed, as below.
-            x, cotangent = (a.reshape(-1, a.shape[-1]) for a in (x_BHWC, cotangent_BHWC))
-            return jnp.tensordot(x, cotangent, (0, 0), precision=precision)[None, None]
-        # Without the barrier XLA transposes both in slow loops together with what they are computed from.
-        x_BHWC, cotangent_BHWC = jax.lax.optimization_barrier((x_BHWC, cotangent_BHWC))
-        if CPU_VECTOR <= inputs < outputs:
-            return _by_weight_reversed(x_BHWC, cotangent_BHWC, pad=kernel // 2, precision=precision)
-        return by_weight(x_BHWC, cotangent_BHWC)
-
-    return by_x, jax.lax.platform_dependent(x_BHWC, cotangent_BHWC, cpu=on_cpu, default=by_weight)
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
-
-
-def _by_weight_reversed(x_BHWC, cotangent_BHWC, *, pad: int, precision):
-    """The cotangent correlated with the input, not the input with the cotangent: the same in reverse, and faster where
-    the input has fewer channels."""
-    by_weight = jax.lax.conv_general_dilated(
-        cotangent_BHWC,
-        x_BHWC,
-        window_strides=(1, 1),
-        padding=((pad, pad), (pad, pad)),
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        precision=precision,
-    )
-    return by_weight[::-1, ::-1].swapaxes(2, 3)
 
 
 def _block_name(group: int, block: int) -> str:

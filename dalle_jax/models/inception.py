@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dalle_jax.models.layers import Model, param
+from dalle_jax.models.ops import plain_conv
 
 SIDE = 299  # pixels
 FEATURES = 2_048  # pool3
@@ -175,18 +176,10 @@ class Conv(nnx.Module):
     def __call__(self, x_BHWC):
         scale_C = self.gain[...] * jax.lax.rsqrt(self.variance[...] + EPSILON)
         weight = self.weight[...] * scale_C
-        if weight.shape[:2] == (1, 1):  # as a matrix product, which is faster on CPU
-            y_BHWC = jnp.einsum("bhwi,io->bhwo", x_BHWC, weight[0, 0], precision=jax.lax.Precision.HIGHEST)
-        else:
-            y_BHWC = jax.lax.conv_general_dilated(
-                x_BHWC,
-                weight,
-                window_strides=(self.stride, self.stride),
-                # Without any padding XLA takes up to three times as long on CPU, so there is a row and a column more.
-                padding="SAME" if self.padding == "SAME" else ((0, 1), (0, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                precision=jax.lax.Precision.HIGHEST,  # an accelerator must not round to bfloat16 or TF32
-            )
+        exact = jax.lax.Precision.HIGHEST  # an accelerator must not round to bfloat16 or TF32
+        # Without any padding XLA takes up to three times as long on CPU, so there is a row and a column more.
+        padding = "SAME" if self.padding == "SAME" else ((0, 1), (0, 1))
+        y_BHWC = plain_conv(x_BHWC, weight, exact, stride=self.stride, padding=padding)
         if self.padding == "VALID":
             height, width = ((x_BHWC.shape[i] - weight.shape[i - 1]) // self.stride + 1 for i in (1, 2))
             y_BHWC = y_BHWC[:, :height, :width]

@@ -1,4 +1,4 @@
-"""What every model is made of: parameters with named axes, the dtype policy, norms, and `Model`.
+"""The basis of every model: parameters with named axes, the dtype policy, norms, and `Model`.
 
 Definitions are Flax NNX modules; nobody outside `models/` needs to know. A `Model` turns a definition into pure
 functions over a nested dict of arrays: `init`, `apply`, the abstract shapes and the logical axis names.
@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
-from dalle_jax import sharding
 
 Params = dict[str, Any]  # nested dict of arrays
 EPSILON = 1e-5  # of layer norms
@@ -71,67 +69,6 @@ def layer_norm(x, gain, bias, *, epsilon: float = EPSILON):
 def quick_gelu(x):
     """x * sigmoid(1.702 x), the approximation of Child et al. 2019 and CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def linear(x, weight, inputs: int = 1, axes: tuple[str | None, ...] | None = None):
-    """Contract the last `inputs` dimensions of x with the first of weight, in their own order.
-
-    The same numbers as an einsum, and a gradient of weight that suits the machine. On one device it transposes the
-    smaller of its two factors: XLA's CPU backend copies the transposed one, a sixth of the time of a layer where the
-    output is wide. On a mesh `axes`, the logical names of weight's dimensions, say which part of it a device keeps.
-    """
-    return jnp.tensordot(x, weight, inputs)
-
-
-def _linear_forward(x, weight, inputs, axes):
-    return linear(x, weight, inputs, axes), (x, weight)
-
-
-def _linear_backward(inputs, axes, saved, cotangent):
-    x, weight = saved
-    outputs = weight.ndim - inputs
-    over_outputs = tuple(range(cotangent.ndim - outputs, cotangent.ndim)), tuple(range(inputs, weight.ndim))
-    by_x = jnp.tensordot(cotangent, weight, over_outputs)
-    return by_x, _gradient_of_weight(x, weight, cotangent, inputs, axes)
-
-
-def _gradient_of_weight(x, weight, cotangent, inputs: int, axes: tuple[str | None, ...] | None):
-    """Of `linear(x, weight, inputs, axes)`, which says how."""
-    if axes and (kept := sharding.kept_part(weight.shape, axes, batch=len(x))):
-        return _gradient_by_parts(x, cotangent, weight.shape, inputs, *kept)
-    leading = (tuple(range(x.ndim - inputs)),) * 2
-    if x.size <= cotangent.size:
-        return jnp.tensordot(x, cotangent, leading)
-    by_weight = jnp.tensordot(cotangent, x, leading)
-    return jnp.moveaxis(by_weight, range(weight.ndim - inputs, weight.ndim), range(inputs))
-
-
-def _gradient_by_parts(x, cotangent, shape, inputs, cut, mesh_axes):
-    """Gradient of a weight of which each device along these axes keeps one part of dimension `cut`.
-
-    The parts are an outermost dimension of their own while the devices' shares are summed, and that sum is written
-    out (`sharding.sum_by_parts`). Left alone, libtpu sums the whole gradient on every device: parts of, say, 31 rows
-    do not fit the tiles in which a TPU lays out the two innermost dimensions.
-    """
-    leading = x.ndim - inputs
-    factors = [(x, list(range(inputs))), (cotangent, list(range(inputs, len(shape))))]  # and their dimensions of weight
-    if cut >= inputs:
-        factors.reverse()
-    (first, firsts), (second, seconds) = factors
-    place = firsts.index(cut)
-
-    def product(first, second, parts):
-        dimension = leading + place
-        split = first.reshape(*first.shape[:dimension], parts, -1, *first.shape[dimension + 1 :])
-        return jnp.tensordot(jnp.moveaxis(split, dimension, leading), second, (tuple(range(leading)),) * 2)
-
-    joined = jnp.moveaxis(sharding.sum_by_parts(product, first, second, axes=mesh_axes), 0, place)
-    joined = joined.reshape([shape[i] for i in (*firsts, *seconds)])
-    return jnp.moveaxis(joined, range(len(shape)), (*firsts, *seconds))
-
-
-linear.defvjp(_linear_forward, _linear_backward)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The dVAE's networks and its objective against slow independent formulas and the paper's counts."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -56,82 +55,6 @@ def measure(task, params, images, *, key=None):
 
 def some_images(count: int = 2, size: int = 16) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
-
-
-# The convolution
-
-# kernel, channels in and out: a product of matrices, a reversed convolution, and two the usual way round
-CONVOLUTIONS = [(1, 5, 7), (3, 16, 20), (3, 20, 16), (7, 3, 17)]
-
-
-def gradients(function, kernel, inputs, outputs, dtype=np.float32):
-    """What `function(x, weight)` is differentiated by, as a program, and its arguments."""
-    rng = np.random.default_rng(0)
-    shapes = (2, 6, 8, inputs), (kernel, kernel, inputs, outputs), (2, 6, 8, outputs)
-    args = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-    return jax.jit(lambda x, weight, cotangent: jax.vjp(function, x, weight)[1](cotangent)), args
-
-
-@pytest.mark.parametrize("sizes", CONVOLUTIONS)
-def test_gradients_of_a_convolution_are_sums_over_its_taps(sizes):
-    kernel, pad = sizes[0], sizes[0] // 2
-    program, args = gradients(dvae.convolve, *sizes)
-    by_x, by_weight = program(*args)
-    x, weight, cotangent = (np.asarray(arg, np.float64) for arg in args)
-    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    expected_x, expected_weight = np.zeros_like(padded), np.zeros_like(weight)
-    for i, j in np.ndindex(kernel, kernel):
-        window = np.s_[:, i : i + 6, j : j + 8]
-        expected_weight[i, j] = np.einsum("bhwi,bhwo->io", padded[window], cotangent)
-        expected_x[window] += np.einsum("bhwo,io->bhwi", cotangent, weight[i, j])
-    # Sums of at most 850 products of normal numbers, of size 200 at most: 1e-5 is the last bit of 200, errors average.
-    np.testing.assert_allclose(by_weight, expected_weight, atol=1e-4)
-    np.testing.assert_allclose(by_x, expected_x[:, pad : pad + 6, pad : pad + 8], atol=2e-4)
-
-
-@pytest.mark.parametrize("sizes", CONVOLUTIONS)
-def test_gradients_of_a_convolution_over_a_cut_batch(sizes):
-    program, args = gradients(dvae.convolve, *sizes)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("batch",))
-    places = [
-        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("batch",), (), ("batch",))
-    ]
-    cut = jax.tree.map(jax.device_put, args, places)
-    for found, whole in zip(program(*cut), program(*args), strict=True):
-        np.testing.assert_allclose(found, whole, atol=2e-4)  # as above
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_gradients_of_a_convolution_keep_their_dtype(dtype):
-    for sizes in CONVOLUTIONS[:2]:
-        program, args = gradients(dvae.convolve, *sizes, dtype=dtype)
-        assert [leaf.dtype for leaf in program(*args)] == [dtype] * 2
-
-
-@pytest.mark.parametrize("sizes", CONVOLUTIONS)
-def test_only_a_cpu_computes_the_gradient_of_the_weight_another_way(sizes):
-    def lowered(function, platform):
-        program, args = gradients(function, *sizes)
-        lines = program.trace(*args).lower(lowering_platforms=(platform,)).as_text().splitlines()
-        kept = [line for line in lines if any(n in line for n in ("convolution(", "dot_general", "barrier"))]
-        return sorted(re.sub(r"%\w+", "%", line).strip() for line in kept)
-
-    precision = jax.lax.Precision.HIGHEST
-
-    def plain(x, weight):
-        if len(weight) == 1:
-            return jnp.einsum("bhwi,io->bhwo", x, weight[0, 0], precision=precision)
-        names = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=names, precision=precision)
-
-    ours = lambda x, weight: dvae.convolve(x, weight, precision)  # noqa: E731
-    for platform in ("cuda", "rocm", "tpu"):
-        assert len(lowered(plain, platform)) == 2 and lowered(ours, platform) == lowered(plain, platform)
-    found = lowered(ours, "cpu")
-    assert found != lowered(plain, "cpu") and sum(line.count("HIGHEST") for line in found) == 4
-
-
-# The networks
 
 
 def test_the_papers_network_has_the_published_size():

@@ -1,0 +1,134 @@
+"""Products with weights, and the gradients of them that XLA's backends need: `linear` and `conv`.
+
+Each custom gradient equals the one that JAX derives, to rounding; its comment says when it can be deleted.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dalle_jax import sharding
+
+CPU_VECTOR = 16  # float32 numbers in a wide register; fewer input channels would leave it mostly empty
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def linear(x, weight, inputs: int = 1, axes: tuple[str | None, ...] | None = None):
+    """Contracts the last `inputs` dimensions of x with the first of weight, in their order.
+
+    axes: logical names of weight's dimensions, by which a mesh cuts its gradient.
+    """
+    return jnp.tensordot(x, weight, inputs)
+
+
+def _linear_forward(x, weight, inputs, axes):
+    return linear(x, weight, inputs, axes), (x, weight)
+
+
+def _linear_backward(inputs, axes, saved, cotangent):
+    x, weight = saved
+    outputs = weight.ndim - inputs
+    over_outputs = tuple(range(cotangent.ndim - outputs, cotangent.ndim)), tuple(range(inputs, weight.ndim))
+    by_x = jnp.tensordot(cotangent, weight, over_outputs)
+    if axes and (kept := sharding.kept_part(weight.shape, axes, batch=len(x))):
+        return by_x, _gradient_by_parts(x, cotangent, weight.shape, inputs, *kept)
+    leading = (tuple(range(x.ndim - inputs)),) * 2
+    if x.size <= cotangent.size:
+        return by_x, jnp.tensordot(x, cotangent, leading)
+    # XLA's CPU backend copies the factor that a product transposes, a sixth of the time of a layer where the output is
+    # wide, so that is the smaller one. Delete this when it multiplies transposed matrices in place.
+    by_weight = jnp.tensordot(cotangent, x, leading)
+    return by_x, jnp.moveaxis(by_weight, range(outputs, weight.ndim), range(inputs))
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _gradient_by_parts(x, cotangent, shape, inputs, cut, mesh_axes):
+    """The gradient of a weight of which each device along these mesh axes keeps one part of dimension `cut`.
+
+    The parts are an outermost dimension of their own while the devices' shares are summed, and that sum is written
+    out (`sharding.sum_by_parts`). Left alone, libtpu sums the whole gradient on every device: parts of, say, 31 rows
+    do not fit the tiles in which a TPU lays out the two innermost dimensions. Delete this when `dalle-jax preflight
+    --config configs/transformer.py:12b --topology tpu:v5p:8x8x16` lists reduce-scatters along fsdp without it.
+    """
+    leading = x.ndim - inputs
+    factors = [(x, list(range(inputs))), (cotangent, list(range(inputs, len(shape))))]  # and their dimensions of weight
+    if cut >= inputs:
+        factors.reverse()
+    (first, firsts), (second, seconds) = factors
+    place = firsts.index(cut)
+
+    def product(first, second, parts):
+        dimension = leading + place
+        split = first.reshape(*first.shape[:dimension], parts, -1, *first.shape[dimension + 1 :])
+        return jnp.tensordot(jnp.moveaxis(split, dimension, leading), second, (tuple(range(leading)),) * 2)
+
+    joined = jnp.moveaxis(sharding.sum_by_parts(product, first, second, axes=mesh_axes), 0, place)
+    joined = joined.reshape([shape[i] for i in (*firsts, *seconds)])
+    return jnp.moveaxis(joined, range(len(shape)), (*firsts, *seconds))
+
+
+def plain_conv(x_BHWC, weight, precision: jax.lax.Precision | None = None, *, stride: int = 1, padding="SAME"):
+    """A convolution of [B, H, W, I] with [height, width, I, O], with JAX's gradient; a 1x1 one is a matrix product."""
+    if weight.shape[:2] == (1, 1):  # faster on a CPU. Delete this when XLA sees it.
+        return jnp.einsum("bhwi,io->bhwo", x_BHWC, weight[0, 0], precision=precision)
+    return jax.lax.conv_general_dilated(
+        x_BHWC,
+        weight,
+        window_strides=(stride, stride),
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def conv(x_BHWC, weight, precision: jax.lax.Precision | None = None):
+    """`plain_conv` of stride 1; on a CPU the gradient of the weight is computed another way."""
+    return plain_conv(x_BHWC, weight, precision)
+
+
+def _conv_forward(x_BHWC, weight, precision):
+    return conv(x_BHWC, weight, precision), (x_BHWC, weight)
+
+
+def _conv_backward(precision, saved, cotangent_BHWC):
+    x_BHWC, weight = saved
+    (by_x,) = jax.linear_transpose(lambda x: plain_conv(x, weight, precision), x_BHWC)(cotangent_BHWC)
+
+    def by_weight(x_BHWC, cotangent_BHWC):
+        return jax.linear_transpose(lambda weight: plain_conv(x_BHWC, weight, precision), weight)(cotangent_BHWC)[0]
+
+    def on_cpu(x_BHWC, cotangent_BHWC):
+        # Delete all of this when `python benchmarks/dvae.py` is as fast without it.
+        kernel, _, inputs, outputs = weight.shape
+        if kernel == 1:
+            # Of two matrices: over three dimensions a factor would first be copied, transposed, as below.
+            x, cotangent = (a.reshape(-1, a.shape[-1]) for a in (x_BHWC, cotangent_BHWC))
+            return jnp.tensordot(x, cotangent, (0, 0), precision=precision)[None, None]
+        # Without the barrier XLA transposes both in slow loops together with what they are computed from.
+        x_BHWC, cotangent_BHWC = jax.lax.optimization_barrier((x_BHWC, cotangent_BHWC))
+        if CPU_VECTOR <= inputs < outputs:
+            return _by_weight_reversed(x_BHWC, cotangent_BHWC, pad=kernel // 2, precision=precision)
+        return by_weight(x_BHWC, cotangent_BHWC)
+
+    return by_x, jax.lax.platform_dependent(x_BHWC, cotangent_BHWC, cpu=on_cpu, default=by_weight)
+
+
+conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _by_weight_reversed(x_BHWC, cotangent_BHWC, *, pad: int, precision):
+    """The cotangent correlated with the input, not the input with the cotangent: the same in reverse, and faster where
+    the input has fewer channels."""
+    by_weight = jax.lax.conv_general_dilated(
+        cotangent_BHWC,
+        x_BHWC,
+        window_strides=(1, 1),
+        padding=((pad, pad), (pad, pad)),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        precision=precision,
+    )
+    return by_weight[::-1, ::-1].swapaxes(2, 3)
