@@ -21,6 +21,7 @@ from etils import epath
 
 from dalle_jax import distributed
 from dalle_jax.checkpoint import digest, format
+from dalle_jax.checkpoint.save_barrier import OtherProcessFailed, SaveBarrier
 from dalle_jax.errors import UserError, say
 
 DAMAGED = "damaged"  # damaged-STEP-N beside the checkpoints
@@ -75,7 +76,7 @@ class Checkpoints:
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._write_manifest, barrier_sync_fn=distributed.SaveBarrier()
+                post_finalization_callback=self._write_manifest, barrier_sync_fn=SaveBarrier()
             ),
         )
         return ocp.CheckpointManager(self._folder, options=options)
@@ -293,7 +294,7 @@ def _anywhere(problem: str | None) -> str | None:
 
 def _agreed(error: Exception | None) -> str | None:
     """Why a save failed, the same in all processes; None if it did in none. All must call this at the same point."""
-    second_hand = isinstance(error, distributed.OtherProcessFailed)
+    second_hand = isinstance(error, OtherProcessFailed)
     found = distributed.gather_json(None if error is None else [_reason(error), second_hand])
     own = [None if it is None or it[1] else it[0] for it in found]
     return _first(own) or _first([it and it[0] for it in found])

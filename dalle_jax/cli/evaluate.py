@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
         return _self_check(args)
     evaluation, expected, limits = _asked(args)
     where = {"coordinator": args.coordinator, "num_processes": args.num_processes, "process_id": args.process_id}
-    distributed.initialise(**where, start_seconds=limits["start_seconds"], hang_seconds=limits["hang_seconds"])
+    distributed.initialize(**where, start_seconds=limits["start_seconds"], hang_seconds=limits["hang_seconds"])
     with distributed.Watchdog(
         limits["hang_seconds"], first_seconds=limits["compile_seconds"], start_seconds=limits["start_seconds"]
     ) as watchdog:

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(
             f"expected a START of --profile of at most config.steps = {config.steps}, got {args.profile.start}"
         )
-    distributed.initialise(
+    distributed.initialize(
         coordinator=args.coordinator,
         num_processes=args.num_processes,
         process_id=args.process_id,

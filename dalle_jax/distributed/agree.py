@@ -1,6 +1,5 @@
 """What all processes of a job know at the same point: gathered values, whole arrays, the step at which to stop."""
 
-import itertools
 import json
 from typing import Any
 
@@ -10,15 +9,14 @@ from jax.experimental import multihost_utils
 
 from dalle_jax.distributed import kv_store
 
-STOP_LEAD = 2  # updates between the wish to stop and the stop, see `stop_agreed`
-_stops = itertools.count()
-_stop = next(_stops)  # number of the agreement that is open
+STOP_LEAD = 2  # steps between the wish to stop and the stop, see `stop_agreed`
+_stops = 0  # agreements reached so far; each has a key of its own
 
 
 def gather_json(value: Any) -> list[Any]:
     """`value` of every process, in their order, on every process. All of them must call this at the same point.
 
-    value: plain json, small. Raises nothing of its own.
+    value: plain json, small.
     """
     if jax.process_count() == 1:
         return [value]
@@ -32,37 +30,34 @@ def gather_json(value: Any) -> list[Any]:
 def whole(tree: Any) -> Any:
     """The arrays as numpy, whole, on every process, wherever their pieces lie; gathered one at a time.
 
-    All processes must call this at the same point. Every one needs memory for the largest on each device, and for all
-    of them on its host.
+    All processes must call this at the same point. Each device needs memory for the largest array, each host for all.
     """
-    return jax.tree.map(
-        lambda x: jax.device_get(x) if _readable(x) else multihost_utils.process_allgather(x, tiled=True), tree
-    )
 
+    def read(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return jax.device_get(x)
 
-def _readable(x: Any) -> bool:
-    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+    return jax.tree.map(read, tree)
 
 
 def stop_agreed(step: int, wants_stop: bool) -> bool:
-    """Is this the step after which all processes stop? True on all of them at the same one, False before.
+    """Whether all processes stop after this step: True on all of them at the same step, False before.
 
-    The first process that wants to names the step `STOP_LEAD` later. No process is past that without having seen it,
-    as long as the caller has waited for the numbers of update `step - 1` before it asks about `step` and an update
-    needs all processes: whoever asks about `step + 2` has numbers of `step + 1`, which the first process began after it
-    had named the step. Costs one request to process 0, while the update is at work. Alone: `wants_stop`.
+    The first process that wants to stop names the step `STOP_LEAD` later. No other process can be past that step
+    without having seen the name: it asks about `step + 2` only after it has waited for the numbers of `step + 1`, a
+    step needs all processes, and the first process begins `step + 1` after it has named the step. Costs one request to
+    process 0, while the step is computed. With one process: `wants_stop`.
     """
-    global _stop
+    global _stops
     client = kv_store.client()
     if client is None:
         return wants_stop
-    key = f"{kv_store.ROOT}/stop/{_stop}"
-    if wants_stop:
-        kv_store.put_first(client, key, str(step + STOP_LEAD))
-    named = kv_store.get(client, key)
+    key = f"{kv_store.ROOT}/stop/{_stops}"
+    named = kv_store.put_first(client, key, str(step + STOP_LEAD)) if wants_stop else kv_store.get(client, key)
     if named is None or step < int(named):
         return False
     if step > int(named):
         raise RuntimeError(f"the processes agreed to stop after step {named}, and this one is at {step}")
-    _stop = next(_stops)
+    _stops += 1
     return True

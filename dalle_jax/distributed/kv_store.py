@@ -1,17 +1,18 @@
-"""The small key-value store that process 0 of a job keeps for all of them.
+"""The small key-value store in process 0, which all processes of a job can read and write.
 
 It is not public API of JAX: Orbax and `multihost_utils` reach for it in the same way, and
-`tests/distributed/test_distributed.py` holds every call that is used here.
+`tests/distributed/test_distributed.py` exercises every call that is used here.
 """
 
 import jax
 from jax._src import distributed
 
-ROOT = "dalle_jax"  # of all our keys
+ROOT = "dalle_jax"  # prefix of all our keys
+FOREVER_MS = 10**11  # three years
 
 
 def client():
-    """The key-value store in process 0: jaxlib's DistributedRuntimeClient; None with one process."""
+    """The client of the store, jaxlib's DistributedRuntimeClient; None with one process."""
     state = distributed.global_state
     return state.client if state.client is not None and state.num_processes > 1 else None
 
@@ -27,7 +28,7 @@ def coordinator() -> str:
 
 
 def get(store, key: str) -> str | None:
-    """The value of a key, None if nobody has set it."""
+    """The value of a key, None while nobody has set it."""
     try:
         return store.key_value_try_get(key)
     except jax.errors.JaxRuntimeError as error:
@@ -36,10 +37,17 @@ def get(store, key: str) -> str | None:
         raise
 
 
-def put_first(store, key: str, value: str) -> None:
-    """Sets a key that nobody has set before; otherwise leaves it."""
+def wait(store, key: str) -> str:
+    """The value of a key, as soon as somebody sets it. Raises JaxRuntimeError when the job ends before that."""
+    return store.blocking_key_value_get(key, FOREVER_MS)
+
+
+def put_first(store, key: str, value: str) -> str:
+    """Set a key that nobody has set before; the value that it then has."""
     try:
         store.key_value_set(key, value)
     except jax.errors.JaxRuntimeError as error:
         if "ALREADY_EXISTS" not in str(error):
             raise
+        return store.key_value_try_get(key)
+    return value

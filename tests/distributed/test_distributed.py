@@ -1,6 +1,5 @@
 """How processes find each other, agree, and end when one of them is gone: two real ones on this machine."""
 
-import itertools
 import json
 import os
 import queue
@@ -13,7 +12,7 @@ import pytest
 
 from dalle_jax import distributed, sharding
 from dalle_jax.cli import main
-from dalle_jax.distributed import agree, connections, initialize, kv_store, watchdog
+from dalle_jax.distributed import agree, cluster, connections, kv_store, watchdog
 from dalle_jax.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
 from dalle_jax.mesh import make_mesh
 from tests.support import fault_driver, processes
@@ -86,7 +85,7 @@ def joined(monkeypatch):
             monkeypatch.delenv(name)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
-    monkeypatch.setattr(initialize, "_wait_for", lambda address, seconds: None)
+    monkeypatch.setattr(cluster, "_wait_for", lambda address, seconds: None)
     yield calls
     jax.config.update("jax_enable_preemption_service", True)
 
@@ -96,45 +95,45 @@ def place(call):
 
 
 def test_one_process_joins_nothing(joined, monkeypatch):
-    distributed.initialise()
-    distributed.initialise(coordinator="host:1", num_processes=1, process_id=0)
-    for name, value in zip(initialize.SLURM, ("7", "node3", "1", "0", "0"), strict=True):  # a shell in an allocation
+    distributed.initialize()
+    distributed.initialize(coordinator="host:1", num_processes=1, process_id=0)
+    for name, value in zip(cluster.SLURM, ("7", "node3", "1", "0", "0"), strict=True):  # a shell in an allocation
         monkeypatch.setenv(name, value)
-    distributed.initialise()
+    distributed.initialize()
     assert joined == [] and distributed.gather_json({"a": 1}) == [{"a": 1}]
     assert [distributed.stop_agreed(step, wants) for step, wants in ((1, False), (2, True))] == [False, True]
 
 
 def test_a_job_is_found_by_flags_variables_or_slurm(joined, monkeypatch):
-    distributed.initialise(coordinator="host:1", num_processes=4, process_id=3, start_seconds=9, hang_seconds=20)
+    distributed.initialize(coordinator="host:1", num_processes=4, process_id=3, start_seconds=9, hang_seconds=20)
     assert place(joined[-1]) == ("host:1", 4, 3)
     assert joined[-1]["heartbeat_timeout_seconds"] == 40
 
-    for name, value in zip(initialize.SLURM, ("7", "node[3-4]", "2", "1", "1"), strict=True):
+    for name, value in zip(cluster.SLURM, ("7", "node[3-4]", "2", "1", "1"), strict=True):
         monkeypatch.setenv(name, value)
-    distributed.initialise()
+    distributed.initialize()
     assert place(joined[-1]) == (None, None, None)  # JAX reads the rest, for one GPU a process
 
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "pods-0")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "8")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "5")
-    distributed.initialise()
-    assert place(joined[-1]) == (f"pods-0:{initialize.DEFAULT_PORT}", 8, 5)
+    distributed.initialize()
+    assert place(joined[-1]) == (f"pods-0:{cluster.DEFAULT_PORT}", 8, 5)
     monkeypatch.setenv("JAX_PROCESS_ID", "6")
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "99")
-    distributed.initialise()
+    distributed.initialize()
     assert place(joined[-1]) == ("pods-0:99", 8, 6)
-    distributed.initialise(coordinator="host:1", num_processes=4, process_id=3)  # flags win
+    distributed.initialize(coordinator="host:1", num_processes=4, process_id=3)  # flags win
     assert place(joined[-1]) == ("host:1", 4, 3)
 
 
-def test_a_meeting_that_fails_may_succeed_later(joined, monkeypatch, capsys):
+def test_an_initialization_that_fails_may_succeed_later(joined, monkeypatch, capsys):
     def taken(**_):
         raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server\nfor some reason")
 
     monkeypatch.setattr(jax.distributed, "initialize", taken)
     with pytest.raises(SystemExit) as ended:
-        distributed.initialise(coordinator="host:1", num_processes=4, process_id=0, start_seconds=9)
+        distributed.initialize(coordinator="host:1", num_processes=4, process_id=0, start_seconds=9)
     assert ended.value.code == EXIT_RESTART
     said = capsys.readouterr().err
     assert "to meet at host:1 within 9 s, got UNKNOWN: Failed to start RPC server: start every process" in said
@@ -152,7 +151,7 @@ def test_half_a_job_is_refused_with_what_is_missing(joined, monkeypatch, capsys,
         assert message in capsys.readouterr().err
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "pods-0")
     with pytest.raises(UserError, match="got JAX_COORDINATOR_ADDRESS without JAX_NUM_PROCESSES, JAX_PROCESS_ID"):
-        distributed.initialise()
+        distributed.initialize()
     assert joined == []
 
 
@@ -171,82 +170,66 @@ class Store(dict):
 
 
 def test_who_is_a_step_ahead_stops_at_the_same_step(monkeypatch):
-    made = Store()
-    monkeypatch.setattr(kv_store, "client", lambda: made)
-    monkeypatch.setattr(agree, "_stops", itertools.count(1_000))
+    store = Store()
+    monkeypatch.setattr(kv_store, "client", lambda: store)
+    monkeypatch.setattr(agree, "_stops", 1_000)
     assert not distributed.stop_agreed(6, False)  # one process is at 6 when another, at 5, wants to stop
     assert not distributed.stop_agreed(5, True)
     assert not distributed.stop_agreed(6, True)  # a second wish changes nothing
     assert distributed.stop_agreed(7, False)
-    monkeypatch.setattr(agree, "_stop", "passed")
-    distributed.stop_agreed(5, True)
+    distributed.stop_agreed(5, True)  # the next agreement
     with pytest.raises(RuntimeError, match="stop after step 7, and this one is at 8"):
         distributed.stop_agreed(8, False)
 
 
-def watching(*beats, timeout=10.0, first=100.0):
-    """Process 0's watchdog at time 0, with records (beats, step, phase, age, allowed) of all processes."""
-    dog = distributed.Watchdog(timeout, first_seconds=first)
-    dog._rank, dog._peers = 0, {rank: watchdog._Peer(rank, 0.0, first) for rank in range(len(beats))}
+def test_process_0_sees_that_a_connection_closes_and_lets_no_stranger_in():
+    closed = queue.Queue()
+    listener = connections.Listener("localhost", closed.put)
+    host, port, key = json.loads(listener.address)
+    stranger = connections.connect(json.dumps([host, port, key[::-1]]), 3)
+    one, two = (connections.connect(listener.address, rank) for rank in (1, 2))
+    stranger.close()
+    two.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that died
+    assert closed.get(timeout=30) == 2
+    one.close()
+    assert closed.get(timeout=30) == 1 and closed.empty()
+
+
+def watching(*beats, timeout=10.0, start=100.0):
+    """Process 0's watchdog at time 0, with the last (beats, step, phase, age, allowed) of all processes."""
+    dog = distributed.Watchdog(timeout, first_seconds=start)
+    dog._rank, dog._peers = 0, {rank: watchdog._Peer(rank, heard=0.0, allowed=start) for rank in range(len(beats))}
     for rank, beat in enumerate(beats):
         if beat is not None:
-            dog._peers[rank].note([1, f"host{rank}", *beat, False], 0.0)
+            named = dict(zip(("beats", "step", "phase", "age", "allowed"), beat, strict=True))
+            dog._peers[rank].note({"published": 1, "host": f"host{rank}", "done": False, **named}, 0.0)
     return dog
 
 
-def test_a_connection_tells_a_death_from_a_goodbye_and_carries_the_verdict():
-    gone, heard = queue.Queue(), queue.Queue()
-    board = connections.Switchboard("localhost", gone.put)
-    one, two = (connections.Line(board.address, rank, lambda *verdict: heard.put(verdict)) for rank in (1, 2))
-    host, port, key = json.loads(board.address)
-    stranger = connections.Line(json.dumps([host, port, key[::-1]]), 3, lambda *verdict: heard.put("a stranger"))
-    until = time.monotonic() + 30
-    while board.joined < 2 and time.monotonic() < until:
-        time.sleep(0.01)
-    board.tell(75, "process 4 is gone")
-    assert [heard.get(timeout=30) for _ in range(2)] == [(75, "process 4 is gone")] * 2
-    stranger.close()
-    one.close()
-    two._line.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that died
-    assert gone.get(timeout=30) == 2
-    assert board.joined == 2 and gone.empty() and heard.empty()
-
-
-def test_what_hangs_at_the_start_has_the_time_of_the_start():
-    stuck = watching((1, 0, "start", 31.0, 30.0), (2, 0, "prepare", 31.0, 100.0))
-    assert stuck._find(0.0).startswith("process 0 (host0), last seen in step 0, phase 'start', has made no progress")
-    dog = distributed.Watchdog(10.0, first_seconds=100.0, start_seconds=30.0)
-    assert dog._beat[2:] == (0, "start", 30.0)
-
-
-def test_programs_may_compile_and_the_others_wait_for_it():
-    compiling = watching((1, 1, "update", 50.0, 100.0), (2, 2, "update", 49.0, 10.0))
+def test_process_0_names_the_process_for_which_the_others_wait():
+    starting = watching((1, 0, "start", 31.0, 30.0), (2, 0, "prepare", 31.0, 100.0))
+    assert starting._find(0.0).startswith("process 0 (host0), last seen in step 0, phase 'start', has made no progress")
+    compiling = watching((1, 1, "update", 50.0, 100.0), (2, 2, "update", 49.0, 10.0))  # the others wait for it
     assert compiling._find(4.0) is None
     stuck = watching((8, 8, "update", 49.0, 10.0), (7, 7, "hook", 48.0, 10.0), (8, 8, "update", 49.0, 10.0))
     assert stuck._find(1.0) == (
         "process 1 (host1), last seen in step 7, phase 'hook', has made no progress for 49.0 s "
         "(0 of 2 others are at the same place)"
     )
+    late = watching((1, 0, "start", 0.0, 100.0), None, start=30.0)  # on its way here it may be silent for longer
+    for seconds, wanted in ((29.0, None), (31.0, "phase 'start', has given no sign of life for 31.0 s")):
+        late._peers[0].heard = seconds
+        found = late._find(seconds)
+        assert found == (wanted and f"process 1 (host unknown), last seen in step 0, {wanted}")
 
 
-def test_a_process_on_its_way_here_may_be_silent_for_longer():
-    late = watching((1, 0, "start", 0.0, 100.0), None, first=30.0)
-    late._peers[0].heard = 29.0
-    assert late._find(29.0) is None
-    late._peers[0].heard = 31.0
-    assert (
-        late._find(31.0)
-        == "process 1 (host unknown), last seen in step 0, phase 'start', has given no sign of life for 31.0 s"
-    )
-
-
-def test_the_first_two_times_of_a_phase_may_take_long():
-    dog = distributed.Watchdog(10.0, first_seconds=100.0)
-    allowed = []
+def test_a_phase_may_take_longer_the_first_two_times_and_at_the_start():
+    dog = distributed.Watchdog(10.0, first_seconds=100.0, start_seconds=30.0)
+    allowed = [dog._beat[1]["allowed"]]
     for phase in ("update", "update", "validation", "update", "validation", "validation"):
         dog.beat(1, phase)
-        allowed.append(dog._beat[-1])
-    assert allowed == [100.0, 100.0, 100.0, 10.0, 100.0, 10.0]
+        allowed.append(dog._beat[1]["allowed"])
+    assert allowed == [30.0, 100.0, 100.0, 100.0, 10.0, 100.0, 10.0]
 
 
 @pytest.mark.parametrize(

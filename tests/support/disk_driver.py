@@ -22,7 +22,7 @@ LIMITS = {  # update -> process and the longest file that it can write from ther
 
 
 def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
-    distributed.initialise(
+    distributed.initialize(
         coordinator=f"localhost:{port}", num_processes=count, process_id=rank, start_seconds=60, hang_seconds=60
     )
 

@@ -45,7 +45,7 @@ def work(folder: pathlib.Path, count: int, rank: int, what: str, who: int) -> No
 
 def main(folder: str, port: str, count: str, rank: str, what: str, who: str) -> int:
     try:
-        distributed.initialise(coordinator=f"localhost:{port}", num_processes=int(count), process_id=int(rank),
+        distributed.initialize(coordinator=f"localhost:{port}", num_processes=int(count), process_id=int(rank),
                                start_seconds=3 if what == "alone" else 60, hang_seconds=60)  # fmt: skip
         work(pathlib.Path(folder), int(count), int(rank), what, int(who))
     except UserError as error:

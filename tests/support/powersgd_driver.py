@@ -33,7 +33,7 @@ def train():
 
 
 def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
-    distributed.initialise(
+    distributed.initialize(
         coordinator=f"localhost:{port}", num_processes=count, process_id=rank, start_seconds=60, hang_seconds=60
     )
     measured, arrays = train()

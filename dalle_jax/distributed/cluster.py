@@ -20,17 +20,19 @@ SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The three flags of a command that may be one of several processes."""
+    """Add the three flags of a command that may be one of several processes."""
     several = parser.add_argument_group(
         "several processes",
-        "found by themselves under SLURM, on TPU pods and in JobSets (docs/pods.md); else all three",
+        "found without flags under SLURM, on TPU pods and in JobSets (docs/pods.md); elsewhere give all three",
     )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--num-processes", type=int, metavar="N")
-    several.add_argument("--process-id", type=int, metavar="I", help="0 .. N-1")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens (default: found, or none)")
+    several.add_argument("--num-processes", type=int, metavar="N", help="processes of the job (default: found, or one)")
+    several.add_argument(
+        "--process-id", type=int, metavar="I", help="which of them this is, 0 to N-1 (default: found, or 0)"
+    )
 
 
-def initialise(
+def initialize(
     *,
     coordinator: str | None = None,
     num_processes: int | None = None,
@@ -48,36 +50,36 @@ def initialise(
     3. SLURM: tasks started by one `srun`. JAX gives each the one GPU of its number on the node.
     4. A Cloud TPU VM, or a TPU pod of Kubernetes: JAX asks the machine.
 
-    start_seconds: how long to wait for the others. hang_seconds: as the `Watchdog`'s; JAX's own heartbeat ends the job
-    after twice that, if the watchdog could not.
-
-    If they do not meet in time, this process says so and ends with `EXIT_RESTART`: a machine may only have been slow,
-    and launchers bound how often they start again.
+    start_seconds: how long to wait for the others. If some do not come, this process says so and ends with
+    `EXIT_RESTART`: a machine may only have been slow, and launchers bound how often they start again. hang_seconds: as
+    the `Watchdog`'s; JAX's heartbeat ends the job after twice that, if the watchdog could not.
 
     Raises:
       UserError: half of what is needed, or impossible numbers.
     """
-    found = _from_flags(coordinator, num_processes, process_id) or _from_environment(os.environ)
-    if found is None and not _slurm_tasks(os.environ) and not _on_tpu(os.environ):
+    flags = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    job = _checked(flags) or _checked(_variables(os.environ))
+    arguments: dict[str, Any] = {"heartbeat_timeout_seconds": 2 * hang_seconds}
+    if job is not None:
+        address, count, index = job
+        if count == 1:
+            return
+        if index != 0:
+            _wait_for(address, start_seconds)
+        arguments |= {"coordinator_address": address, "num_processes": count, "process_id": index}
+        arguments |= {"cluster_detection_method": "deactivate"}
+    elif _slurm_tasks(os.environ) or _on_tpu(os.environ):
+        address = "the coordinator that JAX found"
+    else:
         return
-    # Its SIGTERM handler swallows the signal; `stop_agreed` does the same and more.
+    # JAX's SIGTERM handler swallows the signal; `stop_agreed` does the same and more.
     jax.config.update("jax_enable_preemption_service", False)
-    limit = {"heartbeat_timeout_seconds": 2 * hang_seconds}
-    if found is None:
-        _join("the coordinator that JAX found", limit, seconds=start_seconds)
-        return
-    address, count, index = found
-    if count == 1:
-        return
-    if index != 0:
-        _wait_for(address, start_seconds)
-    arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    _join(address, arguments | {"cluster_detection_method": "deactivate"} | limit, seconds=start_seconds)
+    _join(address, arguments, seconds=start_seconds)
 
 
 def _join(where: str, arguments: Mapping[str, Any], *, seconds: float) -> None:
-    advice = "start every process with the same coordinator and number of processes, and see that they reach each other"
     expected = f"expected all processes to meet at {where} within {seconds:g} s"
+    advice = "start every process with the same coordinator and number of processes, and see that they reach each other"
 
     def give_up():  # JAX would abort, with a message that says nothing of all this
         say(f"dalle-jax: error: {expected}, but some did not come: {advice}")
@@ -103,25 +105,20 @@ def _join(where: str, arguments: Mapping[str, Any], *, seconds: float) -> None:
         say(f"dalle-jax: {who} holds the coordination service")
 
 
-def _from_flags(coordinator, num_processes, process_id) -> tuple[str, int, int] | None:
-    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
-    return _complete(given)
+def _variables(environ: Mapping[str, str]) -> dict[str, str | None]:
+    address, count, index = map(environ.get, ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    if not count and (_slurm_tasks(environ) or _on_tpu(environ)):
+        address = index = None  # there, the address alone changes what JAX finds
+    if address or count:
+        index = index or environ.get("JOB_COMPLETION_INDEX")
+    if address and ":" not in address:
+        address += f":{environ.get('JAX_COORDINATOR_PORT') or DEFAULT_PORT}"
+    given = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
+    return {name: value or None for name, value in given.items()}
 
 
-def _from_environment(environ: Mapping[str, str]) -> tuple[str, int, int] | None:
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = {name: environ.get(name) or None for name in names}
-    if given["JAX_NUM_PROCESSES"] is None and (_slurm_tasks(environ) or _on_tpu(environ)):
-        return None  # the address alone changes what JAX finds there
-    if given["JAX_PROCESS_ID"] is None and (given["JAX_COORDINATOR_ADDRESS"] or given["JAX_NUM_PROCESSES"]):
-        given["JAX_PROCESS_ID"] = environ.get("JOB_COMPLETION_INDEX")
-    if given["JAX_COORDINATOR_ADDRESS"] and ":" not in given["JAX_COORDINATOR_ADDRESS"]:
-        given["JAX_COORDINATOR_ADDRESS"] += f":{environ.get('JAX_COORDINATOR_PORT') or DEFAULT_PORT}"
-    return _complete(given)
-
-
-def _complete(given: Mapping[str, Any]) -> tuple[str, int, int] | None:
-    """Address, count and index out of three named values; None if none of them is there."""
+def _checked(given: Mapping[str, Any]) -> tuple[str, int, int] | None:
+    """Address, count and index out of three named values; None if none of them is given."""
     if all(value is None for value in given.values()):
         return None
     missing = [name for name, value in given.items() if value is None]
@@ -146,19 +143,19 @@ def _complete(given: Mapping[str, Any]) -> tuple[str, int, int] | None:
 
 
 def _slurm_tasks(environ: Mapping[str, str]) -> bool:
-    """Is this one of several tasks of a SLURM step? (A shell inside an allocation is not.)"""
+    """Whether this is one of several tasks of a SLURM step (a shell inside an allocation is not)."""
     return all(name in environ for name in SLURM) and int(environ["SLURM_NTASKS"]) > 1
 
 
 def _on_tpu(environ: Mapping[str, str]) -> bool:
-    """TPU chips are there and JAX is to use them."""
+    """Whether this machine has TPU chips that JAX is to use."""
     wanted = environ.get("JAX_PLATFORMS", "")
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and (not wanted or "tpu" in wanted) and importlib.util.find_spec("libtpu") is not None
 
 
 def _wait_for(address: str, seconds: float) -> None:
-    """Until process 0 listens; JAX's own message for one that never does is a crash without a name."""
+    """Wait until process 0 listens; if it never does, JAX would crash without naming it."""
     host, port = address.rsplit(":", 1)
     until = time.monotonic() + seconds
     while True:
