@@ -1,6 +1,6 @@
 """The one exception that is meant for people, the check of a number, and the exit statuses of the command.
 
-Raise `UserError` where a file, an option, a caption or a checkpoint that came from outside is wrong. The message is
+Raise `UserError` where a file, an option, a caption or a checkpoint from outside is wrong. The message is
 one sentence: what was expected, what came, what to do. The command line prints it without a traceback and exits 2.
 """
 
@@ -8,9 +8,10 @@ import math
 import numbers
 import sys
 
-EXIT_USER_ERROR = 2  # once more would end the same way
-EXIT_RESTART = 75  # EX_TEMPFAIL of sysexits.h: the launchers start the same command again, which goes on
+EXIT_USER_ERROR = 2  # another try would end the same way
+EXIT_RESTART = 75  # EX_TEMPFAIL of sysexits.h: the launchers give the same command again, which resumes
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+EXIT_PIPE = 141  # 128 + SIGPIPE: whoever reads the output has had enough
 
 
 def say(line: str) -> None:

@@ -13,7 +13,7 @@ captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. 
 chosen so that both do about the same arithmetic, which every run counts and reports. The peer's default filter keeps
 half of text and image vocabulary together, which at this shape is nearly all image tokens. Emu3 stops at image tokens,
 without pixels. `sample_products` is no sampler: it does the matrix products of the image tokens alone, as fast as XLA
-does them in float32, and so bounds the ratio. Both sides keep freed memory (`dalle_jax/host_memory.py`, as every
+does them in float32, and so bounds the ratio. Both sides keep freed memory (`dalle_jax/cli/host_memory.py`, as every
 `dalle-jax` command does; the peer by the same settings in its environment).
 """
 

@@ -5,7 +5,7 @@
 `peer_pytorch_fid.py` says how to make that environment. Each round measures both sides, one after the other; a ratio
 is the middle one of the rounds. The distance is of two sets of 30,000 x 2,048 features. Features are pool3 of PNG files
 of 256 pixels, decoding and resize included, by a network of random weights, each side in its own batches and with its
-own way of reading files. Both keep freed memory (`dalle_jax/host_memory.py`, as every `dalle-jax` command does; the
+own way of reading files. Both keep freed memory (`dalle_jax/cli/host_memory.py`, as every `dalle-jax` command does; the
 peer by the same settings in its environment). Writes the table and the raw numbers to `benchmarks/results/`.
 """
 
@@ -88,7 +88,7 @@ def write_inputs(folder: pathlib.Path) -> None:
 
 def peer(python: str, folder: pathlib.Path, work: str) -> dict:
     command = [python, "-m", "benchmarks.peers.peer_pytorch_fid", str(folder), work]
-    environment = {**os.environ, **host_memory.as_environment()}
+    environment = os.environ | {name: str(value) for name, (_, value) in host_memory.SETTINGS.items()}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)
     if run.returncode:
         raise RuntimeError(f"expected seconds of {' '.join(command)}, got {run.stderr[-2000:]}")

@@ -22,7 +22,7 @@ class PeerProcess:
 
     def __init__(self, python: str, script: str):
         command = [python, "-W", "ignore", "-m", f"benchmarks.peers.{script}", "--serve"]
-        environment = os.environ | host_memory.as_environment()
+        environment = os.environ | {name: str(value) for name, (_, value) in host_memory.SETTINGS.items()}
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, cwd=ROOT
         )

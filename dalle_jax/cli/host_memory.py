@@ -1,8 +1,8 @@
-"""How this process's C library hands out memory, where the processor itself computes.
+"""Keeps freed memory in this process, which makes training on a CPU of few cores a fifth faster.
 
-XLA's CPU backend allocates a program's scratch space anew for every run of it and frees it afterwards. glibc gives
-blocks beyond 64 MB, asked for by any thread but the first, straight back to the kernel, which then has to clear and map
-every page of them again: 20,000 page faults and 50 ms of two cores in an update of the demo's transformer, of 240.
+XLA's CPU backend allocates a program's scratch space at every run and frees it afterwards. glibc returns blocks beyond
+64 MB, unless the first thread asked for them, to the kernel, which clears and maps every page again: 20,000 page faults
+and 50 ms of two cores in an update of the demo's transformer, of 240.
 """
 
 import ctypes
@@ -10,38 +10,27 @@ import importlib.util
 import os
 import platform
 
-FEW_CORES = 8  # with more, threads that share one pool would wait for one another
-# Each by its number in malloc.h, its name in the environment, and its value: one pool for all threads, of blocks up to
-# 1 GB, that keeps what is freed.
-_SETTINGS = (
-    (-8, "MALLOC_ARENA_MAX", 1),
-    (-3, "MALLOC_MMAP_THRESHOLD_", 1 << 30),
-    (-1, "MALLOC_TRIM_THRESHOLD_", (1 << 31) - 1),
-)
-SET_BY_USER = (*(name for _, name, _ in _SETTINGS), "GLIBC_TUNABLES")
-
-
-def as_environment() -> dict[str, str]:
-    """The same settings for a process that is yet to be started."""
-    return {name: str(value) for _, name, value in _SETTINGS}
+MAX_CORES = 8  # with more, threads that share one pool would wait for one another
+# Name in the environment -> its number in malloc.h, and a value: one pool for all threads, of blocks up to 1 GB, that
+# keeps what is freed.
+SETTINGS = {
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": (-1, (1 << 31) - 1),
+}
 
 
 def keep_freed() -> bool:
-    """Has freed memory kept for the next allocation instead of returned to the kernel, where that pays.
+    """Keep freed memory for the next allocation, and return whether that is so.
 
-    That is on glibc, with few cores and no accelerator, unless the environment says something about malloc itself. To
-    be called before JAX starts its threads; the process then stays as large as it ever was.
-    Returns whether it was done.
+    Done on glibc, on few cores and without an accelerator, unless the environment configures malloc. Call it before JAX
+    starts its threads; the process then stays as large as it ever was.
     """
-    if platform.libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > FEW_CORES or _has_accelerator_plugin():
-        return False
-    if any(name in os.environ for name in SET_BY_USER):
+    accelerated = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))  # JAX finds more than CPUs
+    configured = any(name in os.environ for name in (*SETTINGS, "GLIBC_TUNABLES"))
+    many_cores = (os.cpu_count() or 1) > MAX_CORES
+    if platform.libc_ver()[0] != "glibc" or many_cores or accelerated or configured:
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    done = [mallopt(parameter, value) == 1 for parameter, _, value in _SETTINGS]
+    done = [mallopt(number, value) == 1 for number, value in SETTINGS.values()]
     return all(done)
-
-
-def _has_accelerator_plugin() -> bool:
-    """Whether JAX could find anything but CPUs: plugins are packages in `jax_plugins`, that for TPUs is `libtpu`."""
-    return any(importlib.util.find_spec(name) is not None for name in ("jax_plugins", "libtpu"))

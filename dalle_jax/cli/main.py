@@ -1,18 +1,21 @@
 """The `dalle-jax` command: parse, then one call into the module that does the verb's work.
 
 A verb's module offers `add_arguments(parser)` and `main(args) -> exit status`, and is imported only when its verb is
-on the command line, so that `--help` does not wait for JAX. What the user got wrong (`UserError`) is one line on
-stderr and exit status 2; any other exception is a defect and keeps its traceback.
+on the command line, so that `--help` does not wait for JAX. A mistake of the user (`UserError`) is one line on stderr
+and exit status 2; any other exception is a defect and keeps its traceback.
 """
 
 import argparse
 import importlib
+import os
+import re
+import select
 import sys
 from collections.abc import Sequence
 
 import dalle_jax
 from dalle_jax.cli import host_memory
-from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, say
+from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USER_ERROR, UserError, say
 
 # verb -> (module, what --help says)
 VERBS = {
@@ -36,12 +39,21 @@ OVERRIDDEN = ("train", "preflight", "evaluate")  # verbs whose config can be cha
 class _Parser(argparse.ArgumentParser):
     """argparse that answers a wrong command line as a `UserError`: one sentence instead of a usage block."""
 
+    words: Sequence[str] = ()  # that follow its verb on the command line
+
     def error(self, message: str):
-        raise UserError(f"{message} (see `{self.prog} --help`)")
+        options = self._option_string_actions
+        dashed = [word for word in self.words if re.match(r"-[^-\d]", word) and word[:2] not in options]
+        hint = f"; if {dashed[0]} is no option, put -- before it" if dashed else ""
+        raise UserError(f"{message}{hint} (see `{self.prog} --help`)")
 
 
-def _add_verbs(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """One subparser per verb; only the verb that `words` begins with imports its module and gets arguments."""
+def _add_verbs(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.ArgumentParser:
+    """One subparser per verb; only the verb that `words` begins with imports its module and gets arguments.
+
+    Returns: the parser of that verb, which names its `--help` in errors; without such a verb, the one that was given.
+    """
+    chosen = parser
     subparsers = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
     for verb, (module, summary) in VERBS.items():
         child = subparsers.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
@@ -49,12 +61,14 @@ def _add_verbs(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
             work = importlib.import_module(module)
             work.add_arguments(child)
             child.set_defaults(main=work.main)
+            chosen, child.words = child, words[1:]
+    return chosen
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as a namespace: `main` is what to call with it.
 
-    `--config.key=value` words are no options of argparse: for the verbs of OVERRIDDEN, `overrides` holds them in
+    Words `--config.key=value` are not options of argparse: for the verbs of OVERRIDDEN, `overrides` holds them in
     their order.
 
     Raises:
@@ -64,8 +78,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     words = [word for word in argv if not word.startswith(OVERRIDE)]
     parser = _Parser(prog="dalle-jax", description=dalle_jax.__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dalle-jax {dalle_jax.__version__}")
-    _add_verbs(parser, words)
-    args = parser.parse_args(words)
+    of_verb = _add_verbs(parser, words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        of_verb.error(f"unrecognized arguments: {' '.join(unknown)}")
     if overrides and words[0] not in OVERRIDDEN:
         verbs = " or ".join(f"`{verb}`" for verb in OVERRIDDEN)
         raise UserError(f"expected {OVERRIDE}key=value only after {verbs}, got {overrides[0]!r}: leave it out")
@@ -82,10 +98,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     host_memory.keep_freed()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        return args.main(args)
+        status = args.main(args)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         say(f"dalle-jax: error: {error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         say("dalle-jax: interrupted")
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return EXIT_PIPE
+
+
+def _reader_is_gone() -> bool:
+    """Whether whoever reads stdout has had enough, as `| head` has; if so, silence what Python would say at its end."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

@@ -1,5 +1,6 @@
 """The command line: help and version at once, exit status, one line instead of a traceback."""
 
+import os
 import subprocess
 import sys
 import types
@@ -91,6 +92,24 @@ def test_user_errors(words, says, verbs, capsys):
     assert cli.main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("dalle-jax: error: ") and says in err
+
+
+def test_errors_name_the_verbs_help_and_how_to_pass_a_leading_dash(verbs, capsys):
+    assert cli.main(["data", "here", "--sead=1"]) == 2
+    assert "(see `dalle-jax data --help`)" in capsys.readouterr().err
+    assert cli.main(["data", "-red"]) == 2
+    assert "if -red is no option, put -- before it (see `dalle-jax data --help`)" in capsys.readouterr().err
+    assert cli.main(["data", "--", "-red"]) == 0
+
+
+def test_a_reader_that_has_had_enough_ends_the_command_quietly():
+    """`dalle-jax data ... | head`: no traceback, and the status that shells give to a closed pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "dalle_jax.cli", "data", "scenes:val", "--limit=2", "--json"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == 141 and "Error" not in done.stderr
 
 
 def test_the_verbs_own_exit_status(verbs):
