@@ -34,7 +34,8 @@ from dalle_jax.data import transforms
 from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
 from dalle_jax.data.sources import open_source
 from dalle_jax.layout import Layout
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import Tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 
 RESULTS = Path(__file__).parent.parent / "results"
 BATCH, CPUS, DROPOUT = 32, 2, 0.1
@@ -117,7 +118,7 @@ def resume_seconds(folder: Path, tokenizer: Tokenizer, layout: Layout) -> dict[s
 
 
 def measure(folder: Path, rounds: int) -> dict:
-    tokenizer = Tokenizer.train([" ".join(WORDS)] * 10, vocab_size=512)
+    tokenizer = BPETokenizer.train([" ".join(WORDS)] * 10, vocab_size=512)
     layout = Layout(text_len=64, text_vocab=512, grid=8, image_vocab=512)
     rates = {}
     for name, (records, height, width, suffix, size, threads) in SHARDS.items():

@@ -42,7 +42,8 @@ from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
 from dalle_jax.data.record import Record
 from dalle_jax.data.sources import open_source
 from dalle_jax.layout import Layout
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import Tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 
 RESULTS = Path(__file__).parent.parent / "results"
 BATCH, DROPOUT, LEAST_RATIO, MOST_STALL = 32, 0.1, 1.5, 0.01
@@ -174,7 +175,7 @@ def measure_rates(args: argparse.Namespace) -> dict:
         os.environ["DALLE_JAX_CACHE"] = f"{name}/cache"
         captions = [text for records in sets.values() for record in records for text in record.captions]
         (folder / "captions.txt").write_text("\n".join(captions))
-        tokenizer = Tokenizer.train(captions, vocab_size=2048)
+        tokenizer = BPETokenizer.train(captions, vocab_size=2048)
         for kind, records in sets.items():
             write_forms(records, folder / kind, count=RECORDS[kind])
             tar, files = f"{folder / kind}.tar", folder / kind

@@ -24,7 +24,7 @@ from dalle_jax.data.record import Dropped, Record, Source
 from dalle_jax.data.sources import HELP, open_source
 from dalle_jax.errors import UserError
 from dalle_jax.pictures.fonts import fonts_for
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import Tokenizer, load_tokenizer
 
 EXAMPLES = 10  # records in the picture
 EXAMPLE_KEYS = 3  # named for each reason
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
         config = DataConfig(max_pixels=args.max_pixels, threads=args.threads, **chosen)
     except ValueError as error:
         raise UserError(f"expected sensible limits, got an impossible one: {error}") from error
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     picture = args.picture or (None if args.json else "examples.png")
     for option, path in (("picture", picture), ("dropped", args.dropped)):
         if path and not os.access(pathlib.Path(path).resolve().parent, os.W_OK):

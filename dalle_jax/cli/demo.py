@@ -26,7 +26,8 @@ from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.mesh import make_mesh
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import CLIP, Pipeline
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import load_tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train.ema import Ema
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives import build_task
@@ -180,7 +181,7 @@ def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
     file = workdir / "tokenizer.model"
     try:
         if not file.exists():
-            Tokenizer.train(captions, vocab_size=config.model.text_vocab).save(file)
+            BPETokenizer.train(captions, vocab_size=config.model.text_vocab).save(file)
     except OSError as error:
         raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error
     return file
@@ -190,7 +191,7 @@ def add_clip(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     """The CLIP of a workdir as a model directory beside the transformer, where `Pipeline.load` looks for it."""
     clip = model_dir.load(workdir, name="clip")
     model_dir.save(folder, {key: clip.config[key] for key in ("name", "model")}, clip.params)
-    Tokenizer.load(workdir).save(folder)
+    load_tokenizer(workdir).save(folder)
 
 
 def planned(file: str, overrides: dict, workdir: pathlib.Path, *, seconds: float):
@@ -219,7 +220,7 @@ def time_update(config) -> float:
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     batches = Batches(
         open_source(config.data.train),
-        Prepare(data_config(config), task.model.config.layout, Tokenizer.load(config.tokenizer)),
+        Prepare(data_config(config), task.model.config.layout, load_tokenizer(config.tokenizer)),
         batch_size=config.batch_size,
         seed=config.seed,
         shuffle=True,

@@ -17,7 +17,7 @@ from dalle_jax.models import build
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.rerank import Reranker
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import load_tokenizer
 from dalle_jax.train.loop import Hook
 from dalle_jax.train.step import ema_params
 
@@ -106,7 +106,7 @@ class _Sampler:
         if not self._captions:
             dvae = model_dir.load(self._workdir / "dvae", name="dvae")
             self._dvae = dvae.model, dvae.params
-            self._tokenizer = Tokenizer.load(self._workdir)
+            self._tokenizer = load_tokenizer(self._workdir)
             # Of the workdir: there a text vocabulary of 0 has become the tokenizer's size.
             self._model = build("transformer", model_dir.read_config(self._workdir)["model"])
             self._captions = _first_captions(self._spec, self._count)

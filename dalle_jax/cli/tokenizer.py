@@ -9,7 +9,8 @@ import tqdm
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import HELP, open_source
 from dalle_jax.errors import UserError
-from dalle_jax.text.bpe import RESERVED, Tokenizer
+from dalle_jax.text import Tokenizer
+from dalle_jax.text.bpe import RESERVED, BPETokenizer
 
 DESCRIBED = 20_000  # captions that the summary line is computed from, spread evenly
 
@@ -31,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     """
     logging.basicConfig(format="%(message)s")
     captions = read_captions(open_source(args.source, pictures_required=False))
-    tokenizer = Tokenizer.train(captions, vocab_size=args.vocab_size)
+    tokenizer = BPETokenizer.train(captions, vocab_size=args.vocab_size)
     try:
         path = tokenizer.save(args.out)
     except OSError as error:

@@ -21,7 +21,7 @@ from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
 from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.errors import UserError
 from dalle_jax.layout import Layout
-from dalle_jax.text.bpe import Tokenizer, normalize
+from dalle_jax.text.bpe import BPETokenizer, normalize
 
 EXAMPLE_KEYS = 3  # kept for each reason, for the table that ends a bad run
 CHECK_EVERY = 1000  # records between two looks at the share of broken ones; a smaller source is looked at once through
@@ -84,18 +84,21 @@ class Prepare:
     layout, tokenizer: None where captions are not used.
 
     Raises:
-      UserError: a tokenizer with more entries than the layout's text vocabulary.
+      UserError: a tokenizer of another kind, or with more entries than the layout's text vocabulary.
     """
 
     config: DataConfig
     layout: Layout | None = None
-    tokenizer: Tokenizer | None = None
+    tokenizer: BPETokenizer | None = None
 
     def __post_init__(self):
         if self.layout is None:
             return
-        if self.tokenizer is None:
-            raise ValueError("a layout needs a tokenizer")
+        if not isinstance(self.tokenizer, BPETokenizer):
+            raise UserError(
+                "expected a vocabulary that `dalle-jax tokenizer` trained, got "
+                f"{type(self.tokenizer).__name__}: train one"
+            )
         if self.tokenizer.vocab_size > self.layout.text_vocab:
             raise UserError(
                 f"expected a tokenizer of at most {self.layout.text_vocab} entries, the model's text vocabulary, "

@@ -31,7 +31,7 @@ from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.request import MAX_CANDIDATES, Preview, Request, check
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.sample.results import Kept
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import Tokenizer, load_tokenizer
 
 CLIP = "clip"  # folder of the CLIP beside the transformer
 DECODED = 16  # pictures decoded at a time on a device, so that many candidates are never in memory at full size
@@ -111,7 +111,7 @@ class Pipeline:
         model = transformer.model
         _check_codes(dvae.model.config, model.config, where=str(folder / "dvae"))
         model_dir.check_dvae(folder, dvae.digest)
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = load_tokenizer(folder)
         if tokenizer.vocab_size != model.config.text_vocab:
             raise UserError(
                 f"expected a tokenizer of {model.config.text_vocab} entries in {folder}, got {tokenizer.vocab_size}: "

@@ -23,8 +23,7 @@ from dalle_jax.checkpoint import digest as digests
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params
 from dalle_jax.models.clip import encode_captions, encode_images
-from dalle_jax.text.bpe import Tokenizer
-from dalle_jax.text.clip import FILE_NAME, CLIPTokenizer
+from dalle_jax.text import Tokenizer, load_tokenizer
 
 WAVE = 64  # pictures scored at a time, so that memory does not grow with their number
 CACHED_CAPTIONS = 1_024
@@ -37,7 +36,7 @@ class Reranker:
       model: its definition. digest: sha256 (hex) of parameters and tokenizer.
     """
 
-    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer | CLIPTokenizer):
+    def __init__(self, model: Model, params: Params, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.digest = digests.of_parts({"params": digests.of_tree(params), "tokenizer": tokenizer.digest})
         self._params = jax.device_put(params)
@@ -52,7 +51,7 @@ class Reranker:
         """
         folder = pathlib.Path(folder)
         found = model_dir.load(folder, name="clip")
-        tokenizer = CLIPTokenizer.load(folder) if (folder / FILE_NAME).exists() else Tokenizer.load(folder)
+        tokenizer = load_tokenizer(folder)
         text_vocab = found.model.config.text_vocab
         if tokenizer.vocab_size != text_vocab:
             raise UserError(

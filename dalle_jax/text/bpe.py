@@ -46,7 +46,7 @@ def _is_text(character: str) -> bool:
     return character in KEPT_FORMAT_CHARACTERS or unicodedata.category(character) not in ("Cc", "Cs", "Cf")
 
 
-class Tokenizer:
+class BPETokenizer:
     """A trained vocabulary; immutable, thread-safe, picklable.
 
     Attributes:
@@ -72,10 +72,10 @@ class Tokenizer:
         self._merged = functools.lru_cache(maxsize=KNOWN_WORDS)(self._merge_whole)
 
     def __reduce__(self):
-        return Tokenizer, (self._model,)
+        return BPETokenizer, (self._model,)
 
     @classmethod
-    def train(cls, captions: Iterable[str], *, vocab_size: int) -> "Tokenizer":
+    def train(cls, captions: Iterable[str], *, vocab_size: int) -> "BPETokenizer":
         """Learns the merges from raw captions. Fewer distinct words than the vocabulary can hold make a smaller one.
 
         Raises:
@@ -122,7 +122,7 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike) -> "BPETokenizer":
         """Reads a model file, or `tokenizer.model` of a directory.
 
         Raises:

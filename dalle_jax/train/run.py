@@ -27,7 +27,7 @@ from dalle_jax.mesh import demand, describe, make_mesh
 from dalle_jax.models import Model
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.layers import compute_dtype
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import Tokenizer, load_tokenizer
 from dalle_jax.train import compilation_cache, loop
 from dalle_jax.train.ema import Ema
 from dalle_jax.train.monitor import tracing
@@ -177,7 +177,7 @@ def _tokenizer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Toke
     own = workdir / TOKENIZER
     if not own.exists() and not config.tokenizer:
         raise UserError(f"a {config.name} needs a tokenizer: give its file as --config.tokenizer=FILE")
-    tokenizer = Tokenizer.load(own if own.exists() else config.tokenizer)
+    tokenizer = load_tokenizer(own if own.exists() else config.tokenizer)
     config.model.text_vocab = config.model.text_vocab or tokenizer.vocab_size
     if tokenizer.vocab_size != config.model.text_vocab:
         raise UserError(

@@ -35,7 +35,7 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import load_tokenizer
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.run import data_config
 
@@ -75,7 +75,7 @@ class Run:
         self.task = build_task(self.config)
         self.params = jax.device_put(model_dir.load(folder, name="transformer").params)
         self.frozen = jax.device_put(self.task.frozen)
-        self.tokenizer = Tokenizer.load(folder)
+        self.tokenizer = load_tokenizer(folder)
         self.steps = format.complete_steps(folder)[-1]
 
     def batches(self, spec: str):

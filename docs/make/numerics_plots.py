@@ -25,7 +25,7 @@ from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source
 from dalle_jax.mesh import make_mesh
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import load_tokenizer
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives.task import Task
@@ -174,7 +174,7 @@ def scales(out: pathlib.Path) -> Figure:
         return rule.finite(jax.grad(loss)(params))
 
     source = open_source(config.data.train)
-    prepare = Prepare(data_config(config), task.model.config.layout, Tokenizer.load(workdir))
+    prepare = Prepare(data_config(config), task.model.config.layout, load_tokenizer(workdir))
     batches = Batches(source, prepare, batch_size=config.batch_size, seed=0, shuffle=True, epochs=None)
     most = largest_scales(rule, functools.partial(finite, batch=next(batches)))  # [layers, branches]
     print("largest scale without an overflow, log2, by layer:", *(f"{a:.1f} {b:.1f};" for a, b in most))

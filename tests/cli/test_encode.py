@@ -29,7 +29,7 @@ from dalle_jax.preflight import estimate, flops, hardware
 from dalle_jax.preflight.job import Job
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import run
 
 PICTURES, SIDE, VOCAB, GRID = 21, 16, 12, 4
@@ -75,7 +75,7 @@ def dvae(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(folder, tmp_path_factory):
     captions = [path.read_text() for path in sorted(folder.glob("*.txt"))]
-    return Tokenizer.train(captions, vocab_size=320).save(tmp_path_factory.mktemp("tokenizer"))
+    return BPETokenizer.train(captions, vocab_size=320).save(tmp_path_factory.mktemp("tokenizer"))
 
 
 def encoded(folder, dvae, out, **options) -> int:
@@ -157,7 +157,7 @@ def test_training_on_codes_is_training_on_pictures_bit_for_bit(trained):
 
 def batches(source, *, shuffle, **values):
     config = DataConfig(image_size=SIDE, augment="transformer", threads=0, max_bad_share=0.5, **values)
-    layout, tokenizer = Layout(8, 320, GRID, VOCAB), Tokenizer.train(["one two three"], vocab_size=290)
+    layout, tokenizer = Layout(8, 320, GRID, VOCAB), BPETokenizer.train(["one two three"], vocab_size=290)
     prepare = Prepare(config, layout, tokenizer)
     return Batches(source, prepare, batch_size=4, seed=3, shuffle=shuffle, epochs=None if shuffle else 1)
 

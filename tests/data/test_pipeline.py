@@ -14,7 +14,7 @@ from dalle_jax.data.record import Dropped, Record
 from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError
 from dalle_jax.layout import Layout
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 
 WORDS = "zero one two three four five six seven eight nine".split()
 LAYOUT = Layout(text_len=24, text_vocab=320, grid=2, image_vocab=8)
@@ -26,7 +26,7 @@ def caption(i):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train([caption(i) for i in range(200)], vocab_size=320)
+    return BPETokenizer.train([caption(i) for i in range(200)], vocab_size=320)
 
 
 class Numbers:

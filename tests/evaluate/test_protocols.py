@@ -24,7 +24,7 @@ from dalle_jax.evaluate.crew import Crew
 from dalle_jax.evaluate.protocol import Evaluation
 from dalle_jax.models import clip
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text import load_tokenizer
 from tests.evaluate.test_evaluate import run, small_batches, weights  # noqa: F401
 from tests.models.test_clip import TINY
 from tests.sample.test_pipeline_api import folder  # noqa: F401
@@ -62,7 +62,7 @@ def model(folder, tmp_path_factory):  # noqa: F811
     """The tiny transformer with a tiny CLIP of random weights beside it."""
     place = tmp_path_factory.mktemp("run") / "transformer"
     shutil.copytree(folder, place)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     config = dataclasses.replace(TINY, text_vocab=tokenizer.vocab_size, text_len=16)
     params = random_parameters(clip.model(config), deviation=0.25)
     model_dir.save(place / "clip", {"name": "clip", "model": dataclasses.asdict(config)}, params)

@@ -18,7 +18,7 @@ from dalle_jax.models import build, clip
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.layers import Model
 from dalle_jax.sample.rerank import Reranker
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import run
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives import clip as clip_task
@@ -252,7 +252,7 @@ def test_pixel_statistics_must_be_three():
 def workdir(tmp_path_factory):
     """Three updates on scenes, by the loop of every task."""
     folder = tmp_path_factory.mktemp("clip")
-    Tokenizer.train([f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "star")], vocab_size=300).save(folder)
+    BPETokenizer.train([f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "star")], vocab_size=300).save(folder)
     words = ["steps=3", f"tokenizer={folder}", "model.text_vocab=0", "data.train=scenes:train@24", "log_every=1"]
     words += ["validation_batches=1", "validate_every=3", "data.validation=scenes:val@24", "data.threads=0"]
     words += ["optimizer.name=adamw"]

@@ -22,7 +22,7 @@ from dalle_jax.sample import pipeline
 from dalle_jax.sample.request import Request
 from dalle_jax.sample.results import Kept
 from dalle_jax.sample.waves import capacity, ladder, plan
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 from tests.support.parameters import random_parameters
 
 CAPTION = "a red circle above a blue square"
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     """An exported model with random parameters, output heads included."""
     folder = tmp_path_factory.mktemp("model")
     source = scenes.open_scenes("train")
-    tokenizer = Tokenizer.train((source[i].captions[0] for i in range(300)), vocab_size=384)
+    tokenizer = BPETokenizer.train((source[i].captions[0] for i in range(300)), vocab_size=384)
     tokenizer.save(folder)
     model = {
         "num_layers": 2,

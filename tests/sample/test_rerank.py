@@ -13,7 +13,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.models import clip
 from dalle_jax.sample import rerank
 from dalle_jax.sample.rerank import Reranker
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 from tests.models.test_clip import TINY, apply, encode_images
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -26,7 +26,7 @@ def plain(colour, height=8, width=8):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A CLIP fitted to say which of three colours a plain picture has: the text projection by least squares."""
-    tokenizer = Tokenizer.train(COLOURS, vocab_size=290)
+    tokenizer = BPETokenizer.train(COLOURS, vocab_size=290)
     config = dataclasses.replace(TINY, text_vocab=tokenizer.vocab_size, text_len=16)
     model = clip.model(config)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
@@ -127,7 +127,7 @@ def test_wrong_folders_are_refused(folder, tmp_path):
     (other / "tokenizer.model").unlink()
     with pytest.raises(UserError, match="expected a tokenizer"):
         Reranker.load(other)
-    Tokenizer.train(["many other words here"], vocab_size=280).save(other)
+    BPETokenizer.train(["many other words here"], vocab_size=280).save(other)
     with pytest.raises(UserError, match="expected a tokenizer of"):
         Reranker.load(other)
     found = model_dir.load(folder)

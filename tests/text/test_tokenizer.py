@@ -14,7 +14,8 @@ import sentencepiece
 from dalle_jax.cli import tokenizer as train_tokenizer
 from dalle_jax.data.record import Dropped, Record
 from dalle_jax.errors import UserError
-from dalle_jax.text.bpe import RESERVED, Tokenizer, normalize
+from dalle_jax.text import load_tokenizer
+from dalle_jax.text.bpe import RESERVED, BPETokenizer, normalize
 
 TRAINING = [f"a {size} {colour} {shape} on the {place}" for size in ("small", "large", "tiny", "über-large")
             for colour in ("red", "green", "blue", "crème") for shape in ("circle", "square", "star 🙂", "사과")
@@ -37,7 +38,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(TRAINING, vocab_size=340)
+    return BPETokenizer.train(TRAINING, vocab_size=340)
 
 
 def test_normalize():
@@ -144,19 +145,19 @@ def test_dropout_needs_a_generator(tokenizer):
 
 
 def test_training_is_deterministic(tokenizer):
-    assert Tokenizer.train(TRAINING, vocab_size=340).digest == tokenizer.digest
+    assert BPETokenizer.train(TRAINING, vocab_size=340).digest == tokenizer.digest
     assert tokenizer.vocab_size == 340
 
 
 def test_too_few_captions_make_a_smaller_vocabulary(caplog):
-    small = Tokenizer.train(["a red apple", "a blue circle"], vocab_size=16_384)
+    small = BPETokenizer.train(["a red apple", "a blue circle"], vocab_size=16_384)
     assert RESERVED < small.vocab_size < 400
     assert f"{small.vocab_size} entries instead of 16384" in caplog.text
 
 
 def test_more_characters_than_room_become_bytes():
     ideographs = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
-    small = Tokenizer.train([ideographs, "a red apple"], vocab_size=300)
+    small = BPETokenizer.train([ideographs, "a red apple"], vocab_size=300)
     assert small.vocab_size <= 300
     assert small.decode(small.encode(ideographs)) == ideographs
 
@@ -164,13 +165,13 @@ def test_more_characters_than_room_become_bytes():
 @pytest.mark.parametrize(("captions", "vocab_size"), [([], 400), (["", " \x00"], 400), (["a red apple"], 256)])
 def test_training_refuses(captions, vocab_size):
     with pytest.raises(UserError, match="expected"):
-        Tokenizer.train(captions, vocab_size=vocab_size)
+        BPETokenizer.train(captions, vocab_size=vocab_size)
 
 
 def test_save_load_pickle(tokenizer, tmp_path):
     path = tokenizer.save(tmp_path / "run")
     assert path == tmp_path / "run" / "tokenizer.model"
-    for again in (Tokenizer.load(tmp_path / "run"), Tokenizer.load(path), pickle.loads(pickle.dumps(tokenizer))):
+    for again in (load_tokenizer(tmp_path / "run"), load_tokenizer(path), pickle.loads(pickle.dumps(tokenizer))):
         assert again.digest == tokenizer.digest
         assert again.encode(CAPTIONS[3]) == tokenizer.encode(CAPTIONS[3])
     assert [p.name for p in path.parent.iterdir()] == ["tokenizer.model"]
@@ -178,16 +179,16 @@ def test_save_load_pickle(tokenizer, tmp_path):
 
 def test_load_refuses(tmp_path):
     with pytest.raises(UserError, match="train one first"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="expected a sentencepiece model"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     with open(tmp_path / "foreign.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(TRAINING), model_writer=file, model_type="bpe", vocab_size=60, minloglevel=2
         )
     with pytest.raises(UserError, match="byte pieces"):
-        Tokenizer.load(tmp_path / "foreign.model")
+        load_tokenizer(tmp_path / "foreign.model")
 
 
 def test_command_trains_on_every_caption_and_describes(monkeypatch, tmp_path, capsys):
@@ -202,8 +203,8 @@ def test_command_trains_on_every_caption_and_describes(monkeypatch, tmp_path, ca
     train_tokenizer.add_arguments(parser)
     args = parser.parse_args(["folder:x", "--vocab-size", "340", "--out", str(tmp_path / "new")])
     assert train_tokenizer.main(args) == 0
-    tokenizer = Tokenizer.load(tmp_path / "new")
-    assert tokenizer.digest == Tokenizer.train(TRAINING, vocab_size=340).digest
+    tokenizer = load_tokenizer(tmp_path / "new")
+    assert tokenizer.digest == BPETokenizer.train(TRAINING, vocab_size=340).digest
     line = capsys.readouterr().out
     assert f"340 pieces, {len(TRAINING)} captions" in line and tokenizer.digest[:12] in line
 

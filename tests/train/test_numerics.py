@@ -9,7 +9,7 @@ from PIL import Image
 
 from dalle_jax.checkpoint import format
 from dalle_jax.cli import main
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train.monitor import metrics
 from tests.cli.test_encode import TRANSFORMER, save_dvae
 
@@ -25,7 +25,7 @@ def test_train_takes_them_all(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(pictures / f"{index}.png")
         (pictures / f"{index}.txt").write_text("a red circle above a blue square")
     dvae, workdir = save_dvae(tmp_path / "dvae"), tmp_path / "run"
-    tokenizer = Tokenizer.train(["a red circle above a blue square"], vocab_size=280).save(tmp_path)
+    tokenizer = BPETokenizer.train(["a red circle above a blue square"], vocab_size=280).save(tmp_path)
     values = TRANSFORMER | {
         "precision": "fp16-paper", "optimizer.moments": "paper", "compression.rank": 4, "compression.format": "paper",
         "storage.offload_ema": True, "ema.every": 2, "optimizer.schedule.name": "plateau", "model.remat": "full",

@@ -20,7 +20,7 @@ from dalle_jax.checkpoint import format, manager
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, param
-from dalle_jax.text.bpe import Tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import loop, objectives, run
 from dalle_jax.train.ema import Ema
 from dalle_jax.train.monitor import metrics
@@ -303,7 +303,7 @@ def test_another_config_is_refused_with_the_keys(straight, dvae_values):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     captions = [f"picture number {index} of many" for index in range(20)]
-    return Tokenizer.train(captions, vocab_size=290).save(tmp_path_factory.mktemp("tokenizer"))
+    return BPETokenizer.train(captions, vocab_size=290).save(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
