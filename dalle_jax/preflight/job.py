@@ -26,14 +26,12 @@ from dalle_jax.models.layers import compute_dtype
 from dalle_jax.preflight.hardware import compute_capability
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import run
-from dalle_jax.train.ema import Ema
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.objectives.transformer import transformer_task
 from dalle_jax.train.optimizer import powersgd
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from dalle_jax.train.optimizer.powersgd import Compression
-from dalle_jax.train.step import State, Storage, TrainStep
+from dalle_jax.train.step import State, TrainStep
 
 DVAES = ("configs/dvae.py:paper", "configs/dvae.py:emoji", "configs/dvae.py:demo")
 
@@ -101,18 +99,10 @@ class Job:
     @functools.cached_property
     def step(self) -> TrainStep:
         """The update that the training would make."""
-        config, storage = self.config, Storage(**self.config.storage)
+        step = run.step_for(self.config, self.task, self.mesh)
         if self._without_host_memory:
-            storage = dataclasses.replace(storage, offload_ema=False)
-        return TrainStep(
-            self.task,
-            build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=self.task.model.axes),
-            self.mesh,
-            storage=storage,
-            compression=self._compression,
-            accumulate=config.accumulate,
-            ema=Ema(**config.ema),
-        )
+            step = dataclasses.replace(step, storage=dataclasses.replace(step.storage, offload_ema=False))
+        return step
 
     @property
     def _without_host_memory(self) -> bool:

@@ -36,6 +36,10 @@ class Evaluator:
         self._pictures, self._validation, self._max_batches = workdir / "pictures", validation, max_batches
         self._drawn = None  # the batch that is drawn, the same each time
 
+    @property
+    def validates(self) -> bool:
+        return self._validation is not None
+
     def _batches(self) -> Iterable[tuple[int, dict[str, jax.Array]]]:
         """Number of examples and device batch; a partial batch is cut to what the mesh divides."""
         mesh = self._step.mesh
@@ -64,7 +68,7 @@ class Evaluator:
     def draw(self, n: int, state: State, batch) -> None:
         """pictures/STEP.png of the first held-out batch, or of this one where nothing is held out."""
         if self._drawn is None:
-            self._drawn = next(iter(self._batches()), (0, batch))[1] if self._validation is not None else batch
+            self._drawn = next(iter(self._batches()), (0, batch))[1] if self.validates else batch
         pictures = self._step.task.pictures(ema_params(state), self._frozen, self._drawn, self._key)
         pictures = None if pictures is None else distributed.whole(pictures)
         if pictures is not None and jax.process_index() == 0:

@@ -7,35 +7,38 @@ is stands in `step.py`, what is measured in the task, how it is written in `repo
 back in `rollback.py`, where the time goes in `goodput.py` and `tracing.py`.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
 from dalle_jax import distributed, sharding
 from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.errors import UserError
-from dalle_jax.train.ema import Ema
 from dalle_jax.train.evaluator import Evaluator
-from dalle_jax.train.monitor import goodput, replicas, tracing
+from dalle_jax.train.monitor import goodput, tracing
+from dalle_jax.train.monitor.replicas import make_check
 from dalle_jax.train.monitor.report import Report, surviving_a_full_disk, to_terminal
-from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-from dalle_jax.train.optimizer.powersgd import Compression
-from dalle_jax.train.optimizer.schedule import learning_rate
 from dalle_jax.train.rollback import Rollback
-from dalle_jax.train.step import State, Storage, TrainStep
+from dalle_jax.train.signals import Signals
+from dalle_jax.train.step import State, TrainStep
 
 # (every, f): f(step, state) after each `every`-th update; it may return numbers for the metrics.
 Hook = tuple[int, Callable[[int, State], Mapping[str, float] | None]]
+Beat = Callable[[int, str], None]
+# What the ledger of goodput books a phase on.
+BOOKED = dict.fromkeys(("profile", "validation", "pictures", "hook"), "look") | {
+    "replicas": "step",
+    "checkpoint": "checkpoint",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +55,23 @@ class Result:
 
 
 def run(
-    task: Task,
+    step: TrainStep,
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     *,
-    mesh: Mesh,
     batches: ShardedBatches,
-    validation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None,
+    validation: Callable[[], Iterable[Mapping[str, np.ndarray]]] | None = None,
     hooks: Sequence[Hook] = (),
     progress: bool = True,
     profile: tracing.Window | None = None,
-    beat: Callable[[int, str], None] = lambda step, phase: None,
+    beat: Beat = lambda step, phase: None,
 ) -> Result:
     """Train until `config.steps`, from the newest complete checkpoint in the workdir if there is one.
 
-    batches: endless; gets the position of the checkpoint. validation: makes a fresh iterator over held-out batches.
+    batches: endless; gets the position of the checkpoint. validation: makes a new iterator over held-out batches.
     hooks: called between updates; they must not keep the state, which the next update overwrites. progress: show a
     bar on a terminal, lines elsewhere; False is silent but for warnings. profile: updates to trace into
-    WORKDIR/profile. beat: told the step and what begins in it, see `distributed.Watchdog`.
+    WORKDIR/profile. beat: gets the step and what begins in it, see `distributed.Watchdog`.
 
     On SIGTERM or Ctrl-C in any process the update that all of them agree on is finished and saved before this returns.
 
@@ -78,16 +80,6 @@ def run(
         stay so, or devices that should hold the same numbers and do not.
     """
     ledger = goodput.Ledger(workdir)
-    optimizer = Optimizer(**config.optimizer)
-    step = TrainStep(
-        task,
-        build_optimizer(optimizer, steps=config.steps, axes=task.model.axes),
-        mesh,
-        storage=Storage(**config.storage),
-        compression=Compression(**config.compression),
-        accumulate=config.accumulate,
-        ema=Ema(**config.ema),
-    )
     init_key, update_key, look_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(
         workdir,
@@ -97,147 +89,195 @@ def run(
         warn=to_terminal,
     )
     beat(0, "restore")
-    if (restored := checkpoints.restore_latest(step.saved)) is not None:
-        start, state, position = restored
-        state = step.from_saved(state)
-        batches.set_state(position)
-    else:
-        start, state = 0, step.init(init_key)
+    start, state = _newest(checkpoints, step, batches) or (0, step.init(init_key))
     ledger.restored(start)
-    frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
-    look = Evaluator(step, workdir, frozen, key=look_key, validation=validation, max_batches=config.validation_batches)
-    rate = learning_rate(optimizer.schedule, optimizer.learning_rate, steps=config.steps)
-    report = Report(task, config, workdir, start=start, rate=rate, progress=progress)
-    rollback = Rollback(config.rollback_after, patience=config.log_every, forgiven=step.scale_patience)
-    trace = tracing.Trace(workdir / tracing.FOLDER, profile, warn=to_terminal)
-    check_replicas = replicas.make_check(step.abstract, mesh=mesh)
-    began, saved, save_due = time.monotonic(), start, False
-    n, turn, stop = start, 0, False
-
-    with _Signals() as interrupted:
+    frozen = jax.device_put(step.task.frozen, sharding.replicated(step.mesh))
+    loop = _Loop(
+        step=step,
+        config=config,
+        frozen=frozen,
+        key=update_key,
+        batches=batches,
+        hooks=hooks,
+        beat=beat,
+        ledger=ledger,
+        checkpoints=checkpoints,
+        report=Report(step.task, config, workdir, start=start, progress=progress),
+        evaluator=Evaluator(
+            step, workdir, frozen, key=look_key, validation=validation, max_batches=config.validation_batches
+        ),
+        rollback=Rollback(config.rollback_after, patience=config.log_every, forgiven=step.scale_patience),
+        trace=tracing.Trace(workdir / tracing.FOLDER, profile, warn=to_terminal),
+        check_replicas=make_check(step.abstract, mesh=step.mesh),
+        state=state,
+        saved=start,
+    )
+    del state
+    began = time.monotonic()
+    with Signals() as interrupted:
         try:
-            while n < config.steps and not stop:
-                n, turn = n + 1, turn + 1
-                if trace.due(n):
-                    beat(n, "profile")
-                    with report.pause(), ledger.during("look"):
-                        trace.turn()
-                with tracing.annotation(n):
-                    beat(n, "data")
-                    waited = time.monotonic()
-                    batch = sharding.shard_batch(next(batches), mesh)
-                    if report.device_waits():
-                        ledger.move("data", time.monotonic() - waited)
-                    beat(n, "update")
-                    ledger.enter("compile" if turn == 1 else "step")
-                    state, measured = step.update(state, frozen, batch, update_key)
-                    ledger.enter("step")
-                report.update(n, measured)  # waits for update n - 1
-                last = n == config.steps
-                if last:
-                    report.finish()
-
-                if rollback.due(report.streak, overflows=report.overflows, n=n, newest=checkpoints.latest):
-                    beat(n, "restore")
-                    streak = report.streak
-                    del state  # before another one takes its place
-                    with ledger.during("lost"):
-                        restored = checkpoints.restore_latest(step.saved)
-                    if restored is None:
-                        raise UserError("expected an undamaged checkpoint to go back to, got none: start a new run")
-                    saved, state = restored[0], step.from_saved(restored[1])
-                    ledger.restored(saved)
-                    report.rewind(saved)
-                    report.say(
-                        f"warning: {streak} updates in a row were not finite, the last before update {n}: back to the "
-                        f"parameters of update {saved}; the data go on, so the batches since then do not come again"
-                    )
-                    n, save_due = saved, False
-                    continue
-
-                if validation is not None and _due(n, config.validate_every, last=last):
-                    beat(n, "validation")
-                    with report.pause(), ledger.during("look"):
-                        report.write(n, look.validate(state))
-                if _due(n, config.picture_every, last=last):
-                    beat(n, "pictures")
-                    with report.pause(), ledger.during("look"):
-                        look.draw(n, state, batch)
-                        if not last:
-                            report.draw_curves()
-                for every, hook in hooks:
-                    if n % every == 0:
-                        beat(n, "hook")
-                        with report.pause(), ledger.during("look"), surviving_a_full_disk("what a hook writes"):
-                            if measured_by_hook := hook(n, state):
-                                report.write(n, measured_by_hook)
-
-                stop = distributed.stop_agreed(turn, bool(interrupted.signal))
-                save_due |= _due(n, config.checkpoint_every, last=last or stop)
-                check = config.check_replicas_every
-                if check and (save_due or n % check == 0):  # what is saved was checked
-                    beat(n, "replicas")
-                    with report.pause():
-                        check_replicas(state, n)
-                if save_due:
-                    beat(n, "checkpoint")
-                    with report.pause(), ledger.during("checkpoint"):
-                        if last or not report.streak:  # a checkpoint is something to go back to
-                            state = step.to_saved(state)
-                            checkpoints.save(n, state, batches.get_state())
-                            state = step.from_saved(state)
-                            ledger.saved(n)
-                            saved, save_due = n, False
-                ledger.tick()
-            beat(saved, "end")
-            report.finish()
-            with ledger.during("look"):
-                trace.close()
-                report.draw_curves()
-            with ledger.during("checkpoint"):
-                newest = checkpoints.latest() or 0
-            if newest != saved:
-                raise UserError(
-                    f"expected the last checkpoint, that of update {saved}, to be written, which failed: make room or "
-                    f"mend the storage, and give the command again, which goes on from update {newest}"
-                )
+            stopped = loop.train(interrupted)
+            loop.finish()
         finally:
-            trace.close()
-            report.close()
-            with ledger.during("checkpoint"):
-                checkpoints.close()
-            ledger.write()
-    seconds = time.monotonic() - began
+            loop.close()
+    seconds, report = time.monotonic() - began, loop.report
     ledger.write(ended=True)
-    report.draw_goodput(ledger, saved)
-    stopped_by = interrupted.signal or (signal.SIGTERM if stop else 0)
-    report.summary(saved, seconds, start=start, workdir=workdir, ledger=ledger, interrupted=bool(stopped_by))
-    return Result(saved, seconds, report.latest, int(stopped_by), state)
+    report.draw_goodput(ledger, loop.saved)
+    stopped_by = interrupted.signal or (signal.SIGTERM if stopped else 0)
+    report.summary(loop.saved, seconds, start=start, workdir=workdir, ledger=ledger, interrupted=bool(stopped_by))
+    return Result(loop.saved, seconds, report.latest, int(stopped_by), loop.state)
 
 
-def _due(n: int, every: int, *, last: bool) -> bool:
-    return last or (every > 0 and n % every == 0)
+def _newest(checkpoints: Checkpoints, step: TrainStep, batches: ShardedBatches) -> tuple[int, State] | None:
+    """The number and state of the newest checkpoint, with the batches put to its position."""
+    if (restored := checkpoints.restore_latest(step.saved)) is None:
+        return None
+    start, state, position = restored
+    batches.set_state(position)
+    return start, step.from_saved(state)
 
 
-class _Signals:
-    """Notes the first SIGTERM or SIGINT instead of dying of it; the second one acts as usual."""
+@dataclasses.dataclass
+class _Loop:
+    """The parts of a run, and where it stands."""
 
-    def __init__(self):
-        self.signal = 0
-        self._before = {}
+    step: TrainStep
+    config: ml_collections.ConfigDict
+    frozen: Any  # the task's, on the devices
+    key: jax.Array
+    batches: ShardedBatches
+    hooks: Sequence[Hook]
+    beat: Beat
+    ledger: goodput.Ledger
+    checkpoints: Checkpoints
+    report: Report
+    evaluator: Evaluator
+    rollback: Rollback
+    trace: tracing.Trace
+    check_replicas: Callable[[State, int], None]
+    state: State | None
+    saved: int  # update of the newest checkpoint
 
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
+    def train(self, interrupted: Signals) -> bool:
+        """Make updates until the last or until a signal; True for a signal."""
+        n, turn, stop, save_due = self.saved, 0, False, False
+        while n < self.config.steps and not stop:
+            n, turn = n + 1, turn + 1
+            last = n == self.config.steps
+            if self.trace.due(n):
+                with self.phase("profile", n):
+                    self.trace.toggle()
+            batch, measured = self.update(n, booked="compile" if turn == 1 else "step")
+            self.report.update(n, measured)  # waits for update n - 1
+            if last:
+                self.report.finish()
 
-    def __exit__(self, *_):
-        self._restore()
+            overflows = self.report.overflows
+            if self.rollback.due(self.report.streak, overflows=overflows, n=n, newest=self.checkpoints.latest):
+                n, save_due = self.roll_back(n), False
+                continue
 
-    def _note(self, number, _frame):
-        self.signal = int(number)
-        self._restore()
+            self.look(n, batch, last=last)
+            stop = distributed.stop_agreed(turn, bool(interrupted.signal))
+            save_due |= last or stop or _due(n, self.config.checkpoint_every)
+            if _due(n, self.config.check_replicas_every) or (self.config.check_replicas_every and save_due):
+                with self.phase("replicas", n):
+                    self.check_replicas(self.state, n)
+            if save_due:
+                save_due = not self.save(n, last=last)
+            self.ledger.tick()
+        return stop
 
-    def _restore(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def phase(self, name: str, n: int) -> Iterator[None]:
+        """Something between updates: the watchdog hears of it, the progress waits for it, the ledger books it."""
+        self.beat(n, name)
+        with self.report.pause(), self.ledger.during(BOOKED[name]):
+            yield
+
+    def update(self, n: int, *, booked: str) -> tuple[Any, Any]:
+        """Dispatch update n; its batch, and what it measures once it is done."""
+        with tracing.annotation(n):
+            self.beat(n, "data")
+            waited = time.monotonic()
+            batch = sharding.shard_batch(next(self.batches), self.step.mesh)
+            if self.report.device_waits():
+                self.ledger.move("data", time.monotonic() - waited)
+            self.beat(n, "update")
+            self.ledger.enter(booked)
+            self.state, measured = self.step.update(self.state, self.frozen, batch, self.key)
+            self.ledger.enter("step")
+        return batch, measured
+
+    def roll_back(self, n: int) -> int:
+        """Take the state of the newest checkpoint, and return its number; the data go on."""
+        self.beat(n, "restore")
+        streak, self.state = self.report.streak, None  # before another one takes its place
+        with self.ledger.during("lost"):
+            restored = self.checkpoints.restore_latest(self.step.saved)
+        if restored is None:
+            raise UserError("expected an undamaged checkpoint to go back to, got none: start a new run")
+        self.saved, self.state = restored[0], self.step.from_saved(restored[1])
+        self.ledger.restored(self.saved)
+        self.report.rewind(self.saved)
+        self.report.say(
+            f"warning: {streak} updates in a row were not finite, the last before update {n}: back to the parameters "
+            f"of update {self.saved}; the data go on, so the batches since then do not come again"
+        )
+        return self.saved
+
+    def look(self, n: int, batch: Any, *, last: bool) -> None:
+        """Validation, pictures and hooks, those that are due."""
+        if self.evaluator.validates and (last or _due(n, self.config.validate_every)):
+            with self.phase("validation", n):
+                self.report.write(n, self.evaluator.validate(self.state))
+        if last or _due(n, self.config.picture_every):
+            with self.phase("pictures", n):
+                self.evaluator.draw(n, self.state, batch)
+                if not last:
+                    self.report.draw_curves()
+        for every, hook in self.hooks:
+            if n % every == 0:
+                with self.phase("hook", n), surviving_a_full_disk("what a hook writes"):
+                    if measured := hook(n, self.state):
+                        self.report.write(n, measured)
+
+    def save(self, n: int, *, last: bool) -> bool:
+        """Begin to write a checkpoint; False while updates are skipped, as a checkpoint is something to go back to."""
+        with self.phase("checkpoint", n):
+            if self.report.streak and not last:
+                return False
+            self.state = self.step.to_saved(self.state)
+            self.checkpoints.save(n, self.state, self.batches.get_state())
+            self.state = self.step.from_saved(self.state)
+            self.ledger.saved(n)
+            self.saved = n
+            return True
+
+    def finish(self) -> None:
+        """Wait for what is still being written."""
+        self.beat(self.saved, "end")
+        self.report.finish()
+        with self.ledger.during("look"):
+            self.trace.close()
+            self.report.draw_curves()
+        with self.ledger.during("checkpoint"):
+            newest = self.checkpoints.latest() or 0
+        if newest != self.saved:
+            raise UserError(
+                f"expected the last checkpoint, that of update {self.saved}, to be written, which failed: make room or "
+                f"mend the storage, and give the command again, which goes on from update {newest}"
+            )
+
+    def close(self) -> None:
+        """Leave nothing open, however the run ends."""
+        self.trace.close()
+        self.report.close()
+        with self.ledger.during("checkpoint"):
+            self.checkpoints.close()
+        self.ledger.write()
+
+
+def _due(n: int, every: int | None) -> bool:
+    """every: in updates, None (or 0) for never."""
+    return bool(every) and n % every == 0

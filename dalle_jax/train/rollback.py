@@ -1,8 +1,8 @@
-"""When a run of updates that are not finite stops being patience: back to the last good checkpoint, or the end.
+"""When updates that are not finite have been skipped too often: back to the last good checkpoint, or the end.
 
 A skipped update leaves the state as it was, so a single one costs nothing. Many in a row mean that the parameters have
 gone somewhere from which no step is finite, or that the data have, or, with float16 and as long as losses are finite,
-that a scale is on its way down (`scaling.py`), which is waited for. The loop then takes the parameters from the last
+that a scale is on its way down (`loss_scale.py`), which is waited for. The loop then takes the parameters from the last
 checkpoint, which is never written during such a run, and the data from where they stand, so the records that may have
 caused it do not come again. A decision is a function of the counts alone, hence the same in every process and in a
 run that was killed and repeats them.
@@ -13,38 +13,39 @@ from collections.abc import Callable
 
 from dalle_jax.errors import UserError
 
-MOST_RETURNS = 3  # to one and the same checkpoint; after that the fault is not in a window of the data
+PATIENCE = 50  # updates, where a run never logs
+MAX_RETURNS = 3  # to one and the same checkpoint; after that the fault is not in a window of the data
 
 
 @dataclasses.dataclass
 class Rollback:
-    """after: skipped updates in a row that end in a rollback, 0 never. patience: how many end the run where there is
-    nothing to go back to. forgiven: how many of them do not count as long as their losses are finite."""
+    """Counts skipped updates in a row, and returns to a checkpoint."""
 
-    after: int
-    patience: int
-    forgiven: int = 0
+    after: int | None  # skipped updates that end in a rollback; None: never
+    patience: int | None  # how many end the run where there is nothing to go back to; None: PATIENCE
+    forgiven: int = 0  # how many of them do not count as long as their losses are finite
     _returns: int = 0
     _to: int | None = None
 
     def due(self, streak: int, *, overflows: int, n: int, newest: Callable[[], int | None]) -> bool:
-        """Is it time to go back to the checkpoint of update `newest()`? streak: updates skipped in a row before n, of
-        which `overflows` had a finite loss.
+        """Whether to go back to the checkpoint of update `newest()`.
+
+        streak: updates skipped in a row before n, of which `overflows` had a finite loss.
 
         Raises:
           UserError: it is time, but there is no checkpoint, or going back has not helped.
         """
-        counted = streak - min(overflows, self.forgiven)
-        if counted < min(filter(None, (self.after, max(self.patience, 1)))):
+        counted, patience = streak - min(overflows, self.forgiven), self.patience or PATIENCE
+        if counted < min(self.after or patience, patience):
             return False
         to = newest()
         possible = bool(self.after) and to is not None
-        if counted < (self.after if possible else max(self.patience, 1)):
+        if counted < (self.after if possible else patience):
             return False
         if possible:
             self._returns, self._to = (self._returns + 1 if to == self._to else 1), to
-        if not possible or self._returns > MOST_RETURNS:
-            tried = f" after {MOST_RETURNS} returns to update {to}" if possible else ""
+        if not possible or self._returns > MAX_RETURNS:
+            tried = f" after {MAX_RETURNS} returns to update {to}" if possible else ""
             raise UserError(
                 f"expected finite losses and gradients, got none in the last {streak} updates before {n}{tried}: lower "
                 "config.optimizer.learning_rate or set config.optimizer.clip_norm, and start from an earlier checkpoint"

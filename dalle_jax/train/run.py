@@ -34,9 +34,9 @@ from dalle_jax.train.monitor import tracing
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import powersgd
-from dalle_jax.train.optimizer.build import Optimizer
+from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from dalle_jax.train.optimizer.powersgd import Compression
-from dalle_jax.train.step import Storage
+from dalle_jax.train.step import Storage, TrainStep
 
 DVAE, TOKENIZER = "dvae", "tokenizer.model"  # inside the workdir
 SOURCE_KEYS = ("train", "validation", "lanes")  # of config.data; the others are DataConfig's
@@ -91,10 +91,9 @@ def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, hooks, p
         task = dataclasses.replace(task, frozen={})  # nothing will ask for the dVAE: leave its memory to others
     with contextlib.closing(batches), compilation_cache.kept(workdir):
         return loop.run(
-            task,
+            step_for(config, task, mesh),
             config,
             workdir,
-            mesh=mesh,
             batches=batches,
             validation=validation,
             hooks=hooks,
@@ -119,6 +118,19 @@ def mesh_for(config: ml_collections.ConfigDict, model: Model, *, devices: Sequen
         item = compute_dtype(config.precision)(0).dtype.itemsize
         powersgd.check_rank(found, form=compression.format, item=item)
     return mesh
+
+
+def step_for(config: ml_collections.ConfigDict, task: Task, mesh: Mesh) -> TrainStep:
+    """The update of a config's task on a mesh."""
+    return TrainStep(
+        task,
+        build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=task.model.axes),
+        mesh,
+        storage=Storage(**config.storage),
+        compression=Compression(**config.compression),
+        accumulate=config.accumulate,
+        ema=Ema(**config.ema),
+    )
 
 
 def reads_pictures(config: ml_collections.ConfigDict) -> bool:

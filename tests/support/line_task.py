@@ -1,5 +1,6 @@
 """The smallest task that a run can train, and batches that depend on their number alone: for tests of the loop."""
 
+import dataclasses
 import types
 
 import jax
@@ -12,10 +13,8 @@ from dalle_jax import config as configs
 from dalle_jax.checkpoint import format
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, param
-from dalle_jax.train import loop
+from dalle_jax.train import loop, run
 from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-from dalle_jax.train.step import TrainStep
 
 WIDTH, BATCH = 8, 8
 
@@ -72,16 +71,15 @@ def config(**values):
 
 def line_step(mesh, **options):
     """The `TrainStep` of LINE with the optimizer of `config()`."""
-    values = config()
-    optimizer = build_optimizer(Optimizer(**values.optimizer), steps=values.steps, axes=MODEL.axes)
-    return TrainStep(LINE, optimizer, mesh, **options)
+    return dataclasses.replace(run.step_for(config(), LINE, mesh), **options)
 
 
 def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=(), **values):
     """`loop.run` without a word. of_loop: more of its arguments. values: of the config."""
-    mesh = mesh or make_mesh({}, devices=jax.devices()[:1])
-    told = {"mesh": mesh, "batches": batches or Numbers(), "hooks": hooks, "progress": False, **(of_loop or {})}
-    return loop.run(task, config(**values), workdir, **told)
+    settings = config(**values)
+    step = run.step_for(settings, task, mesh or make_mesh({}, devices=jax.devices()[:1]))
+    options = {"batches": batches or Numbers(), "hooks": hooks, "progress": False, **(of_loop or {})}
+    return loop.run(step, settings, workdir, **options)
 
 
 def digest_of(workdir):

@@ -21,7 +21,7 @@ from dalle_jax.models import transformer
 from dalle_jax.models.blocks import REMAT
 from dalle_jax.models.layers import Model, param
 from dalle_jax.models.transformer import TransformerConfig
-from dalle_jax.train import loop
+from dalle_jax.train import loop, run
 from dalle_jax.train.ema import Ema
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import formats, moments, schedule
@@ -319,21 +319,21 @@ def test_an_average_in_host_memory_is_the_same():
 def test_a_run_with_its_average_in_host_memory_and_halved_steps_goes_on_bit_for_bit(tmp_path):
     """Stopped between two moves of the average, which is the one that is kept on the device."""
 
-    def run(name, steps, **storage):
+    def trained(name, steps, **storage):
         config = line_task.config(steps=steps, ema={"decay": 0.9, "every": 3})
         config.storage.update(storage)
         config.optimizer.schedule.name = "plateau"
         config.optimizer.schedule.plateau.update(window=1, patience=2, min_improvement=0.5)  # halves again and again
         mesh = make_mesh({}, devices=jax.devices()[:1])
-        options = {"mesh": mesh, "batches": line_task.Numbers(), "progress": False}
-        return loop.run(line_task.LINE, config, tmp_path / name, **options)
+        step = run.step_for(config, line_task.LINE, mesh)
+        return loop.run(step, config, tmp_path / name, batches=line_task.Numbers(), progress=False)
 
-    straight = run("straight", 8, offload_ema=True)
-    run("stopped", 4, offload_ema=True)
-    resumed = run("stopped", 8, offload_ema=True)
+    straight = trained("straight", 8, offload_ema=True)
+    trained("stopped", 4, offload_ema=True)
+    resumed = trained("stopped", 8, offload_ema=True)
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(r.state) for r in (straight, resumed)))
     assert 0.5**5 < float(schedule.measured(resumed.state["opt_state"])["plateau_scale"]) < 0.5
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
-    jax.tree.map(close, *(jax.device_get(r.state["ema"]) for r in (straight, run("plain", 8))))
+    jax.tree.map(close, *(jax.device_get(r.state["ema"]) for r in (straight, trained("plain", 8))))
     average, params = (np.asarray(straight.state[name]["matrix"]) for name in ("ema", "params"))
     assert np.abs(average - params).max() > 1e-3

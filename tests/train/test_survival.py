@@ -14,8 +14,9 @@ from dalle_jax import model_dir
 from dalle_jax.checkpoint import digest, format, manager
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
-from dalle_jax.train import rollback
+from dalle_jax.train import loop, rollback
 from dalle_jax.train.monitor import goodput, metrics
+from dalle_jax.train.monitor.report import Report
 from tests.support.line_task import LINE, Numbers, digest_of, line_step, train
 
 
@@ -220,6 +221,18 @@ def test_losses_that_are_finite_may_wait_for_a_scale_and_others_may_not():
     assert not due(104, 104, None)
     with pytest.raises(UserError, match="none in the last 105 updates"):
         due(105, 105, None)
+
+
+def test_a_run_that_never_logs_keeps_no_numbers(tmp_path, monkeypatch):
+    reports = []
+    monkeypatch.setattr(loop, "Report", lambda *args, **more: reports.append(Report(*args, **more)) or reports[0])
+    assert train(tmp_path, log_every=0).step == 12 and not reports[0]._interval
+
+
+def test_a_line_of_the_metrics_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n[1, 2]\n')
+    with pytest.raises(UserError, match=r"expected an object with a step in line 2 of .*metrics.jsonl, got '\[1, 2\]'"):
+        train(tmp_path)
 
 
 def test_a_tasks_warning_waits_for_the_warm_up_and_is_said_once_until_it_is_gone(tmp_path, capfd):

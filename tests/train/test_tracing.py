@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dalle_jax.cli import main
-from dalle_jax.train.monitor import breakdown, goodput, tracing
+from dalle_jax.train.monitor import goodput, tracing
 from tests.support.line_task import train
 
 
@@ -51,7 +51,6 @@ def test_the_updates_asked_for_are_traced(tmp_path):
     result = traced(tmp_path, 5, 7, checkpoint_every=6)
     assert result.step == 12 and updates_in(tmp_path) == [[5, 6]]
     assert goodput.read(tmp_path)["seconds"]["look"] > 0
-    assert (tmp_path / tracing.PICTURE).read_bytes().startswith(b"\x89PNG")
     again = traced(tmp_path, 5, 7)  # the launcher's command again, when they are past
     assert again.step == 12 and len(updates_in(tmp_path)) == 1
 
@@ -97,32 +96,3 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, capfd):
     (tmp_path / tracing.FOLDER).write_text("a file where the folder goes")
     assert traced(tmp_path, 2, 3).step == 12
     assert capfd.readouterr().err.count("training goes on without a profile") == 1
-
-
-def test_kinds_of_operations_by_their_names():
-    """As XLA names them on CPUs and GPUs; a change of dtype is no convolution."""
-    kinds = {
-        "products": ("dot.7", "cublas-gemm.2", "gemm_fusion_dot.3", "convolution.1", "cudnn-conv-bw-filter.4"),
-        "exchange": ("all-gather-start.1", "reduce-scatter.2", "all-reduce-done"),
-        "kernels": ("custom-call.9", "pallas_call.1"),
-        "copies": ("copy.1", "transpose_copy_fusion", "MemcpyD2D"),
-        breakdown.REST: ("loop_convert_fusion.2", "convert.11", "input_reduce_fusion", "broadcast_add_fusion.1"),
-        None: ("while.3", "call.2", "conditional"),
-    }
-    for kind, names in kinds.items():
-        assert {name: breakdown.kind_of(name) for name in names} == dict.fromkeys(names, kind)
-
-
-def test_the_picture_of_a_trace_counts_all_its_time():
-    """Two operations at once share their time; what holds others does not count beside them."""
-    events = [
-        ("while.3", 0, 100), ("dot.1", 0, 20), ("loop_fusion.2", 10, 20), ("copy.7", 50, 10),
-        ("all-gather-start.1", 60, 5), ("__cublas$gemm.4", 95, 5),
-    ]  # fmt: skip
-    found = breakdown.seconds_by_kind(events)
-    assert {kind: round(1e9 * seconds) for kind, seconds in found.items()} == {
-        "products": 21, "exchange": 4, "kernels": 0, "copies": 8, breakdown.REST: 17, breakdown.IDLE: 50,
-    }  # fmt: skip
-    assert sum(found.values()) == pytest.approx(100e-9)
-    with pytest.raises(ValueError, match="no operation"):
-        breakdown.seconds_by_kind(events[:1])

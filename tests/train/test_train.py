@@ -382,8 +382,9 @@ class ToyBatches:
 
 def test_hopeless_training_stops_with_a_sentence(dvae_values, tmp_path):
     hopeless = dataclasses.replace(TOY, frozen={"temperature": np.float32(np.nan)})
+    config = tiny("dvae", dvae_values)
     with pytest.raises(UserError, match="expected finite losses and gradients, got none in the last 2 updates"):
-        loop.run(hopeless, tiny("dvae", dvae_values), tmp_path, mesh=one_device(), batches=ToyBatches(), progress=False)
+        loop.run(run.step_for(config, hopeless, one_device()), config, tmp_path, batches=ToyBatches(), progress=False)
     assert not metrics.read(tmp_path / "metrics.jsonl")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import tensorboardX
 
 from dalle_jax import files
+from dalle_jax.errors import UserError
 from dalle_jax.pictures import plot
 
 
@@ -77,11 +78,20 @@ def scalars(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; one that a crash or a full disk cut off is left out."""
+    """The lines of a metrics.jsonl; one that a crash or a full disk cut off is left out.
+
+    Raises:
+      UserError: a line that this project has not written.
+    """
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+            line = json.loads(text)
+            if not isinstance(line, dict) or "step" not in line:
+                raise UserError(
+                    f"expected an object with a step in line {number} of {path}, got {text[:40]!r}: delete that line"
+                )
+            lines.append(line)
     return lines
 
 

@@ -12,9 +12,10 @@ import time
 import jax
 import tqdm
 
-from dalle_jax.train.monitor import goodput
-from dalle_jax.train.monitor import metrics as metrics_files
+from dalle_jax.train.monitor import goodput, metrics
 from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.optimizer.build import Optimizer
+from dalle_jax.train.optimizer.schedule import learning_rate
 
 WARM_UP = 0.1  # share of the steps in which a task's own warning is no news
 
@@ -35,9 +36,11 @@ class Report:
       latest: the last value of every metric.
     """
 
-    def __init__(self, task: Task, config, workdir: pathlib.Path, *, start: int, rate, progress: bool):
-        self._task, self._config, self._rate, self._workdir = task, config, rate, workdir
-        self._log = metrics_files.MetricsLog(workdir, step=start)
+    def __init__(self, task: Task, config, workdir: pathlib.Path, *, start: int, progress: bool):
+        self._task, self._config, self._workdir = task, config, workdir
+        optimizer = Optimizer(**config.optimizer)
+        self._rate = learning_rate(optimizer.schedule, optimizer.learning_rate, steps=config.steps)
+        self._log = metrics.MetricsLog(workdir, step=start)
         self._progress = progress and jax.process_index() == 0
         self._bar = tqdm.tqdm(
             total=config.steps,
@@ -64,8 +67,9 @@ class Report:
         if self._pending is None:
             return
         (n, measured), self._pending = self._pending, None
-        values = metrics_files.scalars(jax.device_get(measured))
-        self._interval.append(values)
+        values = metrics.scalars(jax.device_get(measured))
+        if self._config.log_every:
+            self._interval.append(values)
         if _finite(values):
             self.streak = self.overflows = 0
         else:
@@ -141,7 +145,7 @@ class Report:
     def draw_curves(self) -> None:
         if jax.process_index() == 0:
             with surviving_a_full_disk("curves.png"):
-                metrics_files.save_curves(self._log.path, self._workdir / "curves.png")
+                metrics.save_curves(self._log.path, self._workdir / "curves.png")
 
     def draw_goodput(self, ledger: goodput.Ledger, step: int) -> None:
         if jax.process_index() == 0:

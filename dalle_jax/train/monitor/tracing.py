@@ -1,7 +1,7 @@
 """`--profile START:STOP`: what device and host do in some updates, written for XProf and TensorBoard.
 
-Beside the trace goes a picture of it, WORKDIR/profile.png (`breakdown.py`). Only the first process traces. A trace is
-for people: one that cannot be taken or written is a warning, and no way of ending a run leaves one open.
+Only the first process traces. A trace is for people: one that cannot be taken or written is a warning, and no way of
+ending a run leaves one open.
 """
 
 import argparse
@@ -13,9 +13,7 @@ from collections.abc import Callable
 
 import jax
 
-from dalle_jax.train.monitor import breakdown
-
-FOLDER, PICTURE = "profile", "profile.png"  # inside the workdir
+FOLDER = "profile"  # inside the workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Trace:
         """Whether the trace begins or ends before update n."""
         return self._open != (self._updates is not None and n in self._updates)
 
-    def turn(self) -> None:
+    def toggle(self) -> None:
         """Begins the trace, or ends and writes it. The device should have nothing to do."""
         if self._open:
             self.close()
@@ -72,13 +70,6 @@ class Trace:
             self._open = False
             with self._survived():
                 jax.profiler.stop_trace()
-                self._draw()
-
-    def _draw(self):
-        try:
-            breakdown.draw(self._folder, self._folder.with_name(PICTURE))
-        except ValueError as error:
-            self._warn(f"warning: {PICTURE} was not drawn of {self._folder}: {error}")
 
     @contextlib.contextmanager
     def _survived(self):
