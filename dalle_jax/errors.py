@@ -19,6 +19,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, short enough for a sentence."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
 class UserError(Exception):
     """Something the user gave is wrong; `str(error)` is one clear sentence that says how to mend it."""
 

@@ -1,7 +1,7 @@
 """A folder that holds a model: what `dalle-jax export` writes, or the workdir of a run with its newest checkpoint.
 
     DIR/config.json   params.safetensors     an exported model: parameters alone, keys joined by '/'
-    DIR/config.json   checkpoints/STEP/      a run: `checkpoint/format.py`
+    DIR/config.json   checkpoints/STEP/      a run: `checkpoint/reader.py`
 
 `load` returns its config, definition and parameters, which fit each other.
 """
@@ -18,8 +18,8 @@ import numpy as np
 import safetensors.numpy
 
 from dalle_jax import files
-from dalle_jax.checkpoint import digest, format
-from dalle_jax.errors import UserError
+from dalle_jax.checkpoint import digest, reader
+from dalle_jax.errors import UserError, first_line
 from dalle_jax.models import Model, Params, build
 
 CONFIG, PARAMS = "config.json", "params.safetensors"
@@ -75,13 +75,13 @@ def read_params(folder: str | os.PathLike, *, step: int | None = None, average: 
     """
     path = pathlib.Path(folder) / PARAMS
     if not path.exists():
-        _, checkpoint = format.checkpoint_path(folder, checkpoint_dir(read_config(folder)), step=step)
-        return format.read(checkpoint, "ema" if average else "params")
+        _, checkpoint = reader.checkpoint_path(folder, checkpoint_dir(read_config(folder)), step=step)
+        return reader.read(checkpoint, "ema" if average else "params")
     try:
         flat = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"expected the parameters of a model in {path}, got {format.first_line(error)}: export it again"
+            f"expected the parameters of a model in {path}, got {first_line(error)}: export it again"
         ) from error
     return _nested({tuple(key.split("/")): value for key, value in flat.items()})
 
@@ -117,7 +117,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
             f"expected a model or a workdir, got {folder} without a readable {CONFIG}: check the path"
         ) from error
     except ValueError as error:
-        raise UserError(f"expected json in {path}, got {format.first_line(error)}: mend or delete it") from error
+        raise UserError(f"expected json in {path}, got {first_line(error)}: mend or delete it") from error
     if not isinstance(config, dict) or "name" not in config or "model" not in config:
         raise UserError(f"expected the config of a model in {path}, got one without 'name' and 'model'")
     return config

@@ -1,8 +1,7 @@
-"""Fingerprints: sha256 of every file of a folder, and of a tree of arrays whatever mesh it lived on.
+"""The sha256 of every file of a folder, and of a tree of arrays, whatever mesh it lies on.
 
-A manifest inside a checkpoint lets a reader tell a checkpoint that was cut or bit-flipped on disk from a good one
-before a single number of it is used: the formats below check parts of what they write, not all of it. Knows files and
-arrays; nothing of what they mean.
+A manifest inside a checkpoint tells one that was cut or bit-flipped on disk from a good one before any number of it is
+used: Orbax checks some of what it writes, not all.
 """
 
 import concurrent.futures
@@ -34,10 +33,10 @@ def write_manifest(folder: epath.Path, *, leave_out: Collection[str] = ()) -> No
     (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
 
 
-def damage(folder: epath.Path, *, part: int = 0, parts: int = 1) -> str | None:
+def damage(folder: epath.Path, *, share: slice = slice(None)) -> str | None:
     """What is wrong with the files of `folder` by its manifest, in a few words; None if nothing, or no manifest.
 
-    part, parts: check only every `parts`-th file, so that several processes share the reading.
+    share: which of the files to check, ordered by size, so that several processes share the reading.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -48,7 +47,7 @@ def damage(folder: epath.Path, *, part: int = 0, parts: int = 1) -> str | None:
         return f"{MANIFEST} is unreadable"
     by_size = sorted(listed, key=lambda name: (listed[name][0], name))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for problem in pool.map(lambda name: _difference(folder / name, name, *listed[name]), by_size[part::parts]):
+        for problem in pool.map(lambda name: _difference(folder / name, name, *listed[name]), by_size[share]):
             if problem:
                 return problem
     return None

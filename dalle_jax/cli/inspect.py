@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 from dalle_jax import model_dir
-from dalle_jax.checkpoint import digest, format
+from dalle_jax.checkpoint import digest, reader
 from dalle_jax.train.monitor import goodput
 
 
@@ -37,15 +37,15 @@ def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
     if (workdir / model_dir.PARAMS).exists():
         parameters = digest.of_tree(model_dir.read_params(workdir))
         return {"step": None, "data": None, "parameters_sha256": parameters, "checkpoints": [], "config": config}
-    newest, path = format.checkpoint_path(workdir, model_dir.checkpoint_dir(config), step=step)
+    newest, path = reader.checkpoint_path(workdir, model_dir.checkpoint_dir(config), step=step)
     checkpoints = _described(path.parent)
     if step is None:
         step = max((entry["step"] for entry in checkpoints if entry["damage"] is None), default=newest)
         path = path.parent / str(step)
-    digests, ledger = format.state_digests(path), goodput.read(workdir)
+    digests, ledger = reader.state_digests(path), goodput.read(workdir)
     return {
         "step": step,
-        "data": format.data_position(path),
+        "data": reader.data_position(path),
         "parameters_sha256": digests["params"],
         "average_sha256": digests["ema"],
         "state_sha256": digests["state"],
@@ -59,10 +59,10 @@ def _described(folder) -> list[dict[str, Any]]:
     """`checkpoint.describe` of each. A run that trains may delete old ones while their files are read, which is no
     damage."""
     found = []
-    for step in format.steps_in(folder):
+    for step in reader.steps_in(folder):
         with contextlib.suppress(FileNotFoundError):
-            found.append(format.describe(folder / str(step)))
-    return [entry for entry in found if format.is_complete(folder / str(entry["step"]))]
+            found.append(reader.describe(folder / str(step)))
+    return [entry for entry in found if reader.is_complete(folder / str(entry["step"]))]
 
 
 def main(args: argparse.Namespace) -> int:

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from dalle_jax import model_dir
-from dalle_jax.checkpoint import format
 from dalle_jax.convert import weights
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, first_line
 from dalle_jax.models import Params, clip
 from dalle_jax.text.clip import CLIPTokenizer
 
@@ -141,7 +140,7 @@ def _json(path: pathlib.Path) -> dict:
     try:
         found = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"expected json in {path}, got {format.first_line(error)}: mend or remove it") from error
+        raise UserError(f"expected json in {path}, got {first_line(error)}: mend or remove it") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -265,8 +265,8 @@ class _Loop:
             newest = self.checkpoints.latest() or 0
         if newest != self.saved:
             raise UserError(
-                f"expected the last checkpoint, that of update {self.saved}, to be written, which failed: make room or "
-                f"mend the storage, and give the command again, which goes on from update {newest}"
+                f"expected the last checkpoint, that of step {self.saved}, to be written, which failed: make room or "
+                f"mend the storage, and give the command again, which goes on from step {newest}"
             )
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dalle_jax import config as configs
 from dalle_jax import distributed, files, model_dir, sharding
-from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint import reader
 from dalle_jax.data import sources
 from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
 from dalle_jax.data.record import Source
@@ -202,7 +202,7 @@ def _tokenizer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Toke
 def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if (workdir / model_dir.CONFIG).exists():
         configs.refuse_other(model_dir.read_config(workdir), config.to_dict(), where=str(workdir))
-    elif format.complete_steps(workdir, config.checkpoint_dir):
+    elif reader.complete_steps(workdir, config.checkpoint_dir):
         raise UserError(f"expected {workdir / model_dir.CONFIG} beside the checkpoints there, got none: restore it")
 
 

@@ -29,7 +29,7 @@ import ml_collections
 import numpy as np
 
 from dalle_jax import model_dir
-from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint import reader
 from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source
 from dalle_jax.models.dvae import encode_images
@@ -76,7 +76,7 @@ class Run:
         self.params = jax.device_put(model_dir.load(folder, name="transformer").params)
         self.frozen = jax.device_put(self.task.frozen)
         self.tokenizer = load_tokenizer(folder)
-        self.steps = format.complete_steps(folder)[-1]
+        self.steps = reader.complete_steps(folder)[-1]
 
     def batches(self, spec: str):
         return Batches(

@@ -6,10 +6,10 @@ import fsspec.config
 import jax
 import pytest
 
-from dalle_jax.checkpoint import digest, format, manager
+from dalle_jax.checkpoint import digest, manager, reader
 from dalle_jax.mesh import make_mesh
-from tests.checkpoint.test_checkpoint import abstract, equal, state
 from tests.support import stand_in_bucket
+from tests.support.checkpoints import abstract, equal, state
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs, of the extra test")
 
@@ -53,15 +53,15 @@ def saved(run, *steps):
 def test_a_run_goes_on_from_its_bucket_on_another_mesh(open_run, bucket, name):
     run, said = open_run()
     saved(run, 1, 5, 9)
-    path = format.checkpoint_folder("elsewhere", f"gs://bucket/{name}")
-    assert format.steps_in(path) == [5, 9]
+    path = reader.checkpoint_folder("elsewhere", f"gs://bucket/{name}")
+    assert reader.steps_in(path) == [5, 9]
     assert not any(file.startswith(f"{name}/1/") for file in bucket.objects)  # no longer kept
     run, said = open_run()
     step, restored, position = run.restore_latest(abstract(make_mesh({"fsdp": -1})))
     assert (step, position, said) == (9, {"position": [9]}, [])
     equal(restored, state(9))
     assert restored["params"]["block"]["w"].addressable_shards[0].data.shape == (1, 2)
-    assert format.state_digests(path / "9")["params"] == digest.of_tree(jax.device_get(state(9)["params"]))
+    assert reader.state_digests(path / "9")["params"] == digest.of_tree(jax.device_get(state(9)["params"]))
 
 
 def test_damage_in_a_bucket_is_found_and_set_aside(open_run, bucket, name):
@@ -103,7 +103,7 @@ def test_a_bucket_that_refuses_costs_a_checkpoint_and_no_more(open_run, bucket, 
     bucket.refuses = False
     run.save(13, state(13), {"position": [13]})
     assert run.latest() == 13
-    assert len(said) == 2 and "update 9 " in said[0] and "update 12 " in said[1]
+    assert len(said) == 2 and "step 9 " in said[0] and "step 12 " in said[1]
     step, restored, _ = run.restore_latest(abstract())
     assert step == 13
     equal(restored, state(13))

@@ -12,7 +12,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from dalle_jax.checkpoint import digest, format, manager
+from dalle_jax.checkpoint import digest, manager, reader
 from dalle_jax.errors import UserError
 from dalle_jax.train import loop
 from dalle_jax.train.monitor import metrics
@@ -51,7 +51,7 @@ def train_on_a_disk_that_is_full_for_a_while(workdir):
 
     def full(n, state):
         if n == 7:
-            wait_for(lambda: format.complete_steps(workdir) == [4])
+            wait_for(lambda: reader.complete_steps(workdir) == [4])
         if n == 9:
             wait_for(tried)
         if n in (7, 9):
@@ -73,10 +73,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("WARNING: the checkpoint of update 8 could not be written (File too large)") == 1
-    assert "the newest complete one is that of update 4" in done.stderr
+    assert done.stderr.count("WARNING: the checkpoint of step 8 could not be written (File too large)") == 1
+    assert "the newest complete one is that of step 4" in done.stderr
     assert "warning: metrics.jsonl could not be written" in done.stderr
-    assert format.complete_steps(tmp_path) == [4, 12]
+    assert reader.complete_steps(tmp_path) == [4, 12]
     assert digest_of(tmp_path) == digest_of(trained)
     assert not list((tmp_path / "checkpoints").glob("8*"))
     assert {4, 12} <= {line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")}
@@ -108,7 +108,7 @@ def test_a_run_whose_last_checkpoint_fails_does_not_end_well(tmp_path, monkeypat
         whole(folder, **options)
 
     monkeypatch.setattr(digest, "write_manifest", full)
-    with pytest.raises(UserError, match="that of update 12, to be written, which failed: .* goes on from update 8"):
+    with pytest.raises(UserError, match="that of step 12, to be written, which failed: .* goes on from step 8"):
         train(tmp_path)
 
 
@@ -131,10 +131,10 @@ def test_an_error_of_the_writer_is_a_warning(tmp_path, monkeypatch, where):
         saver.save(2, {"a": jnp.ones(4)}, {})
         assert saver.latest() == 1
     (line,) = said
-    assert "update 2" in line and "No space left" in line
+    assert "step 2" in line and "No space left" in line
     saver.save(3, {"a": jnp.ones(4)}, {})
     saver.close()
-    assert format.complete_steps(tmp_path) == [3]
+    assert reader.complete_steps(tmp_path) == [3]
     assert len(said) == 1
 
 
@@ -164,11 +164,11 @@ def test_a_failed_save_is_over_only_when_its_writer_is(tmp_path, monkeypatch, wr
         patched.setattr(saver._manager, "wait_until_finished", failed)
         assert saver.latest() == (2 if writer_ends_well else 1)
     (line,) = said
-    assert ("update 2 is complete" if writer_ends_well else "update 2 could not be written") in line
+    assert ("step 2 is complete" if writer_ends_well else "step 2 could not be written") in line
     assert "File too large" in line and not list(tmp_path.glob("checkpoints/2.*"))
     saver.save(3, {"a": jnp.ones(4)}, {})
     saver.close()
-    assert format.complete_steps(tmp_path) == [3]
+    assert reader.complete_steps(tmp_path) == [3]
     assert len(said) == 1
 
 
@@ -181,4 +181,4 @@ def test_checkpoints_are_kept_by_number_and_by_age(tmp_path):
             metadata = json.loads(path.read_text())
             metadata["commit_timestamp_nsecs"] -= 25 * 60 * 10**9
             path.write_text(json.dumps(metadata))
-    assert format.complete_steps(tmp_path) == [1, 4, 7]  # minutes 0, 75 and 150
+    assert reader.complete_steps(tmp_path) == [1, 4, 7]  # minutes 0, 75 and 150

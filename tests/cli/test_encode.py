@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle_jax import config as configs
 from dalle_jax import files, model_dir
-from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint import reader
 from dalle_jax.cli import main
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import decode_image
@@ -149,7 +149,7 @@ def test_training_on_codes_is_training_on_pictures_bit_for_bit(trained):
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(result.state) for result in results))
     losses = [result.metrics["validation/loss"] for result in results]
     assert losses[0] == losses[1] > 0
-    positions = [format.data_position(format.checkpoint_path(place, step=4)[1]) for place in places.values()]
+    positions = [reader.data_position(reader.checkpoint_path(place, step=4)[1]) for place in places.values()]
     assert positions[0] == positions[1] and positions[0]["lanes"][0]["dropped"]
     pictures = [Pipeline.load(place)("picture number 3 of many", seed=1)[0].tobytes() for place in places.values()]
     assert pictures[0] == pictures[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import model_dir, models
-from dalle_jax.checkpoint import digest, format, manager
+from dalle_jax.checkpoint import digest, manager, reader
 from dalle_jax.cli import main
 from dalle_jax.cli.inspect import inspect
 from dalle_jax.errors import UserError
@@ -89,7 +89,7 @@ def test_with_its_newest_checkpoint_damaged_a_run_stands_at_the_one_before(workd
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(workdir, tmp_path, monkeypatch, when):
-    copy, describe = shutil.copytree(workdir, tmp_path / "copy"), format.describe
+    copy, describe = shutil.copytree(workdir, tmp_path / "copy"), reader.describe
 
     def deleted(path):
         if path.name == "8" and when == "before":

@@ -260,7 +260,7 @@ def test_a_disk_that_is_full_for_one_process_costs_a_checkpoint_and_not_the_job(
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found == [{"step": 20, "checkpoints": [12, 20]}] * 2
     for update, who, newest in ((8, 1, 4), (16, 0, 12)):
-        line = f"WARNING: the checkpoint of update {update} could not be written (process {who}: File too large)"
-        assert logs[0].count(line) == 1 and f"is that of update {newest};" in logs[0]
+        line = f"WARNING: the checkpoint of step {update} could not be written (process {who}: File too large)"
+        assert logs[0].count(line) == 1 and f"is that of step {newest};" in logs[0]
     assert "WARNING" not in logs[1]
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name[:1] in "8."]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dalle_jax import config as configs
 from dalle_jax import model_dir
-from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint import reader
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.errors import EXIT_RESTART
 from dalle_jax.mesh import make_mesh
@@ -84,7 +84,7 @@ def losses(workdir, name="train/loss"):
 
 def test_a_signal_to_one_process_stops_all_after_the_same_update(four):
     folder, found, _ = four
-    assert {process["step"] for process in found} == {6} and format.complete_steps(folder / "run") == [4, 6]
+    assert {process["step"] for process in found} == {6} and reader.complete_steps(folder / "run") == [4, 6]
 
 
 def test_parameters_are_the_same_on_every_process(four):

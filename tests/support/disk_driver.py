@@ -9,7 +9,7 @@ import threading
 import time
 
 from dalle_jax import distributed
-from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint import reader
 from dalle_jax.mesh import make_mesh
 from tests.support import line_task
 
@@ -43,7 +43,7 @@ def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
             steps=20,
         )
     said.write(sys.stderr.getvalue())
-    found = {"step": result.step, "checkpoints": format.complete_steps(folder / "run")}
+    found = {"step": result.step, "checkpoints": reader.complete_steps(folder / "run")}
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 

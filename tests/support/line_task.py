@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from dalle_jax import config as configs
-from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint import reader
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, param
 from dalle_jax.train import loop, run
@@ -84,5 +84,5 @@ def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=()
 
 def digest_of(workdir):
     """Of the state in a run's newest checkpoint."""
-    folder = format.checkpoint_folder(workdir, "")
-    return format.state_digests(folder / str(format.steps_in(folder)[-1]))["state"]
+    folder = reader.checkpoint_folder(workdir, "")
+    return reader.state_digests(folder / str(reader.steps_in(folder)[-1]))["state"]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint import reader
 from dalle_jax.train.monitor import goodput
 from tests.support import ROOT
 from tests.support.line_task import train
@@ -37,9 +37,9 @@ def kill_when(workdir, condition, *, after=0.0, seconds=120):
 
 
 def digests(workdir: pathlib.Path):
-    (newest,) = format.complete_steps(workdir)[-1:]
-    folder = format.checkpoint_folder(workdir, "") / str(newest)
-    return newest, format.state_digests(folder), format.data_position(folder)
+    (newest,) = reader.complete_steps(workdir)[-1:]
+    folder = reader.checkpoint_folder(workdir, "") / str(newest)
+    return newest, reader.state_digests(folder), reader.data_position(folder)
 
 
 def test_a_run_that_was_killed_twice_ends_with_the_same_bits(tmp_path):
@@ -50,7 +50,7 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_bits(tmp_path):
     folder = killed / "checkpoints"
 
     def newest():
-        return max(format.complete_steps(killed), default=0)
+        return max(reader.complete_steps(killed), default=0)
 
     kill_when(killed, lambda: newest() >= 20, after=0.003)
     seen = newest()

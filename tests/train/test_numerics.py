@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint import reader
 from dalle_jax.cli import main
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train.monitor import metrics
@@ -41,4 +41,4 @@ def test_train_takes_them_all(tmp_path, monkeypatch):
         assert line["train/skipped"] == 0 and {"train/log2_scale/000", "train/log2_scale/001"} <= set(line)
     # Scales start at 2^13 for each of the devices that share a replica's batch, here one, and grow.
     assert lines[-1]["train/log2_scale/000"] == pytest.approx(13 + 2 / 1000, abs=1e-5)
-    assert format.complete_steps(workdir) == [3]
+    assert reader.complete_steps(workdir) == [3]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax.checkpoint import format
+from dalle_jax.checkpoint import reader
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.train.monitor import replicas
@@ -72,4 +72,4 @@ def test_a_run_stops_before_it_saves_what_differs(tmp_path):
 
     with pytest.raises(UserError, match="device 5 of process 0"):
         train(tmp_path, mesh=mesh, hooks=[(1, corrupt)], check_replicas_every=100)
-    assert format.complete_steps(tmp_path) == [4]
+    assert reader.complete_steps(tmp_path) == [4]

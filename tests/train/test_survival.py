@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import model_dir
-from dalle_jax.checkpoint import digest, format, manager
+from dalle_jax.checkpoint import digest, manager, reader
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.train import loop, rollback
@@ -71,7 +71,7 @@ def test_harm_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_used(tr
         assert said.count("warning") == 1 and "damaged-12-1" in said, name
         aside = workdir / "checkpoints" / "damaged-12-1"
         assert len(files(aside)) >= len(names) - 1
-        assert format.complete_steps(workdir) == [8]
+        assert reader.complete_steps(workdir) == [8]
 
 
 def one_device():
@@ -101,9 +101,9 @@ def test_a_checkpoint_that_no_longer_says_it_is_complete_is_set_aside_and_not_de
     workdir, said = copy(trained, tmp_path), []
     path = workdir / "checkpoints" / "12"
     names = [name.relative_to(path) for name in files(path)]
-    cut(path / format.COMMITTED)
+    cut(path / reader.COMMITTED)
     manager.Checkpoints(workdir, keep=2, warn=said.append).close()
-    assert format.complete_steps(workdir) == [8] and len(said) == 1
+    assert reader.complete_steps(workdir) == [8] and len(said) == 1
     aside = workdir / "checkpoints" / "damaged-12-1"
     assert [name.relative_to(aside) for name in files(aside)] == names
 
@@ -114,10 +114,10 @@ def test_a_checkpoint_that_no_longer_says_it_is_complete_is_set_aside_and_not_de
 def test_the_place_of_checkpoints_may_be_an_object_store(tmp_path, monkeypatch):
     """Nothing here reaches one; that the path arrives as it was given is what can go wrong on our side."""
     monkeypatch.chdir(tmp_path)
-    assert str(format.checkpoint_folder("run", "gs://bucket/run/x")) == "gs://bucket/run/x"
-    assert str(format.checkpoint_folder("gs://bucket/run", "") / "12") == "gs://bucket/run/checkpoints/12"
-    assert str(format.checkpoint_folder("run", "")) == str(tmp_path / "run" / "checkpoints")
-    assert str(format.checkpoint_folder("run", "else")) == str(tmp_path / "else")
+    assert str(reader.checkpoint_folder("run", "gs://bucket/run/x")) == "gs://bucket/run/x"
+    assert str(reader.checkpoint_folder("gs://bucket/run", "") / "12") == "gs://bucket/run/checkpoints/12"
+    assert str(reader.checkpoint_folder("run", "")) == str(tmp_path / "run" / "checkpoints")
+    assert str(reader.checkpoint_folder("run", "else")) == str(tmp_path / "else")
 
 
 def test_checkpoints_in_another_folder_are_found_through_the_config(tmp_path):
@@ -126,8 +126,8 @@ def test_checkpoints_in_another_folder_are_found_through_the_config(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
     content = {"name": "dvae", "model": {}, "checkpoint_dir": str(tmp_path / "store")}
     (tmp_path / "run" / "config.json").write_text(json.dumps(content))
-    assert format.checkpoint_path(tmp_path / "run", str(tmp_path / "store"))[0] == 12
-    assert format.complete_steps(tmp_path / "run", str(tmp_path / "store")) == [8, 12]
+    assert reader.checkpoint_path(tmp_path / "run", str(tmp_path / "store"))[0] == 12
+    assert reader.complete_steps(tmp_path / "run", str(tmp_path / "store")) == [8, 12]
     assert set(model_dir.read_params(tmp_path / "run")) == {"matrix", "gain"}
     raw, average = (model_dir.read_params(tmp_path / "run", step=8, average=a) for a in (False, True))
     assert np.abs(raw["matrix"] - average["matrix"]).max() > 0
@@ -147,7 +147,7 @@ def test_a_state_comes_back_on_another_mesh_bit_for_bit(tmp_path, sizes):
     reader.close()
     assert digest_of(tmp_path) == before  # and the digest does not know the mesh
     whole = jax.device_get(state["params"])
-    assert digest.of_tree(whole) == format.state_digests(format.checkpoint_folder(tmp_path, "") / "4")["params"]
+    assert digest.of_tree(whole) == reader.state_digests(reader.checkpoint_folder(tmp_path, "") / "4")["params"]
 
 
 def test_a_digest_sees_every_bit_name_type_and_shape():
@@ -205,7 +205,7 @@ def test_a_rollback_is_repeated_by_a_run_that_was_killed_after_it(tmp_path):
 
 def test_no_checkpoint_is_written_while_updates_are_skipped(tmp_path):
     train(tmp_path, Numbers(poison=(4, 5)), keep_checkpoints=9)
-    assert format.complete_steps(tmp_path) == [6, 8, 12]  # the one due at 4 came at the first finite update
+    assert reader.complete_steps(tmp_path) == [6, 8, 12]  # the one due at 4 came at the first finite update
 
 
 def test_poison_without_an_end_ends_the_run(tmp_path):
@@ -260,4 +260,4 @@ def test_a_signal_that_comes_among_skipped_updates_saves_nothing_worse_than_what
 
     stopped = train(tmp_path, Numbers(poison=(6, 7)), hooks=[(1, interrupt)])
     assert (stopped.step, stopped.signal) == (4, signal.SIGTERM)
-    assert format.complete_steps(tmp_path) == [4]
+    assert reader.complete_steps(tmp_path) == [4]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dalle_jax import config as configs
 from dalle_jax import model_dir, sharding
-from dalle_jax.checkpoint import format, manager
+from dalle_jax.checkpoint import manager, reader
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, param
@@ -238,7 +238,7 @@ def test_a_run_leaves_everything_behind(straight, folder):
     lines = metrics.read(workdir / "metrics.jsonl")
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
     assert [line["step"] for line in lines if "validation/loss" in line] == [3, 6]
-    assert format.complete_steps(workdir) == [4, 6]
+    assert reader.complete_steps(workdir) == [4, 6]
     assert list(workdir.glob("events.out.tfevents.*"))
     for picture in ("curves.png", "pictures/0000003.png", "pictures/0000006.png"):
         assert np.asarray(Image.open(workdir / picture).convert("L")).std() > 0, picture
@@ -261,7 +261,7 @@ def kill_at(n):
 def test_stopped_anywhere_it_goes_on_bit_for_bit(straight, dvae_values, tmp_path):
     with pytest.raises(Killed):
         run.train(tiny("dvae", dvae_values), tmp_path, progress=False, hooks=[kill_at(3)])
-    assert format.complete_steps(tmp_path) == [2]
+    assert reader.complete_steps(tmp_path) == [2]
 
     def interrupt(step, state):
         if step == 5:
@@ -269,7 +269,7 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit(straight, dvae_values, tmp_path
 
     stopped = run.train(tiny("dvae", dvae_values), tmp_path, progress=False, hooks=[(1, interrupt)])
     assert (stopped.signal, stopped.step) == (signal.SIGTERM, 5)
-    assert format.complete_steps(tmp_path)[-1] == 5
+    assert reader.complete_steps(tmp_path)[-1] == 5
     done = run.train(tiny("dvae", dvae_values), tmp_path, progress=False)
     identical(done.state, straight[1].state)
     saved = [manager.Checkpoints(path, keep=2) for path in (straight[0], tmp_path)]

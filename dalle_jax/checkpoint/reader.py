@@ -1,18 +1,17 @@
-"""Checkpoints of a run as Orbax writes them: the only place that knows the format.
+"""Finding and reading the checkpoints of a run; `manager.py` writes them, both with Orbax.
 
     WORKDIR/checkpoints/STEP/{state,data,sha256.json}   training state and position in the data
 
-A checkpoint is written aside and appears whole or not at all; what a crash left half-written is never read, and what a
-disk has changed since is noticed by its sha256. Arrays are plain nested dicts; which mesh they lie on is said by
-whoever restores them, so a run may go on on another number of devices. The checkpoints of a run may lie elsewhere, on
-gs:// too: the config's `checkpoint_dir` names the place.
+A checkpoint appears whole or not at all: what a crash left half-written is never read, and what a disk has changed
+since is noticed by its sha256. Arrays are plain nested dicts. They lie on the mesh that whoever restores them asks
+for, so a run may go on with another number of devices. The checkpoints may lie outside the workdir, on gs:// too.
 """
 
 import contextlib
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import absl.logging
@@ -22,18 +21,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dalle_jax.checkpoint import digest
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, first_line
 
 CHECKPOINTS = "checkpoints"
 COMMITTED = "_CHECKPOINT_METADATA"  # Orbax dates it at the very end, so the manifest leaves it out
 
 
-def complete_steps(workdir: str | os.PathLike, folder: str = "") -> list[int]:
-    """Steps of the checkpoints that were written to the end, ascending. folder: the config's `checkpoint_dir`."""
+def complete_steps(workdir: str | os.PathLike, folder: str | None = None) -> list[int]:
+    """Steps of a run's complete checkpoints, ascending. folder: the config's `checkpoint_dir`."""
     return steps_in(checkpoint_folder(workdir, folder))
 
 
-def checkpoint_path(workdir: str | os.PathLike, folder: str = "", *, step: int | None = None) -> tuple[int, epath.Path]:
+def checkpoint_path(
+    workdir: str | os.PathLike, folder: str | None = None, *, step: int | None = None
+) -> tuple[int, epath.Path]:
     """Step and folder of a run's newest complete checkpoint, or of the one of `step`.
 
     folder: the config's `checkpoint_dir`.
@@ -47,19 +48,19 @@ def checkpoint_path(workdir: str | os.PathLike, folder: str = "", *, step: int |
         raise UserError(f"expected a trained model in {workdir}, got a run without a checkpoint: train it first")
     if step is not None and step not in steps:
         listed = ", ".join(map(str, steps))
-        raise UserError(f"expected a checkpoint of update {step} in {place}, got those of {listed}: take one of them")
+        raise UserError(f"expected a checkpoint of step {step} in {place}, got those of {listed}: take one of them")
     step = steps[-1] if step is None else step
     return step, place / str(step)
 
 
-def checkpoint_folder(workdir: str | os.PathLike, folder: str) -> epath.Path:
-    """Where the checkpoints of a run lie; absolute, as Orbax wants it."""
+def checkpoint_folder(workdir: str | os.PathLike, folder: str | None = None) -> epath.Path:
+    """Where the checkpoints of a run lie; absolute, as Orbax requires. folder: the config's `checkpoint_dir`."""
     place = epath.Path(folder or epath.Path(workdir) / CHECKPOINTS)
     return place if is_remote(place) else epath.Path(os.path.abspath(place))
 
 
 def is_remote(path: epath.Path) -> bool:
-    """On an object store, where nothing can be renamed at no cost."""
+    """Whether a path is on an object store, where a folder cannot be renamed in one step."""
     return "://" in os.fspath(path)
 
 
@@ -71,7 +72,7 @@ def steps_in(folder: epath.Path) -> list[int]:
 
 
 def is_complete(path: epath.Path) -> bool:
-    """Orbax dates its metadata when all arrays are on disk, whatever it does to make the folder appear."""
+    """Whether a checkpoint is complete: Orbax dates its metadata once all arrays are on disk."""
     try:
         return bool(json.loads((path / COMMITTED).read_text()).get("commit_timestamp_nsecs"))
     except (OSError, ValueError, AttributeError):
@@ -84,15 +85,12 @@ def data_position(path: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: the checkpoint is damaged.
     """
-    try:
-        with _without_warnings(), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return reader.restore(path / "data")
-    except Exception as error:  # Orbax raises many kinds
-        raise _unreadable(path, error) from error
+    with _opened(path, ocp.JsonCheckpointHandler()) as opened:
+        return opened.restore(path / "data")
 
 
 def describe(path: epath.Path) -> dict[str, Any]:
-    """step, bytes, written (ISO, UTC) and damage (None: the files are what was written) of a complete checkpoint."""
+    """What there is to say of a complete checkpoint: step, bytes, written (ISO, UTC), damage (None: undamaged)."""
     when = json.loads((path / COMMITTED).read_text())["commit_timestamp_nsecs"] / 1e9
     return {
         "step": int(path.name),
@@ -103,7 +101,7 @@ def describe(path: epath.Path) -> dict[str, Any]:
 
 
 def state_digests(path: epath.Path) -> dict[str, str]:
-    """sha256 of each part of the training state in a checkpoint, independent of mesh and layout; 'state' is the whole.
+    """The sha256 of each part of the training state in a checkpoint, whatever its mesh; 'state' is that of the whole.
 
     Holds one part at a time in memory; the largest is the optimizer's.
 
@@ -115,46 +113,42 @@ def state_digests(path: epath.Path) -> dict[str, str]:
 
 
 def read(path: epath.Path, key: str) -> Any:
-    """One part of the state in a checkpoint, 'params' or 'ema' for example, as numpy arrays."""
+    """One part of the state in a checkpoint, for example 'params' or 'ema', as numpy arrays.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
     part = _plain(_parts(path)[key])
     restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
     wanted = ocp.args.PyTreeRestore(item={key: part}, restore_args={key: restore}, partial_restore=True)
-    try:
-        with _reading() as reader:
-            return reader.restore(path / "state", args=wanted)[key]
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise _unreadable(path, error) from error
+    with _opened(path, ocp.PyTreeCheckpointHandler()) as opened:
+        return opened.restore(path / "state", args=wanted)[key]
 
 
-def _parts(path: epath.Path) -> dict[str, Any]:
-    """The tree of arrays in a checkpoint, without their values."""
-    try:
-        with _reading() as reader:
-            return dict(reader.metadata(path / "state").item_metadata.tree)
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise _unreadable(path, error) from error
-
-
-@contextlib.contextmanager
-def _reading():
-    with _without_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        yield reader
-
-
-def _unreadable(path: epath.Path, error: Exception) -> UserError:
+def unreadable(path: epath.Path, error: Exception) -> UserError:
+    """The error that says what Orbax said of a checkpoint."""
     return UserError(
-        f"expected a checkpoint in {path}, but it cannot be read ({first_line(error)}): "
-        "delete that folder to use the checkpoint before it"
+        f"expected a checkpoint in {path}, but it cannot be read ({first_line(error)}): delete that folder to use the "
+        "checkpoint before it"
     )
 
 
+def _parts(path: epath.Path) -> Mapping[str, Any]:
+    """The tree of arrays in a checkpoint, without their values."""
+    with _opened(path, ocp.PyTreeCheckpointHandler()) as opened:
+        return opened.metadata(path / "state").item_metadata.tree
+
+
 @contextlib.contextmanager
-def _without_warnings():
-    """Orbax warns that one item of a checkpoint, read alone, lacks the metadata that lies one folder up."""
+def _opened(path: epath.Path, handler: ocp.CheckpointHandler) -> Iterator[ocp.Checkpointer]:
+    """An Orbax reader. It warns that one item read alone lacks the metadata one folder up; we do not repeat that."""
     before = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:
-        yield
+        with ocp.Checkpointer(handler) as opened:
+            yield opened
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise unreadable(path, error) from error
     finally:
         absl.logging.set_verbosity(before)
 
@@ -162,8 +156,3 @@ def _without_warnings():
 def _plain(tree: Any) -> Any:
     """Nested mappings as dicts; leaves as they are."""
     return {key: _plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of a library says, short enough for a sentence."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
