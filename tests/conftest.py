@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # tests compile for longer than they compute
@@ -19,3 +21,11 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items):
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """An exported tiny model with random parameters; copy it to change it."""
+    from tests.support import tiny_model  # imports JAX, which must not come before the flags
+
+    return tiny_model.write(tmp_path_factory.mktemp("model"))

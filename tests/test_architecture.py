@@ -67,7 +67,7 @@ MAY_JIT = {
     "train/objectives/dvae.py",
     "evaluate/features.py",
     "sample/engine.py",
-    "sample/pipeline.py",
+    "sample/autoregressive.py",
     "sample/rerank.py",
 }
 

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 import dalle_jax
-from tests.sample.test_pipeline_api import BrightIsBest, folder  # noqa: F401
 from tests.support import ROOT
+from tests.support.tiny_model import BrightIsBest
 
 DOCS = ROOT / "docs"
 
@@ -26,22 +26,24 @@ def python_of(name: str) -> str:
 
 
 def load_anything(monkeypatch, model, path):
-    """`Pipeline.load(path)` loads a random model that can rank and guide. Waves of four, so that one program draws most
-    of the pictures."""
+    """`Pipeline.load(path)` loads a random model that can rank and guide.
+
+    Its batches are of four, so that one program draws most of the pictures.
+    """
     load = dalle_jax.Pipeline.load
 
     def loaded(asked, **kwargs):
         assert asked == path
         pipe = load(model, devices=jax.devices()[:1], **kwargs)
-        pipe.can_guide, pipe.reranker = True, BrightIsBest()
+        pipe.generator.can_guide, pipe.reranker = True, BrightIsBest()
         monkeypatch.setattr(pipe, "_capacity", {False: (4, "4 at a time"), True: (4, "4 at a time")})
         return pipe
 
     monkeypatch.setattr(dalle_jax.Pipeline, "load", loaded)
 
 
-def test_readme(folder, tmp_path, monkeypatch):  # noqa: F811
-    load_anything(monkeypatch, folder, "demo/transformer")
+def test_readme(model_folder, tmp_path, monkeypatch):
+    load_anything(monkeypatch, model_folder, "demo/transformer")
     monkeypatch.chdir(tmp_path)
     names = {}
     code = python_of("../README.md").replace("top_k=50", "top_k=9")  # of a vocabulary of 12
@@ -51,8 +53,8 @@ def test_readme(folder, tmp_path, monkeypatch):  # noqa: F811
     assert names["pixels"].shape == (*names["pictures"][0].size, 3)
 
 
-def test_sampling(folder, tmp_path, monkeypatch):  # noqa: F811
-    load_anything(monkeypatch, folder, "runs/transformer")
+def test_sampling(model_folder, tmp_path, monkeypatch):
+    load_anything(monkeypatch, model_folder, "runs/transformer")
     monkeypatch.chdir(tmp_path)
     names = {}
     code = python_of("sampling.md").replace("top_k=200", "top_k=9")  # of a vocabulary of 12
@@ -62,7 +64,7 @@ def test_sampling(folder, tmp_path, monkeypatch):  # noqa: F811
     assert names["best"][0].score >= names["best"][1].score and len(names["close"]) == 4
     assert [len(pictures) for pictures in (names["red"], names["star"])] == [4, 4]
     assert len(names["completed"]) == 4 and names["completed"][0].settings["keep_rows"] == 1
-    assert names["codes"].shape == (names["pipe"].model.config.layout.image_len,)
+    assert names["tokens"].shape == (names["pipe"].generator.model.config.layout.image_len,)
     assert names["pixels"].shape == (*names["pictures"][0].size, 3) and names["pixels"].dtype == np.uint8
     megabytes = [round(names[name] / 1e6) for name in ("kept_bytes", "read_bytes", "text_bytes")]
     assert megabytes == [287, 35, 260]

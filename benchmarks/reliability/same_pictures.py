@@ -1,9 +1,9 @@
-"""Are pictures the same for any batch size, split into waves and number of devices, as compiled for use?
+"""Are pictures the same for any batch size, split and number of devices, as compiled for use?
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.reliability.same_pictures DIR
 
 The tests ask it of tiny models, compiled without optimisations. Here a trained float32 model draws 16 pictures of each
-of four captions in one call on one device; then one by one, in waves of 12, and on all devices, of which each has the
+of four captions in one call on one device; then one by one, in batches of 12, and on all devices, of which each has the
 model, or two or four share one. Counts codes and values of pixels that differ.
 
 Writes the table to `benchmarks/results/same_pictures.md`.
@@ -24,27 +24,28 @@ from dalle_jax.sample.request import Request
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "same_pictures.md"
 CAPTIONS = ("a red circle above a blue square", "a small star", "a yellow triangle", "a large blue circle")
-EACH, WAVE = 16, 12
-SETTINGS = ({}, {"guidance": 2.0}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95})
+EACH, BATCH = 16, 12
+SETTINGS = ({}, {"guidance": 2.0}, {"options": {"temperature": 0.9, "top_k": 30, "top_p": 0.95}})
 
 
 class Drawn:
-    """A pipeline that tells the codes of its pictures."""
+    """A pipeline that remembers the image tokens of its pictures."""
 
     def __init__(self, folder: str, **options):
         self.pipe, self._seen = Pipeline.load(folder, **options), []
-        self.pipe.can_guide = True  # whatever that looks like with a model that was not trained for it
-        self._decode, self.pipe.decode = self.pipe.decode, self._note
+        generator = self.pipe.generator
+        generator.can_guide = True  # whatever that looks like with a model that was not trained for it
+        self._decode, generator.decode = generator.decode, self._note
 
-    def _note(self, ids):
-        self._seen.append(np.array(ids))
-        return self._decode(ids)
+    def _note(self, tokens):
+        self._seen.append(np.array(tokens))
+        return self._decode(tokens)
 
-    def __call__(self, requests, *, wave: int | None = None):
-        """Codes [B, I] and pixels [B, H, W, 3], request by request."""
+    def __call__(self, requests, *, batch: int | None = None):
+        """Image tokens [B, I] and pixels [B, H, W, 3], request by request."""
         self._seen.clear()
-        if wave is not None:
-            self.pipe._capacity = dict.fromkeys((False, True), (wave, f"{wave} images a wave"))
+        if batch is not None:
+            self.pipe._capacity = dict.fromkeys((False, True), (batch, f"{batch} images per batch"))
         pictures = [np.asarray(picture) for row in self.pipe.draw(requests) for picture in row]
         self.pipe._capacity = {}
         return np.concatenate(self._seen), np.stack(pictures)
@@ -57,7 +58,7 @@ def main() -> int:
     args = parser.parse_args()
     devices = jax.devices()
     alone = Drawn(args.model, devices=devices[:1])
-    config = alone.pipe.model.config
+    config = alone.pipe.generator.model.config
     shared = [n for n in (1, 2, 4) if len(devices) % n == 0 and config.heads % n == 0]
     many = {n: Drawn(args.model, tensor=n) for n in shared}
     lines = [
@@ -78,7 +79,10 @@ def main() -> int:
         asked = [Request(caption, n=EACH, seed=100 * i, **settings) for i, caption in enumerate(CAPTIONS)]
         each = [Request(r.caption, seed=r.seed + m, **settings) for r in asked for m in range(EACH)]
         codes, pixels = alone(asked)
-        ways = {"one by one": [alone([request]) for request in each], f"in waves of {WAVE}": [alone(asked, wave=WAVE)]}
+        ways = {
+            "one by one": [alone([request]) for request in each],
+            f"in batches of {BATCH}": [alone(asked, batch=BATCH)],
+        }
         for number, drawn in many.items():
             ways[f"on {len(devices)} devices, {number} a model"] = [drawn(asked)]
         for name, parts in ways.items():

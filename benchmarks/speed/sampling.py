@@ -1,7 +1,7 @@
 """Sampling speed: shared text and windows against neither, 8-bit options, large models on an accelerator.
 
-    python -m benchmarks.speed.sampling    # on whatever JAX finds here: processor or accelerator
-    python -m benchmarks.speed.sampling --compile-for gpu:h200:1x1 # needs JAX's CUDA plugin, no GPU
+    python benchmarks/sampling.py                            # on whatever JAX finds here: processor or accelerator
+    python benchmarks/sampling.py --compile-for gpu:h200:1x1 # needs JAX's CUDA plugin, no GPU
 
 On a processor (two threads, the shape of `compare.py`): 64 candidates of one caption, `ours`; the same number of images
 as 64 captions of which each keeps its own text and all image positions, `plain`; all of a step but attention and its
@@ -23,11 +23,12 @@ import time
 import unittest.mock
 from pathlib import Path
 
-from benchmarks.peers.peer_dalle_pytorch import SHAPE, THREADS
-from benchmarks.peers.peers import machine
+from peer_dalle_pytorch import SHAPE, THREADS
+from peers import machine
+
 from dalle_jax.cli import host_memory  # does not import JAX
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parent / "results"
 CANDIDATES, LEAST = 64, 3.0
 BARRED = ("ours", "plain", "rest")  # the second over the first has to reach LEAST, the second over the third can
 COUNTS = (1, 64, 512)  # candidates of one caption, on an accelerator
@@ -81,7 +82,7 @@ def on_processor(args) -> dict:
         )
         attend = (lambda q, k, v, text, cache, *_, **__: (v, cache)) if name == "rest" else blockwise.attend_cached
         with unittest.mock.patch.object(blockwise, "attend_cached", attend):
-            engine.ids(engine.advance(engine.begin(text_CT, image_keys(np.zeros(shape))), 0, 1))  # compiles
+            engine.tokens(engine.advance(engine.begin(text_CT, image_keys(np.zeros(shape))), 0, 1))  # compiles
     for index in range(args.rounds):
         for name in BARRED if index else WORKS:
             run = runs[name]
@@ -129,13 +130,13 @@ def logits(engine, text_CT):
 
 
 def on_accelerator(args) -> None:
-    """Images per second of each model and number of candidates, in waves that fit, on one device."""
+    """Images per second of each model and number of candidates, in batches that fit, on one device."""
     import jax
     import numpy as np
 
     from benchmarks.speed import sampling_bounds as bounds
     from dalle_jax.mesh import make_mesh
-    from dalle_jax.sample import waves
+    from dalle_jax.sample import batches
     from dalle_jax.sample.engine import Engine, image_keys
 
     device = jax.devices()[0]
@@ -145,17 +146,17 @@ def on_accelerator(args) -> None:
         layout, grid = model.config.layout, model.config.grid
         engine = Engine(model, bounds.random_params(model, jax.random.key(0)), mesh=mesh, **args.options)
         text_CT = layout.text_slots(np.random.default_rng(0).integers(layout.text_vocab, size=64))[None]
-        capacity, told = waves.capacity(engine, guided=False)
+        capacity, told = engine.capacity(guided=False)
         for count in args.candidates:
-            plans = waves.plan([count], capacity=capacity)
-            keys_CM = image_keys(np.arange(plans[0].captions * plans[0].candidates).reshape(plans[0].captions, -1))
-            text = np.repeat(text_CT, plans[0].captions, axis=0)
-            engine.ids(engine.advance(engine.begin(text, keys_CM), 0, 1))  # compiles
+            plans = batches.plan({0: count}, capacity=capacity)
+            keys_CM = image_keys(np.arange(plans[0].prompts * plans[0].candidates).reshape(plans[0].prompts, -1))
+            text = np.repeat(text_CT, plans[0].prompts, axis=0)
+            engine.tokens(engine.advance(engine.begin(text, keys_CM), 0, 1))  # compiles
             seconds = []
             while len(seconds) < args.rounds and sum(seconds) < args.enough:
                 began = time.perf_counter()
                 for _ in plans:
-                    engine.ids(engine.advance(engine.begin(text, keys_CM), 0, grid))
+                    engine.tokens(engine.advance(engine.begin(text, keys_CM), 0, grid))
                 seconds.append(time.perf_counter() - began)
             rows.append(
                 {
@@ -172,23 +173,23 @@ def on_accelerator(args) -> None:
 
 
 def predicted(engine, name: str, count: int, plans, chip) -> dict:
-    """The roofline of `count` candidates in these waves."""
+    """The roofline of `count` candidates in these batches."""
     from benchmarks.speed import sampling_bounds as bounds
 
-    step = bounds.step(engine, plans[0].captions, plans[0].candidates)
+    step = bounds.step(engine, plans[0].prompts, plans[0].candidates)
     seconds = engine.config.layout.image_len * step.seconds(chip) * len(plans)
     return {
         "model": name,
         "candidates": count,
         "waves": len(plans),
-        "wave": plans[0].captions * plans[0].candidates,
+        "wave": plans[0].prompts * plans[0].candidates,
         "step": {"weights": step.weights, "text": step.text, "windows": step.windows, "operations": step.operations},
         "bound_images_per_second": count / seconds,
     }
 
 
 def compile_for(args) -> None:
-    """Bytes that the compiler of a chip wants for the same waves, and the roofline there."""
+    """Bytes that the compiler of a chip wants for the same batches, and the roofline there."""
     from dalle_jax.preflight import topology as topologies
 
     pod = topologies.parse(args.compile_for)
@@ -196,17 +197,17 @@ def compile_for(args) -> None:
 
     from benchmarks.speed import sampling_bounds as bounds
     from dalle_jax.mesh import make_mesh
-    from dalle_jax.sample import waves
+    from dalle_jax.sample import batches
     from dalle_jax.sample.engine import Engine
 
     mesh, rows = make_mesh({}, devices=topologies.devices(pod)[:1]), []
     for name in args.models:
         engine = Engine(bounds.model(name), None, mesh=mesh, **args.options)
         free = pod.usable_bytes - engine.weight_bytes()
-        capacity, told = waves.capacity(engine, guided=False, free=free)
+        capacity, told = engine.capacity(guided=False, free=free)
         for count in args.candidates:
-            plans = waves.plan([count], capacity=capacity)
-            shape = plans[0].captions, plans[0].candidates
+            plans = batches.plan({0: count}, capacity=capacity)
+            shape = plans[0].prompts, plans[0].candidates
             programs = {}
             for program, compiled in engine.compile(*shape).items():
                 memory = compiled.memory_analysis()
@@ -221,7 +222,7 @@ def compile_for(args) -> None:
                     **predicted(engine, name, count, plans, pod.chip),
                     "programs": programs,
                     "weight_bytes": engine.weight_bytes(),
-                    "counted_bytes": engine.weight_bytes() + engine.wave_bytes(*shape, guided=False),
+                    "counted_bytes": engine.weight_bytes() + engine.batch_bytes(*shape, guided=False),
                     "total_bytes": total,
                     "fits": total <= pod.usable_bytes,
                     "wave_told": told,
@@ -233,12 +234,12 @@ def compile_for(args) -> None:
 def keep(args, part: str, measured: dict, rows: list[dict]) -> None:
     """Write this part and the table. Its rows of other models and numbers of candidates, from earlier calls on the
     same chip, stay: a call that was cut off is gone on with by `--models`."""
-    from benchmarks.speed.sampling_report import table
+    from sampling_report import table
 
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "sampling.json"
     parts = json.loads(path.read_text()) if path.exists() else {}
-    command = " ".join(["python -m benchmarks.speed.sampling", *sys.argv[1:]])
+    command = " ".join(["python benchmarks/sampling.py", *sys.argv[1:]])
     before = parts.get(part, {})
     if all(before.get(name) == value for name, value in measured.items()):
         of = lambda row: (row["model"], row["candidates"])  # noqa: E731

@@ -87,7 +87,7 @@ def _accelerator(part: dict) -> list[str]:
         f"{part['device']}, figures of {part['chip']}; random weights. The bound is the roofline of "
         "`sampling_bounds.py`; the peak is of the process so far. Aims are for one H200 in bfloat16.",
         "",
-        "| model | candidates | waves x images | images/s | seconds | bound images/s | share | peak GB | aim |",
+        "| model | candidates | batches x images | images/s | seconds | bound images/s | share | peak GB | aim |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in part["rows"]:
@@ -112,13 +112,13 @@ def _aim(row: dict) -> str:
 def _compiled(part: dict) -> list[str]:
     lines = [f"## Compiled for {part['topology']}, not run", "", *_about(part)]
     lines += [
-        f"Bytes that the compiler asks for, of {part['usable_bytes'] / 1e9:.1f} GB that a program may take; the wave "
-        "is what `sample/waves.py` chooses for the memory that the weights leave. `counted` is what the engine counts "
-        "before it compiles. The bound is the roofline of `sampling_bounds.py`: a prediction that nothing can exceed, "
-        "not a measurement.",
+        f"Bytes that the compiler asks for, of {part['usable_bytes'] / 1e9:.1f} GB that a program may take; the batch "
+        "is what `sample/batches.py` chooses for the memory that the weights leave. `counted` is what the engine "
+        "counts before it compiles. The bound is the roofline of `sampling_bounds.py`: a prediction that nothing can "
+        "exceed, not a measurement.",
         "",
-        "| model | candidates | waves x images | weights GB | arguments GB | temporaries GB | in all GB | counted GB | "
-        "fits | bound images/s | bound seconds |",
+        "| model | candidates | batches x images | weights GB | arguments GB | temporaries GB | in all GB | counted GB "
+        "| fits | bound images/s | bound seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in part["rows"]:

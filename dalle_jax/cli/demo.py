@@ -140,7 +140,10 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
         "bits_per_image_token": metrics.read(workdir / "transformer" / "metrics.jsonl")[-1].get(
             "validation/bits_per_image_token"
         ),
-        "parameters": {"dvae": pipe.dvae.num_params, "transformer": pipe.model.num_params},
+        "parameters": {
+            "dvae": pipe.generator.image_tokenizer.num_params,
+            "transformer": pipe.generator.model.num_params,
+        },
         "checkpoint": pipe.digest,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
@@ -293,14 +296,14 @@ def judge_dvae(pipe: Pipeline, num_pictures: int) -> dict[str, float]:
     for key, name in (("seen_accuracy", "one_seen"), ("unseen_accuracy", "one_unseen"), ("two", TUNED_ON[-1])):
         pictures = scenes.true_pictures(name, "report", num_pictures, image_size=pipe.image_size)
         told = [scene for _, scene in scenes.captions(name, "report", num_pictures)]
-        codes = [pipe.encode(picture) for picture in pictures]
-        used.update(*(map(int, ids) for ids in codes))
-        result[key] = accuracy([pipe.decode(ids) for ids in codes], told)
+        image_tokens = [pipe.generator.encode(picture) for picture in pictures]
+        used.update(*(map(int, tokens) for tokens in image_tokens))
+        result[key] = accuracy([pipe.generator.decode(tokens) for tokens in image_tokens], told)
     return {
         "seen_accuracy": result["seen_accuracy"],
         "unseen_accuracy": result["unseen_accuracy"],
         "two_object_unseen_accuracy": result["two"],
-        "codes_used_share": len(used) / pipe.model.config.image_vocab,
+        "codes_used_share": len(used) / pipe.generator.model.config.image_vocab,
     }
 
 

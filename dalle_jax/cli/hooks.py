@@ -15,6 +15,7 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.pictures.sheet import contact_sheet
+from dalle_jax.sample.autoregressive import Autoregressive
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.text import load_tokenizer
@@ -104,13 +105,14 @@ class _Sampler:
         if jax.process_index() != 0:
             return None, [], []
         if not self._captions:
-            dvae = model_dir.load(self._workdir / "dvae", name="dvae")
-            self._dvae = dvae.model, dvae.params
+            self._image_tokenizer = model_dir.load(self._workdir / "dvae", name="dvae")
             self._tokenizer = load_tokenizer(self._workdir)
             # Of the workdir: there a text vocabulary of 0 has become the tokenizer's size.
-            self._model = build("transformer", model_dir.read_config(self._workdir)["model"])
+            self._config = model_dir.read_config(self._workdir)
             self._captions = _first_captions(self._spec, self._count)
-        pipe = Pipeline(self._model, ema, *self._dvae, self._tokenizer, digest=f"step {step}")
+        transformer = model_dir.ModelDir(self._config, build("transformer", self._config["model"]), ema)
+        generator = Autoregressive(transformer, self._image_tokenizer, self._tokenizer, digest=f"step {step}")
+        pipe = Pipeline(generator)
         rows = pipe(self._captions, seed=list(range(len(self._captions))))
         return pipe, self._captions, [np.asarray(row[0]) for row in rows]
 

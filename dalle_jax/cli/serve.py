@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     def on_ready(error: Exception | None) -> None:
         if error is None:
             with contextlib.suppress(OSError):  # nobody reads it
-                print(f"dalle-jax serves {name} on {address}", *batcher.told(), sep="\n", flush=True)
+                print(f"dalle-jax serves {name} on {address}", *batcher.summary(), sep="\n", flush=True)
         else:
             trouble.append(error)
             server.should_exit = True

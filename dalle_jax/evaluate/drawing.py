@@ -84,10 +84,8 @@ def _missing(shard: GrowingShard, indices: range) -> list[int]:
 
 
 def _together(pipe: Pipeline, draw: Draw) -> int:
-    """Captions of one call: as many as fill a wave, so that little is lost if the process is killed."""
-    capacity, _ = pipe.wave(guided=draw.guidance != 1)
-    width = pipe.wave_key(_request("", draw, draw.seed))[0]
-    return max(1, capacity // width)
+    """Captions of one call: as many as fill a batch, so that little is lost if the process is killed."""
+    return pipe.captions_per_batch(_request("", draw, draw.seed))
 
 
 def _request(caption: str, draw: Draw, seed: int) -> Request:
@@ -95,8 +93,10 @@ def _request(caption: str, draw: Draw, seed: int) -> Request:
         caption,
         best_of=draw.best_of or None,
         seed=seed,
-        temperature=draw.temperature,
-        top_k=draw.top_k or None,
-        top_p=None if draw.top_p == 1 else draw.top_p,
         guidance=draw.guidance,
+        options={
+            "temperature": draw.temperature,
+            "top_k": draw.top_k or None,
+            "top_p": None if draw.top_p == 1 else draw.top_p,
+        },
     )

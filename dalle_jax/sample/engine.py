@@ -1,16 +1,15 @@
-"""The sampling engine: text ids in, image ids out, row by row, from a key-value cache on the devices.
+"""The sampling engine: text tokens in, image tokens out, row by row, from a key-value cache on the devices.
 
-Speaks ids only: no captions, no pictures, no files. A wave is a set of images that are drawn together: C captions with
-M candidates each. `begin` reads the text once per caption, `advance` draws some rows in one compiled loop. An image
-depends on its own key, caption and settings and not on its neighbours: position p is drawn with the noise of
-fold_in(key, p). With guidance every image has a twin that reads the empty caption; the two share their codes.
+Knows tokens only: no captions, no images, no files. A batch is what is drawn together: P captions with M candidates
+each, so B = P x M images, those of a caption side by side. `begin` reads the text once per caption, `advance` draws
+some rows in one compiled loop. An image depends on its key, caption and settings and not on its neighbors: position p
+is drawn with the noise of fold_in(key, p). With guidance every image has a twin that reads the empty caption; the two
+share their image tokens.
 
 Images are cut over the mesh's devices, heads and hidden units along `tensor`.
-
-Dimensions: C captions, M candidates of each, B = C x M images (a caption's side by side), T text slots, I image
-positions, G grid side, V image vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -25,9 +24,30 @@ from dalle_jax.errors import UserError
 from dalle_jax.mesh import local_mesh
 from dalle_jax.models import Model, Params, decoding
 from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.sample import batches
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
 
-Wave = dict[str, Any]  # on the devices; given up (donated) to `advance`
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled program is specialized for.
+
+    guided: every image has a twin. filtered: some image has a top_k or top_p.
+    """
+
+    config: TransformerConfig
+    mesh: Mesh
+    guided: bool
+    filtered: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Images while they are drawn. arrays: on the devices, donated to `advance`. shape: (P, M)."""
+
+    program: Program
+    arrays: dict[str, Any]
+    shape: tuple[int, int]
 
 
 def image_keys(seeds):
@@ -71,38 +91,38 @@ class Engine:
         self._weights = layers, jax.device_put(ends, _places(ends, decoding.END_AXES, self.mesh))
 
     @property
-    def ways(self) -> int:
-        """The number of images in a wave must be a multiple of this."""
+    def batch_multiple(self) -> int:
+        """The number of images in a batch must be a multiple of this."""
         return sharding.batch_ways(self.mesh)
 
     def begin(
         self,
-        text_CT,
-        keys_CM,
+        text_PT,
+        keys_PM,
         *,
         temperature: Sequence[float] | float = 1.0,
         top_k: Sequence[int | None] | int | None = None,
         top_p: Sequence[float | None] | float | None = None,
         guidance: Sequence[float] | float = 1.0,
-        given_CI=None,
+        given_PI=None,
         given_rows: Sequence[int] | int = 0,
-    ) -> Wave:
-        """A wave of which nothing is drawn yet, with the text read.
+    ) -> Batch:
+        """A batch of which nothing is drawn yet, with the text read.
 
-        text_CT: int32 text slots. keys_CM: jax.random keys, one an image. temperature, top_k, top_p, guidance: one,
-        or one a caption. given_CI: int32 codes whose first `given_rows` rows (one number, or one a caption) are kept
-        as they are: the top of a picture to complete.
+        text_PT: int32 text tokens. keys_PM: jax.random keys, one per image. temperature, top_k, top_p, guidance: one,
+        or one per caption. given_PI: int32 image tokens whose first `given_rows` rows (one number, or one per caption)
+        are kept as they are: the top of an image to complete.
 
         Raises:
-          ValueError: the number of images is no multiple of `ways`.
+          ValueError: the number of images is no multiple of `batch_multiple`.
         """
-        captions, candidates = keys_CM.shape
-        if (captions * candidates) % self.ways:
-            raise ValueError(f"expected a multiple of {self.ways} images, got {captions} x {candidates}")
+        prompts, candidates = keys_PM.shape
+        if (prompts * candidates) % self.batch_multiple:
+            raise ValueError(f"expected a multiple of {self.batch_multiple} images, got {prompts} x {candidates}")
         layout = self.config.layout
 
         def each(value, default, dtype):
-            values = [value] * captions if value is None or np.ndim(value) == 0 else value
+            values = [value] * prompts if value is None or np.ndim(value) == 0 else value
             return np.repeat(np.asarray([default if v is None else v for v in values], dtype), candidates)
 
         guidance_B = each(guidance, 1.0, np.float32)
@@ -116,62 +136,73 @@ class Engine:
         filtered = bool((settings["top_k"] < layout.image_vocab).any() or (settings["top_p"] < 1).any())
         guided = bool((guidance_B != 1).any())
         if guided:
-            text_CT = np.concatenate([text_CT, np.tile(layout.text_slots([]), (captions, 1))])
-        given_CI = np.zeros((captions, layout.image_len), np.int32) if given_CI is None else np.asarray(given_CI)
-        keys_B, ids_IB = keys_CM.reshape(-1), np.repeat(given_CI, candidates, axis=0).T
-        how = (self.config, self.mesh, guided)
-        arrays = _begin(how, self._weights, jnp.asarray(text_CT), keys_B, jnp.asarray(ids_IB), settings)
-        return {"arrays": arrays, "flags": (filtered, guided), "shape": (captions, candidates)}
+            text_PT = np.concatenate([text_PT, np.tile(layout.text_slots([]), (prompts, 1))])
+        given_PI = np.zeros((prompts, layout.image_len), np.int32) if given_PI is None else np.asarray(given_PI)
+        keys_B, tokens_IB = keys_PM.reshape(-1), np.repeat(given_PI, candidates, axis=0).T
+        program = Program(self.config, self.mesh, guided=guided, filtered=filtered)
+        arrays = _begin(
+            _of_begin(program), self._weights, jnp.asarray(text_PT), keys_B, jnp.asarray(tokens_IB), settings
+        )
+        return Batch(program, arrays, (prompts, candidates))
 
-    def advance(self, wave: Wave, first_row: int, last_row: int) -> Wave:
-        """The wave with rows first_row .. last_row - 1 drawn; rows come in order, each once."""
-        how = (self.config, self.mesh, *wave["flags"])
-        arrays = _advance(how, self._weights, wave["arrays"], np.int32(first_row), np.int32(last_row))
-        return wave | {"arrays": arrays}
+    def advance(self, batch: Batch, first_row: int, last_row: int) -> Batch:
+        """The batch with rows first_row .. last_row - 1 drawn; rows come in order, each once."""
+        arrays = _advance(batch.program, self._weights, batch.arrays, np.int32(first_row), np.int32(last_row))
+        return dataclasses.replace(batch, arrays=arrays)
 
-    def ids(self, wave: Wave) -> np.ndarray:
-        """int32 [C, M, I]: the codes of all images; those of rows that are not drawn yet are as given, or zero."""
-        return np.asarray(wave["arrays"]["ids"]).T.reshape(*wave["shape"], -1)
+    def tokens(self, batch: Batch) -> np.ndarray:
+        """int32 [P, M, I]: the image tokens; in rows that are not drawn yet as they were given, or zero."""
+        return np.asarray(batch.arrays["tokens"]).T.reshape(*batch.shape, -1)
 
-    def generate(self, text_CT, keys_CM, **settings) -> np.ndarray:
-        """All rows of a wave at once: `begin`, `advance`, `ids`."""
-        return self.ids(self.advance(self.begin(text_CT, keys_CM, **settings), 0, self.config.grid))
+    def generate(self, text_PT, keys_PM, **settings) -> np.ndarray:
+        """All rows of a batch at once: `begin`, `advance`, `tokens`."""
+        return self.tokens(self.advance(self.begin(text_PT, keys_PM, **settings), 0, self.config.grid))
 
     def compile(
-        self, captions: int, candidates: int, *, guided: bool = False, filtered: bool = False
+        self, prompts: int, candidates: int, *, guided: bool = False, filtered: bool = False
     ) -> dict[str, jax.stages.Compiled]:
-        """The programs of `begin` and `advance` for waves of this shape, compiled for the mesh and not run."""
-        config, images, everywhere = self.config, captions * candidates, sharding.replicated(self.mesh)
-        of = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)  # noqa: E731
+        """The programs of `begin` and `advance` for batches of this shape, compiled for the mesh and not run."""
+        config, images, everywhere = self.config, prompts * candidates, sharding.replicated(self.mesh)
+
+        def of(*shape, dtype=jnp.int32):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
         settings = dict.fromkeys(("temperature", "top_p", "guidance"), of(images, dtype=jnp.float32))
         settings |= dict.fromkeys(("top_k", "given"), of(images))
-        text_CT = of(captions * (2 if guided else 1), config.text_len)
-        keys_B, ids_IB = of(images, dtype=jax.random.key(0).dtype), of(config.layout.image_len, images)
-        how = (config, self.mesh, guided)
-        begin = _begin.lower(how, self._weights, text_CT, keys_B, ids_IB, settings)
+        text_PT = of(prompts * (2 if guided else 1), config.text_len)
+        keys_B, tokens_IB = of(images, dtype=jax.random.key(0).dtype), of(config.layout.image_len, images)
+        program = Program(config, self.mesh, guided=guided, filtered=filtered)
+        begin = _begin.lower(_of_begin(program), self._weights, text_PT, keys_B, tokens_IB, settings)
         begun = begin.compile()
         arrays = _abstract(begin.out_info, begun.output_shardings)
-        how = (config, self.mesh, filtered, guided)
-        return {"begin": begun, "advance": _advance.lower(how, self._weights, arrays, of(), of()).compile()}
+        return {"begin": begun, "advance": _advance.lower(program, self._weights, arrays, of(), of()).compile()}
 
     def weight_bytes(self) -> int:
-        """Of all weights, once, on however many devices they lie."""
+        """Bytes of all weights, counted once, on however many devices they lie."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._weights))
 
-    def wave_bytes(self, captions: int, candidates: int, *, guided: bool) -> int:
-        """Bytes that a wave of this shape holds or makes at a time on all devices together: text and image stores,
-        noise of a row, logits. Weights are not in it."""
+    def batch_bytes(self, prompts: int, candidates: int, *, guided: bool) -> int:
+        """Bytes that a batch of this shape holds or makes at a time on all devices together: text and image stores,
+        noise of a row, logits. Weights are not counted."""
         config, streams = self.config, 2 if guided else 1
-        images = captions * candidates
+        images = prompts * candidates
         text = jax.eval_shape(
             lambda w, t: decoding.prefill(config, *w, t),
             self._weights,
-            jax.ShapeDtypeStruct((captions * streams, config.text_len), jnp.int32),
+            jax.ShapeDtypeStruct((prompts * streams, config.text_len), jnp.int32),
         )
         stores = jax.eval_shape(lambda: decoding.empty_cache(config, images * streams))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((text, stores)))
-        repeated = self.mesh.size // self.ways  # of what is not cut along heads
+        repeated = self.mesh.size // self.batch_multiple  # of what is not cut along heads
         return held + repeated * 4 * images * config.image_vocab * (config.grid + 4 * streams)
+
+    def capacity(self, *, guided: bool, free: int | None = None) -> batches.Capacity:
+        """The maximum number of images in a batch, and why. free: bytes of one device; default: what is free now."""
+        first = self.batch_bytes(1, 1, guided=guided)
+        image = self.batch_bytes(1, 2, guided=guided) - first
+        return batches.capacity(
+            image_bytes=image, prompt_bytes=first - image, mesh=self.mesh, multiple=self.batch_multiple, free=free
+        )
 
 
 _END_PARAMS = (
@@ -222,15 +253,20 @@ def _places(weights, axes, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(place, weights)
 
 
+def _of_begin(program: Program) -> Program:
+    """The part of a program that `_begin` depends on, so that it is not compiled twice."""
+    return dataclasses.replace(program, filtered=False)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(how, weights, text_CT, keys_B, ids_IB, settings):
-    config, mesh, guided = how
-    with sharding.use(mesh):
-        images = keys_B.size * (2 if guided else 1)
+def _begin(program: Program, weights, text_PT, keys_B, tokens_IB, settings):
+    config = program.config
+    with sharding.use(program.mesh):
+        images = keys_B.size * (2 if program.guided else 1)
         return {
-            "stores": decoding.prefill(config, *weights, text_CT),
+            "stores": decoding.prefill(config, *weights, text_PT),
             "cache": decoding.empty_cache(config, images),
-            "ids": ids_IB,
+            "tokens": tokens_IB,
             "previous": jnp.full(keys_B.shape, config.layout.start_of_image, jnp.int32),
             "keys": keys_B,
             "settings": settings,
@@ -238,8 +274,8 @@ def _begin(how, weights, text_CT, keys_B, ids_IB, settings):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(how, weights, arrays, first_row, last_row):
-    config, mesh, filtered, guided = how
+def _advance(program: Program, weights, arrays, first_row, last_row):
+    config, guided = program.config, program.guided
     settings, keys_B, vocab = arrays["settings"], arrays["keys"], config.image_vocab
 
     def choose(logits_VB, noise_BV):
@@ -247,7 +283,7 @@ def _advance(how, weights, arrays, first_row, last_row):
         if guided:
             conditional, unconditional = jnp.split(logits_BV, 2)
             logits_BV = guide(conditional, unconditional, settings["guidance"][:, None])
-        limits = {"top_k": settings["top_k"], "top_p": settings["top_p"]} if filtered else {}
+        limits = {"top_k": settings["top_k"], "top_p": settings["top_p"]} if program.filtered else {}
         return draw(filter_logits(logits_BV, temperature=settings["temperature"], **limits), noise_BV)
 
     def one_row(row, arrays):
@@ -255,7 +291,7 @@ def _advance(how, weights, arrays, first_row, last_row):
         # A row's noise at once: a few positions' worth is too little work for a program of its own.
         noise_GBV = jax.vmap(lambda p: jax.vmap(lambda key: noise(key, p, vocab))(keys_B))(position_G)
         noise_GBV = sharding.constrain(noise_GBV, (None, "batch", None))
-        given_GB = jax.lax.dynamic_slice_in_dim(arrays["ids"], row * config.grid, config.grid)
+        given_GB = jax.lax.dynamic_slice_in_dim(arrays["tokens"], row * config.grid, config.grid)
 
         def one_position(carry, inputs):
             previous_B, cache = carry
@@ -267,8 +303,8 @@ def _advance(how, weights, arrays, first_row, last_row):
 
         carry = arrays["previous"], arrays["cache"]
         (previous_B, cache), row_GB = jax.lax.scan(one_position, carry, (position_G, noise_GBV, given_GB))
-        ids_IB = jax.lax.dynamic_update_slice_in_dim(arrays["ids"], row_GB, row * config.grid, axis=0)
-        return arrays | {"ids": ids_IB, "previous": previous_B, "cache": cache}
+        tokens_IB = jax.lax.dynamic_update_slice_in_dim(arrays["tokens"], row_GB, row * config.grid, axis=0)
+        return arrays | {"tokens": tokens_IB, "previous": previous_B, "cache": cache}
 
-    with sharding.use(mesh):
+    with sharding.use(program.mesh):
         return jax.lax.fori_loop(first_row, last_row, one_row, arrays)

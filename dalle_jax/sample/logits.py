@@ -1,4 +1,4 @@
-"""From logits to one sampled id: guidance, temperature, top-k, top-p, and the draw.
+"""From logits to one sampled image token: guidance, temperature, top-k, top-p, and the draw.
 
 Pure functions of arrays whose last axis is the vocabulary V; any leading shape. The order is the usual one: guidance,
 temperature, top-k, then top-p over what top-k left, then one draw by the Gumbel-max rule.
@@ -18,9 +18,10 @@ def guide(conditional, unconditional, guidance):
 def filter_logits(logits, *, temperature, top_k=None, top_p=None):
     """float32 logits [..., V] with everything outside top-k and top-p at -inf.
 
-    temperature: positive, one or one a row [...]. top_k: keep the k largest, of equal ones those of the smallest ids.
-    top_p: keep the smallest set of most likely ids whose probability reaches p. Each is None, or one, or one a row, and
-    may be traced; top_k of V or more and top_p of 1 or more change nothing. The most likely id always stays.
+    temperature: positive, one or one per row [...]. top_k: keep the k largest, of equal ones those of the smallest
+    tokens. top_p: keep the smallest set of most likely tokens whose probability reaches p. Each is None, or one, or
+    one per row, and may be traced; top_k of V or more and top_p of 1 or more change nothing. The most likely token
+    always stays.
     """
     logits = logits.astype(jnp.float32) / jnp.expand_dims(jnp.asarray(temperature, jnp.float32), -1)
     if top_k is None and top_p is None:
@@ -30,7 +31,10 @@ def filter_logits(logits, *, temperature, top_k=None, top_p=None):
     rank = jnp.argsort(order, axis=-1)
     keep = rank == 0
     place = jnp.arange(logits.shape[-1])
-    each = lambda value: jnp.expand_dims(jnp.asarray(value), -1)  # noqa: E731
+
+    def each(value):
+        return jnp.expand_dims(jnp.asarray(value), -1)
+
     within_k = place < each(logits.shape[-1] if top_k is None else top_k)
     if top_p is None:
         return jnp.where(keep | (rank < each(top_k)), logits, REMOVED)
@@ -42,10 +46,10 @@ def filter_logits(logits, *, temperature, top_k=None, top_p=None):
 
 
 def noise(key, position, vocab: int):
-    """Standard Gumbel noise [V] of an image's own key at one position: what makes a draw its own."""
+    """Standard Gumbel noise [V] for one position of an image, from the image's key."""
     return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
 
 
 def draw(logits, noise):
-    """int32 ids [...] from softmax(logits [..., V]) by the Gumbel-max rule. Ids at -inf are never drawn."""
+    """int32 tokens [...] from softmax(logits [..., V]) by the Gumbel-max rule. Those at -inf are never drawn."""
     return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)

@@ -1,15 +1,13 @@
-"""The Python API: captions in, pictures out.
+"""The Python API: captions in, images out.
 
     pipe = dalle_jax.Pipeline.load("runs/transformer")
     pictures = pipe("a red circle above a blue square", n=4, best_of=64, seed=0)
 
-Ties a trained transformer, its tokenizer, its frozen dVAE and, where there is one, a CLIP together. What may be asked
-for is `request.py`, which images are drawn together `waves.py`, the sampling itself `engine.py`; this file turns words
-into ids before it and ids into pixels after it.
+Cuts requests into batches, ranks candidates, reports progress and stops what nobody wants any more. What makes images
+from captions is a `Generator`; nothing here knows its model.
 """
 
 import functools
-import hashlib
 import pathlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
@@ -17,72 +15,26 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dalle_jax import model_dir, sharding
-from dalle_jax.data.decode import BadImage, to_pixels
-from dalle_jax.data.transforms import center_crop
 from dalle_jax.errors import UserError
-from dalle_jax.mesh import make_mesh
-from dalle_jax.models import Model, Params
-from dalle_jax.models.dvae import DVAEConfig, decode_images, encode_images
-from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.pictures.picture import Picture
-from dalle_jax.sample import waves
-from dalle_jax.sample.engine import Engine, image_keys
-from dalle_jax.sample.request import MAX_CANDIDATES, Preview, Request, check
+from dalle_jax.sample import batches
+from dalle_jax.sample.autoregressive import Autoregressive, Placement
+from dalle_jax.sample.candidates import Candidates
+from dalle_jax.sample.generator import Generator
+from dalle_jax.sample.request import MAX_SEEDS, Preview, Request, RequestError, check
 from dalle_jax.sample.rerank import Reranker
-from dalle_jax.sample.results import Kept
-from dalle_jax.text import Tokenizer, load_tokenizer
 
-CLIP = "clip"  # folder of the CLIP beside the transformer
-DECODED = 16  # pictures decoded at a time on a device, so that many candidates are never in memory at full size
-BLANK = 255  # of the rows of a preview that are not drawn yet
+CLIP = "clip"  # folder of the CLIP beside the model
 
-OnRows = Callable[[Preview], bool | None]
-
-# Compiled once a model, however many pipelines are made of it.
-_encode = jax.jit(encode_images, static_argnums=0)
-_decode = jax.jit(decode_images, static_argnums=0)
+OnProgress = Callable[[Preview], bool | None]
 
 
 class Pipeline:
     """A trained DALL-E. Make one with `Pipeline.load`; call it with captions."""
 
-    def __init__(
-        self,
-        transformer: Model,
-        params: Params,
-        dvae: Model,
-        dvae_params: Params,
-        tokenizer: Tokenizer,
-        *,
-        digest: str,
-        reranker: Reranker | None = None,
-        can_guide: bool = False,
-        devices: Sequence[jax.Device] | None = None,
-        tensor: int = 1,
-        weights: str = "model",
-    ):
-        """can_guide: the transformer saw pictures without their captions in training. The rest is as in `load`.
-
-        Raises:
-          UserError: devices, tensor or weights out of range.
-        """
-        devices = jax.local_devices() if devices is None else list(devices)
-        if not devices or not all(isinstance(device, jax.Device) for device in devices):
-            raise UserError(f"devices must be at least one of jax.local_devices(), or None for all, got {devices}")
-        heads = transformer.config.heads
-        if not isinstance(tensor, int) or tensor < 1 or len(devices) % tensor or heads % tensor:
-            raise UserError(
-                f"tensor must divide the {len(devices)} device(s) and the model's {heads} heads, got {tensor}"
-            )
-        mesh = make_mesh({"replica": -1, "tensor": tensor}, devices=devices)
-        self.model, self.dvae, self.tokenizer, self.digest = transformer, dvae, tokenizer, digest
-        self.reranker, self.can_guide = reranker, can_guide
-        self._kinds = {"weights": weights}
-        self._engine = Engine(transformer, params, mesh=mesh, **self._kinds)
-        self._dvae_params = jax.device_put(dvae_params, sharding.replicated(mesh))
-        self._images_place = sharding.batch_sharding(mesh)
-        self._capacity: dict[bool, tuple[int, str]] = {}
+    def __init__(self, generator: Generator, reranker: Reranker | None = None):
+        self.generator, self.reranker = generator, reranker
+        self._capacity: dict[bool, batches.Capacity] = {}
 
     @classmethod
     def load(
@@ -94,65 +46,33 @@ class Pipeline:
         tensor: int = 1,
         weights: str = "model",
     ) -> "Pipeline":
-        """The model of a transformer's workdir: newest complete checkpoint, tokenizer, dVAE and CLIP.
+        """The model of a transformer's workdir: newest complete checkpoint, tokenizer, image tokenizer and CLIP.
 
         clip: workdir of the CLIP that ranks candidates; default: `clip` in the folder, if it is there.
-        devices: that draw, all of this process by default; each takes a part of the candidates.
-        tensor: devices that share one copy of a model that is too large for one; by default each has its own.
-        weights: 'model' for the model's own precision; 'int8' takes half the memory of bfloat16 and changes the
-        pictures a little.
+        devices: all of this process by default; each draws a part of the candidates.
+        tensor: devices that share one copy of a model that is too large for one; by default each has a copy.
+        weights: 'model' for the model's precision; 'int8' takes half the memory of bfloat16 and changes the images a
+        little.
 
         Raises:
           UserError: a part is missing, damaged, or does not belong to the others, or an argument is out of range.
         """
         folder = pathlib.Path(folder)
-        transformer = model_dir.load(folder, name="transformer")
-        dvae = model_dir.load(folder / "dvae", name="dvae")
-        model = transformer.model
-        _check_codes(dvae.model.config, model.config, where=str(folder / "dvae"))
-        model_dir.check_dvae(folder, dvae.digest)
-        tokenizer = load_tokenizer(folder)
-        if tokenizer.vocab_size != model.config.text_vocab:
-            raise UserError(
-                f"expected a tokenizer of {model.config.text_vocab} entries in {folder}, got {tokenizer.vocab_size}: "
-                "put the one back that the model was trained with"
-            )
-        digest = hashlib.sha256()
-        for tree in (transformer.params, dvae.params):
-            for leaf in jax.tree.leaves(tree):
-                digest.update(np.ascontiguousarray(leaf))
-        digest.update(tokenizer.digest.encode())
+        placement = Placement(devices=devices, tensor=tensor, weights=weights)
+        generator = Autoregressive.load(folder, placement)
         if clip is None and (folder / CLIP).is_dir():
             clip = folder / CLIP
-        return cls(
-            model,
-            transformer.params,
-            dvae.model,
-            dvae.params,
-            tokenizer,
-            digest=digest.hexdigest(),
-            reranker=None if clip is None else Reranker.load(clip),
-            can_guide=transformer.config.get("data", {}).get("caption_dropout", 0) > 0,
-            devices=devices,
-            tensor=tensor,
-            weights=weights,
-        )
+        return cls(generator, None if clip is None else Reranker.load(clip))
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures in pixels."""
-        return self.dvae.config.image_size
+        """Height and width of the images in pixels."""
+        return self.generator.image_size
 
     @property
-    def max_candidates(self) -> int:
-        """Most candidates of one request."""
-        return MAX_CANDIDATES
-
-    def wave(self, *, guided: bool = False) -> tuple[int, str]:
-        """Most images that are drawn together, and one sentence that says why; measured at the first use."""
-        if guided not in self._capacity:
-            self._capacity[guided] = waves.capacity(self._engine, guided=guided)
-        return self._capacity[guided]
+    def digest(self) -> str:
+        """sha256 (hex) of everything that decides what the images look like."""
+        return self.generator.digest
 
     def __call__(
         self,
@@ -161,21 +81,19 @@ class Pipeline:
         n: int = 1,
         best_of: int | None = None,
         seed: int | Sequence[int] = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
         guidance: float = 1.0,
         image: Image.Image | np.ndarray | None = None,
-        keep_rows: int | None = None,
-        on_rows: OnRows | None = None,
+        on_progress: OnProgress | None = None,
+        **options: float | None,
     ) -> list[Picture] | list[list[Picture]]:
-        """Draw n pictures for each caption.
+        """Draw n images for each caption.
 
-        captions: one caption or several; they are normalised and cut as in training. seed: one, or one a caption.
-        The other arguments are those of `Request` and are the same for all captions.
-        on_rows: called with a `Preview` after each row of codes; returning False ends that caption.
+        captions: one caption or several; they are normalized and cut as in training. seed: one, or one per caption.
+        The other arguments are those of `Request` and are the same for all captions; `options` are the generator's:
+        `temperature`, `top_k`, `top_p` and `keep_rows` of a transformer.
+        on_progress: called with a `Preview` after each step; returning False ends that caption.
 
-        Returns: a list of n pictures for one caption, a list of such lists for several; best first with `best_of`, else
+        Returns: a list of n images for one caption, a list of such lists for several; best first with `best_of`, else
         in the order of their seeds. A caption that was ended has none.
         Raises:
           UserError: an argument out of range.
@@ -186,180 +104,161 @@ class Pipeline:
             raise UserError(f"captions must be a text or a list of at least one text, got {captions!r}")
         seeds = list(seed) if isinstance(seed, Sequence) or np.ndim(seed) else [seed] * len(words)
         if len(seeds) != len(words):
-            raise UserError(f"seed must be one, or one a caption, got {len(seeds)} for {len(words)} captions")
-        shared = dict(n=n, best_of=best_of, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+            raise UserError(f"seed must be one, or one per caption, got {len(seeds)} for {len(words)} captions")
         requests = [
-            Request(word, seed=own, image=image, keep_rows=keep_rows, **shared)
-            for word, own in zip(words, seeds, strict=True)
+            Request(word, n=n, best_of=best_of, seed=first, guidance=guidance, image=image, options=options)
+            for word, first in zip(words, seeds, strict=True)
         ]
-        pictures = self.draw(requests, on_rows=on_rows)
+        pictures = self.draw(requests, on_progress=on_progress)
         return pictures[0] if isinstance(captions, str) else pictures
 
     def check(self, request: Request) -> None:
-        """Raises UserError, one sentence, if this model cannot draw what is asked for."""
+        """Raises UserError, one sentence, if this pipeline cannot draw the request."""
         if not isinstance(request, Request):
             raise UserError(f"requests must be a list of Request, got {request!r} in it: make one of it")
-        check(request, self.model.config, can_rank=self.reranker is not None, can_guide=self.can_guide)
-        if request.image is not None:
-            _pixels(request.image)
+        check(request, self.generator.options)
+        if request.best_of is not None and self.reranker is None:
+            message = "best_of needs a CLIP to rank with: train one and put its workdir into the model's as clip"
+            raise RequestError("best_of", message)
+        self.generator.check(request)
 
-    def wave_key(self, request: Request) -> Hashable:
+    def can_draw(self, request: Request) -> bool:
+        """Whether `check` accepts the request."""
+        try:
+            self.check(request)
+        except UserError:
+            return False
+        return True
+
+    def capacity(self, *, guided: bool = False) -> batches.Capacity:
+        """The maximum number of images that are drawn together, and why; measured at the first use."""
+        if guided not in self._capacity:
+            self._capacity[guided] = self.generator.capacity(guided=guided)
+        return self._capacity[guided]
+
+    def batch_key(self, request: Request) -> Hashable:
         """Requests of equal keys are drawn together without loss."""
-        capacity, _ = self.wave(guided=request.guidance != 1)
-        width = min(waves.ladder(request.candidates), capacity)
-        return width, request.guidance != 1, request.top_k is not None or request.top_p is not None
+        return self._candidates_per_slot(request), self.generator.batch_key(request)
 
-    def draw(self, requests: Sequence[Request], *, on_rows: OnRows | None = None) -> list[list[Picture]]:
-        """The pictures of each request; as `__call__`, where every request may differ in everything.
+    def captions_per_batch(self, request: Request) -> int:
+        """How many requests like this one fill a batch."""
+        images, _ = self.capacity(guided=request.guidance != 1)
+        return max(1, images // self._candidates_per_slot(request))
+
+    def draw(self, requests: Sequence[Request], *, on_progress: OnProgress | None = None) -> list[list[Picture]]:
+        """The images of each request; as `__call__`, where every request may differ in everything.
 
         Raises:
           UserError: one of the requests cannot be drawn; nothing is drawn then.
         """
-        if on_rows is not None and not callable(on_rows):
-            raise UserError(f"on_rows must be a function that is given a Preview, or None, got {on_rows!r}")
+        if on_progress is not None and not callable(on_progress):
+            raise UserError(f"on_progress must be a function that takes a Preview, or None, got {on_progress!r}")
         for request in requests:
             self.check(request)
-        kept = [Kept(request.n, ranked=request.best_of is not None) for request in requests]
-        together: dict[Hashable, list[int]] = {}
+        drawing = _Drawing(self.generator, self.reranker, requests, on_progress)
+        together: dict[Hashable, dict[int, int]] = {}
         for index, request in enumerate(requests):
-            together.setdefault(self.wave_key(request), []).append(index)
-        cancelled: set[int] = set()
-        for members in together.values():
-            self._draw_alike(members, requests, kept, cancelled, on_rows)
-        return [
-            [] if index in cancelled else self._finish(request, kept[index]) for index, request in enumerate(requests)
-        ]
+            together.setdefault(self.batch_key(request), {})[index] = request.candidates
+        for counts in together.values():
+            images, _ = self.capacity(guided=requests[next(iter(counts))].guidance != 1)
+            for plan in batches.plan(counts, capacity=images, multiple=self.generator.batch_multiple):
+                drawing.draw(plan)
+        return [drawing.finish(index) for index in range(len(requests))]
 
-    def encode(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """A picture, its centre crop at `image_size`, as int32 codes [grid * grid] in raster order."""
-        return np.asarray(_encode(self.dvae, self._dvae_params, center_crop(_pixels(image), self.image_size)[None]))[0]
+    def _candidates_per_slot(self, request: Request) -> int:
+        images, _ = self.capacity(guided=request.guidance != 1)
+        return min(batches.bucket(request.candidates), images)
 
-    def decode(self, ids: np.ndarray) -> np.ndarray:
-        """Codes in raster order, [grid * grid] or [B, grid * grid] -> uint8 [image_size, image_size, 3] or [B, ...].
 
-        Raises:
-          UserError: another shape, or numbers that are no codes.
-        """
-        ids_BI, layout = np.atleast_2d(np.asarray(ids)), self.model.config.layout
-        shaped = ids_BI.ndim == 2 and len(ids_BI) and ids_BI.shape[1] == layout.image_len and ids_BI.dtype.kind in "iu"
-        if not shaped or ids_BI.min() < 0 or ids_BI.max() >= layout.image_vocab:
-            got = f"{ids_BI.min()} .. {ids_BI.max()}" if shaped else f"{ids_BI.dtype} {list(np.shape(ids))}"
-            raise UserError(
-                f"ids must be whole numbers in 0 .. {layout.image_vocab - 1}, {layout.image_len} a picture, got {got}"
-            )
-        ids_BI = ids_BI.astype(np.int32)
-        ways = self._engine.ways
-        most = DECODED * ways
-        decoded = []
-        for start in range(0, len(ids_BI), most):
-            chunk = ids_BI[start : start + most]
-            size = -(-min(most, waves.ladder(len(chunk))) // ways) * ways
-            full = jax.device_put(np.resize(chunk, (size, chunk.shape[1])), self._images_place)
-            decoded.append(np.asarray(_decode(self.dvae, self._dvae_params, full))[: len(chunk)])
-        return np.concatenate(decoded) if np.ndim(ids) == 2 else decoded[0][0]
+class _Drawing:
+    """Requests while they are drawn: the best candidates of each so far, and which of them were ended."""
 
-    def _draw_alike(self, members, requests, kept, cancelled, on_rows) -> None:
-        """Requests that share waves, by their indices; what is drawn goes to `kept`."""
-        counts = [requests[index].candidates for index in members]
-        capacity, _ = self.wave(guided=requests[members[0]].guidance != 1)
-        codes = {index: self.encode(requests[index].image) for index in members if requests[index].image is not None}
-        for plan in waves.plan(counts, capacity=capacity, ways=self._engine.ways):
-            places = [(members[place.request], place) for place in plan.places]
-            if all(index in cancelled for index, _ in places):
-                continue
-            ids_CMI = self._draw_wave(plan, places, requests, codes, kept, cancelled, on_rows)
-            for (index, place), ids_MI in zip(places, ids_CMI, strict=False):
-                if index not in cancelled:
-                    self._keep(kept[index], requests[index], place, ids_MI[: place.count])
+    def __init__(
+        self,
+        generator: Generator,
+        reranker: Reranker | None,
+        requests: Sequence[Request],
+        on_progress: OnProgress | None,
+    ):
+        self._generator, self._reranker = generator, reranker
+        self._requests, self._on_progress = requests, on_progress
+        self._candidates = [Candidates(request.n, ranked=request.best_of is not None) for request in requests]
+        self._ended: set[int] = set()
 
-    def _draw_wave(self, plan, places, requests, codes, kept, cancelled, on_rows) -> np.ndarray:
-        """int32 [C, M, I]: one wave. Places that nobody asked for repeat the first request."""
-        config, engine = self.model.config, self._engine
-        asked = [(requests[index], place, codes.get(index)) for index, place in places]
-        asked += [asked[0]] * (plan.captions - len(asked))
-        seeds_CM = [request.seed + place.first + np.arange(plan.candidates) for request, place, _ in asked]
-        wave = engine.begin(
-            np.stack([config.layout.text_slots(self.tokenizer.encode(request.caption)) for request, *_ in asked]),
-            image_keys(np.asarray(seeds_CM, np.int64) % 2**32),
-            **{
-                name: [getattr(request, name) for request, *_ in asked]
-                for name in ("temperature", "top_k", "top_p", "guidance")
-            },
-            given_CI=np.stack([np.zeros(config.layout.image_len, np.int32) if c is None else c for *_, c in asked]),
-            given_rows=[request.rows_kept(config.grid) for request, *_ in asked],
-        )
-        if on_rows is None:
-            return engine.ids(engine.advance(wave, 0, config.grid))
-        for row in range(config.grid):
-            wave = engine.advance(wave, row, row + 1)
-            ids_CMI = engine.ids(wave)  # waits for the row
-            for (index, place), ids_MI in zip(places, ids_CMI, strict=False):
-                if index in cancelled:
-                    continue
-                done = kept[index].drawn + place.count * (row + 1) / config.grid
-                seen_MI = ids_MI[: min(place.count, requests[index].n)]
-                pictures = functools.partial(self._preview, seen_MI, row + 1)
-                preview = Preview(index, row + 1, config.grid, done / requests[index].candidates, pictures)
-                more = on_rows(preview)
-                if isinstance(more, bool | np.bool) and not more:
-                    cancelled.add(index)
-            if all(index in cancelled for index, _ in places):
-                break
-        return ids_CMI
-
-    def _preview(self, ids_MI, rows: int) -> list[Image.Image]:
-        pictures = self.decode(ids_MI).copy()
-        pictures[:, rows * self.dvae.config.stride :] = BLANK
-        return [Image.fromarray(picture) for picture in pictures]
-
-    def _keep(self, kept: Kept, request: Request, place: waves.Place, ids_MI) -> None:
-        seeds = request.seed + place.first + np.arange(place.count)
-        if request.best_of is None:
-            kept.add(seeds, ids_MI)
+    def draw(self, plan: batches.Plan) -> None:
+        """Draw one batch and keep its best candidates. Prompts without a slot repeat the first one."""
+        if self._nobody_waits(plan):
             return
-        step = DECODED * self._engine.ways
-        for start in range(0, place.count, step):
-            ids = ids_MI[start : start + step]
-            kept.add(seeds[start : start + step], ids, self.reranker.score(self.decode(ids), request.caption))
+        slots = [*plan.slots, *plan.slots[:1] * (plan.prompts - len(plan.slots))]
+        requests = [self._requests[slot.request] for slot in slots]
+        seeds_PM = [
+            request.seed + slot.first + np.arange(plan.candidates)
+            for request, slot in zip(requests, slots, strict=True)
+        ]
+        state = self._generator.start(requests, np.asarray(np.asarray(seeds_PM, np.int64) % MAX_SEEDS, np.uint32))
+        steps = self._generator.steps(requests[0]).stop
+        if self._on_progress is None:
+            drafts = self._generator.drafts(self._generator.advance(state, 0, steps))
+        else:
+            drafts = self._draw_watched(plan, state, steps)
+        for slot, slot_drafts in zip(plan.slots, drafts, strict=False):
+            if slot.request not in self._ended:
+                self._keep(slot, slot_drafts[: slot.count])
 
-    def _finish(self, request: Request, kept: Kept) -> list[Picture]:
+    def finish(self, index: int) -> list[Picture]:
+        """The images of a request, none if it was ended."""
+        if index in self._ended:
+            return []
+        request, candidates = self._requests[index], self._candidates[index]
+        ranked = request.best_of is not None
         settings = {
-            "temperature": float(request.temperature),
-            "top_k": None if request.top_k is None else int(request.top_k),
-            "top_p": None if request.top_p is None else float(request.top_p),
             "guidance": float(request.guidance),
-            "best_of": None if request.best_of is None else int(request.best_of),
-            "keep_rows": request.rows_kept(self.model.config.grid),
-            "checkpoint": self.digest,
-            **({"clip": self.reranker.digest} if request.best_of is not None else {}),
-            **self._kinds,
+            "best_of": request.best_of,
+            **self._generator.settings(request),
+            "checkpoint": self._generator.digest,
+            **({"clip": self._reranker.digest} if ranked and self._reranker else {}),
         }
+        images = self._generator.finish(candidates.drafts(), request, candidates.seeds())
         return [
-            Picture.from_array(pixels, caption=request.caption, seed=seed, score=score, settings=settings)
-            for pixels, seed, score in zip(self.decode(kept.ids()), kept.seeds(), kept.scores(), strict=True)
+            Picture.from_array(image, caption=request.caption, seed=seed, score=score, settings=settings)
+            for image, seed, score in zip(images, candidates.seeds(), candidates.scores(), strict=True)
         ]
 
+    def _nobody_waits(self, plan: batches.Plan) -> bool:
+        return all(slot.request in self._ended for slot in plan.slots)
 
-def _check_codes(dvae: DVAEConfig, transformer: TransformerConfig, *, where: str) -> None:
-    """Raises UserError, if these are not the codes that the transformer draws."""
-    wanted, got = (transformer.image_vocab, transformer.grid), (dvae.vocab, dvae.grid)
-    if got != wanted:
-        raise UserError(
-            f"expected a dVAE of {wanted[0]} codes on a grid of {wanted[1]} in {where}, got {got[0]} on {got[1]}: "
-            "put the one back that the transformer was trained with"
-        )
+    def _draw_watched(self, plan: batches.Plan, state, steps: int) -> np.ndarray:
+        """The drafts of a batch, with a report of each request after each step, until nobody waits."""
+        drafts = None
+        for step in range(1, steps + 1):
+            state = self._generator.advance(state, step - 1, step)
+            drafts = self._generator.drafts(state)
+            for slot, slot_drafts in zip(plan.slots, drafts, strict=False):
+                if slot.request not in self._ended:
+                    self._report(slot, slot_drafts[: slot.count], step=step, steps=steps)
+            if self._nobody_waits(plan):
+                break
+        return drafts
 
+    def _report(self, slot: batches.Slot, drafts, *, step: int, steps: int) -> None:
+        request, seen = self._requests[slot.request], self._candidates[slot.request].seen
+        share = (seen + slot.count * step / steps) / request.candidates
+        images = functools.partial(self._images, drafts[: request.n], step)
+        answer = self._on_progress(Preview(slot.request, step, steps, share, images))
+        if isinstance(answer, bool | np.bool) and not answer:
+            self._ended.add(slot.request)
 
-def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture that somebody gave, turned upright and laid on white as in training.
+    def _images(self, drafts, step: int) -> list[Image.Image]:
+        return [Image.fromarray(image) for image in self._generator.preview(drafts, step)]
 
-    Raises:
-      UserError: another type, shape or dtype, or a file that is broken.
-    """
-    try:
-        array = to_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
-    except BadImage as error:
-        raise UserError(f"image must be a picture that can be read, got one where {error}") from error
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
-        raise UserError(f"image must be a PIL image or uint8 [H, W, 3], got {array.dtype} {array.shape}")
-    return array
+    def _keep(self, slot: batches.Slot, drafts) -> None:
+        request, candidates = self._requests[slot.request], self._candidates[slot.request]
+        seeds = request.seed + slot.first + np.arange(slot.count)
+        if request.best_of is None:
+            candidates.add(seeds, drafts)
+            return
+        size, last = self._generator.decode_batch, self._generator.steps(request).stop
+        for start in range(0, slot.count, size):
+            chunk = drafts[start : start + size]
+            scores = self._reranker.score(self._generator.preview(chunk, last), request.caption)
+            candidates.add(seeds[start : start + size], chunk, scores)

@@ -1,118 +1,190 @@
-"""What is asked for: a caption and how to draw it, checked; and what is seen of it while it is drawn."""
+"""`Request`: a caption with the settings of its images. `Option`: a setting's type, bounds, default and help.
+
+Command line, Python, server and page read the same tables: `COMMON` here, and the options of the generator.
+"""
 
 import dataclasses
-import math
-import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dalle_jax.errors import UserError
-from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.data.decode import BadImage, to_pixels
+from dalle_jax.errors import UserError, check_number
 
-MAX_SEED = 2**32
+MAX_SEEDS = 2**32
 MAX_CANDIDATES = 4096  # of one request
-MAX_CAPTION = 32_000  # characters, far more than the text slots of any model hold; a prompt's in OpenAI's Images API
-TEMPERATURES = (0.001, 1000)  # at the ends nothing is left to chance, and everything; beyond, float32 runs over
-MAX_GUIDANCE = 1000
+MAX_CAPTION = 32_000  # characters, far more than any model reads; the limit of a prompt in OpenAI's Images API
+
+
+class RequestError(UserError):
+    """A request that cannot be served. name: the argument at fault."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A number that a request may set.
+
+    kind: int or float. default: the value where none is given; None for what `unset` says.
+    min, max: bounds, ends included; above: a lower bound that is itself excluded.
+    completes: whether the option is for requests with an image to complete.
+    """
+
+    name: str
+    kind: type[int] | type[float]
+    default: int | float | None
+    help: str
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+    unset: str = ""
+    completes: bool = False
+
+    @property
+    def default_words(self) -> str:
+        """The default as text for people."""
+        return self.unset if self.default is None else f"{self.default:g}"
+
+    def check(self, value: Any) -> None:
+        """Raises RequestError for a value of another type or out of bounds."""
+        try:
+            check_number(
+                self.name,
+                value,
+                min=self.min,
+                max=self.max,
+                above=self.above,
+                whole=self.kind is int,
+                optional=self.default is None,
+            )
+        except UserError as error:
+            raise RequestError(self.name, str(error)) from error
+
+
+COMMON = (
+    Option("n", int, 1, "images for each caption", min=1, max=MAX_CANDIDATES),
+    Option(
+        "best_of",
+        int,
+        None,
+        "candidates for each caption, of which CLIP chooses the best n",
+        min=1,
+        max=MAX_CANDIDATES,
+        unset="no ranking",
+    ),
+    Option("seed", int, 0, "seed of the first image; each further one has the next number", min=0, max=MAX_SEEDS - 1),
+    Option("guidance", float, 1.0, "above 1 follows the caption more closely, 1 is no guidance", min=0, max=1000),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """n pictures for a caption.
+    """n images for a caption.
 
-    n: pictures returned. best_of: candidates drawn, of which CLIP chooses the n that fit the caption best, best first;
+    n: images returned. best_of: candidates drawn, of which CLIP chooses the n that fit the caption best, best first;
       None draws n and ranks nothing.
-    seed: candidate m has seed + m, and a picture depends on its own seed, caption and settings only.
-    temperature: 0.001 .. 1000; 1 is the paper's, lower is safer and less varied. top_k, top_p: draw only among the k
-      most likely codes, or the most likely ones that reach probability p.
-    guidance: 0 .. 1000; 1 is none, above it codes are drawn that the caption makes likelier (`sample/logits.py:guide`).
-    image, keep_rows: complete this picture: the top keep_rows of the grid's rows of codes stay as they are (default:
-      half of them).
+    seed: candidate m has seed + m; an image depends on its seed, caption and settings only.
+    guidance: 0 .. 1000; 1 is none, above it images follow the caption more closely.
+    image: the image to complete.
+    options: settings of the generator by name, such as `temperature`; those that are missing have their defaults.
+    NumPy scalars become Python's numbers.
     """
 
     caption: str
     n: int = 1
     best_of: int | None = None
     seed: int = 0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
     guidance: float = 1.0
     image: Image.Image | np.ndarray | None = None
-    keep_rows: int | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for option in COMMON:
+            object.__setattr__(self, option.name, _as_python(getattr(self, option.name)))
+        object.__setattr__(self, "options", {name: _as_python(value) for name, value in self.options.items()})
 
     @property
     def candidates(self) -> int:
+        """Images drawn, of which n are returned."""
         return self.n if self.best_of is None else self.best_of
 
-    def rows_kept(self, grid: int) -> int:
-        return 0 if self.image is None else grid // 2 if self.keep_rows is None else self.keep_rows
+    def values(self, options: Iterable[Option]) -> dict[str, int | float | None]:
+        """The values of the generator's options, defaults filled in."""
+        values = {option.name: self.options.get(option.name, option.default) for option in options}
+        kinds = {option.name: option.kind for option in options}
+        return {name: None if value is None else kinds[name](value) for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """Given to `on_rows` after each finished row of codes.
+    """The state of a request after a step of its drawing, given to `on_progress`.
 
-    request: index in the list of requests. rows: finished, of grid, in the wave that is being drawn. share: of all the
-    request's candidates, 0 .. 1. pictures: makes the first candidates of the wave, n at most, as PIL images whose
-    unfinished rows are blank; costs a decoding each time.
+    request: index in the list of requests. step: finished steps, of `steps`, in the batch that is being drawn. share:
+    of all the request's candidates, 0 .. 1. images: makes the first candidates of the batch, n at most, as PIL images
+    of what is there so far; costs a decoding each time.
     """
 
     request: int
-    rows: int
-    grid: int
+    step: int
+    steps: int
     share: float
-    pictures: Callable[[], list[Image.Image]]
+    images: Callable[[], list[Image.Image]]
 
 
-def check(request: Request, config: TransformerConfig, *, can_rank: bool, can_guide: bool) -> None:
-    """Refuses what this model cannot draw.
+def check(request: Request, options: Iterable[Option]) -> None:
+    """Refuse what no model could draw. options: the generator's.
 
     Raises:
-      UserError: one sentence with the name of the argument, its range and what came.
+      RequestError: one sentence with the name of the argument, its range and what came.
     """
-    grid, vocab = config.grid, config.image_vocab
-    caption = request.caption
+    options, caption = list(options), request.caption
     if not isinstance(caption, str) or len(caption) > MAX_CAPTION:
         got = f"{len(caption)} characters" if isinstance(caption, str) else repr(caption)
-        raise UserError(f"caption must be a text of at most {MAX_CAPTION} characters, got {got}")
-    if any("\ud800" <= character <= "\udfff" for character in caption):  # a command's bytes that are no UTF-8, too
-        raise UserError(f"caption must be Unicode text, got {ascii(caption[:40])} with half a surrogate pair")
-    _whole("n", request.n, 1, MAX_CANDIDATES)
-    if request.best_of is not None:
-        _whole("best_of", request.best_of, request.n, MAX_CANDIDATES, lowest="n")
-        if not can_rank:
-            raise UserError("best_of needs a CLIP to rank with: train one and put its workdir into the model's as clip")
-    _whole("seed", request.seed, 0, MAX_SEED - request.candidates, highest="2**32 - candidates")
-    _number("temperature", request.temperature, least=TEMPERATURES[0], most=TEMPERATURES[1])
-    if request.top_k is not None:
-        _whole("top_k", request.top_k, 1, vocab)
-    if request.top_p is not None:
-        _number("top_p", request.top_p, above=0, most=1)
-    _number("guidance", request.guidance, least=0, most=MAX_GUIDANCE)
-    if request.guidance != 1 and not can_guide:
-        raise UserError(
-            "guidance must be 1 for a model that was trained without dropping captions (config.data.caption_dropout), "
-            f"got {request.guidance}"
-        )
-    if request.keep_rows is not None:
-        _whole("keep_rows", request.keep_rows, 0, grid)
-        if request.image is None:
-            raise UserError(f"keep_rows needs an image to keep rows of, got {request.keep_rows} without one")
+        raise RequestError("caption", f"caption must be a text of at most {MAX_CAPTION} characters, got {got}")
+    if any(
+        "\ud800" <= character <= "\udfff" for character in caption
+    ):  # also from bytes of a command that are no UTF-8
+        got = ascii(caption[:40])
+        raise RequestError("caption", f"caption must be Unicode text, got {got} with half a surrogate pair")
+    for option in COMMON:
+        option.check(getattr(request, option.name))
+    if request.best_of is not None and request.best_of < request.n:
+        raise RequestError("best_of", f"best_of must be at least n = {request.n}, got {request.best_of}")
+    if request.seed > MAX_SEEDS - request.candidates:
+        limit = MAX_SEEDS - request.candidates
+        raise RequestError("seed", f"seed must be at most 2**32 - candidates = {limit}, got {request.seed}")
+    known = {option.name: option for option in options}
+    for name, value in request.options.items():
+        if name not in known:
+            allowed = ", ".join(known)
+            raise RequestError(name, f"expected options of this model ({allowed}), got {name!r}: leave it out")
+        known[name].check(value)
+        if known[name].completes and value is not None and request.image is None:
+            raise RequestError(name, f"{name} needs an image to complete, got {value} without one")
+    if request.image is not None:
+        pixels_of(request.image)
 
 
-def _whole(name: str, value, least: int, most: int, *, lowest: str = "", highest: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
-        bounds = f"{f'{lowest} = ' * bool(lowest)}{least} .. {f'{highest} = ' * bool(highest)}{most}"
-        raise UserError(f"{name} must be a whole number in {bounds}, got {value!r}")
+def pixels_of(image: Image.Image | np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] of an image from outside, turned upright and laid on white as in training.
+
+    Raises:
+      RequestError: another type, shape or dtype, or a file that is broken.
+    """
+    try:
+        array = to_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
+    except BadImage as error:
+        raise RequestError("image", f"image must be one that can be read, got one where {error}") from error
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
+        got = f"{array.dtype} {array.shape}"
+        raise RequestError("image", f"image must be a PIL image or uint8 [H, W, 3], got {got}")
+    return array
 
 
-def _number(name: str, value, *, above: float | None = None, least: float | None = None, most: float | None = None):
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    enough = good and (above is None or value > above) and (least is None or value >= least)
-    if enough and (most is None or value <= most):
-        return
-    lower = f"above {above}" if above is not None else f"at least {least}"
-    raise UserError(f"{name} must be {lower}{'' if most is None else f' and at most {most}'}, got {value!r}")
+def _as_python(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,7 +1,7 @@
 """The HTTP server: OpenAI's Images API over one pipeline, health, metrics, and a page for people.
 
-Routes only: `schema` knows what may be asked, `batcher` draws, `answer` writes what goes back, `gate` stands before
-all of it.
+Routes only: `schema` knows what may be asked, `batcher` draws, `responses` writes what goes back, and `middleware`
+checks every request first.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from starlette.routing import Route
 
 from dalle_jax.data.decode import to_pixels
 from dalle_jax.data.transforms import center_crop
-from dalle_jax.errors import UserError
-from dalle_jax.sample.request import Request as DrawRequest
-from dalle_jax.serve import answer, body, metrics, page, schema, upload
-from dalle_jax.serve.batcher import READY, Batcher
-from dalle_jax.serve.gate import FILES, Gate
-from dalle_jax.serve.refusal import Refusal, invalid
-from dalle_jax.serve.store import PictureStore
+from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.sample.request import MAX_CANDIDATES, Option
+from dalle_jax.serve import metrics, page, parsing, responses, schema, uploads
+from dalle_jax.serve.batcher import READY, Batcher, Job
+from dalle_jax.serve.errors import ApiError, failed, invalid, too_late
+from dalle_jax.serve.image_store import ImageStore
+from dalle_jax.serve.middleware import FILES, Guard
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -35,38 +35,35 @@ class _Api:
 
     def __init__(self, batcher: Batcher, *, model: str):
         self._batcher, self._model = batcher, model
-        self._store = PictureStore()
+        self._store = ImageStore()
         self._created = int(time.time())
 
     async def generations(self, request: Request) -> Response:
-        values = await body.read_json(request)
-        order = schema.generation(values, pipe=self._batcher.pipe, model=self._model)
-        return await self._answer(request, order)
+        values = await parsing.read_json(request)
+        pipe = self._batcher.pipe
+        image_request = schema.parse(values, kind=schema.GENERATION, pipe=pipe, model=self._model)
+        return await self._answer(request, image_request)
 
     async def edits(self, request: Request) -> Response:
-        """Completion: the rows that the mask or `keep_rows` keeps (half, if neither says), the others drawn anew."""
-        values, files = await body.read_form(request)
-        pipe = self._batcher.pipe
-        order = await asyncio.to_thread(_edit, values, files, pipe=pipe, model=self._model, masked=True)
-        return await self._answer(request, order)
+        """Completion: the rows that the mask or `keep_rows` keeps (half, if neither says); the others are drawn."""
+        fields, files = await parsing.read_form(request)
+        return await self._answer(request, await self._edit(fields, files, masked=True))
 
     async def variations(self, request: Request) -> Response:
         """The same without a mask. The model draws from captions, so a variation needs its prompt too."""
-        values, files = await body.read_form(request)
+        fields, files = await parsing.read_form(request)
         if "mask" in files:
             raise invalid("mask", "a variation has no mask: use /v1/images/edits", code="unknown_parameter")
-        if not values.get("prompt"):
-            message = "this model draws from captions: send the picture's as prompt; the upper half of its rows is kept"
+        if not dict(fields).get("prompt"):
+            message = "this model draws from captions: send the image's as prompt; the upper half of its rows is kept"
             raise invalid("prompt", message, code="missing_required_parameter")
-        pipe = self._batcher.pipe
-        order = await asyncio.to_thread(_edit, values, files, pipe=pipe, model=self._model, masked=False)
-        return await self._answer(request, order)
+        return await self._answer(request, await self._edit(fields, files, masked=False))
 
     async def picture(self, request: Request) -> Response:
         png = self._store.get(request.path_params["name"].removesuffix(".png"))
         if png is None:
-            raise Refusal(404, "there is no such picture, or its hour is over", code="not_found")
-        # As at OpenAI, whoever has the address may show the picture, on a page of another site too.
+            raise ApiError(404, "there is no such image, or its hour is over", code="not_found")
+        # As at OpenAI, whoever has the address may show the image, on a page of another site too.
         headers = {"Cache-Control": "private, max-age=3600", "Cross-Origin-Resource-Policy": "cross-origin"}
         return Response(png, media_type="image/png", headers=headers)
 
@@ -76,7 +73,7 @@ class _Api:
     async def model(self, request: Request) -> Response:
         if request.path_params["name"] != self._model:
             message = f"the model is not served here: {self._model!r} is"
-            raise Refusal(404, message, code="model_not_found", param="model")
+            raise ApiError(404, message, code="model_not_found", param="model")
         return JSONResponse(self._description())
 
     async def health(self, request: Request) -> Response:
@@ -90,31 +87,35 @@ class _Api:
         headers = {"Content-Security-Policy": page.policy(), "Cache-Control": "no-cache"}
         return Response(page.html(), media_type="text/html", headers=headers)
 
-    async def _answer(self, request: Request, order: schema.Order) -> Response:
-        job, pipe = self._batcher.submit(order), self._batcher.pipe
-        if order.stream:
+    async def _edit(self, fields: list[tuple[str, str]], files: dict[str, bytes], *, masked: bool):
+        """The image request of a form, made in a thread because that decodes images; see `_edit`."""
+        return await asyncio.to_thread(_edit, fields, files, pipe=self._batcher.pipe, model=self._model, masked=masked)
+
+    async def _answer(self, request: Request, image_request: schema.ImageRequest) -> Response:
+        job, pipe = self._batcher.submit(image_request), self._batcher.pipe
+        if image_request.stream:
             rejected = self._batcher.metrics.rejected
-            stream = answer.events(
+            stream = responses.events(
                 job, pipe=pipe, cancel=self._batcher.cancel, count=lambda code: rejected.labels(code).inc()
             )
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-        pictures = await self._wait(request, job)
-        files = await answer.encode(pictures)
-        made = answer.whole(order, pictures, files, pipe=pipe, model=self._model,
-                            url_of=functools.partial(self._url, request))  # fmt: skip
+        images = await self._wait(request, job)
+        files = await responses.encode(images)
+        url_of = functools.partial(self._url, request)
+        made = responses.whole(image_request, images, files, pipe=pipe, model=self._model, url_of=url_of)
         return JSONResponse(made, headers={"Cache-Control": "no-store"})
 
-    async def _wait(self, request: Request, job: Any) -> list:
-        """The pictures of a job; cancels it when the client goes away or the deadline passes."""
-        gone = asyncio.ensure_future(body.gone(request))
+    async def _wait(self, request: Request, job: Job) -> list:
+        """The images of a job; cancels it when the client goes away or the deadline passes."""
+        gone = asyncio.ensure_future(parsing.disconnected(request))
         try:
             left = job.deadline - time.monotonic()
             await asyncio.wait({job.done, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if not job.done.done():
-                raise ClientDisconnect if gone.done() else answer.too_late()
+                raise ClientDisconnect if gone.done() else too_late()
             if job.done.exception() is not None:
-                raise answer.failed()  # the drawing thread has logged why
+                raise failed()  # the drawing thread has logged why
             return job.done.result()
         finally:
             gone.cancel()
@@ -124,15 +125,8 @@ class _Api:
         return f"{request.url.scheme}://{request.headers.get('host', '')}{FILES}{self._store.add(png)}.png"
 
     def _description(self) -> dict:
-        """OpenAI's model object, and what a client can't guess of this one."""
+        """OpenAI's model object, with what a client cannot guess of this model."""
         pipe = self._batcher.pipe
-
-        def possible(**settings: Any) -> bool:
-            with contextlib.suppress(UserError):
-                pipe.check(DrawRequest("", **settings))
-                return True
-            return False
-
         return {
             "id": self._model,
             "object": "model",
@@ -140,37 +134,52 @@ class _Api:
             "owned_by": "dalle-jax",
             "digest": pipe.digest,
             "image_size": pipe.image_size,
-            "grid": pipe.model.config.layout.grid,
-            "image_vocab": pipe.model.config.layout.image_vocab,
-            "caption_tokens": pipe.model.config.layout.caption_len,
-            "max_candidates": pipe.max_candidates,
-            "ranking": possible(best_of=1),
-            "guidance": possible(guidance=2.0),
+            **pipe.generator.describe(),
+            "max_candidates": MAX_CANDIDATES,
+            "ranking": schema.is_possible(pipe, best_of=1),
+            "guidance": schema.is_possible(pipe, guidance=2.0),
+            "options": [_describe(option) for option in schema.options(pipe) if not option.completes],
         }
 
 
-def _edit(values: dict, files: dict[str, bytes], *, pipe: Any, model: str, masked: bool) -> schema.Order:
-    """The order of a form: decodes its pictures, so it does not run on the event loop.
+def _edit(
+    fields: list[tuple[str, str]], files: dict[str, bytes], *, pipe: Pipeline, model: str, masked: bool
+) -> schema.ImageRequest:
+    """The image request of a form.
 
-    masked: the transparency of a picture without a mask is its mask, as at OpenAI.
+    masked: the transparency of an image without a mask is its mask, as at OpenAI.
     """
     if "image" not in files:
-        raise invalid("image", "image is required: send the picture as a file", code="missing_required_parameter")
-    image = upload.read_picture(files["image"], param="image")
-    grid = pipe.model.config.layout.grid
+        raise invalid("image", "image is required: send the image as a file", code="missing_required_parameter")
+    values = schema.parse_form(fields, schema.fields(pipe, schema.EDIT))
+    image = uploads.read_image(files["image"], param="image")
     mask, param = None, "mask"
     if "mask" in files:
-        mask = upload.read_picture(files["mask"], param="mask")
+        mask = uploads.read_image(files["mask"], param="mask")
     elif masked and image.mode == "RGBA" and values.get("keep_rows") is None and image.getextrema()[3][0] < 255:
         mask, param = image, "image"
     if mask is not None:
-        kept = upload.kept_rows(mask, size=image.size, grid=grid, param=param)
+        kept = uploads.kept_rows(mask, size=image.size, grid=pipe.generator.describe()["grid"], param=param)
         if values.get("keep_rows") not in (None, kept):
             raise invalid("keep_rows", f"keep_rows must be {kept}, which the mask says, or left out")
         values = {**values, "keep_rows": kept}
-    # At the model's size already here, as `Pipeline.encode` would make it: a full queue stays small.
+    # Brought to the model's size already here, as the generator would do it: a full queue stays small.
     pixels = center_crop(to_pixels(image), pipe.image_size)
-    return schema.edit(values, image=pixels, pipe=pipe, model=model)
+    return schema.parse(values, kind=schema.EDIT, pipe=pipe, model=model, image=pixels)
+
+
+def _describe(option: Option) -> dict[str, Any]:
+    """An option as JSON, in the words of JSON Schema; null where there is no bound or no default."""
+    return {
+        "name": option.name,
+        "type": "integer" if option.kind is int else "number",
+        "default": option.default,
+        "minimum": option.min,
+        "exclusiveMinimum": option.above,
+        "maximum": option.max,
+        "unset": option.unset,
+        "description": option.help,
+    }
 
 
 def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Starlette:
@@ -178,22 +187,22 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
     api = _Api(batcher, model=model)
     rejected = batcher.metrics.rejected
 
-    async def refuse(request: Request, refusal: Refusal) -> Response:
-        rejected.labels(refusal.code).inc()
-        return refusal.response()
+    async def on_error(request: Request, error: ApiError) -> Response:
+        rejected.labels(error.code).inc()
+        return error.response()
 
-    async def refuse_http(request: Request, error: HTTPException) -> Response:
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
         code = _CODES.get(error.status_code, "invalid_request")
-        place = f"{request.method} {schema.shown(request.scope['path'])}"
-        detail = error.detail if error.status_code == 400 else f"{error.detail}: {place}"
+        where = f"{request.method} {schema.shorten(request.scope['path'])}"
+        detail = error.detail if error.status_code == 400 else f"{error.detail}: {where}"
         rejected.labels(code).inc()
-        return Refusal(error.status_code, detail, code=code, headers=error.headers).response()
+        return ApiError(error.status_code, detail, code=code, headers=error.headers).response()
 
-    async def left(request: Request, error: ClientDisconnect) -> Response:
+    async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=400)  # nobody reads it
 
-    async def defect(request: Request, error: Exception) -> Response:
-        return answer.failed().response()
+    async def on_defect(request: Request, error: Exception) -> Response:
+        return failed().response()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
@@ -213,12 +222,12 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
             Route("/v1/images/variations", api.variations, methods=["POST"]),
             Route(FILES + "{name}", api.picture),
         ],
-        middleware=[Middleware(Gate, token=token, metrics=batcher.metrics)],
+        middleware=[Middleware(Guard, token=token, metrics=batcher.metrics)],
         exception_handlers={
-            Refusal: refuse,
-            HTTPException: refuse_http,
-            ClientDisconnect: left,
-            Exception: defect,
+            ApiError: on_error,
+            HTTPException: on_http_error,
+            ClientDisconnect: on_disconnect,
+            Exception: on_defect,
         },
         lifespan=lifespan,
     )

@@ -1,7 +1,7 @@
-"""The queue and the one thread that draws: requests wait a bounded time for company and then share a batch.
+"""`Batcher`: a queue and the one thread that draws; requests wait up to `wait_seconds` to be drawn together.
 
 The thread loads the pipeline and is the only one that calls `draw`. Everything else, the queue included, belongs to
-the event loop's side; the two meet under one lock that is never held while something is drawn.
+the event loop. They share a lock that is never held while something is drawn.
 """
 
 import asyncio
@@ -16,38 +16,42 @@ from typing import Any
 
 from PIL import Image
 
-from dalle_jax.errors import UserError
+from dalle_jax.sample.batches import Capacity
+from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.request import Preview, Request
+from dalle_jax.serve.errors import ApiError
 from dalle_jax.serve.metrics import Metrics
-from dalle_jax.serve.refusal import Refusal
-from dalle_jax.serve.schema import Order
+from dalle_jax.serve.schema import ImageRequest
 
 LOADING, READY, FAILING = "loading", "ready", "failing"
 MAX_UNSENT = 8  # previews kept for a client that reads slowly; older ones are dropped
-_FAILURES = 3  # batches in a row that must fail until the server calls itself failing
+_MAX_FAILURES = 3  # batches in a row after whose failure the server calls itself failing
 _MAX_RETRY = 600  # seconds
+_OLD_SHARE = 0.7  # of the estimated seconds per image that the latest batch leaves as it was
 
 _log = logging.getLogger(__name__)
 
 
 class Job:
-    """An order in the queue. `done` is its pictures; `previews` holds those not yet sent with
-    their finished rows, `news` says that there are.
+    """A request in the queue.
+
+    Attributes:
+      done: will hold its images. previews: those not yet sent, each with its images. news: set when either changes.
 
     Belongs to the event loop, except for `cancelled`, which the drawing thread reads.
     """
 
-    def __init__(self, order: Order, key: Hashable, *, deadline: float):
-        self.order, self.key, self.deadline = order, key, deadline
+    def __init__(self, image_request: ImageRequest, key: Hashable, *, deadline: float):
+        self.image_request, self.key, self.deadline = image_request, key, deadline
         self.arrived = time.monotonic()
         self.cancelled = False
-        self.rows_shown = 0
+        self.steps_shown = 0
         self.done: asyncio.Future[list[Image.Image]] = asyncio.get_running_loop().create_future()
-        self.previews: collections.deque[tuple[int, list[Image.Image]]] = collections.deque(maxlen=MAX_UNSENT)
+        self.previews: collections.deque[tuple[Preview, list[Image.Image]]] = collections.deque(maxlen=MAX_UNSENT)
         self.news = asyncio.Event()
 
-    def show(self, rows: int, pictures: list[Image.Image]) -> None:
-        self.previews.append((rows, pictures))
+    def show(self, preview: Preview, images: list[Image.Image]) -> None:
+        self.previews.append((preview, images))
         self.news.set()
 
     def finish(self, outcome: list[Image.Image] | Exception) -> None:
@@ -63,15 +67,15 @@ class Job:
 class Batcher:
     """Queue, batches and the drawing thread.
 
-    load: makes the pipeline. max_batch: pictures drawn together, unless one request alone asks for more; None for as
-      many as the pipeline draws at a time (`room`).
+    load: makes the pipeline. max_batch: images drawn together, unless one request alone asks for more; None for the
+      pipeline's capacity.
     wait_seconds: how long the first of a batch waits for others. queue: requests that may wait.
     on_ready: called with None, or with the exception that `load` raised, from the drawing thread.
     """
 
     def __init__(
         self,
-        load: Callable[[], Any],
+        load: Callable[[], Pipeline],
         *,
         max_batch: int | None,
         wait_seconds: float,
@@ -87,18 +91,18 @@ class Batcher:
         self._changed = threading.Condition()
         self._closing = False
         self._failures = 0
-        self._seconds_per_picture = 0.0  # of late
-        self._pipe: Any = None
+        self._seconds_per_image = 0.0  # a moving average
+        self._pipe: Pipeline | None = None
         self._broken = False
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
 
     def start(self) -> None:
-        """Starts the drawing thread; call it on the event loop that will submit."""
+        """Start the drawing thread; call it on the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def close(self) -> None:
-        """Returns when everything that was submitted is drawn and the thread has ended."""
+        """Return when everything that was submitted is drawn and the thread has ended."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -107,56 +111,59 @@ class Batcher:
     @property
     def state(self) -> str:
         """LOADING, READY or FAILING."""
-        if self._broken or self._failures >= _FAILURES:
+        if self._broken or self._failures >= _MAX_FAILURES:
             return FAILING
         return LOADING if self._pipe is None else READY
 
     @property
-    def pipe(self) -> Any:
+    def pipe(self) -> Pipeline:
         """The pipeline, for checks that draw nothing.
 
         Raises:
-          Refusal: it is not there yet.
+          ApiError: it is not loaded.
         """
         if self._pipe is None:
             message = "the model could not be loaded" if self._broken else "the model is being loaded: try again soon"
-            raise Refusal(503, message, code=f"model_{self.state}", headers={"Retry-After": "5"})
+            raise ApiError(503, message, code=f"model_{self.state}", headers={"Retry-After": "5"})
         return self._pipe
 
-    def room(self, *, guided: bool) -> tuple[int, str]:
-        """Pictures that are drawn together, guided ones or others, and why so many."""
-        return self.pipe.wave(guided=guided) if self._max_batch is None else (self._max_batch, "as --max-batch says")
+    def capacity(self, *, guided: bool) -> Capacity:
+        """The maximum number of images drawn together, guided or not, and why."""
+        if self._max_batch is not None:
+            return Capacity(self._max_batch, "the value of --max-batch")
+        return self.pipe.capacity(guided=guided)
 
-    def told(self) -> list[str]:
-        """Sentences that say how many pictures are drawn together, and why."""
+    def summary(self) -> list[str]:
+        """Sentences that say how many images are drawn together, and why."""
         lines: dict[int, str] = {}
         for guidance, words in ((1.0, ""), (2.0, " with guidance")):
-            with contextlib.suppress(UserError):
-                self.pipe.check(Request("", guidance=guidance))
-                most, why = self.room(guided=guidance != 1)
-                lines.setdefault(most, f"draws up to {most} pictures{words} together: {why}")
+            if self.pipe.can_draw(Request("", guidance=guidance)):
+                images, reason = self.capacity(guided=guidance != 1)
+                lines.setdefault(images, f"draws up to {images} images{words} together: {reason}")
         return list(lines.values())
 
-    def submit(self, order: Order) -> Job:
-        """Puts an order into the queue.
+    def submit(self, image_request: ImageRequest) -> Job:
+        """Put a request into the queue.
 
         Raises:
-          Refusal: the queue is full; 429 with a Retry-After of about the time that what waits will take.
+          ApiError: the queue is full; 429 with a Retry-After of about the time that the waiting requests will take.
         """
-        job = Job(order, self.pipe.wave_key(order.request), deadline=time.monotonic() + self.deadline_seconds)
+        job = Job(
+            image_request, self.pipe.batch_key(image_request.request), deadline=time.monotonic() + self.deadline_seconds
+        )
         with self._changed:
             if len(self._waiting) >= self._queue:
-                ahead = sum(waiting.order.candidates for waiting in self._waiting)
-                seconds = min(max(1, math.ceil(ahead * self._seconds_per_picture)), _MAX_RETRY)
+                ahead = sum(waiting.image_request.candidates for waiting in self._waiting)
+                seconds = min(max(1, math.ceil(ahead * self._seconds_per_image)), _MAX_RETRY)
                 message = f"{len(self._waiting)} requests are waiting, as many as may: try again in {seconds} s"
-                raise Refusal(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
+                raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
             self._waiting.append(job)
             self.metrics.queue_depth.set(len(self._waiting))
             self._changed.notify_all()
         return job
 
     def cancel(self, job: Job) -> None:
-        """Takes a job that isn't done out of the queue, or out of the batch at the end of the row being drawn."""
+        """Take a job that is not done out of the queue, or out of the batch at the end of the current step."""
         if job.done.done() or job.cancelled:
             return
         with self._changed:
@@ -171,10 +178,9 @@ class Batcher:
         try:
             pipe = self._load()
             pipe.draw([Request("")])  # compiles the usual programs, and shows that the model draws
-            for guidance in (1.0, 2.0):  # what fits a wave may be measured at the first question, so that is here
-                with contextlib.suppress(UserError):
-                    pipe.check(usual := Request("", guidance=guidance))
-                    pipe.wave_key(usual)
+            for request in (Request(""), Request("", guidance=2.0)):  # the capacity is measured at the first use
+                if pipe.can_draw(request):
+                    pipe.batch_key(request)
         except Exception as error:
             self._broken = True
             self._on_ready(error)
@@ -192,11 +198,11 @@ class Batcher:
                     if self._closing:
                         return None
                     self._changed.wait()
-                batch, full = self._company()
-                patience = self._waiting[0].arrived + self._wait_seconds - time.monotonic()
-                if full or self._closing or patience <= 0:
+                batch, full = self._gather()
+                left = self._waiting[0].arrived + self._wait_seconds - time.monotonic()
+                if full or self._closing or left <= 0:
                     break
-                self._changed.wait(patience)
+                self._changed.wait(left)
             self._waiting = [job for job in self._waiting if job not in batch]
             self.metrics.queue_depth.set(len(self._waiting))
         now = time.monotonic()
@@ -204,67 +210,69 @@ class Batcher:
             self.metrics.queue_wait_seconds.observe(now - job.arrived)
         return batch
 
-    def _company(self) -> tuple[list[Job], bool]:
-        """The oldest job with those behind it that may share its waves and fit; whether there is no more room.
+    def _gather(self) -> tuple[list[Job], bool]:
+        """The oldest job with those behind it that may share its batch and fit; and whether the batch is full.
 
         The oldest always goes, so nobody starves; a smaller one may pass a larger one that does not fit.
         """
-        batch, pictures, full = [], 0, False
-        most = self._most(self._waiting[0])
+        batch, images, full = [], 0, False
+        max_images = self._max_images(self._waiting[0])
         for job in self._waiting:
             if batch and job.key != batch[0].key:
                 continue
-            if batch and pictures + job.order.candidates > most:
+            if batch and images + job.image_request.candidates > max_images:
                 full = True
                 continue
             batch.append(job)
-            pictures += job.order.candidates
-        return batch, full or pictures >= most
+            images += job.image_request.candidates
+        return batch, full or images >= max_images
 
-    def _most(self, job: Job) -> int:
-        """Pictures of a batch with this job."""
-        return self.room(guided=job.order.request.guidance != 1)[0]
+    def _max_images(self, job: Job) -> int:
+        """The maximum number of images in a batch with this job."""
+        return self.capacity(guided=job.image_request.request.guidance != 1).images
 
     def _draw(self, batch: list[Job]) -> None:
         start = time.monotonic()
-        pictures = sum(job.order.candidates for job in batch)
+        images = sum(job.image_request.candidates for job in batch)
 
-        def on_rows(preview: Preview) -> bool:
+        def on_progress(preview: Preview) -> bool:
             job = batch[preview.request]
-            if not job.cancelled and preview.rows in job.order.preview_rows and preview.rows > job.rows_shown:
-                job.rows_shown = preview.rows
-                self._tell(job.show, preview.rows, preview.pictures())
+            if not job.cancelled and preview.step in job.image_request.preview_steps and preview.step > job.steps_shown:
+                job.steps_shown = preview.step
+                self._call(job.show, preview, preview.images())
             return not job.cancelled
 
         self.metrics.batch_requests.observe(len(batch))
-        self.metrics.batch_fill.observe(min(1.0, pictures / self._most(batch[0])))
+        self.metrics.batch_fill.observe(min(1.0, images / self._max_images(batch[0])))
         try:
-            results = self._pipe.draw([job.order.request for job in batch], on_rows=on_rows)
+            results = self._pipe.draw([job.image_request.request for job in batch], on_progress=on_progress)
             for job, drawn in zip(batch, results, strict=True):
-                if len(drawn) != job.order.request.n and not job.cancelled:
-                    raise RuntimeError(f"expected {job.order.request.n} pictures of the pipeline, got {len(drawn)}")
+                if len(drawn) != job.image_request.request.n and not job.cancelled:
+                    raise RuntimeError(
+                        f"expected {job.image_request.request.n} images of the pipeline, got {len(drawn)}"
+                    )
         except Exception as error:
             _log.exception("a batch of %d requests could not be drawn", len(batch))
             self._failures += 1
             self.metrics.failures.inc()
-            if len(batch) > 1:  # one request must not take its neighbours down
+            if len(batch) > 1:  # one request must not take its neighbors down
                 for job in batch:
                     if not job.cancelled:
                         self._draw([job])
             else:
-                self._tell(batch[0].finish, error)
+                self._call(batch[0].finish, error)
             return
         self._failures = 0
         seconds = time.monotonic() - start
-        of_late = self._seconds_per_picture or seconds / pictures
-        self._seconds_per_picture = 0.7 * of_late + 0.3 * seconds / pictures
+        average = self._seconds_per_image or seconds / images
+        self._seconds_per_image = _OLD_SHARE * average + (1 - _OLD_SHARE) * seconds / images
         self.metrics.draw_seconds.observe(seconds)
         for job, drawn in zip(batch, results, strict=True):
             if not job.cancelled:
                 self.metrics.images.inc(len(drawn))
-                self.metrics.candidates.inc(job.order.candidates)
-                self._tell(job.finish, drawn)
+                self.metrics.candidates.inc(job.image_request.candidates)
+                self._call(job.finish, drawn)
 
-    def _tell(self, function: Callable, *values: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is gone: the server was told twice to stop
+    def _call(self, function: Callable, *values: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended: the server was stopped twice
             self._loop.call_soon_threadsafe(function, *values)

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. One registry a server, so that two of a process don't mix."""
+"""The server's counters for Prometheus, in one registry per server, so that two in a process do not mix."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 

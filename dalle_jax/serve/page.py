@@ -1,4 +1,4 @@
-"""The page at `/`: one HTML file, and the policy that lets a browser run its own two blocks and nothing else."""
+"""The page at `/`: one HTML file, and the policy that lets a browser run its style and script and nothing else."""
 
 import base64
 import functools
@@ -11,13 +11,13 @@ _FILE = pathlib.Path(__file__).with_name("page.html")
 
 @functools.cache
 def html() -> str:
-    """The page, styles and script included."""
+    """The page with its styles and script."""
     return _FILE.read_text(encoding="utf-8")
 
 
 @functools.cache
 def policy() -> str:
-    """Content-Security-Policy: the page's style and script by their hashes, pictures it was sent, this server."""
+    """Content-Security-Policy: the page's style and script by their hashes, images it was sent, this server."""
     styles, scripts = (_hashes(tag) for tag in ("style", "script"))
     return (
         f"default-src 'none'; style-src {styles}; script-src {scripts}; img-src 'self' data: blob:; "

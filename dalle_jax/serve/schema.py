@@ -1,8 +1,8 @@
-"""What a client may ask for: names, types and ranges of parameters, checked before anything is queued.
+"""`ImageRequest`: what a client may ask for, checked before anything is queued.
 
-A parameter that is not in the tables, or has a value that the model can't honour, is refused and never ignored. The
-ranges that depend on the model are the pipeline's own (`Pipeline.check`); here are those of OpenAI's Images API and
-of JSON. Knows nothing of HTTP.
+A parameter that is unknown, or has a value that the model cannot honor, is refused and never ignored. The model's
+settings and their bounds come from the options of the pipeline; here are those of OpenAI's Images API and of JSON.
+Knows nothing of HTTP.
 """
 
 import dataclasses
@@ -15,109 +15,123 @@ from typing import Any
 
 import numpy as np
 
-from dalle_jax.errors import UserError
-from dalle_jax.sample.request import MAX_CAPTION, MAX_SEED, Request
-from dalle_jax.serve.refusal import Refusal, invalid
+from dalle_jax.sample.generator import Usage
+from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.sample.request import COMMON, MAX_CAPTION, Option, Request, RequestError
+from dalle_jax.serve.errors import ApiError, invalid
 
 MAX_N = 10  # CreateImageRequest of OpenAI's specification
+COMMON_NAMES = {option.name for option in COMMON}
 GENERATION, EDIT = "image_generation", "image_edit"  # first words of the names of streamed events
+
+Check = Callable[[str, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
-    """A request that the model can draw, and how its pictures go back to the client.
+class ImageRequest:
+    """A request that the model can draw, and how its images go back to the client.
 
-    kind: GENERATION or EDIT. preview_rows: after how many finished rows a preview is wanted.
-    text_tokens, image_tokens: what the model reads, for `usage`.
+    kind: GENERATION or EDIT. preview_steps: the steps after which a preview is wanted.
     """
 
     request: Request
     kind: str
     as_url: bool
     stream: bool
-    preview_rows: frozenset[int]
-    text_tokens: int
-    image_tokens: int
+    preview_steps: frozenset[int]
+    usage: Usage
 
     @property
     def candidates(self) -> int:
-        """Pictures drawn, of which n go back."""
+        """Images drawn, of which n go back."""
         return self.request.candidates
 
 
-def shown(value: Any) -> str:
-    """A value as an error message quotes it: short, whatever came."""
+def shorten(value: Any) -> str:
+    """A value as an error message quotes it: short, whatever it is."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise invalid(name, f"{name} must be an integer, got {shown(value)}", code="invalid_type")
+        raise invalid(name, f"{name} must be an integer, got {shorten(value)}", code="invalid_type")
+    if abs(value) >= 2**63:  # the messages of later checks quote the number whole
+        raise invalid(name, f"{name} must be an integer of 64 bits, got {shorten(value)}")
     return value
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise invalid(name, f"{name} must be a number, got {shown(value)}", code="invalid_type")
+        raise invalid(name, f"{name} must be a number, got {shorten(value)}", code="invalid_type")
     if abs(value) > 1e9 or not math.isfinite(value):  # in this order: an integer may be too large for a float
-        raise invalid(name, f"{name} must be a finite number of at most 1e9, got {shown(value)}")
+        raise invalid(name, f"{name} must be a finite number of at most 1e9, got {shorten(value)}")
     return float(value)
 
 
 def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise invalid(name, f"{name} must be true or false, got {shown(value)}", code="invalid_type")
+        raise invalid(name, f"{name} must be true or false, got {shorten(value)}", code="invalid_type")
     return value
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise invalid(name, f"{name} must be a text, got {shown(value)}", code="invalid_type")
+        raise invalid(name, f"{name} must be a text, got {shorten(value)}", code="invalid_type")
     if len(value) > MAX_CAPTION or any("\ud800" <= character <= "\udfff" for character in value):
         raise invalid(name, f"{name} must be Unicode text of at most {MAX_CAPTION} characters")
     return value
 
 
-def _one_of(*allowed: str) -> Callable[[str, Any], str]:
+def _one_of(*allowed: str) -> Check:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in allowed:
             words = " or ".join(f"'{word}'" for word in allowed)
-            raise invalid(name, f"{name} must be {words} here, got {shown(value)}", code="unsupported_value")
+            raise invalid(name, f"{name} must be {words} here, got {shorten(value)}", code="unsupported_value")
         return value
 
     return check
 
 
-# Name -> check of its type. The last three have one meaning here, so only its names are accepted.
-_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+# OpenAI's parameters. The last three have a single meaning here, so only their names are accepted.
+_OPENAI_FIELDS: dict[str, Check] = {
     "prompt": _text,
     "model": _text,
-    "n": _integer,
     "size": _text,
     "response_format": _one_of("url", "b64_json"),
     "user": _text,
     "safety_identifier": _text,
     "stream": _boolean,
     "partial_images": _integer,
-    "seed": _integer,
-    "best_of": _integer,
-    "temperature": _number,
-    "top_k": _integer,
-    "top_p": _number,
-    "guidance": _number,
     "quality": _one_of("auto", "standard"),
     "background": _one_of("auto", "opaque"),
     "output_format": _one_of("png"),
 }
-_EDIT_FIELDS = {**_FIELDS, "keep_rows": _integer}
+
+
+def options(pipe: Pipeline) -> list[Option]:
+    """The settings of a request, with the bounds of this server and this model."""
+    changes = {"n": {"max": MAX_N}, "seed": {"default": None, "unset": "a new one"}}
+    common = [dataclasses.replace(option, **changes.get(option.name, {})) for option in COMMON]
+    return [*common, *pipe.generator.options]
+
+
+def fields(pipe: Pipeline, kind: str) -> dict[str, Check]:
+    """The parameters of an endpoint, each with the check of its type."""
+    known = [option for option in options(pipe) if kind == EDIT or not option.completes]
+    return _OPENAI_FIELDS | {option.name: _integer if option.kind is int else _number for option in known}
+
+
+def is_possible(pipe: Pipeline, **settings: float) -> bool:
+    """Whether the pipeline can draw with these common settings."""
+    return pipe.can_draw(Request("", **settings))
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
     """A JSON object, strictly: UTF-8, no NaN, no key twice, no bottomless nesting.
 
     Raises:
-      Refusal: it is not one.
+      ApiError: it is not one.
     """
 
     def no_constant(word: str):
@@ -134,22 +148,22 @@ def parse_json(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, an integer of 5000 digits
         raise invalid(None, f"the body must be a JSON object in UTF-8: {error}", code="invalid_json") from error
     if not isinstance(value, dict):
-        raise invalid(None, f"the body must be a JSON object, got {shown(value)}", code="invalid_json")
+        raise invalid(None, f"the body must be a JSON object, got {shorten(value)}", code="invalid_json")
     return value
 
 
-def parse_form(items: list[tuple[str, str]]) -> dict[str, Any]:
+def parse_form(items: list[tuple[str, str]], known: Mapping[str, Check]) -> dict[str, Any]:
     """The text fields of a form, with those that are numbers or booleans converted; wrong ones stay text and are
     refused by their check.
 
     Raises:
-      Refusal: a field comes twice.
+      ApiError: a field comes twice.
     """
     values: dict[str, Any] = {}
     for name, text in items:
         if name in values:
-            raise invalid(shown(name)[1:-1], f"the field {shown(name)} comes twice: send it once")
-        check = _EDIT_FIELDS.get(name)
+            raise invalid(shorten(name)[1:-1], f"the field {shorten(name)} comes twice: send it once")
+        check = known.get(name)
         values[name] = text
         if check is _integer and re.fullmatch(r"-?[0-9]{1,20}", text):
             values[name] = int(text)
@@ -160,81 +174,69 @@ def parse_form(items: list[tuple[str, str]]) -> dict[str, Any]:
     return values
 
 
-def generation(values: Mapping[str, Any], *, pipe: Any, model: str) -> Order:
-    """The order that a body of /v1/images/generations makes. model: the name of the served model.
+def parse(
+    values: Mapping[str, Any], *, kind: str, pipe: Pipeline, model: str, image: np.ndarray | None = None
+) -> ImageRequest:
+    """The request that the values of a body make. model: the name of the served model. image: the one to complete,
+    uint8 [H, W, 3].
 
     Raises:
-      Refusal: something is unknown, of the wrong type or out of range.
+      ApiError: something is unknown, of the wrong type or out of range.
     """
-    return _order(_checked(values, _FIELDS, model), GENERATION, pipe)
+    values = _checked(values, fields(pipe, kind), model)
+    stream = values.get("stream", False)
+    _check_answer(values, pipe, stream=stream)
+    chosen = {option: values[option.name] for option in options(pipe) if option.name in values}
+    common = {option.name: value for option, value in chosen.items() if option.name in COMMON_NAMES}
+    special = {option.name: value for option, value in chosen.items() if option.name not in COMMON_NAMES}
+    # Without a seed every call draws something new, and says with which seed.
+    request = Request(values["prompt"], **{"seed": secrets.randbelow(2**31)} | common, image=image, options=special)
+    try:
+        for option, value in chosen.items():
+            option.check(value)
+        pipe.check(request)
+    except RequestError as error:
+        raise invalid(error.name if error.name in fields(pipe, EDIT) else None, str(error)) from error
+    usage, steps = pipe.generator.usage(request), pipe.generator.steps(request)
+    if usage.text_tokens > usage.max_text_tokens:
+        message = f"prompt must be at most {usage.max_text_tokens} tokens for this model, got {usage.text_tokens}"
+        raise invalid("prompt", f"{message}: shorten it", code="prompt_too_long")
+    partial = values.get("partial_images", 0)
+    if not 0 <= partial < steps.stop:
+        raise invalid("partial_images", f"partial_images must be 0 .. {steps.stop - 1}, got {shorten(partial)}")
+    shown = {steps.start + (i + 1) * len(steps) // (partial + 1) for i in range(partial)}
+    return ImageRequest(
+        request=request,
+        kind=kind,
+        as_url=values.get("response_format", "url") == "url" and not stream,
+        stream=stream,
+        preview_steps=frozenset(shown - {0, steps.stop}),
+        usage=usage,
+    )
 
 
-def edit(values: Mapping[str, Any], *, image: np.ndarray, pipe: Any, model: str) -> Order:
-    """The same of /v1/images/edits and /v1/images/variations, with the picture to complete, uint8 [H, W, 3]."""
-    return _order(_checked(values, _EDIT_FIELDS, model), EDIT, pipe, image)
-
-
-def _checked(values: Mapping[str, Any], fields: Mapping[str, Callable], model: str) -> dict[str, Any]:
+def _checked(values: Mapping[str, Any], known: Mapping[str, Check], model: str) -> dict[str, Any]:
     """The values that are there; null counts as absent, as in OpenAI's specification."""
-    unknown = next((name for name in values if name not in fields), None)
+    unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
-        name = shown(unknown)[1:-1]
-        raise invalid(
-            name, f"unknown parameter {name!r}: allowed are {', '.join(sorted(fields))}", code="unknown_parameter"
-        )
-    checked = {name: fields[name](name, value) for name, value in values.items() if value is not None}
+        name = shorten(unknown)[1:-1]
+        message = f"unknown parameter {name!r}: allowed are {', '.join(sorted(known))}"
+        raise invalid(name, message, code="unknown_parameter")
+    checked = {name: known[name](name, value) for name, value in values.items() if value is not None}
     if checked.get("model", model) != model:
-        message = f"the model {shown(checked['model'])} is not served here: ask for {model!r} or leave model out"
-        raise Refusal(404, message, code="model_not_found", param="model")
+        message = f"the model {shorten(checked['model'])} is not served here: ask for {model!r} or leave model out"
+        raise ApiError(404, message, code="model_not_found", param="model")
     if not checked.get("prompt", "").strip():
         raise invalid("prompt", "prompt is required: say what to draw", code="missing_required_parameter")
     return checked
 
 
-def _order(values: dict[str, Any], kind: str, pipe: Any, image: np.ndarray | None = None) -> Order:
-    layout = pipe.model.config.layout
-    stream, as_url = values.get("stream", False), values.get("response_format", "url") == "url"
-    side = f"{pipe.image_size}x{pipe.image_size}"
-    if values.get("size", "auto") not in (side, "auto"):
-        raise invalid("size", f"size must be '{side}', this model's only one, got {shown(values['size'])}")
-    n = values.get("n", 1)
-    if not 1 <= n <= MAX_N:
-        raise invalid("n", f"n must be 1 .. {MAX_N}, got {shown(n)}")
-    if "seed" in values and not 0 <= values["seed"] < MAX_SEED:
-        raise invalid("seed", f"seed must be 0 .. 2**32 - 1, got {shown(values['seed'])}")
-    partial = values.get("partial_images", 0)
-    if not 0 <= partial < layout.grid:
-        raise invalid("partial_images", f"partial_images must be 0 .. {layout.grid - 1}, got {shown(partial)}")
-    if partial and not stream:
+def _check_answer(values: Mapping[str, Any], pipe: Pipeline, *, stream: bool) -> None:
+    """Raises ApiError if the images cannot go back in the way that is asked for."""
+    size = f"{pipe.image_size}x{pipe.image_size}"
+    if values.get("size", "auto") not in (size, "auto"):
+        raise invalid("size", f"size must be '{size}', this model's only one, got {shorten(values['size'])}")
+    if values.get("partial_images") and not stream:
         raise invalid("partial_images", "partial_images needs stream: set stream to true or leave it out")
     if stream and values.get("response_format") == "url":
-        raise invalid("response_format", "a stream carries pictures as b64_json only: ask for it or leave it out")
-    text_tokens = len(pipe.tokenizer.encode(values["prompt"]))
-    if text_tokens > layout.caption_len:
-        message = f"prompt must be at most {layout.caption_len} tokens for this model, got {text_tokens}: shorten it"
-        raise invalid("prompt", message, code="prompt_too_long")
-    names = ("best_of", "seed", "temperature", "top_k", "top_p", "guidance", "keep_rows")
-    request = Request(
-        caption=values["prompt"],
-        n=n,
-        image=image,
-        # Without a seed every call draws something new, and says with which seed.
-        **{"seed": secrets.randbelow(2**31)} | {name: values[name] for name in names if name in values},
-    )
-    try:
-        pipe.check(request)
-    except UserError as error:
-        fault = re.match(r"\w+", str(error))
-        param = fault[0] if fault and fault[0] in _EDIT_FIELDS else None
-        raise invalid(param, str(error)) from error
-    kept = request.rows_kept(layout.grid)
-    left = layout.grid - kept
-    return Order(
-        request=request,
-        kind=kind,
-        as_url=as_url and not stream,
-        stream=stream,
-        preview_rows=frozenset(kept + (i + 1) * left // (partial + 1) for i in range(partial)) - {0, layout.grid},
-        text_tokens=text_tokens,
-        image_tokens=kept * layout.grid,
-    )
+        raise invalid("response_format", "a stream carries images as b64_json only: ask for it or leave it out")

@@ -115,11 +115,11 @@ def figures(args: argparse.Namespace) -> dict:
     run, shuffled = Run(args.run), Run(args.shuffled_run)
     pipe = Pipeline.load(args.run)
     args.out.mkdir(parents=True, exist_ok=True)
-    train_codes = run.codes(args.train, pipe.dvae)
+    train_codes = run.codes(args.train, pipe.generator.image_tokenizer)
     result = {"held_out": {}}
     for item in args.held_out:
         name, spec = item.split("=", 1)
-        held_out = run.codes(spec, pipe.dvae)
+        held_out = run.codes(spec, pipe.generator.image_tokenizer)
         bits, without = run.bits_per_image_token(spec), shuffled.bits_per_image_token(spec)
         gain = without - bits  # picture by picture
         result["held_out"][name] = {
@@ -129,7 +129,7 @@ def figures(args: argparse.Namespace) -> dict:
             "gain": float(gain.mean()),
             "gain_standard_error": float(gain.std(ddof=1) / math.sqrt(len(gain))),
             "gain_share_of_pictures": float((gain > 0).mean()),
-            "unigram": unigram_bits(train_codes, held_out, pipe.model.config.image_vocab),
+            "unigram": unigram_bits(train_codes, held_out, pipe.generator.model.config.image_vocab),
         }
         source = open_source(spec)
         captions = [source[i].captions[0] for i in np.linspace(0, len(source) - 1, SAMPLES).astype(int)]
@@ -137,7 +137,10 @@ def figures(args: argparse.Namespace) -> dict:
         contact_sheet(drawn, captions, columns=COLUMNS).save(args.out / f"{name}.png")
     return result | {
         "steps": {"run": run.steps, "captions_shuffled": shuffled.steps},
-        "parameters": {"transformer": pipe.model.num_params, "dvae": pipe.dvae.num_params},
+        "parameters": {
+            "transformer": pipe.generator.model.num_params,
+            "dvae": pipe.generator.image_tokenizer.num_params,
+        },
         "temperature": args.temperature,
         "checkpoint": pipe.digest,
         "date": datetime.date.today().isoformat(),

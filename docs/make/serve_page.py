@@ -22,8 +22,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 DOCS = Path(__file__).resolve().parent.parent
 # The page's own functions, told to stop after some rows, so that a quick model can be seen at work.
 HALF = """
-const whole = showRows;
-showRows = (run, event) => { if (8 * event.rows <= 5 * event.grid) whole(run, event); };
+const whole = showPreview;
+showPreview = (run, event) => { if (8 * event.rows <= 5 * event.grid) whole(run, event); };
 showPicture = () => {};
 """
 

@@ -33,7 +33,7 @@ def test_bytes_of_a_candidate_and_a_step_are_those_of_the_windows(bounds, name, 
     assert bounds.cache_bytes(config) == stored == pytest.approx(stored_mb * 1e6, rel=5e-3)
     assert step.windows == 64 * position * (33 * rows + 32 * columns + 166) == pytest.approx(64e6 * read_mb, rel=5e-3)
     assert step.text == position * 256 * config.num_layers == pytest.approx(text_mb * 1e6, rel=5e-3)
-    ahead = engine.wave_bytes(1, 65, guided=False) - engine.wave_bytes(1, 64, guided=False)
+    ahead = engine.batch_bytes(1, 65, guided=False) - engine.batch_bytes(1, 64, guided=False)
     assert ahead == stored + 4 * config.image_vocab * (config.grid + 4)  # and its noise of a row, and logits
 
 

@@ -11,72 +11,23 @@ import pytest
 from PIL import Image
 
 import dalle_jax
-from dalle_jax import model_dir
 from dalle_jax.cli import main
-from dalle_jax.cli.sample import _open, file_names
-from dalle_jax.data.sources import scenes
+from dalle_jax.cli.sample import file_names, read_image
 from dalle_jax.errors import UserError
-from dalle_jax.models import build
 from dalle_jax.pictures.picture import Picture
-from dalle_jax.sample import pipeline
+from dalle_jax.sample import autoregressive
+from dalle_jax.sample.batches import bucket, plan
+from dalle_jax.sample.candidates import Candidates
 from dalle_jax.sample.request import Request
-from dalle_jax.sample.results import Kept
-from dalle_jax.sample.waves import capacity, ladder, plan
-from dalle_jax.text.bpe import BPETokenizer
-from tests.support.parameters import random_parameters
-
-CAPTION = "a red circle above a blue square"
-DVAE = {"image_size": 16, "vocab": 12, "width": 8, "groups": 2, "blocks_per_group": 1, "stem": 8, "patch": 2}
+from tests.support.tiny_model import CAPTION, BrightIsBest, pixels_of
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An exported model with random parameters, output heads included."""
-    folder = tmp_path_factory.mktemp("model")
-    source = scenes.open_scenes("train")
-    tokenizer = BPETokenizer.train((source[i].captions[0] for i in range(300)), vocab_size=384)
-    tokenizer.save(folder)
-    model = {
-        "num_layers": 2,
-        "width": 16,
-        "heads": 2,
-        "head_size": 8,
-        "text_len": 16,
-        "text_vocab": tokenizer.vocab_size,
-        "grid": 4,
-        "image_vocab": 12,
-        "remat": "none",
-        "precision": "fp32",
-    }
-    for name, config, path in (("transformer", model, folder), ("dvae", DVAE, folder / "dvae")):
-        model_dir.save(path, {"name": name, "model": config}, random_parameters(build(name, config)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    pipe = dalle_jax.Pipeline.load(folder, devices=jax.devices()[:1])
-    pipe.can_guide = True
+def pipe(model_folder):
+    pipe = dalle_jax.Pipeline.load(model_folder, devices=jax.devices()[:1])
+    pipe.generator.can_guide = True
     pipe.reranker = BrightIsBest()
     return pipe
-
-
-class BrightIsBest:
-    """Scores a picture by its mean brightness, and remembers how many it was given at a time."""
-
-    digest = "bright"
-
-    def __init__(self):
-        self.given = []
-
-    def score(self, images_uint8, caption):
-        assert images_uint8.dtype == np.uint8 and isinstance(caption, str)
-        self.given.append(len(images_uint8))
-        return images_uint8.reshape(len(images_uint8), -1).mean(1).astype(np.float32) / 255
-
-
-def pixels_of(pictures):
-    return np.stack([np.asarray(picture) for picture in pictures])
 
 
 def test_pictures_carry_how_they_were_made_into_the_png(pipe, tmp_path):
@@ -120,8 +71,8 @@ def test_a_copied_picture_still_knows_how_it_was_made(again, tmp_path):
 
 
 @pytest.fixture
-def small_waves(pipe, monkeypatch):
-    """Waves of two images: everything larger is split."""
+def small_batches(pipe, monkeypatch):
+    """Batches of two images: everything larger is split."""
     monkeypatch.setattr(pipe, "_capacity", dict.fromkeys((False, True), (2, "two at a time")))
 
 
@@ -133,16 +84,16 @@ def test_a_picture_depends_on_its_own_seed_only(pipe):
     )
 
 
-def test_split_waves_draw_the_same_pictures(pipe, small_waves):
-    """The last of the waves is filled up; captions that share waves keep their own settings."""
+def test_split_batches_draw_the_same_pictures(pipe, small_batches):
+    """The last batch is filled up; captions that share batches keep their own settings."""
     split = pixels_of(pipe(CAPTION, n=5, seed=10))
-    waves = pipe([CAPTION, "a small star", CAPTION], n=1, seed=[10, 0, 11])
-    np.testing.assert_array_equal(pixels_of(row[0] for row in waves)[[0, 2]], split[:2])
+    mixed = pipe([CAPTION, "a small star", CAPTION], n=1, seed=[10, 0, 11])
+    np.testing.assert_array_equal(pixels_of(row[0] for row in mixed)[[0, 2]], split[:2])
     pipe._capacity[False] = (64, "many at a time")
     np.testing.assert_array_equal(split, pixels_of(pipe(CAPTION, n=5, seed=10)))
     mixed = [
         Request(CAPTION, n=2, seed=10),
-        Request("a small star", n=1, temperature=0.5, top_k=3),
+        Request("a small star", n=1, options={"temperature": 0.5, "top_k": 3}),
         Request(CAPTION, n=3, best_of=5, seed=10),
         Request("", n=2, guidance=2.0, seed=4),
     ]
@@ -152,8 +103,8 @@ def test_split_waves_draw_the_same_pictures(pipe, small_waves):
         assert [p.seed for p in alone] == [p.seed for p in pictures]
 
 
-def test_best_of_returns_the_best_of_all_candidates_in_order(pipe, small_waves):
-    """Ranked while waves of two are drawn, so that never more than a wave is at hand as pixels."""
+def test_best_of_returns_the_best_of_all_candidates_in_order(pipe, small_batches):
+    """Ranked while batches of two are drawn, so that never more than a batch is decoded."""
     everything = pipe(CAPTION, n=6, seed=3)
     brightness = np.array([np.asarray(p).mean() / 255 for p in everything])
     pipe.reranker.given.clear()
@@ -165,87 +116,91 @@ def test_best_of_returns_the_best_of_all_candidates_in_order(pipe, small_waves):
     assert best[0].info["score"] == f"{best[0].score:.6f}" and everything[0].score is None
 
 
-def test_candidates_of_one_wave_are_decoded_and_ranked_a_few_at_a_time(pipe, monkeypatch):
-    wave = pipe(CAPTION, n=2, best_of=6, seed=3)
+def test_candidates_of_one_batch_are_decoded_and_ranked_a_few_at_a_time(pipe, monkeypatch):
+    at_once = pipe(CAPTION, n=2, best_of=6, seed=3)
     pipe.reranker.given.clear()
-    monkeypatch.setattr(pipeline, "DECODED", 2)
+    monkeypatch.setattr(autoregressive, "DECODED", 2)
     few = pipe(CAPTION, n=2, best_of=6, seed=3)
     assert pipe.reranker.given == [2, 2, 2]
-    np.testing.assert_array_equal(pixels_of(few), pixels_of(wave))
+    np.testing.assert_array_equal(pixels_of(few), pixels_of(at_once))
 
 
-def test_eight_devices_that_share_models_in_pairs_draw_what_one_draws(folder, pipe):
-    many = dalle_jax.Pipeline.load(folder, tensor=2)
+def test_eight_devices_that_share_models_in_pairs_draw_what_one_draws(model_folder, pipe):
+    many = dalle_jax.Pipeline.load(model_folder, tensor=2)
     many.reranker = pipe.reranker
-    assert (many._engine.ways, many._engine.mesh.size) == (4, 8)
+    assert (many.generator.batch_multiple, many.generator.engine.mesh.size) == (4, 8)
     alone, shared = (each(CAPTION, n=5, best_of=6, seed=10) for each in (pipe, many))
     np.testing.assert_array_equal(pixels_of(shared), pixels_of(alone))
     assert [picture.seed for picture in shared] == [picture.seed for picture in alone]
 
 
-def test_kept_are_the_best_and_of_equals_those_of_smaller_seeds():
-    kept = Kept(2, ranked=True)
-    kept.add([5, 6], np.array([[5], [6]]), [0.5, 0.25])
-    kept.add([7, 4], np.array([[7], [4]]), [0.5, 0.5])
-    assert (kept.seeds(), kept.scores(), kept.ids().tolist(), kept.drawn) == ([4, 5], [0.5, 0.5], [[4], [5]], 4)
+def test_the_best_candidates_stay_and_of_equals_those_of_smaller_seeds():
+    best = Candidates(2, ranked=True)
+    best.add([5, 6], np.array([[5], [6]]), [0.5, 0.25])
+    best.add([7, 4], np.array([[7], [4]]), [0.5, 0.5])
+    assert (best.seeds(), best.scores(), best.drafts().tolist(), best.seen) == ([4, 5], [0.5, 0.5], [[4], [5]], 4)
 
 
-def test_rows_are_seen_as_they_are_drawn_and_can_be_ended(pipe, small_waves):
+def test_progress_is_seen_step_by_step_and_a_request_can_be_ended(pipe, small_batches):
     seen = []
 
-    def on_rows(preview):
-        pictures = preview.pictures()
-        seen.append((preview.request, preview.rows, preview.share, len(pictures), np.asarray(pictures[0])))
-        return not (preview.request == 1 and preview.rows == 2)
+    def on_progress(preview):
+        images = preview.images()
+        seen.append((preview.request, preview.step, preview.share, np.asarray(images[0])))
+        assert preview.steps == 4 and len(images) <= 2
+        return not (preview.request == 1 and preview.step == 2)
 
-    first, second = pipe(["a star", CAPTION], n=3, seed=[0, 5], on_rows=on_rows)
+    first, second = pipe(["a star", CAPTION], n=3, seed=[0, 5], on_progress=on_progress)
     np.testing.assert_array_equal(pixels_of(first), pixels_of(pipe("a star", n=3)))
-    assert second == [] and [rows for request, rows, *_ in seen if request == 1] == [1, 2]
-    shares = [share for request, _, share, *_ in seen if request == 0]
-    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8  # two waves of four rows
-    rows = [(rows, picture) for request, rows, _, _, picture in seen if request == 0][:4]
-    for number, picture in rows:
-        assert (picture[number * 4 :] == 255).all()
-    np.testing.assert_array_equal(rows[3][1], np.asarray(first[0]))
+    assert second == [] and [step for request, step, *_ in seen if request == 1] == [1, 2]
+    shares = [share for request, _, share, _ in seen if request == 0]
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8  # two batches of four rows
+    steps = [(step, image) for request, step, _, image in seen if request == 0][:4]
+    for step, image in steps:
+        assert (image[step * 4 :] == 255).all()
+    np.testing.assert_array_equal(steps[3][1], np.asarray(first[0]))
 
 
-def test_nothing_more_is_drawn_when_nobody_waits(pipe, small_waves, monkeypatch):
-    """Ended in its second row, the first of three waves is the last."""
-    rows, advance = [], pipe._engine.advance
-    monkeypatch.setattr(pipe._engine, "advance", lambda wave, *row: rows.append(row) or advance(wave, *row))
-    for answer in (bool, np.bool):  # a comparison of numpy's numbers ends it too
+def test_nothing_more_is_drawn_when_nobody_waits(pipe, small_batches, monkeypatch):
+    """Ended in its second row, the first of three batches is the last."""
+    rows, advance = [], pipe.generator.engine.advance
+    monkeypatch.setattr(pipe.generator.engine, "advance", lambda batch, *row: rows.append(row) or advance(batch, *row))
+    for answer in (bool, np.bool):  # a comparison of NumPy numbers ends it too
         rows.clear()
-        assert pipe(CAPTION, n=5, on_rows=lambda preview, answer=answer: answer(preview.rows < 2)) == []
+        assert pipe(CAPTION, n=5, on_progress=lambda preview, answer=answer: answer(preview.step < 2)) == []
         assert rows == [(0, 1), (1, 2)]
 
 
-def test_waves_are_few_shapes_that_fit(pipe):
-    assert [ladder(i) for i in (1, 2, 4, 5, 16, 17, 64, 65)] == [1, 4, 4, 16, 16, 64, 64, 256]
-    for counts, room, ways in (([1] * 200, 64, 1), ([512], 64, 8), ([5, 70, 3], 16, 4), ([1], 8, 8), ([2, 2, 2], 6, 2)):
-        plans = plan(counts, capacity=room, ways=ways)
-        assert len({(p.captions, p.candidates) for p in plans}) == 1  # one program
-        assert all(p.captions * p.candidates <= room and not p.captions * p.candidates % ways for p in plans)
+def test_batches_have_few_shapes_and_fit(pipe):
+    assert [bucket(i) for i in (1, 2, 4, 5, 16, 17, 64, 65)] == [1, 4, 4, 16, 16, 64, 64, 256]
+    for counts, room, multiple in (
+        ([1] * 200, 64, 1), ([512], 64, 8), ([5, 70, 3], 16, 4), ([1], 8, 8), ([2, 2, 2], 6, 2),
+    ):  # fmt: skip
+        plans = plan(dict(enumerate(counts)), capacity=room, multiple=multiple)
+        assert len({(p.prompts, p.candidates) for p in plans}) == 1  # one program
+        assert all(p.prompts * p.candidates <= room and not p.prompts * p.candidates % multiple for p in plans)
         drawn = [set() for _ in counts]
-        for place in (place for p in plans for place in p.places):
-            assert place.count <= plans[0].candidates
-            drawn[place.request].update(range(place.first, place.first + place.count))
-        assert [sorted(own) for own in drawn] == [list(range(count)) for count in counts]
-    (half, _) = plan([512], capacity=349)  # even parts, not a full one and a rest that is drawn as a full one
-    assert (half.captions, half.candidates) == (1, 256)
-    images, told = pipe.wave()
-    assert images == capacity(pipe._engine, guided=False)[0] and f"{images} images a wave" in told
-    each = pipe._engine.wave_bytes(1, 2, guided=False) - pipe._engine.wave_bytes(1, 1, guided=False)
-    config = pipe.model.config  # row and convolution: rings of 5 and 14 of 16 positions; noise of a row, logits
+        for slot in (slot for p in plans for slot in p.slots):
+            assert slot.count <= plans[0].candidates
+            drawn[slot.request].update(range(slot.first, slot.first + slot.count))
+        assert [sorted(candidates) for candidates in drawn] == [list(range(count)) for count in counts]
+    (half, _) = plan({0: 512}, capacity=349)  # even parts, not a full one and a rest that is drawn as a full one
+    assert (half.prompts, half.candidates) == (1, 256)
+    images, reason = pipe.capacity()
+    engine = pipe.generator.engine
+    assert images == engine.capacity(guided=False)[0] and f"{images} images per batch" in reason
+    each = engine.batch_bytes(1, 2, guided=False) - engine.batch_bytes(1, 1, guided=False)
+    config = engine.config  # row and convolution: rings of 5 and 14 of 16 positions; noise of a row, logits
     slots = 5 + 16
     assert each == slots * 2 * 4 * config.heads * config.head_size + 4 * config.image_vocab * (config.grid + 4)
 
 
 def test_completion_keeps_the_top_rows(pipe):
     image = np.random.default_rng(0).integers(256, size=(20, 24, 3), dtype=np.uint8)
-    given = pipe.encode(image)
+    given = pipe.generator.encode(image)
     completed = pipe(CAPTION, n=3, image=Image.fromarray(image), keep_rows=2)
     whole = pipe(CAPTION, n=1, image=image, keep_rows=4)[0]
-    np.testing.assert_array_equal(np.asarray(whole), pipe.decode(given))
+    np.testing.assert_array_equal(np.asarray(whole), pipe.generator.decode(given))
     assert completed[0].settings["keep_rows"] == 2
     assert len({np.asarray(picture).tobytes() for picture in completed}) == 3
 
@@ -259,42 +214,38 @@ def test_a_given_picture_is_read_as_in_training(pipe, tmp_path):
     upside_down[0x0112] = 3
     Image.fromarray(pixels).save(tmp_path / "photo.png", exif=upside_down)
     pixels[10:, :, :3] = 255
-    want = pipe.encode(np.ascontiguousarray(pixels[::-1, ::-1, :3]))
-    np.testing.assert_array_equal(pipe.encode(Image.open(tmp_path / "photo.png")), want)
-    np.testing.assert_array_equal(pipe.encode(_open(tmp_path / "photo.png")), want)
+    want = pipe.generator.encode(np.ascontiguousarray(pixels[::-1, ::-1, :3]))
+    np.testing.assert_array_equal(pipe.generator.encode(Image.open(tmp_path / "photo.png")), want)
+    np.testing.assert_array_equal(pipe.generator.encode(read_image(tmp_path / "photo.png")), want)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, r"n must be a whole number in 1 .. 4096, got 0"),
-        ({"n": 1.5}, r"n must be a whole number in 1 .. 4096, got 1.5"),
-        ({"n": True}, r"n must be a whole number in 1 .. 4096, got True"),
-        ({"n": 3, "best_of": 2}, r"best_of must be a whole number in n = 3 .. 4096, got 2"),
-        ({"best_of": 4097}, r"best_of must be a whole number in n = 1 .. 4096, got 4097"),
-        ({"temperature": 0.0}, "temperature must be at least 0.001 and at most 1000, got 0.0"),
-        ({"temperature": 1e-40}, "temperature must be at least 0.001 and at most 1000, got 1e-40"),
-        ({"temperature": float("nan")}, "temperature must be at least 0.001"),
-        ({"temperature": "1"}, "temperature must be at least 0.001"),
-        ({"guidance": -1}, "guidance must be at least 0 and at most 1000, got -1"),
-        ({"guidance": 1e30}, r"guidance must be at least 0 and at most 1000, got 1e\+30"),
-        ({"top_k": 0}, r"top_k must be a whole number in 1 .. 12, got 0"),
-        ({"top_k": 13}, r"top_k must be a whole number in 1 .. 12, got 13"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
-        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
-        ({"seed": -1}, "seed must be a whole number in 0 .. "),
-        (
-            {"n": 2, "seed": 2**32 - 1},
-            r"seed must be a whole number in 0 .. 2\*\*32 - candidates = 4294967294, got 4294967295",
-        ),
-        ({"seed": [1, 2]}, "seed must be one, or one a caption, got 2"),
-        ({"seed": np.array(1.0)}, "seed must be a whole number"),
-        ({"on_rows": 3}, "on_rows must be a function that is given a Preview, or None, got 3"),
+        ({"n": 0}, "n to be a whole number of at least 1 and of at most 4,096, got 0"),
+        ({"n": 1.5}, "n to be a whole number .* got 1.5"),
+        ({"n": True}, "n to be a whole number .* got True"),
+        ({"n": 3, "best_of": 2}, "best_of must be at least n = 3, got 2"),
+        ({"best_of": 4097}, "best_of to be a whole number .* at most 4,096, or None, got 4097"),
+        ({"temperature": 0.0}, "temperature to be a number of at least 0.001 and of at most 1,000, got 0.0"),
+        ({"temperature": float("nan")}, "temperature to be a number .* got nan"),
+        ({"temperature": "1"}, "temperature to be a number .* got '1'"),
+        ({"temperature": None}, "temperature to be a number .* got None"),
+        ({"guidance": -1}, "guidance to be a number of at least 0 and of at most 1,000, got -1"),
+        ({"guidance": 1e30}, r"guidance to be a number .* got 1e\+30"),
+        ({"guidance": np.float32("inf")}, "guidance to be a number .* got inf"),
+        ({"top_k": 0}, "top_k to be a whole number of at least 1 and of at most 12, or None, got 0"),
+        ({"top_k": 13}, "top_k to be a whole number .* got 13"),
+        ({"top_p": 0.0}, "top_p to be a number of at most 1 and above 0, or None, got 0.0|above 0 and of at most 1"),
+        ({"top_p": 1.5}, "top_p to be a number .* got 1.5"),
+        ({"seed": -1}, "seed to be a whole number of at least 0"),
+        ({"n": 2, "seed": 2**32 - 1}, r"seed must be at most 2\*\*32 - candidates = 4294967294, got 4294967295"),
+        ({"seed": [1, 2]}, "seed must be one, or one per caption, got 2"),
+        ({"seed": np.array(1.0)}, "seed to be a whole number"),
+        ({"on_progress": 3}, "on_progress must be a function that takes a Preview, or None, got 3"),
+        ({"on_rows": print}, r"expected options of this model \(temperature, top_k, top_p, keep_rows\), got 'on_rows'"),
         ({"keep_rows": 2}, "needs an image"),
-        (
-            {"image": np.zeros((8, 8, 3), np.uint8), "keep_rows": 5},
-            r"keep_rows must be a whole number in 0 .. 4, got 5",
-        ),
+        ({"image": np.zeros((8, 8, 3), np.uint8), "keep_rows": 5}, "keep_rows to be .* at most 4, or None, got 5"),
         ({"image": np.zeros((8, 8), np.uint8)}, r"uint8 \[H, W, 3\]"),
         ({"image": "star.png"}, r"image must be a PIL image or uint8 \[H, W, 3\]"),
     ],
@@ -305,8 +256,18 @@ def test_arguments_out_of_range_are_refused(pipe, arguments, message):
     assert "\n" not in str(refused.value)
 
 
+def test_numpy_numbers_are_numbers(pipe):
+    """Of any width, in every argument; they do not show in what is written down."""
+    plain = {"n": 2, "best_of": 3, "seed": 2**31 + 5, "guidance": 1.5, "temperature": 0.5, "top_k": 3, "top_p": 0.75}
+    kinds = {"n": np.int64, "best_of": np.int8, "seed": np.uint32, "guidance": np.float32, "temperature": np.float16}
+    from_numpy = {name: kinds.get(name, np.float64 if name == "top_p" else np.int32)(v) for name, v in plain.items()}
+    for picture, other in zip(pipe(CAPTION, **plain), pipe(CAPTION, **from_numpy), strict=True):
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(other))
+        assert picture.metadata() == other.metadata()
+
+
 @pytest.mark.parametrize(
-    ("ids", "got"),
+    ("tokens", "got"),
     [
         (np.full(16, 12), "got 12 .. 12"),
         (np.arange(16) - 1, "got -1 .. 14"),
@@ -316,17 +277,17 @@ def test_arguments_out_of_range_are_refused(pipe, arguments, message):
         (np.zeros(16), r"got float64 \[16\]"),
     ],
 )
-def test_numbers_that_are_no_codes_are_refused(pipe, ids, got):
-    with pytest.raises(UserError, match=rf"ids must be whole numbers in 0 \.\. 11, 16 a picture, {got}"):
-        pipe.decode(ids)
+def test_numbers_that_are_no_image_tokens_are_refused(pipe, tokens, got):
+    with pytest.raises(UserError, match=rf"tokens must be whole numbers in 0 \.\. 11, 16 per image, {got}"):
+        pipe.generator.decode(tokens)
 
 
 def test_a_picture_that_cannot_be_read_is_refused(pipe, tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    with pytest.raises(UserError, match="image must be a picture that can be read, got one where"):
-        pipe.encode(Image.open(tmp_path / "cut.png"))
+    with pytest.raises(UserError, match="image must be one that can be read, got one where"):
+        pipe.generator.encode(Image.open(tmp_path / "cut.png"))
 
 
 def test_only_requests_are_drawn(pipe):
@@ -343,10 +304,10 @@ def test_captions_must_be_texts(pipe, captions):
         pipe(captions)
 
 
-def test_command_writes_pictures_and_a_sheet(folder, pipe, tmp_path, capsys):
+def test_command_writes_pictures_and_a_sheet(model_folder, pipe, tmp_path, capsys):
     """On eight devices, the pictures that one draws; without --json it says how many it draws at a time, and why."""
     out = tmp_path / "out"
-    words = ["sample", str(folder), CAPTION, "a star", "-n", "2", "--seed", "3", "--out", str(out), "--json"]
+    words = ["sample", str(model_folder), CAPTION, "a star", "-n", "2", "--seed", "3", "--out", str(out), "--json"]
     assert main.main(words) == 0
     made = json.loads(capsys.readouterr().out)
     names = [f"{slug}-{seed}.png" for slug in ("a-red-circle-above-a-blue-square", "a-star") for seed in (3, 4)]
@@ -357,7 +318,7 @@ def test_command_writes_pictures_and_a_sheet(folder, pipe, tmp_path, capsys):
     np.testing.assert_array_equal(drawn, pixels_of(sum(pipe([CAPTION, "a star"], n=2, seed=3), [])))
     assert main.main(words[:-1]) == 0
     told = capsys.readouterr()
-    assert re.match(r"\d+ images a wave: .* MB each, 80% of .* GB free holds \d+", told.err)
+    assert re.match(r"\d+ images per batch: .* MB each, 80% of .* GB free holds \d+", told.err)
     assert re.match(r"4 pictures of 2 caption\(s\) in .* s: ", told.out)
 
 

@@ -11,8 +11,8 @@ from dalle_jax import model_dir
 from dalle_jax.cli import main
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
-from tests.sample.test_pipeline_api import CAPTION, DVAE, folder  # noqa: F401
 from tests.support.parameters import random_parameters
+from tests.support.tiny_model import CAPTION, DVAE
 
 
 @pytest.mark.parametrize(
@@ -23,16 +23,16 @@ from tests.support.parameters import random_parameters
         ({"devices": ["cpu"]}, r"devices must be at least one of .* got \['cpu'\]"),
     ],
 )
-def test_impossible_ways_to_hold_a_model_are_refused(folder, arguments, message):  # noqa: F811
+def test_impossible_ways_to_hold_a_model_are_refused(model_folder, arguments, message):
     with pytest.raises(UserError, match=message):
-        dalle_jax.Pipeline.load(folder, **arguments)
+        dalle_jax.Pipeline.load(model_folder, **arguments)
 
 
 @pytest.mark.parametrize("part", ["transformer", "dvae"])
 @pytest.mark.parametrize("sizes", [{"width": 0}, {"widht": 16}])
-def test_impossible_sizes_of_a_folder_are_named(folder, tmp_path, part, sizes):  # noqa: F811
+def test_impossible_sizes_of_a_folder_are_named(model_folder, tmp_path, part, sizes):
     other = tmp_path / "other"
-    shutil.copytree(folder, other)
+    shutil.copytree(model_folder, other)
     place = other / "dvae" if part == "dvae" else other
     config = json.loads((place / "config.json").read_text())
     config["model"] |= sizes
@@ -41,31 +41,31 @@ def test_impossible_sizes_of_a_folder_are_named(folder, tmp_path, part, sizes): 
         dalle_jax.Pipeline.load(other)
 
 
-def test_what_a_model_cannot_do_is_refused(folder):  # noqa: F811
-    plain = dalle_jax.Pipeline.load(folder, devices=jax.devices()[:1])
+def test_what_a_model_cannot_do_is_refused(model_folder):
+    plain = dalle_jax.Pipeline.load(model_folder, devices=jax.devices()[:1])
     with pytest.raises(UserError, match="best_of needs a CLIP"):
         plain(CAPTION, best_of=4)
     with pytest.raises(UserError, match="trained without dropping captions"):
         plain(CAPTION, guidance=3.0)
 
 
-def test_missing_and_foreign_parts_are_named(folder, tmp_path, capsys):  # noqa: F811
+def test_missing_and_foreign_parts_are_named(model_folder, tmp_path, capsys):
     other = tmp_path / "other"
-    shutil.copytree(folder, other)
+    shutil.copytree(model_folder, other)
     coarse = {**DVAE, "groups": 1}
     model_dir.save(other / "dvae", {"name": "dvae", "model": coarse}, random_parameters(build("dvae", coarse)))
     for words, told in (
-        (["sample", str(other), "a star"], "expected a dVAE of 12 codes on a grid of 4"),
+        (["sample", str(other), "a star"], "expected an image tokenizer of 12 tokens on a grid of 4"),
         *(
             (
-                ["sample", str(folder), "a star", "--tensor", tensor],
+                ["sample", str(model_folder), "a star", "--tensor", tensor],
                 "tensor must divide the 8 device(s) and the model's 2",
             )
             for tensor in ("0", "3", "8")
         ),
         (["sample", str(tmp_path / "nothing"), "a star"], "config.json"),
-        (["sample", str(folder / "dvae"), "a star"], "expected a transformer"),
-        (["sample", str(folder), "a star", "--image", str(tmp_path / "no.png")], "expected a picture to complete"),
+        (["sample", str(model_folder / "dvae"), "a star"], "expected a transformer"),
+        (["sample", str(model_folder), "a star", "--image", str(tmp_path / "no.png")], "expected an image to complete"),
     ):
         assert main.main(words) == 2
         error = capsys.readouterr().err.strip()

@@ -62,15 +62,15 @@ def test_a_score_does_not_depend_on_the_other_pictures(reranker, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
     scores = reranker.score(images, "red")
     np.testing.assert_array_equal(scores, [reranker.score(images[i : i + 1], "red")[0] for i in range(7)])
-    monkeypatch.setattr(rerank, "WAVE", 3)
+    monkeypatch.setattr(rerank, "BATCH", 3)
     np.testing.assert_allclose(reranker.score(images, "red"), scores, atol=1e-6)
     assert reranker.score(images[:0], "red").shape == (0,)
 
 
 def test_a_caption_is_encoded_once(reranker, monkeypatch):
     images, calls = np.zeros((1, 8, 8, 3), np.uint8), []
-    encode = rerank._encode_caption
-    monkeypatch.setattr(rerank, "_encode_caption", lambda *a: calls.append(1) or encode(*a))
+    encode = rerank._encode_captions
+    monkeypatch.setattr(rerank, "_encode_captions", lambda *a: calls.append(1) or encode(*a))
     monkeypatch.setattr(rerank, "CACHED_CAPTIONS", 2)
     reranker._captions.clear()
     for caption in ("red star", "red star", "green star", "red star"):
@@ -91,7 +91,7 @@ def test_pictures_are_brought_to_size_as_pillow_does(size):
         tall, wide = round(size[0] * scale), round(size[1] * scale)
         wanted = np.asarray(Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC), int)
         top, left = (tall - side) // 2, (wide - side) // 2
-        got = np.asarray(rerank.fitted(image[None], side))[0].astype(int)
+        got = np.asarray(rerank.resize_and_crop(image[None], side))[0].astype(int)
         assert np.abs(got - wanted[top : top + side, left : left + side]).max() <= 1
 
 
@@ -108,7 +108,7 @@ def test_the_digest_tells_models_apart(folder, reranker, tmp_path):
 @pytest.mark.parametrize(
     ("images", "caption", "message"),
     [
-        (np.zeros((1, 8, 8, 3), np.float32), "red", "expected pictures as uint8"),
+        (np.zeros((1, 8, 8, 3), np.float32), "red", "expected images as uint8"),
         (np.zeros((8, 8, 3), np.uint8), "red", r"got uint8 \[8, 8, 3\]"),
         (np.zeros((1, 0, 8, 3), np.uint8), "red", "with pixels"),
         (np.zeros((1, 8, 8, 3), np.uint8), ["red"], "caption as text"),

@@ -18,15 +18,15 @@ from tests.models.test_transformer import TINY, apply, random_batch, random_para
 ONE = make_mesh({}, devices=jax.devices()[:1])
 
 
-def uncached(config, params, text_CT, image_CMI):
+def uncached(config, params, text_PT, image_CMI):
     """Image logits [C, M, I, V] of the whole forward pass."""
     captions, candidates = image_CMI.shape[:2]
-    text = np.repeat(text_CT, candidates, axis=0)
+    text = np.repeat(text_PT, candidates, axis=0)
     logits = apply(transformer.model(config), params, text, image_CMI.reshape(captions * candidates, -1))[1]
     return np.asarray(logits).reshape(captions, candidates, *logits.shape[1:])
 
 
-def cached(config, params, text_CT, image_CMI, *, weights="model"):
+def cached(config, params, text_PT, image_CMI, *, weights="model"):
     """The same, one position at a time from a cache."""
     captions, candidates = image_CMI.shape[:2]
     image_IB = image_CMI.reshape(captions * candidates, -1).T
@@ -37,7 +37,7 @@ def cached(config, params, text_CT, image_CMI, *, weights="model"):
         blocks = [{name: a[i] for name, a in params["blocks"].items()} for i in range(config.num_layers)]
         layers = [decoding.layer_weights(config, block, weights=weights) for block in blocks]
         ends = decoding.end_weights(config, params)
-        stores = decoding.prefill(config, layers, ends, text_CT)
+        stores = decoding.prefill(config, layers, ends, text_PT)
 
         def one(store, inputs):
             position, previous_B = inputs
@@ -57,18 +57,18 @@ def test_cached_logits_equal_uncached_at_every_position(pattern):
     logits of order 10."""
     config = dataclasses.replace(TINY, pattern=pattern, num_layers=6 if pattern == "paper" else 3)
     params = random_params(config)
-    text_CT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1].reshape(2, 2, -1)
-    want = uncached(config, params, text_CT, image)
-    np.testing.assert_allclose(cached(config, params, text_CT, image), want, rtol=1e-4, atol=1e-4)
+    text_PT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1].reshape(2, 2, -1)
+    want = uncached(config, params, text_PT, image)
+    np.testing.assert_allclose(cached(config, params, text_PT, image), want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_float16_model_is_sampled_from_as_it_was_trained():
     """Stream and logits in float32 in both; a few roundings of 2^-11 on logits of order 4 (measured: 0.006)."""
     config = dataclasses.replace(TINY, precision="fp16-paper", num_layers=2)
     params = random_params(config)
-    text_CT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1].reshape(2, 2, -1)
-    want = uncached(config, params, text_CT, image)
-    np.testing.assert_allclose(cached(config, params, text_CT, image), want, atol=0.02)
+    text_PT, image = random_batch(config, batch=2)[0], random_batch(config, batch=4, seed=1)[1].reshape(2, 2, -1)
+    want = uncached(config, params, text_PT, image)
+    np.testing.assert_allclose(cached(config, params, text_PT, image), want, atol=0.02)
 
 
 def sample(config=TINY, captions=2, candidates=3, seed=0, params=None, text=None, **kwargs):
@@ -109,13 +109,13 @@ def test_given_rows_are_kept_and_the_rest_continues_them():
     params, layout = random_params(TINY), TINY.layout
     given = np.random.default_rng(3).integers(TINY.image_vocab, size=(2, layout.image_len)).astype(np.int32)
     before = given.copy()
-    ids = sample(params=params, given_CI=given, given_rows=2)
+    ids = sample(params=params, given_PI=given, given_rows=2)
     np.testing.assert_array_equal(ids[..., :8], np.broadcast_to(given[:, None, :8], (2, 3, 8)))
     np.testing.assert_array_equal(given, before)
     assert len(np.unique(ids.reshape(6, -1), axis=0)) == 6
     # Completing a sampled picture from its own first rows draws the same picture again; each caption keeps its own.
     whole = sample(params=params, candidates=1)
-    np.testing.assert_array_equal(sample(params=params, candidates=1, given_CI=whole[:, 0], given_rows=[2, 0]), whole)
+    np.testing.assert_array_equal(sample(params=params, candidates=1, given_PI=whole[:, 0], given_rows=[2, 0]), whole)
 
 
 def numpy_filter(logits, temperature, top_k, top_p):
@@ -157,12 +157,12 @@ def test_the_engine_draws_from_the_filtered_distribution_at_the_end_of_a_picture
     settings = [(3.0, None, None), (2.0, 4, None), (4.0, 6, 0.8)]
     temperature, top_k, top_p = zip(*settings, strict=True)
     engine, rows, guidance = Engine(transformer.model(TINY), params, mesh=ONE), TINY.grid - 1, [1.0, 1.0, 1.5]
-    wave = engine.begin(
+    batch = engine.begin(
         text, image_keys(np.arange(3 * count).reshape(3, count)), temperature=temperature, top_k=top_k, top_p=top_p,
-        guidance=guidance, given_CI=image, given_rows=rows,
+        guidance=guidance, given_PI=image, given_rows=rows,
     )  # fmt: skip
     place = rows * TINY.grid
-    drawn_CM = engine.ids(engine.advance(wave, 0, TINY.grid))[..., place]
+    drawn_CM = engine.tokens(engine.advance(batch, 0, TINY.grid))[..., place]
     empty = np.stack([TINY.layout.text_slots([])] * 3)
     logits = uncached(TINY, params, np.concatenate([text, empty]), np.tile(image, (2, 1))[:, None])[:, 0, place]
     c, u = np.split(logits.astype(float), 2)
@@ -207,11 +207,11 @@ def test_settings_of_one_caption_leave_the_others_alone():
 def test_rows_drawn_one_by_one_are_those_drawn_at_once():
     text, keys = random_batch(TINY, batch=2)[0], image_keys(np.arange(6).reshape(2, 3))
     engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE)
-    wave = engine.begin(text, keys)
+    batch = engine.begin(text, keys)
     for row in range(TINY.grid):
-        wave = engine.advance(wave, row, row + 1)
-        assert not engine.ids(wave)[..., (row + 1) * TINY.grid :].any()
-    np.testing.assert_array_equal(engine.ids(wave), engine.generate(text, keys))
+        batch = engine.advance(batch, row, row + 1)
+        assert not engine.tokens(batch)[..., (row + 1) * TINY.grid :].any()
+    np.testing.assert_array_equal(engine.tokens(batch), engine.generate(text, keys))
 
 
 @pytest.mark.parametrize(
@@ -228,11 +228,11 @@ def test_same_pictures_on_any_number_of_devices(sizes):
     model, keys = transformer.model(TINY), image_keys(np.arange(8).reshape(2, 4))
     mesh = make_mesh(sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
     engine = Engine(model, params, mesh=mesh)
-    wave = engine.begin(text, keys, guidance=2.0)
-    wave = engine.advance(wave, 0, TINY.grid)
+    batch = engine.begin(text, keys, guidance=2.0)
+    batch = engine.advance(batch, 0, TINY.grid)
     alone = Engine(model, params, mesh=ONE)
-    np.testing.assert_array_equal(engine.ids(wave), alone.generate(text, keys, guidance=2.0))
-    store = wave["arrays"]["cache"][0]["k"]
+    np.testing.assert_array_equal(engine.tokens(batch), alone.generate(text, keys, guidance=2.0))
+    store = batch.arrays["cache"][0]["k"]
     assert store.addressable_shards[0].data.size * mesh.size == store.size
     with pytest.raises(ValueError, match="multiple of"):
         Engine(model, params, mesh=make_mesh({"replica": 4}, devices=jax.devices()[:4])).begin(
@@ -311,9 +311,9 @@ def test_a_step_reads_the_cache_and_every_step_the_text():
     engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE)
 
     def last_row(damage, guidance):
-        wave = engine.advance(engine.begin(text, keys, guidance=guidance), 0, TINY.grid - 1)
-        wave["arrays"] |= {damage: jax.tree.map(jnp.zeros_like, wave["arrays"][damage])} if damage else {}
-        return engine.ids(engine.advance(wave, TINY.grid - 1, TINY.grid))[..., -TINY.grid :]
+        batch = engine.advance(engine.begin(text, keys, guidance=guidance), 0, TINY.grid - 1)
+        batch.arrays.update({damage: jax.tree.map(jnp.zeros_like, batch.arrays[damage])} if damage else {})
+        return engine.tokens(engine.advance(batch, TINY.grid - 1, TINY.grid))[..., -TINY.grid :]
 
     for guidance in (1.0, 2.0):
         intact = last_row(None, guidance)
@@ -335,16 +335,19 @@ def test_8_bit_engine_draws_guided_captions_of_mixed_settings():
 
 
 def test_abstract_engine_compiles_what_the_real_one_runs():
-    """Shapes alone give the same bytes and arrays; the compiler holds a wave once, donated, and not a second time."""
+    """Shapes alone give the same bytes and arrays; the compiler holds a batch once, donated, and not a second time."""
     model = transformer.model(TINY)
     shapes, real = Engine(model, None, mesh=ONE), Engine(model, random_params(TINY), mesh=ONE)
     assert shapes.weight_bytes() == real.weight_bytes()
-    assert shapes.wave_bytes(1, 2, guided=True) == real.wave_bytes(1, 2, guided=True)
+    assert shapes.batch_bytes(1, 2, guided=True) == real.batch_bytes(1, 2, guided=True)
     programs = shapes.compile(2, 3)
-    wave = real.begin(random_batch(TINY, batch=2)[0], image_keys(np.arange(6).reshape(2, 3)))
-    of = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    assert of(wave["arrays"]) == of(programs["begin"].out_info) == of(programs["advance"].out_info)
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(wave["arrays"]["cache"]))
+    batch = real.begin(random_batch(TINY, batch=2)[0], image_keys(np.arange(6).reshape(2, 3)))
+
+    def of(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    assert of(batch.arrays) == of(programs["begin"].out_info) == of(programs["advance"].out_info)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch.arrays["cache"]))
     assert programs["advance"].memory_analysis().alias_size_in_bytes >= held
 
 

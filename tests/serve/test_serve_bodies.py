@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.serve import body, schema
-from tests.support.stand_in_server import EDITS, GENERATIONS, JSON, SIDE, NoisePipeline, post, serving
+from dalle_jax.serve import parsing, schema
+from tests.support.stand_in_server import EDITS, GENERATIONS, JSON, SIDE, NoisePipeline, form, post, serving
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,6 @@ def test_malformed_bodies_get_400(robust, case):
     assert status == 400
     assert set(refusal["error"]) == {"message", "type", "param", "code"} and len(refusal["error"]["message"]) < 500
     assert post(robust, {"prompt": "a star"})[0] == 200
-
-
-def form(*parts, boundary="b"):
-    """A multipart body of (head, content) pairs and its headers."""
-    body = b"".join(
-        b"--b\r\nContent-Disposition: form-data; " + head + b"\r\n\r\n" + data + b"\r\n" for head, data in parts
-    )
-    return body + b"--b--\r\n", {"Content-Type": f"multipart/form-data; boundary={boundary}"}
 
 
 def png(width=SIDE, height=SIDE, *, noise=False):
@@ -115,12 +107,13 @@ def test_malformed_forms_get_400(robust, case):
 
 
 def test_fields_of_a_form_are_the_numbers_that_they_look_like():
+    known = schema.fields(NoisePipeline(), schema.EDIT)
     for text, value in (("1", 1.0), (".5", 0.5), ("5.", 5.0), ("-2.5e-3", -0.0025)):
-        assert schema.parse_form([("temperature", text)]) == {"temperature": value}
+        assert schema.parse_form([("temperature", text)], known) == {"temperature": value}
     for text in ("", ".", "-", "e5", "+1", "1_0", "0x1", "nan", "inf", " 1", "\u0661", "1" * 41):
-        assert schema.parse_form([("temperature", text)]) == {"temperature": text}  # which its check refuses
+        assert schema.parse_form([("temperature", text)], known) == {"temperature": text}  # which its check refuses
     fields = [("n", "2"), ("seed", "1.0"), ("stream", "true"), ("prompt", "3")]
-    assert schema.parse_form(fields) == {"n": 2, "seed": "1.0", "stream": True, "prompt": "3"}
+    assert schema.parse_form(fields, known) == {"n": 2, "seed": "1.0", "stream": True, "prompt": "3"}
 
 
 def test_wrong_bytes_never_hurt(robust):
@@ -158,7 +151,7 @@ def test_wrong_heads_never_hurt(robust):
 
 
 def test_oversized_bodies_get_413(robust):
-    json_limit, form_limit = body.MAX_JSON_BYTES, body.MAX_FORM_BYTES
+    json_limit, form_limit = parsing.MAX_JSON_BYTES, parsing.MAX_FORM_BYTES
     long = b'{"prompt": "' + b"a" * json_limit + b'"}'
     assert post(robust, long)[0] == 413
     big, headers = form(PROMPT, (IMAGE, bytes(form_limit)))
@@ -212,7 +205,7 @@ def test_a_host_that_is_none_is_refused(robust, host, path):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(robust, monkeypatch):
-    monkeypatch.setattr(body, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(parsing, "MAX_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", robust.port), timeout=10) as line:
         line.sendall(f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                      "Content-Length: 100\r\n\r\n{".encode())  # fmt: skip

@@ -48,7 +48,7 @@ COMMAND = """
 import sys
 from tests.support.stand_in_server import NoisePipeline
 from dalle_jax.cli import main, serve
-serve.load = lambda args: NoisePipeline(row_seconds=0.3)
+serve.load = lambda args: NoisePipeline(step_seconds=0.3)
 sys.exit(main.main(["serve", "runs/noise", "--port", "0"]))
 """
 
@@ -66,8 +66,8 @@ def test_sigterm_finishes_what_runs():
         found = re.fullmatch(r"dalle-jax serves noise on http://127\.0\.0\.1:(\d+)\n", ready)
         assert found, ready + process.stderr.read()
         assert [process.stdout.readline() for _ in range(2)] == [
-            "draws up to 16 pictures together: 16 images a wave: noise is light\n",
-            "draws up to 8 pictures with guidance together: 8 images a wave: noise is light\n",
+            "draws up to 16 images together: 16 images per batch: noise is light\n",
+            "draws up to 8 images with guidance together: 8 images per batch: noise is light\n",
         ]
         server = SimpleNamespace(port=int(found[1]))
         answer = in_background(server, {"prompt": "a star", "seed": 1, "response_format": "b64_json"})

@@ -10,8 +10,8 @@ import urllib.request
 import openai
 import pytest
 
-from dalle_jax.serve import answer, body
-from dalle_jax.serve.store import LIFE_SECONDS, PictureStore
+from dalle_jax.serve import parsing, responses
+from dalle_jax.serve.image_store import LIFE_SECONDS, ImageStore
 from tests.support.stand_in_server import (
     GENERATIONS,
     GRID,
@@ -49,7 +49,7 @@ def test_the_same_seed_draws_the_same_alone_and_in_company():
         | ({"best_of": 4} if i % 3 == 0 else {})
         for i in range(24)
     ]
-    pipe = NoisePipeline(row_seconds=0.002)
+    pipe = NoisePipeline(step_seconds=0.002)
     with serving(pipe, max_batch=12, wait_seconds=0.05) as server:
         alone = [post(server, wish)[2]["data"] for wish in wishes]
         quiet = len(pipe.batches)
@@ -59,7 +59,7 @@ def test_the_same_seed_draws_the_same_alone_and_in_company():
         batches = pipe.batches[quiet:]
         assert sum(map(len, batches)) == len(wishes) and len(batches) < len(wishes) / 2
         for batch in batches:
-            assert len({request.top_k for request in batch}) == 1  # one wave_key a batch
+            assert len({request.options.get("top_k") for request in batch}) == 1  # one batch_key per batch
             assert len(batch) == 1 or sum(request.best_of or request.n for request in batch) <= 12
         assert metric(server, "dalle_jax_images_total") == 2 * sum(wish["n"] for wish in wishes)
         assert metric(server, "dalle_jax_batch_requests_sum") == 2 * len(wishes)
@@ -139,7 +139,7 @@ def test_a_full_queue_says_when_to_come_again():
 
 
 def test_a_deadline_ends_the_answer_and_the_work():
-    pipe = NoisePipeline(row_seconds=0.3)
+    pipe = NoisePipeline(step_seconds=0.3)
     with serving(pipe, deadline_seconds=0.5, wait_seconds=0) as server:
         status, _, refusal = post(server, {"prompt": "a star"})
         assert (status, refusal["error"]["code"]) == (504, "deadline_exceeded")
@@ -149,7 +149,7 @@ def test_a_deadline_ends_the_answer_and_the_work():
         assert events[-1]["error"]["code"] == "deadline_exceeded"
         until(lambda: metric(server, "dalle_jax_cancelled_total") == 2)
         assert metric(server, 'dalle_jax_rejected_total{code="deadline_exceeded"}') == 2
-    assert all(rows < GRID for rows in pipe.rows_drawn[1:])
+    assert all(steps < GRID for steps in pipe.steps_drawn[1:])
 
 
 def test_a_deadline_passes_in_the_queue_too_and_nobody_asks_again():
@@ -170,7 +170,7 @@ def test_a_deadline_passes_in_the_queue_too_and_nobody_asks_again():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_work_of_a_client_that_left_is_dropped(stream):
-    pipe = NoisePipeline(row_seconds=0.05)
+    pipe = NoisePipeline(step_seconds=0.05)
     with serving(pipe, max_batch=1, wait_seconds=0) as server:
         pipe.hold()
         drawn = leave(server, {"prompt": "a star", "stream": stream})
@@ -184,19 +184,19 @@ def test_work_of_a_client_that_left_is_dropped(stream):
         pipe.release()
         assert post(server, {"prompt": "a circle"})[0] == 200
     assert [batch[0].caption for batch in pipe.batches] == ["", "a star", "a circle"]
-    assert pipe.rows_drawn[1] < GRID  # given up at the next row
+    assert pipe.steps_drawn[1] < GRID  # given up at the next step
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_work_of_a_client_that_left_before_the_answer_began_is_dropped(stream, monkeypatch):
-    read_json = body.read_json
+    read_json = parsing.read_json
 
     async def late(request):
         values = await read_json(request)
         await asyncio.sleep(0.3 if values["prompt"] == "a cross" else 0)
         return values
 
-    monkeypatch.setattr(body, "read_json", late)
+    monkeypatch.setattr(parsing, "read_json", late)
     pipe = NoisePipeline()
     with serving(pipe, max_batch=1, wait_seconds=0) as server:
         pipe.hold()
@@ -210,7 +210,7 @@ def test_work_of_a_client_that_left_before_the_answer_began_is_dropped(stream, m
 
 
 def test_a_silent_stream_shows_that_it_lives(monkeypatch):
-    monkeypatch.setattr(answer, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(responses, "HEARTBEAT_SECONDS", 0.05)
     with serving(pipe := NoisePipeline()) as server:
         pipe.hold()
         reading = in_background(server, {"prompt": "a star", "stream": True})
@@ -223,7 +223,7 @@ def test_a_silent_stream_shows_that_it_lives(monkeypatch):
 
 def test_pictures_behind_urls_are_bounded_and_expire():
     now = 0.0
-    store = PictureStore(max_bytes=10, clock=lambda: now)
+    store = ImageStore(max_bytes=10, clock=lambda: now)
     first, second = store.add(b"12345"), store.add(b"67890")
     assert (store.get(first), store.get(second), len({first, second})) == (b"12345", b"67890", 2)
     third = store.add(b"x")

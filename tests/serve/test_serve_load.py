@@ -14,7 +14,7 @@ from tests.support.stand_in_server import SIDE, NoisePipeline, serving
 def test_200_mixed_requests_on_a_short_queue():
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)).save(file, "PNG")
-    pipe = NoisePipeline(row_seconds=0.005)
+    pipe = NoisePipeline(step_seconds=0.005)
     with serving(pipe, queue=24, max_batch=32) as server:
         client = serve.Client(server.port, image=file.getvalue())
         (model,) = json.loads(client.get("/v1/models"))["data"]

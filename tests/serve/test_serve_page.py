@@ -10,7 +10,7 @@ import pytest
 
 from dalle_jax.sample import request
 from dalle_jax.serve import page, schema
-from tests.support.stand_in_server import GRID, NoisePipeline, metric, serving, until
+from tests.support.stand_in_server import GRID, VOCAB, NoisePipeline, metric, post, serving, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -41,7 +41,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return NoisePipeline(row_seconds=0.02)
+    return NoisePipeline(step_seconds=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +112,20 @@ def test_the_page_is_whole_and_asks_nobody_else():
     assert "http" not in policy
 
 
-def test_fields_bound_what_the_server_bounds():
-    """The caption as well; a bound that depends on the model is the server's answer."""
-    found = re.finditer(r'<(?:input|textarea) id="(\w+)".*?>', page.html(), re.DOTALL)
-    fields = {field[1]: field[0] for field in found}
-
-    def bounds(name):
-        return tuple(float(re.search(rf'{end}="(.*?)"', fields[name])[1]) for end in ("min", "max"))
-
-    assert bounds("n") == (1, schema.MAX_N) and bounds("seed") == (0, request.MAX_SEED - 1)
-    assert bounds("temperature") == request.TEMPERATURES and bounds("guidance") == (0, request.MAX_GUIDANCE)
-    assert f'maxlength="{request.MAX_CAPTION}"' in fields["prompt"]
-    for name in {"n", *schema._FIELDS} & {*fields}:  # every hint belongs to its field, also for those who hear the page
-        assert name == "prompt" or f'aria-describedby="{name}-hint"' in fields[name]
+def test_the_fields_are_the_options_of_the_model(server, pipe):
+    """The page makes them of what the server says; the caption is its only field without the model."""
+    _, _, answer = post(server, None, "/v1/models", {}, "GET")
+    options = {option.name: option for option in schema.options(pipe) if option.name != "keep_rows"}
+    described = {option["name"]: option for option in answer["data"][0]["options"]}
+    assert [*described] == [*options] == ["n", "best_of", "seed", "guidance", "temperature", "top_k", "top_p"]
+    for name, option in options.items():
+        bounds = [described[name][key] for key in ("minimum", "exclusiveMinimum", "maximum", "default", "description")]
+        assert bounds == [option.min, option.above, option.max, option.default, option.help]
+    assert (described["n"]["maximum"], described["top_k"]["maximum"]) == (schema.MAX_N, VOCAB)
+    assert described["seed"]["default"] is None  # drawn anew
+    html = page.html()
+    assert re.findall(r'<(?:input|textarea) id="(\w+)"', html) == ["token", "prompt"]
+    assert f'maxlength="{request.MAX_CAPTION}"' in html
 
 
 @in_browser
@@ -136,13 +137,13 @@ def test_rows_appear_and_the_ranked_pictures_are_those_of_the_api(browser, serve
     one(browser, "#draw").click()
     until(lambda: len(every(browser, ".run .frame")) == 3)
     assert text(browser, "#draw") == "Stop"
-    pipe.row_seconds = 0.3
+    pipe.generator.step_seconds = 0.3
     pipe.release()
     until(lambda: len(every(browser, ".frame img")) == 3)
     assert re.fullmatch(rf"row [1-{GRID - 1}] of {GRID}", text(browser, "figcaption"))
     assert "inset(" in one(browser, ".frame img").get_attribute("style")
     until(drawn(browser, 3))
-    pipe.row_seconds = 0.02
+    pipe.generator.step_seconds = 0.02
     assert text(browser, "#status") == "Finished 3 pictures."
     body = {"prompt": "a star", "n": 3, "best_of": 8, "seed": 5, "response_format": "b64_json"}
     answer = urllib.request.urlopen(
@@ -179,20 +180,20 @@ def test_the_curl_line_draws_the_same(browser, server, pipe):
 
 
 @in_browser
-def test_every_knob_reaches_the_model_and_a_refusal_its_field(browser, server, pipe):
+def test_every_option_reaches_the_model_and_a_refusal_its_field(browser, server, pipe):
     open_page(browser, server)
     every(browser, "summary")[0].click()
     write(browser, prompt="a star", n=2, best_of=4, seed=9, temperature=0.5, top_k=3, top_p=0.8, guidance=2)
     one(browser, "#draw").click()
     until(drawn(browser, 2))
     asked = pipe.batches[-1][0]
-    assert (asked.n, asked.best_of, asked.seed, asked.top_k) == (2, 4, 9, 3)
-    assert (asked.temperature, asked.top_p, asked.guidance) == (0.5, 0.8, 2.0)
-    write(browser, guidance=21)  # a bound that only the model knows
+    assert (asked.n, asked.best_of, asked.seed, asked.guidance) == (2, 4, 9, 2.0)
+    assert asked.options == {"temperature": 0.5, "top_k": 3, "top_p": 0.8}
+    write(browser, best_of=1)  # below n, which only the server checks
     one(browser, "#draw").click()
-    until(lambda: "guidance must be 0 .. 20" in text(browser, "#trouble"))
-    assert browser.switch_to.active_element.get_attribute("id") == "guidance"
-    assert one(browser, "#guidance").get_attribute("aria-invalid") == "true"
+    until(lambda: "best_of must be at least n = 2" in text(browser, "#trouble"))
+    assert browser.switch_to.active_element.get_attribute("id") == "best_of"
+    assert one(browser, "#best_of").get_attribute("aria-invalid") == "true"
     assert one(browser, "#trouble").get_attribute("role") == "alert"
     assert len(every(browser, ".run")) == 1
 
@@ -215,7 +216,7 @@ def test_stop_cancels_the_work(browser, server, pipe):
     until(lambda: metric(server, "dalle_jax_cancelled_total") >= 1)
     pipe.release()
     assert text(browser, "#draw") == "Draw" and not every(browser, ".run")
-    until(lambda: pipe.rows_drawn[-1] < GRID)
+    until(lambda: pipe.steps_drawn[-1] < GRID)
 
 
 @in_browser
@@ -239,7 +240,7 @@ def test_by_keyboard_alone(browser, server):
     until(drawn(browser, 4))
     every(browser, "summary")[0].click()
     names = [field.accessible_name for field in every(browser, "input, textarea") if field.is_displayed()]
-    assert names == ["Caption", "Pictures", "Best of", "Seed", "Temperature", "Top-k", "Top-p", "Guidance"]
+    assert names == ["Caption", "Pictures", "Best of", "Seed", "Guidance", "Temperature", "Top k", "Top p"]
     while focused().tag_name != "a":
         press(Keys.TAB)
     assert focused().accessible_name.startswith("Download picture 1, seed")

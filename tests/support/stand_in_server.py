@@ -1,7 +1,8 @@
-"""A server in a thread over a pipeline that draws noise: instant, exact, and it can be held in the middle of a row."""
+"""A server in a thread over a generator of noise: instant, exact, and it can be held in the middle of a drawing."""
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import http.client
 import json
@@ -11,107 +12,133 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image
 
 from dalle_jax.cli.serve import listen, make_server
-from dalle_jax.errors import UserError
-from dalle_jax.layout import Layout
+from dalle_jax.pictures.picture import Picture
+from dalle_jax.sample.autoregressive import OPTIONS
+from dalle_jax.sample.batches import Capacity
+from dalle_jax.sample.generator import Usage
+from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.request import Request
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
 from dalle_jax.serve.metrics import Metrics
+from tests.support.tiny_model import BrightIsBest
 
-GRID, SIDE, VOCAB, NAME = 4, 16, 128, "noise"
+GRID, SIDE, VOCAB, CAPTION_TOKENS, NAME = 4, 16, 128, 12, "noise"
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 JSON = {"Content-Type": "application/json"}
 
 
-class NoisePipeline:
-    """Pictures are noise from caption, seed and settings. `hold()` stops it before a row until `release()`."""
+class NoiseGenerator:
+    """Images are noise from caption, seed and settings; a draft is the image itself, a step shows a quarter of it."""
 
-    image_size, digest, max_candidates = SIDE, "0" * 64, 64
+    image_size, digest, batch_multiple, decode_batch = SIDE, "0" * 64, 1, 16
+    images = {False: 16, True: 8}  # in a batch, guided or not
 
-    def __init__(self, *, row_seconds: float = 0.0, ranking: bool = True):
-        layout = Layout(text_len=13, text_vocab=400, grid=GRID, image_vocab=VOCAB)
-        self.model = SimpleNamespace(config=SimpleNamespace(layout=layout))
-        self.tokenizer = SimpleNamespace(encode=str.split)
-        self.ranking, self.row_seconds = ranking, row_seconds
-        self.batches: list[list[Request]] = []  # of every draw
-        self.rows_drawn: list[int] = []  # of every draw, until nobody wanted more
-        self.threads: set[int] = set()
-        self.fits = {False: 16, True: 8}  # pictures, guided or not
-        self._may_go = threading.Event()
-        self._may_go.set()
-
-    def hold(self):
-        self._may_go.clear()
-
-    def release(self):
-        self._may_go.set()
+    def __init__(self, *, step_seconds: float = 0.0):
+        limits = {"top_k": VOCAB, "keep_rows": GRID}
+        self.options = tuple(dataclasses.replace(o, max=limits.get(o.name, o.max)) for o in OPTIONS)
+        self.step_seconds = step_seconds
+        self.finished_steps = 0  # since it was last set to zero
+        self.may_go = threading.Event()
+        self.may_go.set()
 
     def check(self, request):
-        if not 1 <= request.n <= self.max_candidates:
-            raise UserError(f"n must be 1 .. {self.max_candidates}, got {request.n}")
-        if request.best_of is not None and not self.ranking:
-            raise UserError("best_of needs a CLIP beside the model: train one or leave best_of out")
-        if request.best_of is not None and not request.n <= request.best_of <= self.max_candidates:
-            raise UserError(f"best_of must be n .. {self.max_candidates}, got {request.best_of}")
-        if not 0 < request.temperature < 100:
-            raise UserError(f"temperature must be above 0 and below 100, got {request.temperature}")
-        if request.top_k is not None and not 1 <= request.top_k <= VOCAB:
-            raise UserError(f"top_k must be 1 .. {VOCAB}, got {request.top_k}")
-        if request.top_p is not None and not 0 < request.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, got {request.top_p}")
-        if not 0 <= request.guidance <= 20:
-            raise UserError(f"guidance must be 0 .. 20, got {request.guidance}")
-        if request.keep_rows is not None and not 0 <= request.keep_rows <= GRID:
-            raise UserError(f"keep_rows must be 0 .. {GRID}, got {request.keep_rows}")
+        pass
 
-    def wave_key(self, request):
-        return request.top_k, request.top_p
+    def capacity(self, *, guided):
+        return Capacity(self.images[guided], f"{self.images[guided]} images per batch: noise is light")
 
-    def wave(self, *, guided=False):
-        return self.fits[guided], f"{self.fits[guided]} images a wave: noise is light"
+    def batch_key(self, request):
+        return request.options.get("top_k"), request.options.get("top_p")
 
-    def draw(self, requests, on_rows=None):
+    def steps(self, request):
+        return range(self.kept_rows(request), GRID)
+
+    def start(self, requests, seeds_PM):
+        images = [[noise(r, seed) for seed in seeds] for r, seeds in zip(requests, seeds_PM, strict=True)]
+        return requests, np.array(images)
+
+    def advance(self, state, first, last):
+        self.may_go.wait(30)
+        time.sleep(self.step_seconds)
+        if any(request.caption == "poison" for request in state[0]):
+            raise ZeroDivisionError("drawing a poisoned caption")
+        self.finished_steps = max(self.finished_steps, last)
+        return state
+
+    def drafts(self, state):
+        return state[1]
+
+    def preview(self, drafts, step):
+        images = drafts.copy()
+        images[:, step * SIDE // GRID :] = 0
+        return images
+
+    def finish(self, drafts, request, seeds):
+        return drafts
+
+    def settings(self, request):
+        return {}
+
+    def usage(self, request):
+        kept = self.kept_rows(request) * GRID
+        return Usage(len(request.caption.split()), CAPTION_TOKENS, image_tokens=kept, drawn_tokens=GRID * GRID - kept)
+
+    def describe(self):
+        return {"grid": GRID, "image_vocab": VOCAB, "caption_tokens": CAPTION_TOKENS}
+
+    @staticmethod
+    def kept_rows(request):
+        return 0 if request.image is None else request.options.get("keep_rows", GRID // 2)
+
+
+def noise(request, seed):
+    """uint8 [SIDE, SIDE, 3]: the image of a request that has this seed."""
+    options = [request.options.get(option.name) for option in OPTIONS if not option.completes]
+    words = repr((request.caption, int(seed), options, request.guidance))
+    rng = np.random.default_rng(list(hashlib.sha256(words.encode()).digest()))
+    pixels = rng.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)
+    kept = NoiseGenerator.kept_rows(request) * SIDE // GRID
+    pixels[:kept] = request.image[:kept] if kept else 0
+    return pixels
+
+
+class NoisePipeline(Pipeline):
+    """A pipeline over `NoiseGenerator` that remembers its draws. `hold()` stops it before a step until `release()`."""
+
+    def __init__(self, *, step_seconds: float = 0.0, ranking: bool = True):
+        super().__init__(NoiseGenerator(step_seconds=step_seconds), BrightIsBest() if ranking else None)
+        self.batches: list[list[Request]] = []  # of every draw
+        self.steps_drawn: list[int] = []  # of every draw, until nobody waited for more
+        self.threads: set[int] = set()
+
+    def hold(self):
+        self.generator.may_go.clear()
+
+    def release(self):
+        self.generator.may_go.set()
+
+    def draw(self, requests, *, on_progress=None):
         self.threads.add(threading.get_ident())
         self.batches.append(list(requests))
-        self.rows_drawn.append(0)
-        wanted = set(range(len(requests)))
-        for rows in range(1, GRID + 1):
-            self._may_go.wait(30)
-            time.sleep(self.row_seconds)
-            if any(request.caption == "poison" for request in requests):
-                raise ZeroDivisionError("drawing a poisoned caption")
-            for i in sorted(wanted) if on_rows else ():
-                shown = SimpleNamespace(request=i, rows=rows, grid=GRID)
-                shown.pictures = lambda i=i, rows=rows: [
-                    self.picture(requests[i], m, rows=rows) for m in range(requests[i].n)
-                ]
-                if on_rows(shown) is False:
-                    wanted.discard(i)
-            if not wanted:
-                break
-            self.rows_drawn[-1] = rows
-        return [self.finished(request) if i in wanted else [] for i, request in enumerate(requests)]
+        self.generator.finished_steps = 0
+        try:
+            return super().draw(requests, on_progress=on_progress)
+        finally:
+            self.steps_drawn.append(self.generator.finished_steps)
 
     def finished(self, request):
-        drawn = [self.picture(request, m) for m in range(request.best_of or request.n)]
-        return sorted(drawn, key=lambda picture: -(picture.score or 0))[: request.n]
+        """The images of a request, made without the pipeline."""
+        images = [self.picture(request, candidate) for candidate in range(request.candidates)]
+        return sorted(images, key=lambda image: -(image.score or 0))[: request.n]
 
-    def picture(self, request, candidate, *, rows=GRID):
-        seed = request.seed + candidate
-        words = repr((request.caption, seed, request.temperature, request.top_k, request.top_p, request.guidance))
-        rng = np.random.default_rng(list(hashlib.sha256(words.encode()).digest()))
-        pixels = rng.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)
-        if request.image is not None:
-            kept = (GRID // 2 if request.keep_rows is None else request.keep_rows) * SIDE // GRID
-            pixels[:kept] = request.image[:kept]
-        pixels[rows * SIDE // GRID :] = 0
-        picture = Image.fromarray(pixels)
-        picture.caption, picture.seed, picture.settings = request.caption, seed, {}
-        picture.score = float(rng.random()) if request.best_of else None
-        return picture
+    def picture(self, request, candidate):
+        """The image of one candidate, made without the pipeline."""
+        pixels, seed = noise(request, request.seed + candidate), request.seed + candidate
+        score = float(BrightIsBest().score(pixels[None], "")[0]) if request.best_of else None
+        return Picture.from_array(pixels, caption=request.caption, seed=seed, score=score, settings={})
 
 
 @contextlib.contextmanager
@@ -161,6 +188,14 @@ def post(server, content, path=GENERATIONS, headers=JSON, method="POST"):
         connection.close()
     is_json = answer.headers.get("content-type", "").startswith("application/json")
     return answer.status, answer.headers, json.loads(text) if is_json else text
+
+
+def form(*parts, boundary="b"):
+    """A multipart body of (head, content) pairs and its headers."""
+    body = b"".join(
+        b"--b\r\nContent-Disposition: form-data; " + head + b"\r\n\r\n" + data + b"\r\n" for head, data in parts
+    )
+    return body + b"--b--\r\n", {"Content-Type": f"multipart/form-data; boundary={boundary}"}
 
 
 def in_background(server, content):

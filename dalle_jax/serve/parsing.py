@@ -1,4 +1,4 @@
-"""Reads what a client sends, within bounds of size and time, and notices when it goes away."""
+"""Bodies of requests, read within bounds of size and time; and whether the client is still there."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -9,7 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from dalle_jax.serve import schema
-from dalle_jax.serve.refusal import Refusal, invalid
+from dalle_jax.serve.errors import ApiError, invalid
 
 MAX_JSON_BYTES = 256 * 2**10
 MAX_FORM_BYTES = 8 * 2**20  # a picture and its mask; OpenAI takes 4 MB each
@@ -21,17 +21,17 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The JSON object of a request.
 
     Raises:
-      Refusal: 400, 408, 413 or 415.
+      ApiError: 400, 408, 413 or 415.
     """
     _expect(request, "application/json")
     return schema.parse_json(await _in_time(_bounded(request, MAX_JSON_BYTES).body()))
 
 
-async def read_form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The fields of a multipart form, and the bytes of its files `image` and `mask`.
+async def read_form(request: Request) -> tuple[list[tuple[str, str]], dict[str, bytes]]:
+    """The text fields of a multipart form, and the bytes of its files `image` and `mask`.
 
     Raises:
-      Refusal: 400, 408, 413 or 415.
+      ApiError: 400, 408, 413 or 415.
     """
     _expect(request, "multipart/form-data")
     fields, files = [], {}
@@ -39,7 +39,9 @@ async def read_form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]
     try:
         form = await _in_time(bounded.form(max_files=4, max_fields=MAX_FIELDS, max_part_size=MAX_JSON_BYTES))
     except (ValueError, LookupError) as error:  # the parser lets some strange charsets and headers through to Python
-        raise invalid(None, "the body must be a multipart form: this one can't be read", code="invalid_form") from error
+        raise invalid(
+            None, "the body must be a multipart form: this one cannot be read", code="invalid_form"
+        ) from error
     try:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
@@ -47,7 +49,7 @@ async def read_form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]
                 continue
             name = "image" if name == "image[]" else name  # how OpenAI's client sends a list of one
             if name not in ("image", "mask") or name in files:
-                word = schema.shown(name)[1:-1]
+                word = schema.shorten(name)[1:-1]
                 raise invalid(word, f"expected one file 'image' and at most one 'mask', got a second or other: {word}")
             files[name] = await value.read()
     finally:
@@ -55,31 +57,31 @@ async def read_form(request: Request) -> tuple[dict[str, Any], dict[str, bytes]]
     wrong = next((name for name, _ in fields if name in ("image", "image[]", "mask")), None)
     if wrong:
         raise invalid(wrong, f"{wrong} must be sent as a file: give its part a filename", code="invalid_type")
-    return schema.parse_form(fields), files
+    return fields, files
 
 
-async def gone(request: Request) -> None:
-    """Returns when the client has closed the connection; the body must have been read."""
+async def disconnected(request: Request) -> None:
+    """Return when the client has closed the connection; the body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _expect(request: Request, media_type: str) -> None:
     if query := request.scope["query_string"]:
-        message = f"parameters belong in the body, got some in the address: {schema.shown(query.decode('latin-1'))}"
+        message = f"parameters belong in the body, got some in the address: {schema.shorten(query.decode('latin-1'))}"
         raise invalid(None, message, code="unknown_parameter")
-    came, _ = parse_options_header(request.headers.get("content-type"))
-    if came.decode("latin-1").lower() != media_type:
-        message = f"the content type must be {media_type}, got {schema.shown(came.decode('latin-1'))}"
-        raise Refusal(415, message, code="unsupported_media_type")
+    sent, _ = parse_options_header(request.headers.get("content-type"))
+    if sent.decode("latin-1").lower() != media_type:
+        message = f"the content type must be {media_type}, got {schema.shorten(sent.decode('latin-1'))}"
+        raise ApiError(415, message, code="unsupported_media_type")
 
 
 def _bounded(request: Request, limit: int) -> Request:
-    """The same request, whose body raises a `Refusal` as soon as it is longer than `limit` bytes."""
-    refusal = Refusal(413, f"the body must be at most {limit} bytes", code="body_too_large")
+    """The same request, whose body raises an `ApiError` as soon as it is longer than `limit` bytes."""
+    too_large = ApiError(413, f"the body must be at most {limit} bytes", code="body_too_large")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > limit:
-        raise refusal
+        raise too_large
     total = 0
 
     async def receive():
@@ -87,7 +89,7 @@ def _bounded(request: Request, limit: int) -> Request:
         message = await request.receive()
         total += len(message.get("body", b""))
         if total > limit:
-            raise refusal
+            raise too_large
         return message
 
     return Request(request.scope, receive)
@@ -98,4 +100,4 @@ async def _in_time(reading: Coroutine | Any) -> Any:
         async with asyncio.timeout(MAX_SECONDS):
             return await reading
     except TimeoutError as error:
-        raise Refusal(408, f"the body did not arrive within {MAX_SECONDS} s", code="body_too_slow") from error
+        raise ApiError(408, f"the body did not arrive within {MAX_SECONDS} s", code="body_too_slow") from error

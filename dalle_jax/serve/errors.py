@@ -1,4 +1,4 @@
-"""Every answer that is not what was asked for, in the error shape of OpenAI's API."""
+"""`ApiError`: any response other than the requested one, in the error format of OpenAI's API."""
 
 from collections.abc import Mapping
 
@@ -7,8 +7,8 @@ from starlette.responses import JSONResponse
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
 
 
-class Refusal(Exception):
-    """Raised wherever a request can't be served; `response()` is what the client gets.
+class ApiError(Exception):
+    """Raised wherever a request cannot be served; `response()` is what the client gets.
 
     status: HTTP status. param: the parameter at fault, as the client named it. code: a word for programs.
     """
@@ -34,6 +34,17 @@ class Refusal(Exception):
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
-def invalid(param: str | None, message: str, *, code: str = "invalid_value") -> Refusal:
-    """A parameter that the model or this server can't honour: status 400."""
-    return Refusal(400, message, code=code, param=param)
+def invalid(param: str | None, message: str, *, code: str = "invalid_value") -> ApiError:
+    """Status 400: a parameter that the model or this server cannot honor."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def too_late() -> ApiError:
+    """Status 504, with the header that keeps OpenAI's clients from repeating a request that takes too long."""
+    message = "the images were not finished within this server's deadline"
+    return ApiError(504, message, code="deadline_exceeded", headers={"X-Should-Retry": "false"})
+
+
+def failed() -> ApiError:
+    """Status 500: the pipeline raised an exception."""
+    return ApiError(500, "the images could not be drawn; the server's log says why", code="draw_failed")

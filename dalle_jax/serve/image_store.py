@@ -1,4 +1,4 @@
-"""Pictures that were answered with a `url`: in memory, under names that can't be guessed, for an hour."""
+"""Images that were answered with a `url`: in memory for an hour, under names that cannot be guessed."""
 
 import collections
 import secrets
@@ -9,15 +9,15 @@ LIFE_SECONDS = 3600  # OpenAI's urls are valid for 60 minutes
 MAX_BYTES = 256 * 2**20
 
 
-class PictureStore:
-    """PNG files by name. Bounded: when it is full, the oldest go before their time. Not for several threads."""
+class ImageStore:
+    """PNG files by name. Bounded: when it is full, the oldest go before their time. Not thread-safe."""
 
     def __init__(self, *, max_bytes: int = MAX_BYTES, clock: Callable[[], float] = time.monotonic):
         self._files: collections.OrderedDict[str, tuple[float, bytes]] = collections.OrderedDict()
         self._bytes, self._max_bytes, self._clock = 0, max_bytes, clock
 
     def add(self, png: bytes) -> str:
-        """Keeps a file and returns its name."""
+        """Keep a file and return its name."""
         name = secrets.token_urlsafe(24)
         self._files[name] = self._clock() + LIFE_SECONDS, png
         self._bytes += len(png)

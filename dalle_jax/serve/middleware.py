@@ -1,4 +1,4 @@
-"""What every request passes, before anything of its body is read: token, origin, counters, safe headers."""
+"""`Guard`: the checks before a request's body is read (host, origin, token), counters, and safe headers."""
 
 import hmac
 import re
@@ -7,13 +7,13 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dalle_jax.serve.errors import ApiError
 from dalle_jax.serve.metrics import Metrics
-from dalle_jax.serve.refusal import Refusal
 
-# What a browser or a load balancer opens without a token; the names of pictures can't be guessed.
+# Paths that a browser or a load balancer opens without a token; the names of images cannot be guessed.
 OPEN_PATHS = ("/", "/health")
 FILES = "/v1/images/files/"
-GONE = 499  # counted, as nginx has it, where the client went away before there was an answer
+DISCONNECTED = 499  # nginx's status for a client that went away before there was an answer
 _HOST = re.compile(r"[\w.-]+(:\d{1,5})?|\[[0-9a-fA-F:.]+\](:\d{1,5})?", re.ASCII)
 _SAFE_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -22,8 +22,8 @@ _SAFE_HEADERS = {
 }
 
 
-class Gate:
-    """ASGI middleware. token: what `Authorization: Bearer` must carry; None lets everybody in."""
+class Guard:
+    """ASGI middleware. token: what `Authorization: Bearer` must carry; None admits everybody."""
 
     def __init__(self, app: ASGIApp, *, token: str | None, metrics: Metrics):
         self._app, self._token, self._metrics = app, token, metrics
@@ -32,7 +32,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), GONE
+        start, status = time.monotonic(), DISCONNECTED
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -44,12 +44,12 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
-            if refusal is None:
+            error = self._error(scope)
+            if error is None:
                 await self._app(scope, receive, watched)
             else:
-                self._metrics.rejected.labels(refusal.code).inc()
-                await refusal.response()(scope, receive, watched)
+                self._metrics.rejected.labels(error.code).inc()
+                await error.response()(scope, receive, watched)
         except Exception:
             status = 500
             raise
@@ -58,17 +58,17 @@ class Gate:
             self._metrics.requests.labels(endpoint, status).inc()
             self._metrics.request_seconds.labels(endpoint).observe(time.monotonic() - start)
 
-    def _refusal(self, scope: Scope) -> Refusal | None:
+    def _error(self, scope: Scope) -> ApiError | None:
         headers, path = Headers(scope=scope), scope["path"]
         host, origin = headers.get("host", ""), headers.get("origin")
         if not _HOST.fullmatch(host):
-            return Refusal(
+            return ApiError(
                 400, "the Host header must be a name or an address, with a port or none", code="invalid_host"
             )
         if origin is not None and origin.partition("://")[2] != host:
             # A page of another site must not draw with the visitor's server: browsers send forms across sites.
             message = "requests from pages of other sites are not served; a proxy in front must pass the Host header on"
-            return Refusal(403, message, code="foreign_origin")
+            return ApiError(403, message, code="foreign_origin")
         if self._token is None or path in OPEN_PATHS or path.startswith(FILES):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -76,4 +76,4 @@ class Gate:
         if scheme.lower() == "bearer" and same:
             return None
         message = "a bearer token is needed: send `Authorization: Bearer TOKEN`"
-        return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -1,0 +1,253 @@
+"""A transformer as a generator: text tokenizer, engine and image tokenizer.
+
+A step draws one row of the grid of image tokens, a draft is the image tokens of a candidate, finishing decodes them.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dalle_jax import model_dir, sharding
+from dalle_jax.data.transforms import center_crop
+from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
+from dalle_jax.model_dir import ModelDir
+from dalle_jax.models.dvae import decode_images, encode_images
+from dalle_jax.sample import batches
+from dalle_jax.sample.engine import Batch, Engine, image_keys
+from dalle_jax.sample.generator import Usage
+from dalle_jax.sample.request import Option, Request, RequestError, pixels_of
+from dalle_jax.text import Tokenizer, load_tokenizer
+
+DECODED = 16  # images decoded at a time on a device, so that many candidates are never in memory at full size
+BLANK = 255  # value of the pixels of a preview that are not drawn yet
+
+# At the ends of the temperature's range nothing and everything is left to chance; beyond, float32 overflows.
+OPTIONS = (
+    Option("temperature", float, 1.0, "1 is the paper's, lower is safer and less varied", min=0.001, max=1000),
+    Option("top_k", int, None, "draw only among the k most likely image tokens", min=1, unset="all"),
+    Option(
+        "top_p",
+        float,
+        None,
+        "draw only among the most likely image tokens that together reach this probability",
+        above=0,
+        max=1,
+        unset="all",
+    ),
+    Option(
+        "keep_rows",
+        int,
+        None,
+        "rows of image tokens to keep of the image to complete",
+        min=0,
+        unset="half of them",
+        completes=True,
+    ),
+)
+
+# Compiled once per model, however many generators are made of it.
+_encode = jax.jit(encode_images, static_argnums=0)
+_decode = jax.jit(decode_images, static_argnums=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How devices hold a model; the fields are the arguments of `Pipeline.load`."""
+
+    devices: Sequence[jax.Device] | None = None
+    tensor: int = 1
+    weights: str = "model"
+
+    def mesh(self, heads: int) -> jax.sharding.Mesh:
+        """The devices as a mesh for a model of so many heads.
+
+        Raises:
+          UserError: no devices, or the model cannot be cut so.
+        """
+        devices = jax.local_devices() if self.devices is None else list(self.devices)
+        if not devices or not all(isinstance(device, jax.Device) for device in devices):
+            raise UserError(f"devices must be at least one of jax.local_devices(), or None for all, got {devices}")
+        tensor = self.tensor
+        if not isinstance(tensor, int) or tensor < 1 or len(devices) % tensor or heads % tensor:
+            raise UserError(
+                f"tensor must divide the {len(devices)} device(s) and the model's {heads} heads, got {tensor}"
+            )
+        return make_mesh({sharding.REPLICA: -1, sharding.TENSOR: tensor}, devices=devices)
+
+
+class Autoregressive:
+    """A `Generator` that draws image tokens in raster order.
+
+    Attributes, beside the protocol's:
+      model, image_tokenizer: definitions of the transformer and of what turns images into tokens and back.
+      tokenizer: of captions. engine: the transformer's weights on the devices.
+      can_guide: the transformer was also trained without captions.
+    """
+
+    def __init__(
+        self,
+        transformer: ModelDir,
+        image_tokenizer: ModelDir,
+        tokenizer: Tokenizer,
+        *,
+        digest: str,
+        can_guide: bool = False,
+        placement: Placement | None = None,
+    ):
+        """Raises UserError for a placement that the model does not allow."""
+        placement = placement or Placement()
+        self.model, self.image_tokenizer = transformer.model, image_tokenizer.model
+        self.tokenizer, self.digest, self.can_guide = tokenizer, digest, can_guide
+        mesh = placement.mesh(self.model.config.heads)
+        self.engine = Engine(self.model, transformer.params, mesh=mesh, weights=placement.weights)
+        self._weights = placement.weights
+        self._image_params = jax.device_put(image_tokenizer.params, sharding.replicated(mesh))
+        self._batch_sharding = sharding.batch_sharding(mesh)
+        self._layout = self.model.config.layout
+        limits = {"top_k": self._layout.image_vocab, "keep_rows": self._layout.grid}
+        self.options = tuple(dataclasses.replace(o, max=limits.get(o.name, o.max)) for o in OPTIONS)
+
+    @classmethod
+    def load(cls, folder: pathlib.Path, placement: Placement) -> "Autoregressive":
+        """The generator of a workdir or a model folder.
+
+        Raises:
+          UserError: a part is missing, damaged, or does not belong to the others.
+        """
+        transformer = model_dir.load(folder, "transformer")
+        image_tokenizer = model_dir.load(folder / "dvae", "dvae")
+        config, image_config = transformer.model.config, image_tokenizer.model.config
+        if (image_config.vocab, image_config.grid) != (config.image_vocab, config.grid):
+            raise UserError(
+                f"expected an image tokenizer of {config.image_vocab} tokens on a grid of {config.grid} in "
+                f"{folder / 'dvae'}, got {image_config.vocab} on {image_config.grid}: put the one back that the "
+                "transformer was trained with"
+            )
+        model_dir.check_dvae(folder, image_tokenizer.digest)
+        tokenizer = load_tokenizer(folder, vocab_size=config.text_vocab)
+        digest = hashlib.sha256()
+        for tree in (transformer.params, image_tokenizer.params):
+            for leaf in jax.tree.leaves(tree):
+                digest.update(np.ascontiguousarray(leaf))
+        digest.update(tokenizer.digest.encode())
+        return cls(
+            transformer,
+            image_tokenizer,
+            tokenizer,
+            digest=digest.hexdigest(),
+            can_guide=transformer.config.get("data", {}).get("caption_dropout", 0) > 0,
+            placement=placement,
+        )
+
+    @property
+    def image_size(self) -> int:
+        return self.image_tokenizer.config.image_size
+
+    @property
+    def batch_multiple(self) -> int:
+        return self.engine.batch_multiple
+
+    @property
+    def decode_batch(self) -> int:
+        return DECODED * self.batch_multiple
+
+    def check(self, request: Request) -> None:
+        if request.guidance != 1 and not self.can_guide:
+            raise RequestError(
+                "guidance",
+                "guidance must be 1 for a model that was trained without dropping captions "
+                f"(config.data.caption_dropout), got {request.guidance}",
+            )
+
+    def capacity(self, *, guided: bool) -> batches.Capacity:
+        return self.engine.capacity(guided=guided)
+
+    def batch_key(self, request: Request) -> Hashable:
+        return request.guidance != 1, any(request.options.get(name) is not None for name in ("top_k", "top_p"))
+
+    def steps(self, request: Request) -> range:
+        return range(self._kept_rows(request), self._layout.grid)
+
+    def start(self, requests: Sequence[Request], seeds_PM: np.ndarray) -> Batch:
+        settings = [{"guidance": request.guidance} | request.values(self.options) for request in requests]
+        tokens = {id(r.image): self.encode(r.image) for r in requests if r.image is not None}
+        blank = np.zeros(self._layout.image_len, np.int32)
+        return self.engine.begin(
+            np.stack([self._layout.text_slots(self.tokenizer.encode(request.caption)) for request in requests]),
+            image_keys(seeds_PM),
+            **{name: [of[name] for of in settings] for name in ("temperature", "top_k", "top_p", "guidance")},
+            given_PI=np.stack([tokens.get(id(request.image), blank) for request in requests]),
+            given_rows=[self._kept_rows(request) for request in requests],
+        )
+
+    def advance(self, state: Batch, first: int, last: int) -> Batch:
+        return self.engine.advance(state, first, last)
+
+    def drafts(self, state: Batch) -> np.ndarray:
+        return self.engine.tokens(state)
+
+    def preview(self, drafts: np.ndarray, step: int) -> np.ndarray:
+        images = self.decode(drafts).copy()
+        images[:, step * self.image_size // self._layout.grid :] = BLANK
+        return images
+
+    def finish(self, drafts: np.ndarray, request: Request, seeds: Sequence[int]) -> np.ndarray:
+        return self.decode(drafts)
+
+    def settings(self, request: Request) -> dict[str, Any]:
+        return request.values(self.options) | {"keep_rows": self._kept_rows(request), "weights": self._weights}
+
+    def usage(self, request: Request) -> Usage:
+        kept = self._kept_rows(request) * self._layout.grid
+        return Usage(
+            text_tokens=len(self.tokenizer.encode(request.caption)),
+            max_text_tokens=self._layout.caption_len,
+            image_tokens=kept,
+            drawn_tokens=self._layout.image_len - kept,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        layout = self._layout
+        return {"grid": layout.grid, "image_vocab": layout.image_vocab, "caption_tokens": layout.caption_len}
+
+    def encode(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """An image, its center crop at `image_size`, as int32 image tokens [I] in raster order."""
+        image_uint8 = center_crop(pixels_of(image), self.image_size)
+        return np.asarray(_encode(self.image_tokenizer, self._image_params, image_uint8[None]))[0]
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Image tokens in raster order, [I] or [B, I] -> uint8 [image_size, image_size, 3] or [B, ...].
+
+        Raises:
+          UserError: another shape, or numbers that are no image tokens.
+        """
+        tokens_BI, layout = np.atleast_2d(np.asarray(tokens)), self._layout
+        fits = tokens_BI.ndim == 2 and len(tokens_BI) and tokens_BI.shape[1] == layout.image_len
+        fits = fits and tokens_BI.dtype.kind in "iu"
+        if not fits or tokens_BI.min() < 0 or tokens_BI.max() >= layout.image_vocab:
+            got = f"{tokens_BI.min()} .. {tokens_BI.max()}" if fits else f"{tokens_BI.dtype} {list(np.shape(tokens))}"
+            raise UserError(
+                f"tokens must be whole numbers in 0 .. {layout.image_vocab - 1}, {layout.image_len} per image, "
+                f"got {got}"
+            )
+
+        def decode(tokens_BI):
+            return _decode(self.image_tokenizer, self._image_params, jax.device_put(tokens_BI, self._batch_sharding))
+
+        multiple = self.batch_multiple
+        size = -(-min(self.decode_batch, batches.bucket(len(tokens_BI))) // multiple) * multiple
+        images = sharding.in_batches(decode, tokens_BI.astype(np.int32), size=size)
+        return images if np.ndim(tokens) == 2 else images[0]
+
+    def _kept_rows(self, request: Request) -> int:
+        if request.image is None:
+            return 0
+        keep_rows = request.options.get("keep_rows")
+        return self._layout.grid // 2 if keep_rows is None else keep_rows

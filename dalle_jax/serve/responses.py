@@ -1,0 +1,122 @@
+"""Responses from drawn images: PNG files, OpenAI's response object, and its stream of server-sent events."""
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from PIL import Image
+
+from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.serve.batcher import Job
+from dalle_jax.serve.errors import ApiError, failed, too_late
+from dalle_jax.serve.schema import ImageRequest
+
+HEARTBEAT_SECONDS = 10  # between comments on a silent stream, so that nothing between here and the client gives up
+
+
+def png(image: Image.Image) -> bytes:
+    """The file; a finished image carries caption, seed and settings in it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+async def encode(images: list[Image.Image]) -> list[bytes]:
+    """PNG files, made in a thread beside the event loop."""
+    return await asyncio.to_thread(lambda: [png(image) for image in images])
+
+
+def usage(image_request: ImageRequest) -> dict[str, Any]:
+    """OpenAI's count of tokens read and drawn; it includes the candidates that ranking drops."""
+    text, image = image_request.usage.text_tokens, image_request.usage.image_tokens
+    drawn = image_request.candidates * image_request.usage.drawn_tokens
+    return {
+        "input_tokens": text + image,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "output_tokens": drawn,
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": drawn},
+        "total_tokens": text + image + drawn,
+    }
+
+
+def whole(
+    image_request: ImageRequest,
+    images: list[Image.Image],
+    files: list[bytes],
+    *,
+    pipe: Pipeline,
+    model: str,
+    url_of: Callable[[bytes], str],
+) -> dict:
+    """The response object of the Images API. url_of: keeps a file and returns its address."""
+    data = []
+    for image, file in zip(images, files, strict=True):
+        where = {"url": url_of(file)} if image_request.as_url else {"b64_json": base64.b64encode(file).decode()}
+        data.append({**where, "seed": image.seed, "score": image.score})
+    return {
+        "created": int(time.time()),
+        "data": data,
+        **_format(pipe),
+        "model": model,
+        "candidates": image_request.candidates,
+        "usage": usage(image_request),
+    }
+
+
+async def events(
+    job: Job, *, pipe: Pipeline, cancel: Callable[[Job], None], count: Callable[[str], None]
+) -> AsyncIterator[str]:
+    """The stream of one job. Whoever stops reading it cancels the job.
+
+    Every image has events of its own, which `index` tells apart; the last event of a stream that failed has OpenAI's
+    error object, and its code goes to `count`.
+    """
+    image_request, sent = job.image_request, 0
+    try:
+        while True:
+            while job.previews:
+                preview, images = job.previews.popleft()
+                progress = {"partial_image_index": sent, "rows": preview.step, "grid": preview.steps}
+                for index, file in enumerate(await encode(images)):
+                    yield _event(image_request, "partial_image", file, pipe, index=index, **progress)
+                sent += 1
+            if job.done.done():
+                break
+            left = job.deadline - time.monotonic()
+            if left <= 0:
+                raise too_late()
+            try:
+                async with asyncio.timeout(min(left, HEARTBEAT_SECONDS)):
+                    await job.news.wait()
+            except TimeoutError:
+                yield ": waiting\n\n"
+            job.news.clear()
+        images, tokens = job.done.result(), usage(image_request)
+        for index, (image, file) in enumerate(zip(images, await encode(images), strict=True)):
+            extra = {"index": index, "seed": image.seed, "score": image.score, "usage": tokens}
+            yield _event(image_request, "completed", file, pipe, **extra)
+    except Exception as error:
+        answer = error if isinstance(error, ApiError) else failed()  # the drawing thread has logged why
+        count(answer.code)
+        yield _frame("error", {"type": "error", **answer.body()})
+    finally:
+        cancel(job)
+
+
+def _format(pipe: Pipeline) -> dict[str, str]:
+    size = f"{pipe.image_size}x{pipe.image_size}"
+    return {"size": size, "output_format": "png", "background": "opaque", "quality": "auto"}
+
+
+def _event(image_request: ImageRequest, kind: str, file: bytes, pipe: Pipeline, **more: Any) -> str:
+    name = f"{image_request.kind}.{kind}"
+    body = {"type": name, "b64_json": base64.b64encode(file).decode(), "created_at": int(time.time()), **_format(pipe)}
+    return _frame(name, body | more)
+
+
+def _frame(name: str, body: dict) -> str:
+    return f"event: {name}\ndata: {json.dumps(body)}\n\n"
