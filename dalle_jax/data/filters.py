@@ -1,8 +1,8 @@
-"""Which pairs are not worth training on: the paper's filters on captions and picture sizes, each with a reason.
+"""The paper's filters on captions and image sizes: pairs that are not worth training on, each with a reason.
 
-The paper (section 2.3 and appendix C) drops captions that are too short, not English or boilerplate, and pictures
-longer than twice their width or the other way round; it gives no length threshold. Knows nothing of broken files:
-a filtered record is a choice, not a fault.
+The paper (section 2.3 and appendix C) drops captions that are too short, not English or boilerplate, and images longer
+than twice their width or wider than twice their height; it gives no length threshold. A filtered record is a choice,
+not a fault: broken files are `record.REASONS`.
 """
 
 import dataclasses
@@ -10,41 +10,40 @@ import functools
 import re
 from collections.abc import Sequence
 
+from dalle_jax.errors import check_number
 from dalle_jax.text.bpe import normalize
 
 TOO_SHORT, NOT_ENGLISH, BOILERPLATE = "caption too short", "caption not english", "caption boilerplate"
 ASPECT_RATIO, TOO_SMALL = "aspect ratio", "image too small"
 ENGLISH_FLOOR = 0.003  # see `may_be_english`
+MAX_LIMIT = 1_000_000  # characters, words or pixels that a minimum may ask for
 REASONS = (TOO_SHORT, NOT_ENGLISH, BOILERPLATE, ASPECT_RATIO, TOO_SMALL)
+
+
+def _option(default, words: str):
+    """A field with what `dalle-jax data --help` says of it."""
+    return dataclasses.field(default=default, metadata={"help": words})
 
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """What to drop; the defaults drop nothing.
+    """What to drop; the defaults drop nothing."""
 
-    min_caption_characters, min_caption_words: shorter captions are dropped; 0 is off.
-    english_only: drop captions that are surely in another language; short English captions are safe.
-    drop_boilerplate: drop captions that are a date, a file name or the like and describe nothing.
-    max_aspect_ratio: longer side over shorter side, 2.0 in the paper; 0 is off.
-    min_image_side: shorter side in pixels; 0 is off.
-    """
-
-    min_caption_characters: int = 0
-    min_caption_words: int = 0
-    english_only: bool = False
-    drop_boilerplate: bool = False
-    max_aspect_ratio: float = 0.0
-    min_image_side: int = 0
+    min_caption_characters: int = _option(0, "drop captions of fewer characters")
+    min_caption_words: int = _option(0, "drop captions of fewer words")
+    english_only: bool = _option(False, "drop captions that are surely in another language, few of them short")
+    drop_boilerplate: bool = _option(False, "drop captions that are a date, a file name or the like and say nothing")
+    max_aspect_ratio: float | None = _option(None, "drop images longer than this times their width; 2 in the paper")
+    min_image_side: int = _option(0, "drop images whose shorter side has fewer pixels")
 
     def __post_init__(self):
-        if min(self.min_caption_characters, self.min_caption_words, self.min_image_side) < 0:
-            raise ValueError("filter limits must not be negative; 0 switches a filter off")
-        if self.max_aspect_ratio and self.max_aspect_ratio < 1:
-            raise ValueError(f"max_aspect_ratio must be at least 1, or 0 for off, got {self.max_aspect_ratio}")
+        for name in ("min_caption_characters", "min_caption_words", "min_image_side"):
+            check_number(name, getattr(self, name), min=0, max=MAX_LIMIT, whole=True)
+        check_number("max_aspect_ratio", self.max_aspect_ratio, min=1, optional=True)
 
 
 def check(captions: Sequence[str], width: int, height: int, config: Filters) -> str | None:
-    """Why this record is dropped, or None. One good caption keeps it; without any, only the size counts."""
+    """The reason to drop this record, or None. One good caption keeps it; without captions only the size counts."""
     reason = check_size(width, height, config)
     if reason is None and captions and not good_captions(captions, config):
         return check_caption(captions[0], config)
@@ -52,7 +51,7 @@ def check(captions: Sequence[str], width: int, height: int, config: Filters) -> 
 
 
 def check_size(width: int, height: int, config: Filters) -> str | None:
-    """Why a picture of this size in pixels is dropped, or None."""
+    """The reason to drop an image of this size in pixels, or None."""
     if min(width, height) < config.min_image_side:
         return TOO_SMALL
     if config.max_aspect_ratio and max(width, height) > config.max_aspect_ratio * min(width, height):
@@ -61,12 +60,12 @@ def check_size(width: int, height: int, config: Filters) -> str | None:
 
 
 def good_captions(captions: Sequence[str], config: Filters) -> tuple[str, ...]:
-    """The captions that no filter drops, in order."""
+    """The captions that pass all filters, in order."""
     return tuple(caption for caption in captions if check_caption(caption, config) is None)
 
 
 def check_caption(caption: str, config: Filters) -> str | None:
-    """Why this caption is dropped, or None. A caption without any text is always too short."""
+    """The reason to drop this caption, or None. A caption without any text is always too short."""
     text = normalize(caption)
     if not text or len(text) < config.min_caption_characters or len(text.split()) < config.min_caption_words:
         return TOO_SHORT
@@ -78,28 +77,27 @@ def check_caption(caption: str, config: Filters) -> str | None:
 
 
 def may_be_english(text: str) -> bool:
-    """False only where the language identifier gives English less than ENGLISH_FLOOR.
+    """False only if the language identifier gives English a probability below ENGLISH_FLOOR.
 
-    Short captions are hard for every identifier, so the most likely language is no criterion: it is not English for
-    a quarter of drawn-icon captions such as "a kaaba, emojitwo style". The floor errs on the side of keeping: few
-    English captions are lost, most captions in other scripts are found, and many two-word ones in German, French or
-    Spanish stay. lingua finds more of those, for several times the memory and time a caption.
+    Short captions are hard for every identifier: the most likely language is not English for a quarter of icon captions
+    such as "a kaaba, emojitwo style". The floor errs on the side of keeping: few English captions are dropped, most
+    captions in other scripts are, and many two-word ones in German, French or Spanish stay. The package lingua finds
+    more of those, at several times the memory and time a caption.
     """
     return dict(_identifier().rank(text))["en"] >= ENGLISH_FLOOR
 
 
 @functools.cache
 def _identifier():
-    from py3langid import langid  # takes a second to load, and few configs ask for it
+    from py3langid import langid  # a second to load, and few configs need it
 
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 def is_boilerplate(text: str) -> bool:
-    """Is there nothing in this normalized caption but dates, times, file names, numbers and the words around them?"""
-    text = _FILE_NAME.sub(" ", text)
-    text = _DATE.sub(" ", text)
-    text = _FRAME.sub(" ", text)
+    """Whether this normalized caption is only dates, times, file names, numbers and the words around them."""
+    for pattern in (_FILE_NAME, _DATE, _FRAME):
+        text = pattern.sub(" ", text)
     return not any(c.isalpha() or not c.isascii() for c in text)
 
 

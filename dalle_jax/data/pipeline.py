@@ -1,10 +1,10 @@
 """Source to batches: order, decoding, filters, augmentation, tokens, counting and exact resumption.
 
-Grain owns the order and the worker threads: source -> shuffle -> prepare one record -> this process's share -> repeat.
+Grain does the order and the worker threads: source -> shuffle -> prepare one record -> this process's share -> repeat.
 Every random choice about a record comes from the generator that Grain derives from (seed, position in the global
 order), so it depends neither on threads nor on the number of processes nor on where a run was resumed. A record that
-cannot be used travels on as `Dropped` and is counted where batches are put together; the counts are therefore exact
-and part of the state. Knows nothing of models, devices or what a batch is for.
+cannot be used is passed on as `Dropped` and counted when batches are put together, so the counts are exact and part of
+the state.
 """
 
 import collections
@@ -16,56 +16,54 @@ import grain
 import numpy as np
 
 from dalle_jax.data import filters, transforms
-from dalle_jax.data.decode import decode_scaled
+from dalle_jax.data.decode import MAX_PIXELS, decode_scaled
 from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
 from dalle_jax.data.share import WHOLE, Share
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, check_number
 from dalle_jax.layout import Layout
 from dalle_jax.text.bpe import BPETokenizer, normalize
 
 EXAMPLE_KEYS = 3  # kept for each reason, for the table that ends a bad run
-CHECK_EVERY = 1000  # records between two looks at the share of broken ones; a smaller source is looked at once through
+CHECK_EVERY = 1000  # records between two checks of the share of broken ones; for a smaller source, once per epoch
+MAX_SIDE, MAX_THREADS, MAX_PREFETCH = 1 << 14, 1024, 1024  # more would be a slip of the keyboard
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(filters.Filters):
-    """How records become examples; the filters' switches are inherited.
+    """How records become examples."""
 
-    image_size: pixels per side. augment: 'dvae' (listing 1), 'transformer' (listing 2), 'clip' or 'center' (nothing
-    random).
-    bpe_dropout: probability of skipping a merge, 0.1 in the paper, 0 outside training.
-    caption_dropout: share of records whose caption is replaced by the empty one, so that a model can be guided (Ho &
-    Salimans 2021); not in the paper, 0 outside training.
-    max_pixels: larger pictures are refused before they are decoded.
-    scaled_jpeg: decode a JPEG at 1/2, 1/4 or 1/8 of its size where that leaves what `augment` shrinks to. Faster for
-    large photos; the pixels differ a little, and random crops are drawn in larger steps. Off for the paper's pictures.
-    max_bad_share: a run stops when more of the records than this are broken (filtered ones do not count).
-    threads: decoding threads; 0 works in the caller's, which is fastest for pictures of a hundred pixels or less where
-    nothing else waits for the caller. prefetch_batches: how far they run ahead.
-    """
-
-    image_size: int = 256
-    augment: str = "center"
-    bpe_dropout: float = 0.0
+    image_size: int = 256  # pixels per side
+    augment: str = "center"  # 'dvae' (listing 1), 'transformer' (listing 2), 'clip' or 'center' (nothing random)
+    bpe_dropout: float = 0.0  # probability of skipping a merge of text tokens, 0.1 in the paper
+    # Share of records whose caption is replaced by the empty one, so that a model can be guided (Ho & Salimans 2021);
+    # not in the paper.
     caption_dropout: float = 0.0
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS  # larger images are dropped before they are decoded
+    # Decode a JPEG at 1/2, 1/4 or 1/8 of its size if that leaves what `augment` shrinks to. Faster for large photos;
+    # the pixels differ a little, and random crops are drawn in larger steps.
     scaled_jpeg: bool = False
-    max_bad_share: float = 0.1
+    max_bad_share: float = 0.1  # a run stops if more of the records are broken (filtered ones do not count)
+    # Threads that decode. 0 works in the caller's, which is fastest for images of at most a hundred pixels a side if
+    # nothing else waits for the caller.
     threads: int = 4
-    prefetch_batches: int = 2
+    prefetch_batches: int = 2  # how far the threads run ahead
 
     def __post_init__(self):
         super().__post_init__()
         if self.augment not in transforms.AUGMENTATIONS:
-            raise ValueError(f"augment must be one of {tuple(transforms.AUGMENTATIONS)}, got {self.augment!r}")
-        if self.image_size < 1 or self.threads < 0 or self.prefetch_batches < 1 or self.max_pixels < 1:
-            raise ValueError("image_size, prefetch_batches and max_pixels must be at least 1 and threads at least 0")
+            known = ", ".join(transforms.AUGMENTATIONS)
+            raise UserError(
+                f"expected config.data.augment to be one of {known}, got {self.augment!r}: choose one of them"
+            )
+        check_number("config.data.image_size", self.image_size, min=1, max=MAX_SIDE, whole=True)
+        check_number("config.data.max_pixels", self.max_pixels, min=1, max=1 << 31, whole=True)
+        check_number("config.data.threads", self.threads, min=0, max=MAX_THREADS, whole=True)
+        check_number("config.data.prefetch_batches", self.prefetch_batches, min=1, max=MAX_PREFETCH, whole=True)
         for name in ("bpe_dropout", "caption_dropout", "max_bad_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+            check_number(f"config.data.{name}", getattr(self, name), min=0, max=1)
 
     def without_randomness(self) -> "DataConfig":
-        """The same records, center crops and plain tokens: what validation reads."""
+        """The same records with center crops and plain tokens, for validation."""
         return dataclasses.replace(self, augment="center", bpe_dropout=0.0, caption_dropout=0.0)
 
 

@@ -1,9 +1,12 @@
 """The filters: each drops what it is for, keeps what it is not for, and is off unless asked."""
 
+import math
+
 import pytest
 
 from dalle_jax.data import filters
 from dalle_jax.data.filters import Filters, check
+from dalle_jax.errors import UserError
 
 GOOD = "two brown dogs playing in the snow"
 
@@ -137,7 +140,10 @@ def test_every_reason_is_listed():
     assert named == set(filters.REASONS)
 
 
-@pytest.mark.parametrize("limits", [{"min_caption_words": -1}, {"max_aspect_ratio": 0.5}, {"min_image_side": -1}])
-def test_impossible_limits(limits):
-    with pytest.raises(ValueError):
-        Filters(**limits)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("min_caption_words", -1), ("max_aspect_ratio", 0.5), ("max_aspect_ratio", math.nan), ("min_image_side", 10**9)],
+)
+def test_impossible_limits(name, value):
+    with pytest.raises(UserError, match=f"expected {name} to be a .*, got {value}"):
+        Filters(**{name: value})

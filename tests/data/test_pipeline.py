@@ -305,5 +305,5 @@ def test_refusals(tokenizer):
         {"max_bad_share": 2},
         {"image_size": 0},
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError, match=f"expected config.data.{next(iter(wrong))} to be"):
             DataConfig(**wrong)

@@ -379,7 +379,10 @@ def test_report_as_text_and_picture(two_shards, capsys):
     assert command(["data", f"wds:{two_shards}/*.tar", "--json", "--max-aspect-ratio", "1.4"]) == 2
     report = json.loads(capsys.readouterr().out)
     assert (report["good"], report["dropped"], report["picture"]) == (0, {"aspect ratio": 12}, None)
-    assert command(["data", f"wds:{two_shards}/*.tar", "--picture", f"{two_shards}/nope/x.png"]) == 2
+    for wrong in (["--picture", f"{two_shards}/nope/x.png"], ["--limit", "-5"], ["--min-image-side", "-1"]):
+        capsys.readouterr()
+        assert command(["data", f"wds:{two_shards}/*.tar", *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_report_of_a_part(two_shards, capsys):
