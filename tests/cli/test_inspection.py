@@ -54,9 +54,9 @@ def test_inspect_says_where_a_run_stands(workdir, capsys):
 
 def test_the_digests_do_not_depend_on_the_mesh_a_run_was_saved_on(workdir, tmp_path):
     abstract = line_step(make_mesh({"fsdp": 4, "tensor": 2})).abstract
-    reader = manager.Checkpoints(workdir, keep=9)
-    _, state, position = reader.restore_latest(abstract)
-    reader.close()
+    saved = manager.Checkpoints(workdir, keep=9)
+    _, state, position = saved.restore_latest(abstract)
+    saved.close()
     assert len(state["params"]["matrix"].addressable_shards[0].data.ravel()) == 8
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     writer = manager.Checkpoints(tmp_path, keep=1)

@@ -63,9 +63,9 @@ def test_harm_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_used(tr
         workdir = copy(trained, tmp_path / str(index))
         harm(workdir / name)
         abstract = line_step(one_device()).abstract
-        reader = manager.Checkpoints(workdir, keep=2)
-        found = reader.restore_latest(abstract)
-        reader.close()
+        saved = manager.Checkpoints(workdir, keep=2)
+        found = saved.restore_latest(abstract)
+        saved.close()
         assert found[0] == 8 and found[2] == {"position": 8}, name
         said = capfd.readouterr().err
         assert said.count("warning") == 1 and "damaged-12-1" in said, name
@@ -139,12 +139,12 @@ def test_a_state_comes_back_on_another_mesh_bit_for_bit(tmp_path, sizes):
     before = digest_of(tmp_path)
     mesh = one_device() if sizes is None else make_mesh(sizes)
     abstract = line_step(mesh).abstract
-    reader = manager.Checkpoints(tmp_path, keep=2)
-    _, state, position = reader.restore_latest(abstract)
+    saved = manager.Checkpoints(tmp_path, keep=2)
+    _, state, position = saved.restore_latest(abstract)
     assert state["params"]["matrix"].sharding == abstract["params"]["matrix"].sharding
     assert position == {"position": 4}
-    reader.save(5, state, position)
-    reader.close()
+    saved.save(5, state, position)
+    saved.close()
     assert digest_of(tmp_path) == before  # and the digest does not know the mesh
     whole = jax.device_get(state["params"])
     assert digest.of_tree(whole) == reader.state_digests(reader.checkpoint_folder(tmp_path, "") / "4")["params"]
