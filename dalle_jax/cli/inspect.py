@@ -56,7 +56,7 @@ def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
 
 
 def _described(folder) -> list[dict[str, Any]]:
-    """`checkpoint.describe` of each. A run that trains may delete old ones while their files are read, which is no
+    """`reader.describe` of each. A run that trains may delete old ones while their files are read, which is no
     damage."""
     found = []
     for step in reader.steps_in(folder):

@@ -99,7 +99,7 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(workdir, tmp
             shutil.rmtree(path)
         return entry
 
-    monkeypatch.setattr(format, "describe", deleted)
+    monkeypatch.setattr(reader, "describe", deleted)
     found = inspect(copy)
     assert found["step"] == 12 and [(e["step"], e["damage"]) for e in found["checkpoints"]] == [(12, None)]
 
@@ -121,7 +121,7 @@ def test_export_gives_a_model_directory(workdir, tmp_path, capsys):
 
 
 def test_what_is_not_there_is_refused(workdir, tmp_path, capsys):
-    with pytest.raises(UserError, match="update 5 in .*, got those of 8, 12: take one"):
+    with pytest.raises(UserError, match="step 5 in .*, got those of 8, 12: take one"):
         inspect(workdir, 5)
     with pytest.raises(UserError, match="check the path"):
         inspect(tmp_path)
