@@ -1,7 +1,7 @@
 """Compiled programs kept beside a run, so that its next start reads them back instead of compiling again.
 
-This is JAX's own persistent cache, in WORKDIR/compilation_cache. It lies there and not in a folder for all, so it ends
-with the run, nobody loads programs that another user left, and a restart on another machine finds it.
+This is JAX's persistent cache, in WORKDIR/compilation_cache. Lying there, it ends with the run, nobody loads programs
+that another user left, and a restart on another machine finds it.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 FOLDER = "compilation_cache"  # inside the workdir
-LEAST_SECONDS = 0.2  # of compiling, for a program to be kept; JAX's 1.0 leaves out a second of a restart
+MIN_SECONDS = 0.2  # of compiling, for a program to be kept; JAX's 1.0 leaves out a second of a restart
 
 
 @contextlib.contextmanager
@@ -25,19 +25,19 @@ def kept(workdir: pathlib.Path) -> Iterator[None]:
     `JAX_ENABLE_COMPILATION_CACHE=false`). With several processes the first one writes and all read. A program that
     cannot be read or written is a warning by JAX and compiled.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
-        yield
-        return
     folder, platform_ = workdir / FOLDER, jax.default_backend()
     if platform_ == "cpu":
         folder /= _processor()
     settings = {
         "jax_compilation_cache_dir": str(folder.absolute()),
-        "jax_persistent_cache_min_compile_time_secs": LEAST_SECONDS,
+        "jax_persistent_cache_min_compile_time_secs": MIN_SECONDS,
     }
     if platform_ != "gpu":  # of use to GPUs alone, and makes the folder's path a part of what a program is found by
         settings["jax_persistent_cache_enable_xla_caches"] = ""
     before = {name: getattr(jax.config, name) for name in settings}
+    if before["jax_compilation_cache_dir"] is not None:  # the user's choice
+        yield
+        return
     _set(settings)
     try:
         yield
@@ -52,7 +52,7 @@ def _set(settings) -> None:
 
 
 def _processor() -> str:
-    """A name for processors that run the same machine code, which JAX does not tell apart: type and extensions."""
+    """A name for processors that run the same machine code, by type and extensions; JAX does not distinguish them."""
     what = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

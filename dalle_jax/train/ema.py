@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.errors import check_number
+from dalle_jax.train.optimizer import matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +37,15 @@ def average_on_host(ema: Any, params: Any, decay: jax.Array, *, axes: Any) -> An
 
     It passes through the device: stacked layers one at a time, in a loop, the rest at once.
     """
-    old, structure = jax.tree.flatten(ema)
-    new, names = structure.flatten_up_to(params), structure.flatten_up_to(axes)
-    stacked = [name[0] == "layers" for name in names]
+    pairs = list(zip(jax.tree.leaves(ema), jax.tree.leaves(params), strict=True))
+    is_stacked = [names[0] == "layers" for names in jax.tree.leaves(axes, is_leaf=matrices.is_names)]
 
-    def through_the_device(old, new):
-        here = jax.device_put(old, jax.memory.Space.Device)
-        return jax.device_put(average(here, new, decay), jax.memory.Space.Host)
+    def through_the_device(pairs):
+        here = [(jax.device_put(old, jax.memory.Space.Device), new) for old, new in pairs]
+        return [jax.device_put(average(old, new, decay), jax.memory.Space.Host) for old, new in here]
 
-    def part(layers: bool):
-        return tuple([x for x, s in zip(tree, stacked, strict=True) if s == layers] for tree in (old, new))
-
-    layers = []
-    if any(stacked):
-        _, layers = jax.lax.scan(lambda _, xs: (None, through_the_device(*xs)), None, part(True))
-    layers, rest = iter(layers), iter(through_the_device(*part(False)))
-    return structure.unflatten(next(layers if s else rest) for s in stacked)
+    layers, rest = ([p for p, s in zip(pairs, is_stacked, strict=True) if s == which] for which in (True, False))
+    if layers:
+        layers = jax.lax.scan(lambda _, pairs: (None, through_the_device(pairs)), None, layers)[1]
+    of_layers, of_rest = iter(layers), iter(through_the_device(rest))
+    return jax.tree.unflatten(jax.tree.structure(ema), [next(of_layers if s else of_rest) for s in is_stacked])

@@ -1,4 +1,4 @@
-"""What a run looks at besides its updates: the loss on held-out records, and pictures."""
+"""The loss on held-out records, and pictures, while a run trains."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +10,7 @@ from dalle_jax import distributed, sharding
 from dalle_jax.errors import UserError
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.train.monitor.report import surviving_a_full_disk
+from dalle_jax.train.objectives.task import Batch
 from dalle_jax.train.step import State, TrainStep, ema_params
 
 COLUMNS = 8  # images in a row, where the task does not say
@@ -34,7 +35,7 @@ class Evaluator:
     ):
         self._step, self._frozen, self._key = step, frozen, key
         self._pictures, self._validation, self._max_batches = workdir / "pictures", validation, max_batches
-        self._drawn = None  # the batch that is drawn, the same each time
+        self._drawn: Batch | None = None  # the batch that is drawn, the same each time
 
     @property
     def validates(self) -> bool:
@@ -42,6 +43,8 @@ class Evaluator:
 
     def _batches(self) -> Iterable[tuple[int, dict[str, jax.Array]]]:
         """Number of examples and device batch; a partial batch is cut to what the mesh divides."""
+        if self._validation is None:
+            return
         mesh = self._step.mesh
         ways = sharding.batch_ways(mesh) // sharding.batch_reader(mesh)[1]
         for index, batch in enumerate(self._validation()):
@@ -68,7 +71,7 @@ class Evaluator:
     def draw(self, n: int, state: State, batch) -> None:
         """pictures/STEP.png of the first held-out batch, or of this one where nothing is held out."""
         if self._drawn is None:
-            self._drawn = next(iter(self._batches()), (0, batch))[1] if self.validates else batch
+            self._drawn = next(iter(self._batches()), (0, batch))[1]
         pictures = self._step.task.pictures(ema_params(state), self._frozen, self._drawn, self._key)
         pictures = None if pictures is None else distributed.whole(pictures)
         if pictures is not None and jax.process_index() == 0:

@@ -43,15 +43,13 @@ BOOKED = dict.fromkeys(("profile", "validation", "pictures", "hook"), "look") | 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended. step: updates made. seconds: of this call. metrics: the last written, 'train/...' and
-    'validation/...'. signal: what interrupted the run, 0 if it came to its end; SIGTERM where another process got it.
-    state: the last one."""
+    """The end of a run."""
 
-    step: int
-    seconds: float
-    metrics: dict[str, float]
-    signal: int
-    state: State
+    step: int  # updates made
+    seconds: float  # of this call
+    metrics: dict[str, float]  # the last written, 'train/...' and 'validation/...'
+    signal: int  # that interrupted the run, 0 if it came to its end; SIGTERM where another process got it
+    state: State  # the last one
 
 
 def run(
@@ -155,7 +153,7 @@ class _Loop:
     rollback: Rollback
     trace: tracing.Trace
     check_replicas: Callable[[State, int], None]
-    state: State | None
+    state: State
     saved: int  # update of the newest checkpoint
 
     def train(self, interrupted: Signals) -> bool:
@@ -212,7 +210,8 @@ class _Loop:
     def roll_back(self, n: int) -> int:
         """Take the state of the newest checkpoint, and return its number; the data go on."""
         self.beat(n, "restore")
-        streak, self.state = self.report.streak, None  # before another one takes its place
+        streak = self.report.streak
+        del self.state  # before another one takes its place
         with self.ledger.during("lost"):
             restored = self.checkpoints.restore_latest(self.step.saved)
         if restored is None:
@@ -220,7 +219,7 @@ class _Loop:
         self.saved, self.state = restored[0], self.step.from_saved(restored[1])
         self.ledger.restored(self.saved)
         self.report.rewind(self.saved)
-        self.report.say(
+        to_terminal(
             f"warning: {streak} updates in a row were not finite, the last before update {n}: back to the parameters "
             f"of update {self.saved}; the data go on, so the batches since then do not come again"
         )
@@ -280,4 +279,4 @@ class _Loop:
 
 def _due(n: int, every: int | None) -> bool:
     """every: in updates, None (or 0) for never."""
-    return bool(every) and n % every == 0
+    return n % every == 0 if every else False

@@ -1,4 +1,4 @@
-"""When updates that are not finite have been skipped too often: back to the last good checkpoint, or the end.
+"""The way back to the last good checkpoint, after too many updates in a row that were not finite.
 
 A skipped update leaves the state as it was, so a single one costs nothing. Many in a row mean that the parameters have
 gone somewhere from which no step is finite, or that the data have, or, with float16 and as long as losses are finite,
@@ -36,11 +36,12 @@ class Rollback:
           UserError: it is time, but there is no checkpoint, or going back has not helped.
         """
         counted, patience = streak - min(overflows, self.forgiven), self.patience or PATIENCE
-        if counted < min(self.after or patience, patience):
+        after = self.after or patience
+        if counted < min(after, patience):
             return False
         to = newest()
         possible = bool(self.after) and to is not None
-        if counted < (self.after if possible else patience):
+        if counted < (after if possible else patience):
             return False
         if possible:
             self._returns, self._to = (self._returns + 1 if to == self._to else 1), to

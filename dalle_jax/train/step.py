@@ -30,14 +30,14 @@ from dalle_jax.train.optimizer.powersgd import Compression, Mean, PowerSGD
 
 State = dict[str, Any]
 ROUNDING = 2**31 - 1  # folded into an update's key, a number that neither a microbatch nor `powersgd.py` has
-# The update's own, by platform. XLA's CPU backend otherwise drops the barriers that keep the backward pass from
+# Of the update, by platform. XLA's CPU backend otherwise drops the barriers that keep the backward pass from
 # computing its rematerialized layers all at once; outside a loop that needs as much memory as keeping everything.
 COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """How the state is kept between updates; what an update computes stays float32 or the model's `precision`."""
+    """The form of the state between updates; what an update computes stays float32 or the model's `precision`."""
 
     # Of the hidden matrices, 'fp32' or 'bf16', rounded at random after every update (`moments.py`). Their gradients are
     # bfloat16 then too; the moving average, embeddings, heads, gains and biases stay float32.
@@ -89,7 +89,7 @@ class TrainStep:
     def update(self) -> Callable[[State, Any, Batch, jax.Array], tuple[State, Metrics]]:
         """The jitted `update(state, frozen, batch, key) -> (state, metrics)`; the old state is donated.
 
-        The metrics are the task's own, averaged over microbatches, and `loss`, `grad_norm` (before clipping), `skipped`
+        The metrics are the task's, averaged over microbatches, and `loss`, `grad_norm` (before clipping), `skipped`
         (updates so far), `plateau_scale` (what halving on plateaus has made of the step size) and `log2_scale` (of
         float16 gradients, one or an array of [layers, 2], before the update moved them).
         """
@@ -107,7 +107,7 @@ class TrainStep:
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., Metrics]:
-        """The jitted `evaluate(params, frozen, batch, key, step) -> metrics`, the task's own and `loss`."""
+        """The jitted `evaluate(params, frozen, batch, key, step) -> metrics`, the task's and `loss`."""
 
         def evaluate(params, frozen, batch, key, step):
             with sharding.use(self.mesh):

@@ -20,7 +20,7 @@ SETTINGS = (
 
 @pytest.fixture(autouse=True)
 def keep_everything(monkeypatch):
-    monkeypatch.setattr(compilation_cache, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(compilation_cache, "MIN_SECONDS", 0.0)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,4 @@
-"""Where the time of a run goes, over all its starts: a ledger in WORKDIR/goodput.json, and goodput.png of it.
-
-    init        from the start of this process's run to its first update, restoring included
-    compile     the first update's
-    step        updates that count
-    data        the device had nothing to do because the next batch was not there
-    checkpoint  the loop waited for a checkpoint
-    look        validation, pictures, other hooks, and beginning and writing a profile
-    lost        updates that a restart or a rollback made again
-    down        from the last sign of life of a process that died to the next start
+"""The time of a run by kind, over all its starts: a ledger in WORKDIR/goodput.json, and goodput.png of it.
 
 Goodput is the share of `step` in everything but `look`, which was asked for and is neither gain nor loss. The first
 process writes, atomically, with every checkpoint and every few seconds; what a `kill -9` cuts off after that counts as
@@ -27,20 +18,19 @@ from dalle_jax import files
 from dalle_jax.pictures import plot
 
 FILE, PICTURE = "goodput.json", "goodput.png"
-KINDS = ("init", "compile", "step", "data", "checkpoint", "look", "lost", "down")
-WRITE_EVERY = 10.0  # seconds
-# What the picture calls them, and colours in which gain, what was asked for and loss differ.
-_WORDS = {
-    "init": "init: start, data, restore",
-    "compile": "compile",
-    "step": "step: updates that count",
-    "data": "data stall",
-    "checkpoint": "checkpoint: the loop waited",
-    "look": "look: validation, pictures",
-    "lost": "lost: updates made again",
-    "down": "down between starts",
+KINDS = {
+    "init": "start, data, restore",  # until the first update of this process
+    "compile": "the first update",
+    "step": "updates that count",
+    "data": "data stall",  # the device had nothing to do because the next batch was not there
+    "checkpoint": "the loop waited",
+    "look": "validation, pictures",  # and hooks, and beginning and writing a profile
+    "lost": "updates made again",  # after a restart or a rollback
+    "down": "between starts",  # from the last sign of life of a process that died
 }
-_COLOURS = {"step": "#2a7e43", "look": "#7f8fa6"} | dict.fromkeys(("lost", "down"), "#b3362b")
+WRITE_EVERY = 10.0  # seconds
+# Colors in the picture, in which gain, what was asked for and loss differ.
+_COLORS = {"step": "#2a7e43", "look": "#7f8fa6"} | dict.fromkeys(("lost", "down"), "#b3362b")
 _OTHER = "#d9902f"
 
 
@@ -60,14 +50,14 @@ class Ledger:
         self.write()
 
     def enter(self, kind: str) -> None:
-        """Books what follows on `kind`."""
+        """Book what follows on `kind`."""
         now = time.monotonic()
         self.seconds[self._kind] += now - self._since
         self._kind, self._since = kind, now
 
     @contextlib.contextmanager
     def during(self, kind: str) -> Iterator[None]:
-        """Books the time inside on `kind`, then goes back to the kind before."""
+        """Book the time inside on `kind`, then go back to the kind before."""
         before = self._kind
         self.enter(kind)
         try:
@@ -76,7 +66,7 @@ class Ledger:
             self.enter(before)
 
     def move(self, kind: str, seconds: float) -> None:
-        """Books seconds that have just passed on `kind` instead of the one that is running."""
+        """Book seconds that have just passed on `kind` instead of the one that is running."""
         self.enter(self._kind)
         self.seconds[self._kind] -= seconds
         self.seconds[kind] += seconds
@@ -97,12 +87,15 @@ class Ledger:
             self.seconds["lost"] += lost
 
     def tick(self) -> None:
-        """Writes the file if that was long ago."""
+        """Write the file if that was long ago."""
         if time.monotonic() - self._written > WRITE_EVERY:
             self.write()
 
     def write(self, *, ended: bool = False) -> None:
-        """ended: on purpose, so the time until the next start is nobody's loss. A full disk is no reason to stop."""
+        """Write the file; a full disk is no reason to stop.
+
+        ended: on purpose, so the time until the next start is not lost.
+        """
         if not self._active:
             return
         self.enter(self._kind)
@@ -125,7 +118,7 @@ def share(seconds: Mapping[str, float]) -> float:
 
 
 def draw(ledger: Ledger, *, updates: int, path: pathlib.Path) -> None:
-    """A bar for each kind of time, in seconds and per cent of all of it. updates: that count, of all starts.
+    """A bar for each kind of time, in seconds and percent of all of it. updates: that count, of all starts.
 
     Raises:
       OSError: the disk is full.
@@ -136,9 +129,9 @@ def draw(ledger: Ledger, *, updates: int, path: pathlib.Path) -> None:
     starts = f"{ledger.starts} start{'s' * (ledger.starts > 1)}"
     plot.save_bars(
         path,
-        {_WORDS[kind]: seconds[kind] for kind in KINDS},
+        {f"{kind}: {words}": seconds[kind] for kind, words in KINDS.items()},
         notes=[f"{s:,.1f} s, {s / total:.1%}" for s in seconds.values()],
-        colors=[_COLOURS.get(kind, _OTHER) for kind in KINDS],
+        colors=[_COLORS.get(kind, _OTHER) for kind in KINDS],
         title=f"goodput {share(seconds):.1%} over {starts}: {updates:,} updates{each}",
         unit="seconds",
     )

@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard events, and curves.png.
+"""The numbers of a run as files for people: metrics.jsonl, TensorBoard events, and curves.png.
 
 Only the first process writes. Names are 'train/...' and 'validation/...'. Knows nothing of what is measured.
 """
@@ -97,7 +97,7 @@ def read(path: pathlib.Path) -> list[dict[str, float]]:
 
 def save_curves(metrics_path: pathlib.Path, path: pathlib.Path) -> None:
     """One small plot a metric over the updates, training and validation, and all entries of an array, in the same."""
-    series: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    series: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for line in read(metrics_path):
         for name, value in line.items():
             kind, _, metric = name.partition("/")

@@ -1,6 +1,6 @@
-"""Do the devices that must hold the same numbers hold the same bits? Silent corruption of one of them shows here.
+"""A check that devices that must hold the same numbers hold the same bits: it finds silent corruption of one.
 
-Every device sums the bit patterns of its own piece of every array, each word weighted by an odd number of its place,
+Every device sums the bit patterns of its pieces of all arrays, each word weighted by an odd number of its place,
 modulo 2^32: a single flipped bit always changes the sum. Only the sums leave the devices. Pieces that exist once, on a
 mesh that repeats nothing, cannot be checked this way.
 """
@@ -33,7 +33,7 @@ def make_check(abstract: Any, *, mesh: Mesh) -> Callable[[Any, int], None]:
     def sums(*pieces):
         return jnp.stack([_sum(piece) for piece in pieces])[None]
 
-    # Each device sees its own copy as it is: outside of shard_map the compiler may take copies for equal.
+    # Each device sees its copy as it is: outside of shard_map the compiler may take copies for equal.
     local = jax.shard_map(sums, mesh=mesh, in_specs=specs, out_specs=everywhere, check_vma=False)
     digest = jax.jit(local, out_shardings=jax.sharding.NamedSharding(mesh, PartitionSpec()))
 
@@ -86,7 +86,7 @@ def _odd(sums: np.ndarray) -> np.ndarray:
 
 def _message(n: int, name: str, odd: list[jax.Device], copies: int) -> str:
     named = ", ".join(f"device {device.id} of process {device.process_index}" for device in odd)
-    bits = "different bits (which are right cannot be told)" if len(odd) == copies else "other bits"
+    bits = "different bits (which are right is unknown)" if len(odd) == copies else "other bits"
     return (
         f"expected {copies} identical copies of {name} after update {n}, got {bits} on {named}: memory or a "
         "computation there is faulty; take that machine out and give the command again, which goes on from the last "

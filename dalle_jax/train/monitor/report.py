@@ -1,6 +1,6 @@
-"""What a run says while it goes on: progress bar or lines, the means of each interval, warnings, the last line.
+"""The progress of a run for people: a bar or lines, the means of each interval, warnings, the last line.
 
-Takes the numbers of an update one update late, so that the device never waits for the host.
+The numbers of an update are read one update late, so that the device never waits for the host.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
 import tqdm
@@ -17,7 +18,7 @@ from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer.build import Optimizer
 from dalle_jax.train.optimizer.schedule import learning_rate
 
-WARM_UP = 0.1  # share of the steps in which a task's own warning is no news
+WARM_UP = 0.1  # share of the steps in which a task's warning is no news
 
 
 def to_terminal(line: str) -> None:
@@ -58,12 +59,12 @@ class Report:
         self._warned = False
 
     def update(self, n: int, measured: dict[str, jax.Array]) -> None:
-        """Takes the numbers of an update that was just dispatched; waits for those of the one before."""
+        """Take the numbers of an update that was just dispatched; wait for those of the one before."""
         self.finish()
         self._pending = (n, measured)
 
     def finish(self) -> None:
-        """Waits for the numbers that are still out."""
+        """Wait for the numbers that are still out."""
         if self._pending is None:
             return
         (n, measured), self._pending = self._pending, None
@@ -83,18 +84,18 @@ class Report:
             self._end_interval(n)
 
     def device_waits(self) -> bool:
-        """Is every update that was dispatched done, so that the device has nothing to do?"""
-        return self._pending is None or self._pending[1]["loss"].is_ready()
+        """Whether every update that was dispatched is done, so that the device has nothing to do."""
+        return self._pending is None or self._pending[1]["loss"].is_ready()  # type: ignore[attr-defined]  # not in stubs
 
     def rewind(self, step: int) -> None:
-        """The run goes on from an earlier update: forgets what was measured after it."""
+        """Go on from an earlier update: forget what was measured after it."""
         self._pending, self._interval, self.streak, self.overflows = None, [], 0, 0
         self._log.rewind(step)
         self._bar.update(step - self._bar.n)
 
     @contextlib.contextmanager
     def pause(self):
-        """For what is not training: waits for the update at work, and leaves the time inside out of images/s."""
+        """Wait for the update at work, and leave the time inside, which is not training, out of images/s."""
         self.finish()
         began = time.monotonic()
         yield
@@ -108,11 +109,11 @@ class Report:
         return updates * self._config.batch_size / max(seconds, 1e-9)
 
     def _end_interval(self, n: int) -> None:
-        """Writes the means of the interval, non-finite updates left out."""
+        """Write the means of the interval, non-finite updates left out."""
         interval, self._interval = self._interval, []
         good = [values for values in interval if _finite(values)]
         if len(good) < len(interval):
-            self.say(
+            to_terminal(
                 f"warning: {len(interval) - len(good)} of the last {len(interval)} updates were not finite, skipped"
             )
         if not good:
@@ -127,17 +128,17 @@ class Report:
         )
         if self._progress and self._bar.disable:
             left = (self._config.steps - n) * self._config.batch_size / means["train/images_per_second"]
-            self.say(
+            to_terminal(
                 f"{self._task.name} step {n}/{self._config.steps}: loss {means['train/loss']:.4g}, "
                 f"{means['train/images_per_second']:.4g} images/s, {_clock(left)} left"
             )
         warning = self._task.warn({name.removeprefix("train/"): value for name, value in means.items()})
         if n > WARM_UP * self._config.steps:
             if warning and not self._warned:  # said again only after it was gone
-                self.say(f"warning: step {n}: {warning}")
+                to_terminal(f"warning: step {n}: {warning}")
             self._warned = bool(warning)
 
-    def write(self, n: int, values: dict[str, float]) -> None:
+    def write(self, n: int, values: Mapping[str, float]) -> None:
         self.latest.update(values)
         with surviving_a_full_disk("metrics.jsonl"):
             self._log.write(n, values)
@@ -151,9 +152,6 @@ class Report:
         if jax.process_index() == 0:
             with surviving_a_full_disk(goodput.PICTURE):
                 goodput.draw(ledger, updates=step, path=self._workdir / goodput.PICTURE)
-
-    def say(self, line: str) -> None:
-        to_terminal(line)
 
     def summary(
         self,
@@ -170,7 +168,7 @@ class Report:
         figures = [f"{k.replace('train/', '')} {self.latest[k]:.4g}" for k in _SUMMARY if k in self.latest]
         speed = (step - start) * self._config.batch_size / max(seconds, 1e-9)
         end = "; interrupted, the same command goes on" if interrupted else ""
-        self.say(
+        to_terminal(
             f"{self._task.name}: {step} of {self._config.steps} updates in {workdir}, {step - start} of them now in "
             f"{_clock(seconds)} ({speed:.4g} images/s){''.join(', ' + f for f in figures)}, goodput "
             f"{goodput.share(ledger.seconds):.1%} over {ledger.starts} start{'s' * (ledger.starts > 1)}{end}"
@@ -183,7 +181,7 @@ class Report:
 
 @contextlib.contextmanager
 def surviving_a_full_disk(what: str):
-    """Something written for people is not worth a run: says that it could not be written and goes on."""
+    """Warn of what cannot be written inside, and go on: something written for people is not worth a run."""
     try:
         yield
     except OSError as error:

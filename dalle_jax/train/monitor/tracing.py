@@ -1,4 +1,4 @@
-"""`--profile START:STOP`: what device and host do in some updates, written for XProf and TensorBoard.
+"""`--profile START:STOP`: a trace of what device and host do in some updates, for XProf and TensorBoard.
 
 Only the first process traces. A trace is for people: one that cannot be taken or written is a warning, and no way of
 ending a run leaves one open.
@@ -42,7 +42,7 @@ def window(text: str) -> Window:
 
 
 class Trace:
-    """Is open while the updates of a window are made."""
+    """A trace that is open while the updates of a window are made."""
 
     def __init__(self, folder: pathlib.Path, updates: Window | None, *, warn: Callable[[str], None]):
         self._folder, self._warn = folder, warn
@@ -54,7 +54,7 @@ class Trace:
         return self._open != (self._updates is not None and n in self._updates)
 
     def toggle(self) -> None:
-        """Begins the trace, or ends and writes it. The device should have nothing to do."""
+        """Begin the trace, or end and write it. The device should have nothing to do."""
         if self._open:
             self.close()
             return
@@ -65,7 +65,7 @@ class Trace:
             self._open = True
 
     def close(self) -> None:
-        """Ends and writes the trace if it is open."""
+        """End and write the trace if it is open."""
         if self._open:
             self._open = False
             with self._survived():

@@ -7,8 +7,8 @@ What the paper leaves open is chosen here as in IEEE 754. The largest exponent c
 NaN, the smallest one zero and subnormal numbers, whose spacing is that of the smallest normal ones. The exponent's
 bias is 59, from the only figure the paper gives, a largest value slightly below 16:
 
-    1-6-9     largest 15.984, smallest normal 2^-58, smallest 2^-67, neighbours 0.10 to 0.20 % apart
-    0-6-10    largest 15.992, smallest normal 2^-58, smallest 2^-68, neighbours 0.05 to 0.10 % apart
+    1-6-9     largest 15.984, smallest normal 2^-58, smallest 2^-67, neighbors 0.10 to 0.20 % apart
+    0-6-10    largest 15.992, smallest normal 2^-58, smallest 2^-68, neighbors 0.05 to 0.10 % apart
 
 That suits second moments too: they are clipped at 5, and below 1e-16 = 2^-53 Adam's epsilon of 1e-8 outweighs their
 root. Numbers beyond the largest become the largest; only an infinity is an infinity. In 0-6-10 negative numbers are 0.

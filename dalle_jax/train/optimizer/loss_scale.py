@@ -24,9 +24,12 @@ Scales = dict[str, jax.Array]
 
 
 class NoScale:
-    """What the step asks of a scale, for precisions that need none: nothing changes."""
+    """Scales of a precision that needs none: nothing changes. The others answer the same calls."""
 
-    patience = 0  # updates in a row that may be skipped because a scale has to fall, and for no other reason
+    @property
+    def patience(self) -> int:
+        """Updates in a row that may be skipped because a scale has to fall, and for no other reason."""
+        return 0
 
     def init(self) -> Scales:
         """The state of the scales before the first update."""
@@ -53,7 +56,7 @@ class NoScale:
         return scales
 
     def measured(self, scales: Scales) -> dict[str, jax.Array]:
-        """What the metrics say of the scales."""
+        """The metrics of the scales."""
         return {}
 
 

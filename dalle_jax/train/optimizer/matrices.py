@@ -1,4 +1,4 @@
-"""Which parameters get weight decay, and which are hidden matrices, read off the names of their dimensions.
+"""The parameters that get weight decay, and the hidden matrices, read off the names of their dimensions.
 
 Leaving out STACKED dimensions, and counting a run of HEADS as one:
 

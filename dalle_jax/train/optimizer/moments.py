@@ -4,11 +4,11 @@ Only hidden matrices are ever kept in 16 bits; embeddings, output heads, gains a
 (section 2.4, guideline 2). Moments are kept in one of
 
     fp32     float32, both
-    bf16     bfloat16, both: float32's range, neighbours 0.4 to 0.8 % apart
-    paper    the first in 1-6-9, the second in 0-6-10 (`formats.py`), neighbours 0.1 to 0.2 % and 0.05 to 0.1 % apart,
+    bf16     bfloat16, both: float32's range, neighbors 0.4 to 0.8 % apart
+    paper    the first in 1-6-9, the second in 0-6-10 (`formats.py`), neighbors 0.1 to 0.2 % and 0.05 to 0.1 % apart,
              and the second never above 5 (`MAX_NU`)
 
-A change of less than half the distance between neighbours is lost by rounding to the nearest. So what moves slowly is
+A change of less than half the distance between neighbors is lost by rounding to the nearest. So what moves slowly is
 rounded up or down at random with the right mean:
 
     second moment    moves by 1 - b2 of itself, 4 % with b2 = 0.96 but 0.1 % with 0.999: nearest would freeze it
@@ -33,14 +33,14 @@ MAX_NU = 5.0  # the second moment is clipped to this before it is used or stored
 
 
 class Stored(NamedTuple):
-    """State of `stored`: updates made, and the wrapped optimizer's state with its moments in 16 bits."""
+    """State of `stored`: number of updates made, and the wrapped optimizer's state with its moments in 16 bits."""
 
-    count: jax.Array
+    updates: jax.Array
     inner: Any
 
 
 def round_at_random(x, key):
-    """float32 -> bfloat16: the neighbour below or above with the probabilities that make the mean x.
+    """float32 -> bfloat16: the neighbor below or above with the probabilities that make the mean x.
 
     Infinities and NaN stay what they are, and so does what bfloat16 holds exactly.
     """
@@ -56,13 +56,13 @@ def to_float32(tree: Any) -> Any:
 
 
 def cast_like(tree: Any, like: Any, key) -> Any:
-    """float32 leaves rounded at random where `like` holds bfloat16; each leaf has its own random bits."""
+    """float32 leaves rounded at random where `like` holds bfloat16; the leaves have independent random bits."""
     leaves, structure = jax.tree.flatten(tree)
-    kept = structure.flatten_up_to(like)
-    return structure.unflatten(
+    cast = [
         round_at_random(x, jax.random.fold_in(key, index)) if old.dtype == jnp.bfloat16 else x
-        for index, (x, old) in enumerate(zip(leaves, kept, strict=True))
-    )
+        for index, (x, old) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
+    ]
+    return jax.tree.unflatten(structure, cast)
 
 
 def stored(inner: optax.GradientTransformation, *, matrices: Any, kept: str) -> optax.GradientTransformationExtraArgs:
@@ -84,14 +84,14 @@ def stored(inner: optax.GradientTransformation, *, matrices: Any, kept: str) -> 
         for index, (path, x) in enumerate(leaves):
             moment = _moment(path)
             new.append(function(x, moment, index) if moment in FORMATS and _keys(path) in hidden else x)
-        return structure.unflatten(new)
+        return jax.tree.unflatten(structure, new)
 
     def narrowed(state, key):
         def narrow(x, moment, index):
-            own = jax.random.fold_in(key, index) if moment == "nu" else None
+            at_random = jax.random.fold_in(key, index) if moment == "nu" else None
             if kept == "paper":
-                return formats.encode(x, FORMATS[moment], own)
-            return x.astype(jnp.bfloat16) if own is None else round_at_random(x, own)
+                return formats.encode(x, FORMATS[moment], at_random)
+            return x.astype(jnp.bfloat16) if at_random is None else round_at_random(x, at_random)
 
         return mapped(narrow, state)
 
@@ -105,8 +105,8 @@ def stored(inner: optax.GradientTransformation, *, matrices: Any, kept: str) -> 
 
     def update(updates, state, params=None, **extra):
         updates, new = inner.update(updates, wide(state.inner), params, **extra)
-        key = jax.random.fold_in(jax.random.key(0), state.count)
-        return updates, Stored(optax.safe_increment(state.count), narrowed(new, key))
+        key = jax.random.fold_in(jax.random.key(0), state.updates)
+        return updates, Stored(optax.safe_increment(state.updates), narrowed(new, key))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

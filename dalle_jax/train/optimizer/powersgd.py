@@ -61,7 +61,7 @@ class Compression:
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """How a parameter of this shape is laid out as [matrices, pieces, rows, columns], rows <= columns.
+    """The layout of a parameter of this shape as [matrices, pieces, rows, columns], rows <= columns.
 
     order: its dimensions as (stacked, inputs, outputs). sides: inputs and outputs of a matrix. count: of pieces.
     cut: the side that is cut. rank: of a piece.
@@ -76,8 +76,9 @@ class Pieces:
 
     @property
     def _sides(self) -> tuple[int, int]:
-        """Of a piece: its part of inputs and outputs."""
-        return tuple(side // (self.count if i == self.cut else 1) for i, side in enumerate(self.sides))
+        """Inputs and outputs of a piece."""
+        inputs, outputs = self.sides
+        return (inputs // self.count, outputs) if self.cut == 0 else (inputs, outputs // self.count)
 
     @property
     def piece(self) -> tuple[int, int]:
@@ -131,7 +132,7 @@ def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) ->
             f"{compression.rank}: choose {max(compression.rank // count, 1) * count}"
         )
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
-    names = jax.tree.structure(abstract).flatten_up_to(axes)
+    names = jax.tree.leaves(axes, is_leaf=matrices.is_names)
     found = {}
     for (path, leaf), dimensions in zip(leaves, names, strict=True):
         split = matrices.dimensions(dimensions)
@@ -249,7 +250,7 @@ class PowerSGD:
         decompressed, left_out, square = local(cut, error, key)
         means |= {n: self._join(n, x) for n, x in decompressed.items()}
         norm = jnp.where(in_range, jnp.sqrt(sum(squares) + square), jnp.inf)
-        return structure.unflatten(means[n] for n in grads), norm, left_out
+        return jax.tree.unflatten(structure, [means[n] for n in grads]), norm, left_out
 
     def _kept(self, n: str, x):
         return self._pin(x, self._param[n].spec)
@@ -265,7 +266,7 @@ class PowerSGD:
         return self._kept(n, self.layouts[n].unflat(x))
 
     def _flat(self, n: str) -> PartitionSpec:
-        """Where a parameter lies, of its inputs and outputs: a side is cut as the first of its dimensions is."""
+        """The place of a parameter as [matrices, inputs, outputs]: a side is cut as the first of its dimensions is."""
         pieces, spec = self.layouts[n], self._param[n].spec
         first_output = len(pieces.order)
         while math.prod(pieces.shape[i] for i in pieces.order[first_output:]) < pieces.sides[1]:
@@ -284,9 +285,9 @@ class PowerSGD:
         gradient, left_out, square = {}, {}, jnp.float32(0)
         for index, (n, pieces) in enumerate(self.layouts.items()):
             matrix = _read(error[n][0, :, 0], self._format) + grads[n][0, :, 0]  # [matrices, rows, columns]
-            own = jax.random.fold_in(jax.random.fold_in(jax.random.key(KEY), index), here)
+            key_q = jax.random.fold_in(jax.random.fold_in(jax.random.key(KEY), index), here)
             rows, columns = pieces.piece
-            q = jax.random.normal(own, (columns, pieces.rank)) / columns**0.5
+            q = jax.random.normal(key_q, (columns, pieces.rank)) / columns**0.5
             p = self._mean(_product("src,ck->srk", matrix, q))
             size = jnp.sqrt(jnp.square(p).mean((1, 2), keepdims=True))
             p = jnp.where(size > 0, p / jnp.where(size > 0, size, 1.0), 0.0) + EPSILON * jnp.eye(rows, pieces.rank)
@@ -311,7 +312,7 @@ class PowerSGD:
 
     @property
     def packed_abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `pack` returns, as shapes with shardings."""
+        """The result of `pack`, as shapes with shardings."""
         return {
             n: jax.ShapeDtypeStruct(pieces.shape, jnp.float32, sharding=self._param[n])
             for n, pieces in self.layouts.items()
@@ -319,7 +320,7 @@ class PowerSGD:
 
     @functools.cached_property
     def pack(self) -> Callable[[Error], Error]:
-        """What a checkpoint holds of an error: the sum over the replicas, float32, in the parameters' own shapes.
+        """An error as checkpoints hold it: the sum over the replicas, float32, in the shapes of the parameters.
 
         An update depends on the mean over the replicas alone, so nothing is lost but rounding.
         """
@@ -341,7 +342,7 @@ class PowerSGD:
 
 
 def name(path) -> str:
-    """Of a parameter, e.g. 'blocks-up'."""
+    """The name of a parameter, e.g. 'blocks-up'."""
     return jax.tree_util.keystr(path, simple=True, separator="-")
 
 
@@ -360,11 +361,13 @@ def check_rank(found: dict[str, Pieces], *, form: str, item: int) -> None:
     wire = 4 if form == "fp32" else 2
     if sent * wire >= instead * item or all(pieces.rank == pieces.piece[0] for pieces in found.values()):
         of_rank_one = sum(pieces.matrices * sum(pieces.piece) for pieces in found.values())
-        most = min((instead * item - 1) // (of_rank_one * wire), max(pieces.piece[0] for pieces in found.values()) - 1)
-        most *= next(iter(found.values())).count
+        max_rank = min(
+            (instead * item - 1) // (of_rank_one * wire), max(pieces.piece[0] for pieces in found.values()) - 1
+        )
+        max_rank *= next(iter(found.values())).count
         raise UserError(
             f"expected a config.compression.rank that leaves something out, got one with {sent * wire:,} bytes a "
-            f"device in place of {instead * item:,}: choose at most {most}, or None to compress nothing"
+            f"device in place of {instead * item:,}: choose at most {max_rank}, or None to compress nothing"
         )
 
 

@@ -15,7 +15,7 @@ _KEY = "config.optimizer.schedule"
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-    """When the schedule `plateau` halves the step size."""
+    """Conditions under which the schedule `plateau` halves the step size."""
 
     window: int = 1_000  # updates averaged into one value of the loss
     patience: int = 10  # windows without an improvement before a halving
@@ -32,7 +32,7 @@ class Plateau:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How the step size changes with the number of updates.
+    """The step size by the number of updates.
 
     `cosine` starts at the peak (the dVAE's, appendix A.2); the others rise linearly from 0 over warmup_steps first.
     `warmup_linear` ends at 0. `plateau` is `warmup_constant` times the halvings of `halve_on_plateau`.
