@@ -30,7 +30,7 @@ BLANK = 255  # value of the pixels of a preview that are not drawn yet
 
 # At the ends of the temperature's range nothing and everything is left to chance; beyond, float32 overflows.
 OPTIONS = (
-    Option("temperature", float, 1.0, "1 is the paper's, lower is safer and less varied", min=0.001, max=1000),
+    Option("temperature", float, 1.0, "1 is the paper's; lower is safer and less varied", min=0.001, max=1000),
     Option("top_k", int, None, "draw only among the k most likely image tokens", min=1, unset="all"),
     Option(
         "top_p",

@@ -72,13 +72,13 @@ COMMON = (
         "best_of",
         int,
         None,
-        "candidates for each caption, of which CLIP chooses the best n",
+        "candidates to draw for each caption; CLIP chooses the best n of them",
         min=1,
         max=MAX_CANDIDATES,
         unset="no ranking",
     ),
-    Option("seed", int, 0, "seed of the first image; each further one has the next number", min=0, max=MAX_SEEDS - 1),
-    Option("guidance", float, 1.0, "above 1 follows the caption more closely, 1 is no guidance", min=0, max=1000),
+    Option("seed", int, 0, "seed of the first image; the next has seed + 1, and so on", min=0, max=MAX_SEEDS - 1),
+    Option("guidance", float, 1.0, "1 is none; above 1 follows the caption more closely", min=0, max=1000),
 )
 
 

@@ -299,14 +299,14 @@ def test_a_server_with_a_token_asks_for_it(browser):
     with serving(NoisePipeline(), token="s3cret") as server:
         browser.get(server.address)
         until(lambda: one(browser, "#token").is_displayed())
-        write(browser, token="guess", prompt="a star", n=1)
+        write(browser, token="guess", prompt="a star")
         one(browser, "#draw").click()
         until(lambda: "does not know this token" in text(browser, "#trouble"))
         assert one(browser, "#token").get_attribute("aria-invalid") == "true"
         assert browser.switch_to.active_element.get_attribute("id") == "draw"  # not taken away from who writes
         write(browser, token="s3cret")
         one(browser, "#draw").click()
-        until(drawn(browser, 1))
+        until(drawn(browser, 4))
         assert text(browser, "#model") == "noise" and not one(browser, "#trouble").is_displayed()
         assert "Bearer $DALLE_JAX_TOKEN" in browser.execute_script("return document.querySelector('#curl').textContent")
         assert "s3cret" not in browser.page_source
