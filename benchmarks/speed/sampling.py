@@ -49,7 +49,7 @@ def on_processor(args) -> dict:
 
     from benchmarks.speed import sampling_bounds as bounds
     from dalle_jax.models import build
-    from dalle_jax.models.attention import blockwise
+    from dalle_jax.models.attention import cached
     from dalle_jax.sample.engine import Engine, image_keys
 
     sizes = {key: value for key, value in SHAPE.items() if key not in ("layers", "image_size")}
@@ -80,8 +80,8 @@ def on_processor(args) -> dict:
         runs[name] = lambda engine=engine, text=text_CT, shape=shape: engine.generate(
             text, image_keys(np.arange(CANDIDATES).reshape(shape))
         )
-        attend = (lambda q, k, v, text, cache, *_, **__: (v, cache)) if name == "rest" else blockwise.attend_cached
-        with unittest.mock.patch.object(blockwise, "attend_cached", attend):
+        attend = (lambda q, k, v, text, cache, *_, **__: (v, cache)) if name == "rest" else cached.attend
+        with unittest.mock.patch.object(cached, "attend", attend):
             engine.tokens(engine.advance(engine.begin(text_CT, image_keys(np.zeros(shape))), 0, 1))  # compiles
     for index in range(args.rounds):
         for name in BARRED if index else WORKS:

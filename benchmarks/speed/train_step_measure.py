@@ -249,12 +249,12 @@ class Parts:
     def _layer(self, kind: str):
         config = self._config
         ways = {"attend": self._attend(kind), "remat": config.remat}
-        return functools.partial(blocks.layer, **ways)
+        return functools.partial(blocks.sequence_layer, **ways)
 
     def _mlp(self, block, x_BSD):
-        policy = blocks.REMAT[self._config.remat].get("mlp")
-        mlp = jax.checkpoint(blocks.mlp, policy=policy) if policy else blocks.mlp
-        return mlp(block, x_BSD.reshape(-1, x_BSD.shape[-1])).reshape(x_BSD.shape)
+        ops = blocks.Rows(len(x_BSD), self._config.remat)
+        rows = x_BSD.reshape(-1, x_BSD.shape[-1])
+        return ops.add(block, rows, blocks.MLP, functools.partial(blocks.mlp, ops=ops)).reshape(x_BSD.shape)
 
     def _gradient_of_scores(self, kind: str):
         attend = self._attend(kind)

@@ -1,34 +1,37 @@
 """Pre-activation residual blocks: norm, attention, norm, MLP, with the parameters of all layers stacked.
 
-The text-to-image transformer and both towers of CLIP are made of these; what attends to what is the caller's
-`attend`. Knows how one layer is computed and what the backward pass keeps of it; nothing of embeddings and heads.
-
-Dimensions: B batch, S sequence, L layers, D width, N heads, H head width.
+`layer` is how one layer is computed, everywhere: the text-to-image transformer and both towers of CLIP give it whole
+sequences as rows (`Rows`), sampling one position at a time as columns (`decoding.Columns`). What attends to what is the
+caller's `attend`. `LAYER` is the one description of a layer's parameters. Knows nothing of embeddings and heads.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.models.layers import layer_norm, param, quick_gelu
 from dalle_jax.models.ops import linear
-from dalle_jax.models.scaled import BRANCH, enter, leave, own
+from dalle_jax.models.scaled import cast_in, cast_out, cast_param
 from dalle_jax.sharding import constrain
 
+ATTENTION, MLP = BRANCHES = ("attention", "mlp")  # the residual branches of a layer, in their order
+
 _NOTHING = jax.checkpoint_policies.nothing_saveable
-_PRODUCTS = jax.checkpoint_policies.save_only_these_names("product")  # of `qkv` and `mlp`
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names("product")  # with qkv and up
 
 # What the backward pass computes again instead of keeping, from least to most: name -> part of a layer and what
-# survives in it. "attend" is the scores and the softmax, "attention" and "mlp" are the two residual blocks.
+# survives in it. "attend" is the scores and the softmax, the others are the two residual branches.
 REMAT = {
     "none": {},
     "attention": {"attend": _NOTHING},
-    "dots": {"attention": _PRODUCTS, "mlp": _PRODUCTS},
-    "full": {"attention": _NOTHING, "mlp": _NOTHING},
+    "dots": {ATTENTION: _PRODUCTS, MLP: _PRODUCTS},
+    "full": {ATTENTION: _NOTHING, MLP: _NOTHING},
 }
 
 
@@ -39,8 +42,40 @@ def check_remat(remat: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Deviations:
-    """Standard deviations of a block's four matrices at the start; its biases are 0, its gains 1."""
+class LayerParam:
+    """One parameter of a layer.
+
+    axes: logical names of its dimensions. branch: the residual branch it belongs to. inputs: of a matrix, how many
+    dimensions, the first, its product contracts. norm: a gain or bias of a norm, which stays float32. fill: initial
+    value of what is no matrix.
+    """
+
+    axes: tuple[str, ...]
+    branch: str
+    inputs: int = 0
+    norm: bool = False
+    fill: float = 0.0
+
+
+LAYER = {
+    "norm1_gain": LayerParam(("embed",), ATTENTION, norm=True, fill=1.0),
+    "norm1_bias": LayerParam(("embed",), ATTENTION, norm=True),
+    "qkv": LayerParam(("embed", "qkv", "heads", "head"), ATTENTION, inputs=1),
+    "qkv_bias": LayerParam(("qkv", "heads", "head"), ATTENTION),
+    "out": LayerParam(("heads", "head", "embed"), ATTENTION, inputs=2),
+    "out_bias": LayerParam(("embed",), ATTENTION),
+    "norm2_gain": LayerParam(("embed",), MLP, norm=True, fill=1.0),
+    "norm2_bias": LayerParam(("embed",), MLP, norm=True),
+    "up": LayerParam(("embed", "mlp"), MLP, inputs=1),
+    "up_bias": LayerParam(("mlp",), MLP),
+    "down": LayerParam(("mlp", "embed"), MLP, inputs=1),
+    "down_bias": LayerParam(("embed",), MLP),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class InitStd:
+    """Initial standard deviations of a layer's four matrices."""
 
     qkv: float
     out: float
@@ -48,131 +83,160 @@ class Deviations:
     down: float
 
 
-# Meaning of the dimensions of one layer's parameters.
-LAYER_AXES = {
-    "norm1_gain": ("embed",),
-    "norm1_bias": ("embed",),
-    "qkv": ("embed", "qkv", "heads", "head"),
-    "qkv_bias": ("qkv", "heads", "head"),
-    "out": ("heads", "head", "embed"),
-    "out_bias": ("embed",),
-    "norm2_gain": ("embed",),
-    "norm2_bias": ("embed",),
-    "up": ("embed", "mlp"),
-    "up_bias": ("mlp",),
-    "down": ("mlp", "embed"),
-    "down_bias": ("embed",),
-}
-
-
 class Blocks(nnx.Module):
-    """Parameters of all layers, each with a leading layer dimension. The functions below compute with one layer."""
+    """The parameters of LAYER, each with a leading dimension for the layers."""
 
-    def __init__(self, rngs: nnx.Rngs, *, layers: int, width: int, heads: int, head_size: int, std: Deviations):
-        hidden = 4 * width
+    def __init__(self, rngs: nnx.Rngs, *, layers: int, width: int, heads: int, head_size: int, std: InitStd):
+        sizes = {"embed": width, "qkv": 3, "heads": heads, "head": head_size, "mlp": 4 * width}
+        for name, own in LAYER.items():
+            start = {"std": getattr(std, name)} if own.inputs else {"fill": own.fill}
+            shape = layers, *(sizes[axis] for axis in own.axes)
+            setattr(self, name, param(rngs, shape, axes=("layers", *own.axes), **start))
 
-        def stacked(name, *shape, **start):
-            return param(rngs, (layers, *shape), axes=("layers", *LAYER_AXES[name]), **start)
-
-        self.norm1_gain = stacked("norm1_gain", width, fill=1.0)
-        self.norm1_bias = stacked("norm1_bias", width)
-        self.qkv = stacked("qkv", width, 3, heads, head_size, std=std.qkv)
-        self.qkv_bias = stacked("qkv_bias", 3, heads, head_size)
-        self.out = stacked("out", heads, head_size, width, std=std.out)
-        self.out_bias = stacked("out_bias", width)
-        self.norm2_gain = stacked("norm2_gain", width, fill=1.0)
-        self.norm2_bias = stacked("norm2_bias", width)
-        self.up = stacked("up", width, hidden, std=std.up)
-        self.up_bias = stacked("up_bias", hidden)
-        self.down = stacked("down", hidden, width, std=std.down)
-        self.down_bias = stacked("down_bias", width)
-
-    def stacked(self, dtype, *, vectors=None, scales=None):
-        """All layers' parameters as `layer` reads them.
+    def cast(self, dtype, *, vectors=None, scales=None):
+        """All layers' parameters as `layer` reads them from rows.
 
         Matrices in `dtype`, norm gains and biases in float32, the other biases in `vectors` (default: `dtype`).
         scales: float32 [L, 2] of each layer's two branches (`scaled.py`); they come along as one more entry.
         """
         arrays = nnx.to_pure_dict(nnx.state(self))
         vectors = dtype if vectors is None else vectors
-        dtypes = {n: None if n.startswith("norm") else vectors if n.endswith("bias") else dtype for n in arrays}
-        if scales is None:
-            return {name: a if dtypes[name] is None else a.astype(dtypes[name]) for name, a in arrays.items()}
-        scaled = {name: own(a, scales[:, BRANCH[name]], dtypes[name] or a.dtype) for name, a in arrays.items()}
-        return scaled | {"scales": scales}
+
+        def one(name, array):
+            own = LAYER[name]
+            target = array.dtype if own.norm else dtype if own.inputs else vectors
+            return array.astype(target) if scales is None else cast_param(array, scales[:, _index(own.branch)], target)
+
+        return {n: one(n, a) for n, a in arrays.items()} | ({} if scales is None else {"scales": scales})
 
 
-def layer(block, x_BSD, *, attend: Callable, remat: str):
-    """One layer over a whole sequence. attend: (q, k, v) of [B, S, N, H] -> [B, S, N, H].
+class Ops(Protocol):
+    """How a layer's steps are computed: for rows or columns, in training or sampling."""
 
-    Inside, the stream is one row per token, the shape in which a matrix product reads it. Given another one, XLA's CPU
-    backend computes the gradient of the stream again for every reader of it, from all the terms of all later layers.
+    def norm(self, block, name: str, x):
+        """The norm `name` of the stream, in whatever form `product` takes."""
+
+    def product(self, block, name: str, x):
+        """The matrix `name` times x, plus its bias."""
+
+    def heads(self, qkv):
+        """The product with `qkv` as queries, keys and values, in whatever form `attend` takes."""
+
+    def add(self, block, x, branch: str, function: Callable):
+        """The stream x after a residual branch, function(block, x)."""
+
+
+def layer(block, x, *, attend: Callable, ops: Ops):
+    """One layer.
+
+    block: its parameters, as `ops` reads them. x: the stream. attend: queries, keys and values of `ops.heads` -> what
+    the product with `out` reads.
     """
-    B, S, D = x_BSD.shape
 
-    def saving(part, function):
-        policy = REMAT[remat].get(part)
+    def attention(block, x):
+        qkv = checkpoint_name(ops.product(block, "qkv", ops.norm(block, "norm1", x)), "product")
+        return ops.product(block, "out", attend(*ops.heads(qkv)))
+
+    x = ops.add(block, x, ATTENTION, attention)
+    return ops.add(block, x, MLP, functools.partial(mlp, ops=ops))
+
+
+def mlp(block, x, *, ops: Ops):
+    """The second branch of a layer."""
+    hidden = checkpoint_name(ops.product(block, "up", ops.norm(block, "norm2", x)), "product")
+    return ops.product(block, "down", quick_gelu(hidden))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """`Ops` of whole sequences, [B * S, D], of parameters by `Blocks.cast`.
+
+    One row per token is the shape in which a matrix product reads the stream. Given another one, XLA's CPU backend
+    computes the gradient of the stream again for every reader of it, from all the terms of all later layers.
+    """
+
+    batch: int
+    remat: str
+
+    def norm(self, block, name, x):
+        return layer_norm(x, block[f"{name}_gain"], block[f"{name}_bias"])
+
+    def product(self, block, name, x):
+        """The sum with the bias in the wider of both dtypes, the result in that of x."""
+        y = linear(x, block[name], LAYER[name].inputs, LAYER[name].axes)
+        return (y + block[f"{name}_bias"]).astype(y.dtype)
+
+    def heads(self, qkv):
+        return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+
+    def add(self, block, x, branch, function):
+        """The branch in the dtype of the matrices, the sum in that of x."""
+
+        def residual(block, x):
+            dtype = block["up"].dtype
+            if "scales" not in block:
+                return x + function(block, x.astype(dtype)).astype(x.dtype)
+            scale = block["scales"][_index(branch)]
+            return x + cast_out(function(block, cast_in(x, scale, dtype)), scale)
+
+        x_BSD = self.saving(branch, residual)(block, x).reshape(self.batch, -1, x.shape[-1])
+        return constrain(x_BSD, ("batch", "sequence", "embed_activation")).reshape(x.shape)
+
+    def saving(self, part: str, function: Callable) -> Callable:
+        """The function, of whose values the backward pass keeps what REMAT says."""
+        policy = REMAT[self.remat].get(part)
         return jax.checkpoint(function, policy=policy) if policy else function
 
-    def constrained(x):
-        return constrain(x.reshape(B, S, D), ("batch", "sequence", "embed_activation")).reshape(B * S, D)
 
-    def attend_tokens(*qkv):
-        mixed_BSNH = attend_sequences(*(x.reshape(B, S, *x.shape[1:]) for x in qkv))
+def sequence_layer(block, x_BSD, *, attend: Callable, remat: str):
+    """One layer over whole sequences. attend: (q, k, v) of [B, S, N, H] -> [B, S, N, H]."""
+    B, S, D = x_BSD.shape
+    ops = Rows(B, remat)
+
+    def attend_rows(*qkv):
+        mixed_BSNH = ops.saving("attend", attend)(*(x.reshape(B, S, *x.shape[1:]) for x in qkv))
         return mixed_BSNH.reshape(B * S, *mixed_BSNH.shape[2:])
 
-    attend_sequences = saving("attend", attend)
-    mix = functools.partial(attention, attend=attend_tokens)
-    x = constrained(saving("attention", mix)(block, x_BSD.reshape(B * S, D)))
-    return constrained(saving("mlp", mlp)(block, x)).reshape(B, S, D)
+    return layer(block, x_BSD.reshape(B * S, D), attend=attend_rows, ops=ops).reshape(B, S, D)
 
 
-def attention(block, x, *, attend):
-    """The first residual block, [..., D] -> [..., D]."""
+def scan_layers(stacked, x_BSD, *, attends: Sequence[Callable], remat: str, period: int = 1, scan_length: int = 0):
+    """All layers over whole sequences: a scan over groups of `period` layers, the rest unrolled.
 
-    def branch(x):
-        return project(block, attend(*qkv(block, x)))
+    stacked: of `Blocks.cast`. attends: of each layer, repeating themselves with the period as far as the scan goes.
+    scan_length: groups that the scan takes.
+    """
+    scanned = scan_length * period
 
-    return _residual(branch, block, x, branch=0)
+    def at(arrays, i):
+        return {name: a[i] for name, a in arrays.items()}
 
+    if scan_length:
 
-def mlp(block, x):
-    """The second residual block, [..., D] -> [..., D]."""
+        def group(x_BSD, blocks):
+            for i in range(period):
+                x_BSD = sequence_layer(at(blocks, i), x_BSD, attend=attends[i], remat=remat)
+            return x_BSD, None
 
-    def branch(x):
-        hidden = layer_norm(x, block["norm2_gain"], block["norm2_bias"])
-        hidden = checkpoint_name(_biased(_linear(hidden, block, "up"), block["up_bias"]), "product")
-        hidden = quick_gelu(hidden)
-        return _biased(_linear(hidden, block, "down"), block["down_bias"])
-
-    return _residual(branch, block, x, branch=1)
-
-
-def _residual(function, block, x, *, branch: int):
-    """x + function(x), the function in the dtype of the matrices and the sum in that of x."""
-    dtype = block["up"].dtype
-    if "scales" not in block:
-        return x + function(x.astype(dtype)).astype(x.dtype)
-    scale = block["scales"][branch]
-    return x + leave(function(enter(x, scale, dtype)), scale)
+        groups = {name: a[:scanned].reshape(scan_length, period, *a.shape[1:]) for name, a in stacked.items()}
+        x_BSD, _ = jax.lax.scan(group, x_BSD, groups)
+    for i in range(scanned, len(attends)):
+        x_BSD = sequence_layer(at(stacked, i), x_BSD, attend=attends[i], remat=remat)
+    return x_BSD
 
 
-def qkv(block, x):
-    """[..., D] -> queries, keys and values, each [..., N, H]."""
-    x = layer_norm(x, block["norm1_gain"], block["norm1_bias"])
-    all_three = checkpoint_name(_biased(_linear(x, block, "qkv"), block["qkv_bias"]), "product")
-    return all_three[..., 0, :, :], all_three[..., 1, :, :], all_three[..., 2, :, :]
+def finite_branches(block_grads):
+    """bool [L, 2]: is the gradient of every parameter of this layer's branches finite?
+
+    block_grads: the gradients of `Blocks`, each [L, ...].
+    """
+    finite = {name: jnp.isfinite(g).all(axis=tuple(range(1, g.ndim))) for name, g in block_grads.items()}
+
+    def of(branch):
+        return functools.reduce(jnp.logical_and, (f for name, f in finite.items() if LAYER[name].branch == branch))
+
+    return jnp.stack([of(branch) for branch in BRANCHES], axis=-1)
 
 
-def project(block, mixed):
-    """What attention adds to the stream: [..., N, H] -> [..., D]."""
-    return _biased(_linear(mixed, block, "out", 2), block["out_bias"])
-
-
-def _biased(x, bias):
-    """The sum in the wider of both dtypes, the result in that of x."""
-    return (x + bias).astype(x.dtype)
-
-
-def _linear(x, block, name: str, inputs: int = 1):
-    return linear(x, block[name], inputs, LAYER_AXES[name])
+def _index(branch: str) -> int:
+    return BRANCHES.index(branch)

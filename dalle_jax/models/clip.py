@@ -19,7 +19,7 @@ from flax import nnx
 from dalle_jax import pixels
 from dalle_jax.layout import CaptionLayout
 from dalle_jax.models.attention import blockwise
-from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
+from dalle_jax.models.blocks import Blocks, InitStd, check_remat, scan_layers
 from dalle_jax.models.layers import Model, Params, compute_dtype, layer_norm, param, refuse_branch_scales
 from dalle_jax.sharding import constrain
 
@@ -153,7 +153,7 @@ class ImageTower(nnx.Module):
         x_BSD = jnp.concatenate([first_B1D, x_BPD], axis=1) + self.position[...].astype(dtype)
         x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
         x_BSD = layer_norm(x_BSD, self.norm_before_gain[...], self.norm_before_bias[...])
-        x_BSD = _run(self.blocks.stacked(dtype), x_BSD, blockwise.attend_all, config)
+        x_BSD = _run(self.blocks, x_BSD, blockwise.attend_all, config)
         x_BD = layer_norm(x_BSD[:, 0], self.norm_gain[...], self.norm_bias[...])
         return _project(x_BD, self.projection)
 
@@ -175,7 +175,7 @@ class TextTower(nnx.Module):
         config, dtype = self.config, compute_dtype(self.config.precision)
         x_BTD = constrain(self.embedding[...], ("vocab", "embed_activation"))[text_BT] + self.position[...]
         x_BTD = constrain(x_BTD.astype(dtype), ("batch", "sequence", "embed_activation"))
-        x_BTD = _run(self.blocks.stacked(dtype), x_BTD, blockwise.attend_text, config)
+        x_BTD = _run(self.blocks, x_BTD, blockwise.attend_text, config)
         end_B = jnp.argmax(text_BT == config.layout.end_of_text, axis=1)
         x_BD = jnp.take_along_axis(x_BTD, end_B[:, None, None], axis=1)[:, 0]
         return _project(layer_norm(x_BD, self.norm_gain[...], self.norm_bias[...]), self.projection)
@@ -183,21 +183,16 @@ class TextTower(nnx.Module):
 
 def _blocks(rngs, *, layers: int, width: int, heads: int) -> Blocks:
     residual = (2 * layers) ** -0.5
-    std = Deviations(qkv=width**-0.5, out=width**-0.5 * residual, up=(2 * width) ** -0.5, down=width**-0.5 * residual)
+    std = InitStd(qkv=width**-0.5, out=width**-0.5 * residual, up=(2 * width) ** -0.5, down=width**-0.5 * residual)
     return Blocks(rngs, layers=layers, width=width, heads=heads, head_size=width // heads, std=std)
 
 
-def _run(stacked, x_BSD, attend, config: CLIPConfig):
+def _run(blocks: Blocks, x_BSD, attend, config: CLIPConfig):
     """All layers of a tower, as a scan or unrolled."""
-
-    def one(x, block):
-        return layer(block, x, attend=attend, remat=config.remat), None
-
-    if config.scan:
-        return jax.lax.scan(one, x_BSD, stacked)[0]
-    for i in range(len(stacked["norm1_gain"])):
-        x_BSD, _ = one(x_BSD, {name: a[i] for name, a in stacked.items()})
-    return x_BSD
+    stacked = blocks.cast(x_BSD.dtype)
+    layers = len(stacked["qkv"])
+    length = layers if config.scan else 0
+    return scan_layers(stacked, x_BSD, attends=[attend] * layers, remat=config.remat, scan_length=length)
 
 
 def _project(x_BD, projection):

@@ -18,7 +18,7 @@ from flax import nnx
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
 from dalle_jax.models.attention import kernels
-from dalle_jax.models.blocks import Blocks, Deviations, check_remat, layer
+from dalle_jax.models.blocks import Blocks, InitStd, check_remat, scan_layers
 from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
 
@@ -72,8 +72,8 @@ class TransformerConfig:
         return len(attention_pattern.PERIOD) if self.pattern == "paper" else 1
 
     @property
-    def scan_turns(self) -> int:
-        """Turns of the scan over layers, each a period of them; the rest is unrolled."""
+    def scan_length(self) -> int:
+        """Steps of the scan over layers, each a period of them; the rest is unrolled."""
         return sum(kind != "conv" for kind in self.kinds) // self.period if self.scan else 0
 
 
@@ -102,7 +102,7 @@ class Transformer(nnx.Module):
             width=width,
             heads=config.heads,
             head_size=config.head_size,
-            std=_deviations(config),
+            std=_init_std(config),
         )
         self.norm_gain = param(rngs, (width,), axes=("embed",), fill=1.0)
         self.norm_bias = param(rngs, (width,), axes=("embed",))
@@ -120,7 +120,7 @@ class Transformer(nnx.Module):
         config, dtype, stream = self.config, compute_dtype(self.config.precision), stream_dtype(self.config.precision)
         x_BSD = jnp.concatenate([self._embed_text(text_BT), self._embed_image(image_BI)], axis=1).astype(stream)
         x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
-        x_BSD = run_layers(self.blocks.stacked(dtype, vectors=stream, scales=scales), x_BSD, config)
+        x_BSD = run_layers(self.blocks.cast(dtype, vectors=stream, scales=scales), x_BSD, config)
         x_BSD = layer_norm(x_BSD, self.norm_gain[...], self.norm_bias[...])
         return self.logits(x_BSD)
 
@@ -144,9 +144,9 @@ class Transformer(nnx.Module):
         return _look_up(self.image_embedding, previous, "image_input") + position_ID
 
 
-def _deviations(config: TransformerConfig) -> Deviations:
+def _init_std(config: TransformerConfig) -> InitStd:
     width, residual = config.width, (2 * config.num_layers) ** -0.5  # of the branches' last matrices, Child et al. 2019
-    return Deviations(
+    return InitStd(
         qkv=INIT * width**-0.5,
         out=INIT * (config.heads * config.head_size) ** -0.5 * residual,
         up=INIT * width**-0.5,
@@ -173,23 +173,7 @@ def run_layers(stacked, x_BSD, config: TransformerConfig):
 
     A fused kernel (`config.attention`) keeps no scores: 'none' is 35 with it, and computes no kernel twice.
     """
-    attend_kind = kernels.attend(config.attention)
-
-    def one_layer(x, block, kind):
-        attend = functools.partial(attend_kind, kind=kind, text_len=config.text_len, grid=config.grid)
-        return layer(block, x, attend=attend, remat=config.remat)
-
-    kinds, period, turns = config.kinds, config.period, config.scan_turns
-    first = turns * period
-    if turns:
-
-        def group(x, blocks):
-            for i in range(period):
-                x = one_layer(x, {name: a[i] for name, a in blocks.items()}, kinds[i])
-            return x, None
-
-        groups = {name: a[:first].reshape(turns, period, *a.shape[1:]) for name, a in stacked.items()}
-        x_BSD, _ = jax.lax.scan(group, x_BSD, groups)
-    for i in range(first, config.num_layers):
-        x_BSD = one_layer(x_BSD, {name: a[i] for name, a in stacked.items()}, kinds[i])
-    return x_BSD
+    attend = functools.partial(kernels.attend(config.attention), text_len=config.text_len, grid=config.grid)
+    attends = [functools.partial(attend, kind=kind) for kind in config.kinds]
+    sizes = {"period": config.period, "scan_length": config.scan_length}
+    return scan_layers(stacked, x_BSD, attends=attends, remat=config.remat, **sizes)

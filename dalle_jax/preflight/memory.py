@@ -55,7 +55,7 @@ def by_kind(job: Job) -> dict[str, int]:
         platform = job.topology.chip.platform
         activations = SAVED_COPIES[platform] * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
         copies = PARAMETER_COPIES[platform] * compute
-        if platform == "gpu" and model.scan_turns < 2:
+        if platform == "gpu" and model.scan_length < 2:
             # Without a loop gradients and copies lie where the backward pass has used what was saved, or the other way
             # round: only the larger of both counts. Fitted to 5 layers of 12b and to 1b3 on 1 and 8 H100.
             if activations > copies + compute:
@@ -105,7 +105,7 @@ def _working(model: TransformerConfig, item: int, job: Job) -> int:
 
 
 def _pipelined(model: TransformerConfig, job: Job) -> bool:
-    return job.topology.chip.platform == "gpu" and job.mesh.shape["fsdp"] > 1 and model.scan_turns > 1
+    return job.topology.chip.platform == "gpu" and job.mesh.shape["fsdp"] > 1 and model.scan_length > 1
 
 
 def _scores(model: TransformerConfig, kind: str) -> int:

@@ -87,7 +87,7 @@ class Engine:
         for i in range(self.config.num_layers):
             layer = _layer_weights(self.config, {name: a[i] for name, a in blocks.items()}, weights)
             layers.append(jax.device_put(layer, _places(layer, decoding.LAYER_AXES, self.mesh)))
-        ends = _end_weights(self.config, {name: params[name] for name in _END_PARAMS})
+        ends = _end_weights(self.config, {name: array for name, array in params.items() if name != "blocks"})
         self._weights = layers, jax.device_put(ends, _places(ends, decoding.END_AXES, self.mesh))
 
     @property
@@ -203,18 +203,6 @@ class Engine:
         return batches.capacity(
             image_bytes=image, prompt_bytes=first - image, mesh=self.mesh, multiple=self.batch_multiple, free=free
         )
-
-
-_END_PARAMS = (
-    "text_embedding",
-    "text_position",
-    "image_embedding",
-    "row_position",
-    "column_position",
-    "norm_gain",
-    "norm_bias",
-    "image_head",
-)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from dalle_jax import attention_pattern
-from dalle_jax.models.attention import blockwise as attention
+from dalle_jax.models.attention import blockwise, cached
 
 KINDS = attention_pattern.KINDS
-attend = jax.jit(attention.attend, static_argnums=3, static_argnames=("text_len", "grid"))
+attend = jax.jit(blockwise.attend, static_argnums=3, static_argnames=("text_len", "grid"))
 SHAPES = [(5, 4), (3, 8), (1, 1), (2, 13)]  # text_len, grid; 13 is wider than half a convolution window
 
 
@@ -47,7 +47,7 @@ def test_output_depends_on_exactly_the_allowed_positions(kind):
     text_len, grid = 3, 7
     q, k, v = random_qkv(text_len, grid, batch=1, heads=1, head_size=2, scale=0.5)
     for argument, name in ((1, "keys"), (2, "values")):
-        summed = lambda *qkv: attention.attend(*qkv, kind, text_len=text_len, grid=grid)[0, :, 0].sum(-1)  # noqa: E731
+        summed = lambda *qkv: blockwise.attend(*qkv, kind, text_len=text_len, grid=grid)[0, :, 0].sum(-1)  # noqa: E731
         jacobian = jax.jit(jax.jacrev(summed, argnums=argument))(q, k, v)
         depends = np.abs(jacobian[:, 0, :, 0]).max(-1) > 0
         allowed = attention_pattern.allowed(kind, text_len=text_len, grid=grid)
@@ -64,15 +64,15 @@ def test_gradients_equal_those_of_dense_attention(kind):
     mask = attention_pattern.allowed(kind, text_len=text_len, grid=grid)
     weights = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
-    def blockwise(q, k, v):
-        return (weights * attention.attend(q, k, v, kind, text_len=text_len, grid=grid)).sum()
+    def in_blocks(q, k, v):
+        return (weights * blockwise.attend(q, k, v, kind, text_len=text_len, grid=grid)).sum()
 
     def masked(q, k, v):
         scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / 2.0
         return (weights * jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(jnp.where(mask, scores, -1e9)), v)).sum()
 
     chex.assert_trees_all_close(
-        jax.jit(jax.grad(blockwise, (0, 1, 2)))(q, k, v),
+        jax.jit(jax.grad(in_blocks, (0, 1, 2)))(q, k, v),
         jax.jit(jax.grad(masked, (0, 1, 2)))(q, k, v),
         rtol=1e-4,
         atol=1e-5,
@@ -91,12 +91,10 @@ def test_cached_steps_equal_whole_sequence(kind, text_len, grid):
     want = np.asarray(attend(q, k, v, kind, text_len=text_len, grid=grid))[:, text_len:]
     text = {name: x[::candidates, :text_len].transpose(0, 2, 1, 3) for name, x in (("k", k), ("v", v))}
     images = captions * candidates
-    cache = attention.empty_cache(kind, grid=grid, images=images, heads=heads, head_size=head_size, dtype=jnp.float32)
+    cache = cached.empty(kind, grid=grid, images=images, heads=heads, head_size=head_size, dtype=jnp.float32)
     assert cache["k"].shape[2] == attention_pattern.cache_slots(kind, grid=grid)
     step = jax.jit(
-        lambda q, k, v, cache, position: attention.attend_cached(
-            q, k, v, text, cache, kind, position=position, grid=grid
-        )
+        lambda q, k, v, cache, position: cached.attend(q, k, v, text, cache, kind, position=position, grid=grid)
     )
     for position in range(grid * grid):
         now = [x[:, text_len + position] for x in (q, k, v)]

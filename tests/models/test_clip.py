@@ -15,6 +15,8 @@ from dalle_jax import sharding
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build, clip
+from dalle_jax.models.attention.blockwise import attend_text
+from dalle_jax.models.blocks import scan_layers
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.layers import Model
 from dalle_jax.sample.rerank import Reranker
@@ -90,7 +92,7 @@ def test_no_text_state_depends_on_a_later_token():
     @jax.jit
     def states(ids):
         x = params["text"]["embedding"][ids] + params["text"]["position"]
-        return clip._run(stacked, x, clip.attention.attend_text, TINY)[0]
+        return scan_layers(stacked, x, attends=[attend_text] * TINY.text_layers, remat="none")[0]
 
     before = np.asarray(states(text))
     for place in range(TINY.text_len):

@@ -10,7 +10,7 @@ import pytest
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models import decoding, transformer
-from dalle_jax.models.attention import blockwise
+from dalle_jax.models.attention.cached import _cache_view
 from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
 from tests.models.test_transformer import TINY, apply, random_batch, random_params
@@ -270,7 +270,7 @@ def test_cache_holds_and_reads_what_the_window_needs():
         assert size == images * held[kind] * position
     read = {"row": 33, "column": 32, "conv": 166}
     for kind in read:
-        assert blockwise._cache_view(kind, jnp.int32(0), config.grid)[2] == read[kind]
+        assert _cache_view(kind, jnp.int32(0), config.grid)[2] == read[kind]
     text = jax.eval_shape(
         lambda p, t: decoding.prefill(
             config,

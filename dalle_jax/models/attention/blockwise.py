@@ -1,15 +1,10 @@
-"""How each kind of attention is computed: whole sequences in blocks, and one position at a time from a cache.
+"""Attention of whole sequences in blocks, for every kind of the pattern.
 
 Scores exist only where the pattern allows them, plus the ragged edge of a block: image queries meet the text densely
 and the image in static blocks of whole rows, or of one column each (column, on transposed states), and one softmax
 spans both. Plain array code: exact, differentiable, the same on every backend. `attention_pattern.py` says what is
 allowed, this file how to get it.
-
-Dimensions: B batch, C captions, M candidates of a caption, S sequence, T text, I image, R blocks, Q queries and K keys
-of a block, N heads, H head width. When decoding, B counts images, C x M.
 """
-
-import functools
 
 import einops
 import jax
@@ -52,7 +47,7 @@ def attend_all(q_BSNH, k_BSNH, v_BSNH):
 
 
 def _attend_densely(q_BSNH, k_BSNH, v_BSNH, allowed_SS):
-    scores = jnp.einsum("bqnh,bknh->bnqk", _scaled(q_BSNH), k_BSNH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bqnh,bknh->bnqk", scale_queries(q_BSNH), k_BSNH, preferred_element_type=jnp.float32)
     if allowed_SS is not None:
         scores = jnp.where(allowed_SS, scores, MASKED)
     return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores).astype(v_BSNH.dtype), v_BSNH)
@@ -60,7 +55,7 @@ def _attend_densely(q_BSNH, k_BSNH, v_BSNH, allowed_SS):
 
 def _attend_blocks(q_BRQNH, k_BTNH, v_BTNH, k_BRKNH, v_BRKNH, mask_RQK):
     """One softmax over all text keys and the block's own keys, without joining the two score arrays."""
-    q_BRQNH = _scaled(q_BRQNH)
+    q_BRQNH = scale_queries(q_BRQNH)
     text = jnp.einsum("brqnh,bknh->bnrqk", q_BRQNH, k_BTNH, preferred_element_type=jnp.float32)
     local = jnp.einsum("brqnh,brknh->bnrqk", q_BRQNH, k_BRKNH, preferred_element_type=jnp.float32)
     local = jnp.where(mask_RQK, local, MASKED)
@@ -78,7 +73,8 @@ def _joint_softmax(text, local):
     return weights_text, weights_local, weights_text.sum(-1) + weights_local.sum(-1)
 
 
-def _scaled(q):
+def scale_queries(q):
+    """Queries whose products with keys are scores."""
     return q * q.shape[-1] ** -0.5
 
 
@@ -123,62 +119,3 @@ def _column_mask(grid: int) -> np.ndarray:
     """bool [R, Q, K] of the columns."""
     allowed = attention_pattern.allowed_image("column", grid=grid)
     return np.stack([allowed[column::grid, column::grid] for column in range(grid)])
-
-
-def empty_cache(kind: str, *, grid: int, images: int, heads: int, head_size: int, dtype):
-    """Keys and values of the image positions of one layer, zeros: {'k', 'v'} of [B, N, slots, H]."""
-    shape = (images, heads, attention_pattern.cache_slots(kind, grid=grid), head_size)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
-
-
-def attend_cached(q_BNH, k_BNH, v_BNH, text, cache, kind: str, *, position, grid: int):
-    """Attention of the image slot `position` (a traced int32), which is also written to the cache.
-
-    The B images are the candidates of C captions, those of a caption side by side.
-    text: {'k', 'v'} of [C, N, T, H], stored once per caption and read by all its candidates.
-    Returns: output [B, N, H] and the new cache. Equal to `attend` at that position.
-    """
-    dtype = q_BNH.dtype
-    slot, start, size, visible_K = _cache_view(kind, position, grid)
-    views, updated = {}, {}
-    for name, new in (("k", k_BNH), ("v", v_BNH)):
-        views[name], updated[name] = _view_and_update(cache[name], new[:, :, None], slot, start, size)
-    by_caption = functools.partial(einops.rearrange, pattern="(c m) n ... -> c n m ...", c=len(text["k"]))
-    by_image = functools.partial(einops.rearrange, pattern="c n m ... -> (c m) n ...")
-    q_BNH = _scaled(q_BNH)
-    from_text = jnp.einsum("cnmh,cnkh->cnmk", by_caption(q_BNH), text["k"], preferred_element_type=jnp.float32)
-    local = jnp.einsum("bnh,bnkh->bnk", q_BNH, views["k"], preferred_element_type=jnp.float32)
-    local = jnp.where(visible_K, local, MASKED)
-    top_BN = jnp.maximum(by_image(from_text.max(-1, initial=MASKED)), local.max(-1))
-    weights_text = jnp.exp(from_text - by_caption(top_BN)[..., None])
-    weights_local = jnp.exp(local - top_BN[..., None])
-    total_BN = by_image(weights_text.sum(-1)) + weights_local.sum(-1)
-    out_text = jnp.einsum("cnmk,cnkh->cnmh", weights_text.astype(dtype), text["v"], preferred_element_type=jnp.float32)
-    out = jnp.einsum("bnk,bnkh->bnh", weights_local.astype(dtype), views["v"], preferred_element_type=jnp.float32)
-    return ((by_image(out_text) + out) / total_BN[..., None]).astype(dtype), updated
-
-
-def _view_and_update(stored, new, slot, start, size: int):
-    """What this position reads of a store [B, N, slots, H], with `new` [B, N, 1, H] in its slot, and the new store.
-
-    Of a part, what is written is read out of the view, so that XLA's CPU backend cannot write before it has read:
-    free to choose, it copies the whole store first, twice.
-    """
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=2)
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-    view = put(cut(stored, start, size), new, slot - start)
-    return view, view if size == stored.shape[2] else put(stored, cut(view, slot - start, 1), slot)
-
-
-def _cache_view(kind: str, position, grid: int):
-    """Slot to write, first slot to read, how many, and which of those the query may see."""
-    slots = attention_pattern.read_slots(kind, grid=grid)
-    if kind == "column":
-        row, column = position // grid, position % grid
-        return column * grid + row, column * grid, slots, jnp.arange(slots) <= row
-    if kind == "full":
-        return position, 0, slots, jnp.arange(slots) <= position
-    reachable = np.zeros(slots, bool)
-    reachable[list(attention_pattern.image_offsets(kind, grid=grid))] = True
-    offset = (position - jnp.arange(slots)) % slots
-    return position % slots, 0, slots, jnp.asarray(reachable)[offset] & (offset <= position)

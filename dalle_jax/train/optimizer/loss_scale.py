@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.models import Model
-from dalle_jax.models.scaled import finite_branches
+from dalle_jax.models.blocks import finite_branches
 
 GLOBAL, PAPER = "fp16-global", "fp16-paper"
 FALLS = 8  # of a scale in a row: by 16 where it falls by sqrt 2, by 256 where it falls by 2
