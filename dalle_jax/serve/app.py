@@ -6,9 +6,9 @@ checks every request first.
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import time
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,7 +20,7 @@ from starlette.routing import Route
 from dalle_jax.data.decode import to_pixels
 from dalle_jax.data.transforms import center_crop
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.sample.request import MAX_CANDIDATES, Option
+from dalle_jax.sample.request import MAX_CANDIDATES
 from dalle_jax.serve import metrics, page, parsing, responses, schema, uploads
 from dalle_jax.serve.batcher import READY, Batcher, Job
 from dalle_jax.serve.errors import ApiError, failed, invalid, too_late
@@ -138,7 +138,7 @@ class _Api:
             "max_candidates": MAX_CANDIDATES,
             "ranking": schema.is_possible(pipe, best_of=1),
             "guidance": schema.is_possible(pipe, guidance=2.0),
-            "options": [_describe(option) for option in schema.options(pipe) if not option.completes],
+            "options": [dataclasses.asdict(option) | {"kind": option.kind.__name__} for option in schema.options(pipe)],
         }
 
 
@@ -166,20 +166,6 @@ def _edit(
     # Brought to the model's size already here, as the generator would do it: a full queue stays small.
     pixels = center_crop(to_pixels(image), pipe.image_size)
     return schema.parse(values, kind=schema.EDIT, pipe=pipe, model=model, image=pixels)
-
-
-def _describe(option: Option) -> dict[str, Any]:
-    """An option as JSON, in the words of JSON Schema; null where there is no bound or no default."""
-    return {
-        "name": option.name,
-        "type": "integer" if option.kind is int else "number",
-        "default": option.default,
-        "minimum": option.min,
-        "exclusiveMinimum": option.above,
-        "maximum": option.max,
-        "unset": option.unset,
-        "description": option.help,
-    }
 
 
 def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Starlette:

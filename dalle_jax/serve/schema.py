@@ -7,10 +7,9 @@ Knows nothing of HTTP.
 
 import dataclasses
 import json
-import math
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,32 @@ from dalle_jax.sample.request import COMMON, MAX_CAPTION, Option, Request, Reque
 from dalle_jax.serve.errors import ApiError, invalid
 
 MAX_N = 10  # CreateImageRequest of OpenAI's specification
+MAX_NUMBER = 10**12  # beyond the bounds of every parameter
 COMMON_NAMES = {option.name for option in COMMON}
 GENERATION, EDIT = "image_generation", "image_edit"  # first words of the names of streamed events
 
-Check = Callable[[str, Any], Any]
+Kind = type | tuple[str, ...]  # of a field: str, bool, int, float, or the words that it may be
+
+# OpenAI's parameters. The last three have a single meaning here, so only their names are accepted.
+_OPENAI_FIELDS: dict[str, Kind] = {
+    "prompt": str,
+    "model": str,
+    "size": str,
+    "response_format": ("url", "b64_json"),
+    "user": str,
+    "safety_identifier": str,
+    "stream": bool,
+    "partial_images": int,
+    "quality": ("auto", "standard"),
+    "background": ("auto", "opaque"),
+    "output_format": ("png",),
+}
+_NOUNS = {str: "a text", bool: "true or false", int: "an integer", float: "a number"}
+_IN_FORMS = {  # how a form writes the values of a kind
+    bool: "true|false",
+    int: "-?[0-9]{1,20}",
+    float: r"-?(?=\.?[0-9])[0-9]{0,20}\.?[0-9]{0,20}([eE][+-]?[0-9]{1,3})?",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,62 +74,6 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise invalid(name, f"{name} must be an integer, got {shorten(value)}", code="invalid_type")
-    if abs(value) >= 2**63:  # the messages of later checks quote the number whole
-        raise invalid(name, f"{name} must be an integer of 64 bits, got {shorten(value)}")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise invalid(name, f"{name} must be a number, got {shorten(value)}", code="invalid_type")
-    if abs(value) > 1e9 or not math.isfinite(value):  # in this order: an integer may be too large for a float
-        raise invalid(name, f"{name} must be a finite number of at most 1e9, got {shorten(value)}")
-    return float(value)
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise invalid(name, f"{name} must be true or false, got {shorten(value)}", code="invalid_type")
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise invalid(name, f"{name} must be a text, got {shorten(value)}", code="invalid_type")
-    if len(value) > MAX_CAPTION or any("\ud800" <= character <= "\udfff" for character in value):
-        raise invalid(name, f"{name} must be Unicode text of at most {MAX_CAPTION} characters")
-    return value
-
-
-def _one_of(*allowed: str) -> Check:
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            words = " or ".join(f"'{word}'" for word in allowed)
-            raise invalid(name, f"{name} must be {words} here, got {shorten(value)}", code="unsupported_value")
-        return value
-
-    return check
-
-
-# OpenAI's parameters. The last three have a single meaning here, so only their names are accepted.
-_OPENAI_FIELDS: dict[str, Check] = {
-    "prompt": _text,
-    "model": _text,
-    "size": _text,
-    "response_format": _one_of("url", "b64_json"),
-    "user": _text,
-    "safety_identifier": _text,
-    "stream": _boolean,
-    "partial_images": _integer,
-    "quality": _one_of("auto", "standard"),
-    "background": _one_of("auto", "opaque"),
-    "output_format": _one_of("png"),
-}
-
-
 def options(pipe: Pipeline) -> list[Option]:
     """The settings of a request, with the bounds of this server and this model."""
     changes = {"n": {"max": MAX_N}, "seed": {"default": None, "unset": "a new one"}}
@@ -116,10 +81,9 @@ def options(pipe: Pipeline) -> list[Option]:
     return [*common, *pipe.generator.options]
 
 
-def fields(pipe: Pipeline, kind: str) -> dict[str, Check]:
-    """The parameters of an endpoint, each with the check of its type."""
-    known = [option for option in options(pipe) if kind == EDIT or not option.completes]
-    return _OPENAI_FIELDS | {option.name: _integer if option.kind is int else _number for option in known}
+def fields(pipe: Pipeline, kind: str) -> dict[str, Kind]:
+    """The parameters of an endpoint and what each may be."""
+    return _OPENAI_FIELDS | {o.name: o.kind for o in options(pipe) if kind == EDIT or not o.completes}
 
 
 def is_possible(pipe: Pipeline, **settings: float) -> bool:
@@ -152,9 +116,9 @@ def parse_json(data: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_form(items: list[tuple[str, str]], known: Mapping[str, Check]) -> dict[str, Any]:
-    """The text fields of a form, with those that are numbers or booleans converted; wrong ones stay text and are
-    refused by their check.
+def parse_form(items: list[tuple[str, str]], known: Mapping[str, Kind]) -> dict[str, Any]:
+    """The text fields of a form, with those that are numbers or booleans converted; wrong ones stay text, which is
+    refused later.
 
     Raises:
       ApiError: a field comes twice.
@@ -163,14 +127,9 @@ def parse_form(items: list[tuple[str, str]], known: Mapping[str, Check]) -> dict
     for name, text in items:
         if name in values:
             raise invalid(shorten(name)[1:-1], f"the field {shorten(name)} comes twice: send it once")
-        check = known.get(name)
-        values[name] = text
-        if check is _integer and re.fullmatch(r"-?[0-9]{1,20}", text):
-            values[name] = int(text)
-        elif check is _number and re.fullmatch(r"-?(?=\.?[0-9])[0-9]{0,20}\.?[0-9]{0,20}([eE][+-]?[0-9]{1,3})?", text):
-            values[name] = float(text)
-        elif check is _boolean and text in ("true", "false"):
-            values[name] = text == "true"
+        kind = known.get(name)
+        fits = kind in _IN_FORMS and re.fullmatch(_IN_FORMS[kind], text)
+        values[name] = text if not fits else text == "true" if kind is bool else kind(text)
     return values
 
 
@@ -215,14 +174,36 @@ def parse(
     )
 
 
-def _checked(values: Mapping[str, Any], known: Mapping[str, Check], model: str) -> dict[str, Any]:
+def _check(name: str, value: Any, kind: Kind) -> Any:
+    """The value as the kind of its field.
+
+    Raises:
+      ApiError: it is of another type, or endless.
+    """
+    if isinstance(kind, tuple):
+        if not isinstance(value, str) or value not in kind:
+            words = " or ".join(f"'{word}'" for word in kind)
+            raise invalid(name, f"{name} must be {words} here, got {shorten(value)}", code="unsupported_value")
+        return value
+    is_kind = isinstance(value, int | float if kind is float else kind)
+    if not is_kind or (isinstance(value, bool) and kind is not bool):
+        raise invalid(name, f"{name} must be {_NOUNS[kind]}, got {shorten(value)}", code="invalid_type")
+    if isinstance(value, str):
+        if len(value) > MAX_CAPTION or any("\ud800" <= character <= "\udfff" for character in value):
+            raise invalid(name, f"{name} must be Unicode text of at most {MAX_CAPTION} characters")
+    elif not abs(value) <= MAX_NUMBER:  # neither NaN nor an integer too large for a float
+        raise invalid(name, f"{name} must be a number of at most {MAX_NUMBER:,}, got {shorten(value)}")
+    return kind(value)
+
+
+def _checked(values: Mapping[str, Any], known: Mapping[str, Kind], model: str) -> dict[str, Any]:
     """The values that are there; null counts as absent, as in OpenAI's specification."""
     unknown = next((name for name in values if name not in known), None)
     if unknown is not None:
         name = shorten(unknown)[1:-1]
         message = f"unknown parameter {name!r}: allowed are {', '.join(sorted(known))}"
         raise invalid(name, message, code="unknown_parameter")
-    checked = {name: known[name](name, value) for name, value in values.items() if value is not None}
+    checked = {name: _check(name, value, known[name]) for name, value in values.items() if value is not None}
     if checked.get("model", model) != model:
         message = f"the model {shorten(checked['model'])} is not served here: ask for {model!r} or leave model out"
         raise ApiError(404, message, code="model_not_found", param="model")
