@@ -48,6 +48,7 @@ def on_processor(args) -> dict:
     import numpy as np
 
     from benchmarks.speed import sampling_bounds as bounds
+    from benchmarks.speed.abstract_engine import weight_bytes
     from dalle_jax.models import build
     from dalle_jax.models.attention import cached
     from dalle_jax.sample.engine import Engine, image_keys
@@ -65,7 +66,7 @@ def on_processor(args) -> dict:
         text_CT, shape = np.stack([text_T] * captions), (captions, CANDIDATES // captions)
         step = bounds.step(engine, *shape)
         works[name] = {
-            "weight_bytes": engine.weight_bytes(),
+            "weight_bytes": weight_bytes(engine),
             "cache_bytes_per_candidate": bounds.cache_bytes(model.config),
             "text_bytes": step.text,
             "step_bytes": step.weights + (0 if name == "rest" else step.text + step.windows),
@@ -196,14 +197,14 @@ def compile_for(args) -> None:
     os.environ.update(topologies.environment(pod))  # before JAX is imported
 
     from benchmarks.speed import sampling_bounds as bounds
+    from benchmarks.speed.abstract_engine import AbstractEngine, weight_bytes
     from dalle_jax.mesh import make_mesh
     from dalle_jax.sample import batches
-    from dalle_jax.sample.engine import Engine
 
     mesh, rows = make_mesh({}, devices=topologies.devices(pod)[:1]), []
     for name in args.models:
-        engine = Engine(bounds.model(name), None, mesh=mesh, **args.options)
-        free = pod.usable_bytes - engine.weight_bytes()
+        engine = AbstractEngine(bounds.model(name), mesh=mesh, **args.options)
+        free = pod.usable_bytes - weight_bytes(engine)
         capacity, told = engine.capacity(guided=False, free=free)
         for count in args.candidates:
             plans = batches.plan({0: count}, capacity=capacity)
@@ -215,14 +216,14 @@ def compile_for(args) -> None:
                 parts = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
                 programs[program] = parts | {"total": sum(parts.values()) + results}
             # The compiler counts what a program reads, which is not all that is there: `begin` leaves the head alone.
-            total = max(engine.weight_bytes(), programs["begin"]["arguments"]) + programs["begin"]["total"]
+            total = max(weight_bytes(engine), programs["begin"]["arguments"]) + programs["begin"]["total"]
             total = max(total - programs["begin"]["arguments"], programs["advance"]["total"])
             rows.append(
                 {
                     **predicted(engine, name, count, plans, pod.chip),
                     "programs": programs,
-                    "weight_bytes": engine.weight_bytes(),
-                    "counted_bytes": engine.weight_bytes() + engine.batch_bytes(*shape, guided=False),
+                    "weight_bytes": weight_bytes(engine),
+                    "counted_bytes": weight_bytes(engine) + engine.batch_bytes(*shape, guided=False),
                     "total_bytes": total,
                     "fits": total <= pod.usable_bytes,
                     "wave_told": told,

@@ -62,14 +62,12 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        params: Params | None,
+        params: Params,
         *,
         mesh: Mesh | None = None,
         weights: str = "model",
     ):
         """params: float32, on the host or a device; converted layer by layer, so the devices never hold them whole.
-        None: all weights are shapes only, of an engine that compiles and counts bytes for devices that are not here.
-
         weights: 'model' (the model's compute dtype) or 'int8', see `decoding.layer_weights`.
 
         Raises:
@@ -79,9 +77,6 @@ class Engine:
             raise UserError(f"weights must be one of {decoding.WEIGHTS}, got {weights!r}")
         self.config = model.config
         self.mesh = local_mesh() if mesh is None else mesh
-        if params is None:
-            self._weights = _abstract_weights(model, self.mesh, weights)
-            return
         blocks = params["blocks"]
         layers = []
         for i in range(self.config.num_layers):
@@ -158,29 +153,6 @@ class Engine:
         """All rows of a batch at once: `begin`, `advance`, `tokens`."""
         return self.tokens(self.advance(self.begin(text_PT, keys_PM, **settings), 0, self.config.grid))
 
-    def compile(
-        self, prompts: int, candidates: int, *, guided: bool = False, filtered: bool = False
-    ) -> dict[str, jax.stages.Compiled]:
-        """The programs of `begin` and `advance` for batches of this shape, compiled for the mesh and not run."""
-        config, images, everywhere = self.config, prompts * candidates, sharding.replicated(self.mesh)
-
-        def of(*shape, dtype=jnp.int32):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
-
-        settings = dict.fromkeys(("temperature", "top_p", "guidance"), of(images, dtype=jnp.float32))
-        settings |= dict.fromkeys(("top_k", "given"), of(images))
-        text_PT = of(prompts * (2 if guided else 1), config.text_len)
-        keys_B, tokens_IB = of(images, dtype=jax.random.key(0).dtype), of(config.layout.image_len, images)
-        program = Program(config, self.mesh, guided=guided, filtered=filtered)
-        begin = _begin.lower(_of_begin(program), self._weights, text_PT, keys_B, tokens_IB, settings)
-        begun = begin.compile()
-        arrays = _abstract(begin.out_info, begun.output_shardings)
-        return {"begin": begun, "advance": _advance.lower(program, self._weights, arrays, of(), of()).compile()}
-
-    def weight_bytes(self) -> int:
-        """Bytes of all weights, counted once, on however many devices they lie."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._weights))
-
     def batch_bytes(self, prompts: int, candidates: int, *, guided: bool) -> int:
         """Bytes that a batch of this shape holds or makes at a time on all devices together: text and image stores,
         noise of a row, logits. Weights are not counted."""
@@ -213,22 +185,6 @@ def _layer_weights(config: TransformerConfig, block, weights: str):
 @functools.partial(jax.jit, static_argnums=0)
 def _end_weights(config: TransformerConfig, params):
     return decoding.end_weights(config, params)
-
-
-def _abstract_weights(model: Model, mesh: Mesh, weights: str):
-    """What `Engine` holds, as jax.ShapeDtypeStruct with shardings."""
-    block = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in model.abstract["blocks"].items()}
-    layer = jax.eval_shape(lambda block: _layer_weights(model.config, block, weights), block)
-    ends = jax.eval_shape(lambda params: _end_weights(model.config, params), model.abstract)
-    layer, ends = (
-        _abstract(tree, _places(tree, axes, mesh))
-        for tree, axes in ((layer, decoding.LAYER_AXES), (ends, decoding.END_AXES))
-    )
-    return [layer] * model.config.num_layers, ends
-
-
-def _abstract(tree, places):
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def _places(weights, axes, mesh: Mesh):

@@ -6,8 +6,8 @@ import json
 import jax
 import pytest
 
+from benchmarks.speed.abstract_engine import AbstractEngine
 from dalle_jax.mesh import make_mesh
-from dalle_jax.sample.engine import Engine
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_bytes_of_a_candidate_and_a_step_are_those_of_the_windows(bounds, name, 
     """Keys and values of 2 bytes: 33 positions of a row layer, all 1024 stored and 32 read of a column layer, 166 of
     the convolution for each candidate; 256 of every layer for a caption, whatever the number of its candidates."""
     mesh = make_mesh({}, devices=jax.devices()[:1])
-    engine = Engine(bounds.model(name), None, mesh=mesh)
+    engine = AbstractEngine(bounds.model(name), mesh=mesh)
     config, step = engine.config, bounds.step(engine, 1, 64)
     position = 4 * config.heads * config.head_size
     rows, columns = (config.kinds.count(kind) for kind in ("row", "column"))
