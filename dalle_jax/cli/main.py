@@ -22,7 +22,7 @@ VERBS = {
     "demo": ("dalle_jax.cli.demo", "train everything on generated scenes and draw captions never seen, in minutes"),
     "data": ("dalle_jax.cli.data", "report what a source of captioned pictures holds and what would be dropped"),
     "tokenizer": ("dalle_jax.cli.tokenizer", "train a BPE tokenizer on the captions of a source"),
-    "encode": ("dalle_jax.cli.encode", "turn a source's pictures into a dVAE's codes once, to train a transformer on"),
+    "encode": ("dalle_jax.cli.encode", "turn the images of a source into image tokens once, to train a transformer on"),
     "train": ("dalle_jax.cli.train", "train a model, or go on with the training in a workdir"),
     "inspect": ("dalle_jax.cli.inspect", "say where a run stands: step, data, digests, checkpoints, goodput"),
     "preflight": ("dalle_jax.cli.preflight", "say whether a config fits a pod that is not here, and how fast it is"),

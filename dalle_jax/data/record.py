@@ -1,7 +1,7 @@
-"""What a source hands out: a `Record` or `Encoded`, or a `Dropped` that says why there is none.
+"""The items of a source: a `Record`, an `Encoded`, or a `Dropped` with the reason why there is none.
 
-Every slot of a source gives one of them, so that bad data is counted and never raised: len(source) is everything
-that was seen, and good + dropped = len(source). Knows the names of the faults; does not know any file format.
+Every slot of a source gives one of them, so that bad data is counted and never raised: len(source) counts everything
+that was seen, and good + dropped = len(source).
 """
 
 import dataclasses
@@ -9,44 +9,44 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-MAX_IMAGE_BYTES, MAX_CAPTION_BYTES = 256 << 20, 16 << 20  # of one encoded image, of one caption file
+MAX_IMAGE_BYTES, MAX_CAPTION_BYTES = 256 << 20, 16 << 20  # of an encoded image, of a caption file
 
 REASONS = {
     # faults of a container
     "empty shard": "a tar file without members, or without bytes",
     "not a tar file": "no tar header anywhere in the file",
-    "bad tar header": "a member whose header is damaged; reading went on at the next valid one",
+    "bad tar header": "a member whose header is damaged; reading continued at the next valid one",
     "truncated tar": "the file ends in the middle of a member or of a header",
     "unreadable file": "the operating system refused to read it",
     # faults of a sample
-    "no image": "a caption without a picture",
-    "no caption": "a picture without a caption",
+    "no image": "a caption without an image",
+    "no caption": "an image without a caption",
     "empty caption": "a caption of nothing but blanks",
     "not utf-8": "a caption that is not valid UTF-8 text",
     "bad json": "the only caption is in a JSON that does not parse",
-    "duplicate key": "a second sample of the same name; the first one stays",
+    "duplicate key": "a second sample of the same name; the first one is used",
     "members apart": "the members of one sample are not next to each other in the shard",
     "link": "a symbolic or hard link inside a tar; never followed",
-    "outside the folder": "a file name that leads out of the data's own folder",
+    "outside the folder": "a file name that leads out of the folder of the data",
     # faults of an image
     "zero bytes": "an image of no bytes",
     "not an image": "bytes of no known image format",
     "truncated image": "an image that ends too early",
     "broken image": "an image that its decoder refuses",
     "unsupported image": "pixels of a kind without a defined brightness",
-    "decompression bomb": "more pixels or bytes, once decoded, than the limit",
+    "decompression bomb": "more pixels or bytes after decoding than the limit",
     "too many bytes": "a member larger than any sensible image or caption",
     # faults of a shard of tokens
-    "broken tokens": "codes that the dVAE does not have, or a slot that does not parse; encode that shard again",
+    "broken tokens": "tokens beyond the vocabulary, or a slot that does not parse; encode that shard again",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One picture and its captions.
+    """One image and its captions.
 
     key: its name, for people. image: an encoded file, or decoded uint8 [H, W, 3].
-    captions: not blank, stripped; () only where a source was opened without `captions_required`.
+    captions: not blank, stripped; () only if the source was opened without `captions_required`.
     """
 
     key: str
@@ -79,13 +79,13 @@ class Dropped:
 
 
 class BadRecord(Exception):
-    """Raised inside the data code where a record turns out bad; becomes a `Dropped` before anyone outside sees it."""
+    """A record is bad. Raised inside the data code only: sources and the pipeline turn it into a `Dropped`."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
-    def __reduce__(self):  # the default one would pass the message as the reason
+    def __reduce__(self):  # the default would pass the message as the reason
         return type(self), (self.reason, self.detail)
 
 

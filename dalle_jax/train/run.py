@@ -230,7 +230,7 @@ def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer, dvae_sh
         needs_pictures = config.name != "transformer"
         source = sources.open_source(spec, captions_required=tokenizer is not None, pictures_required=needs_pictures)
         if sources.is_tokens(spec):
-            source.refuse_other(dvae_sha256=dvae_sha256, augment=augment, asked_by=asked_by)
+            source.check_made_by(sha256=dvae_sha256, augment=augment, asked_by=asked_by)
         return source
 
     batches = ShardedBatches(

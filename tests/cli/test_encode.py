@@ -232,12 +232,12 @@ def test_parts_make_the_same_folder(folder, dvae, center, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": 1}, "holds other codes .seed was 0 and is 1.: use these values again or another --out"),
+        ({"seed": 1}, "holds other tokens .seed was 0 and is 1.: use these values again or another --out"),
         ({"augment": "transformer"}, "augment was 'center' and is 'transformer'"),
         ({"augmentations": 2}, "expected --augmentations 1 with --augment center, got 2"),
-        ({"augment": "clip", "augmentations": 0}, "augmentations must be a whole number of at least 1"),
-        ({"shard_records": 0}, "shard_records must be"),
-        ({"batch_size": 0}, "--batch-size of at least 1, got 0"),
+        ({"augment": "clip", "augmentations": 0}, "--augmentations to be a whole number of at least 1"),
+        ({"shard_records": 0}, "--shard-records to be"),
+        ({"batch_size": 0}, "--batch-size to be a whole number of at least 1 .*, got 0"),
         ({"part": "2/2"}, "--part I/N"),
         ({"part": "all"}, "--part I/N"),
     ],
@@ -255,8 +255,10 @@ def test_another_dvae_is_refused_by_encoding_training_and_sampling(
 ):
     other = save_dvae(tmp_path / "other", seed=2)
     assert encoded(folder, other, center, augment="center", shard_records=5) == 2
-    assert "holds other codes (dvae_sha256 was" in capsys.readouterr().err
-    with pytest.raises(UserError, match="expected the dVAE whose codes lie in .*, got another .* --config.dvae=DIR"):
+    assert "holds other tokens (dvae_sha256 was" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match="expected the image tokenizer that made the tokens in .*, got another .* --config.dvae=DIR"
+    ):
         train(tmp_path / "run", other, tokenizer, f"tokens:{center}")
     with pytest.raises(UserError, match="crops of kind 'transformer' in .*, as config.data.augment asks, got 'center'"):
         train(tmp_path / "run", dvae, tokenizer, f"tokens:{center}", **{"data.augment": "transformer"})
@@ -303,7 +305,7 @@ def test_damaged_shards_cost_their_records_only(center, tmp_path):
     assert all(isinstance(slot, Encoded) for slot in slots[15:])
     with pytest.raises(UserError, match="delete it and give the command again"):
         features.count(cut)
-    with pytest.raises(ValueError, match="vocab must be at most 65,536"):
+    with pytest.raises(UserError, match="vocab to be .* at most 65,536, got 65537"):
         dataclasses.replace(settings, vocab=1 + (1 << 16))
 
 

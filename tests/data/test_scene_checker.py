@@ -17,9 +17,9 @@ SEVERAL = 400  # scenes of each evaluation set and of the training split
 
 def pictures(image_size, count, *, objects=None, seed=0):
     """Training scenes with what was drawn: [(picture, what the caption says, what is placed)]."""
-    found = []
+    found, source = [], scenes.open_scenes("train@24")
     for index in itertools.count():
-        scene = scenes.sample_scene("train", index)
+        scene = scenes.parse(source[index].captions[0])
         if objects in (None, len(scene.objects)):
             placed = scenes.place(scene, np.random.default_rng((seed, index)))
             found.append((scenes.render(placed, image_size=image_size), scene, placed))

@@ -17,6 +17,11 @@ from dalle_jax.errors import UserError
 SEVERAL = 400  # captions of each evaluation set
 
 
+def sampled(split, index):
+    """The scene of a record, without its picture."""
+    return scenes._sample(scenes._generator(split, index))[0]
+
+
 def rng(seed=0):
     return np.random.default_rng(seed)
 
@@ -31,9 +36,11 @@ def test_records_depend_on_nothing_but_split_and_index():
     for a, b in zip(forward, backward, strict=True):
         assert a.key == b.key and a.captions == b.captions and np.array_equal(a.image, b.image)
     assert len({r.key for r in forward}) == 8 and len({r.image.tobytes() for r in forward}) == 8
-    code = "from dalle_jax.data.sources import scenes; print([scenes.sample_scene('train', i) for i in range(8)])"
+    code = (
+        "from dalle_jax.data.sources.scenes import open_scenes as o; print([o('train')[i].captions for i in range(8)])"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root())
-    assert other.stdout.strip() == str([scenes.sample_scene("train", i) for i in range(8)])
+    assert other.stdout.strip() == str([source[i].captions for i in range(8)])
 
 
 def _root():
@@ -61,7 +68,7 @@ def test_a_record_is_a_picture_and_the_caption_of_what_it_shows(split):
         record = source[index]
         assert record.image.shape == (64, 64, 3) and record.image.dtype == np.uint8
         (text,) = record.captions
-        assert scenes.parse(text) == scenes.sample_scene(split, index)
+        assert scenes.parse(text) == sampled(split, index)
         assert shows(record.image, scenes.parse(text)).ok
     for index in (-1, len(source)):
         with pytest.raises(IndexError):
@@ -120,7 +127,7 @@ def test_training_never_shows_what_is_held_out():
     seen_objects, seen_relations, seen_combinations = set(), set(), set()
     for split, count in (("train", 20_000), ("val", 2_000)):
         for index in range(count):
-            scene = scenes.sample_scene(split, index)
+            scene = sampled(split, index)
             seen_objects |= {(o.color, o.shape) for o in scene.objects}
             if scene.relation:
                 upper = scenes.canonical(scene)
@@ -144,7 +151,7 @@ def test_training_never_shows_what_is_held_out():
 
 def test_every_color_and_shape_is_common_in_training():
     count = 4_000
-    sample = [scenes.sample_scene("train", i) for i in range(count)]
+    sample = [sampled("train", i) for i in range(count)]
     for word in (*scenes.COLORS, *scenes.SHAPES, *scenes.RELATIONS):
         having = sum(any(word in (o.color, o.shape) for o in s.objects) or s.relation == word for s in sample)
         assert having > count / 10, word
@@ -177,7 +184,7 @@ def test_captions_for_tuning_and_for_the_report_are_apart(name):
         assert not combinations(tune) & combinations(report)
     for part, told in (("tune", tune), ("report", report)):
         assert told[:200] == scenes.captions(name, part, 200)
-        assert len({c for c, _ in told}) == min(1000, scenes.available(name, part))
+        assert len({c for c, _ in told}) == min(1000, len(scenes._captions(name, part)))
         assert all(scenes.parse(c) == s for c, s in told)
 
 
@@ -207,7 +214,7 @@ def test_the_measures_of_a_shape_are_those_of_its_drawing(shape):
 
 def test_objects_are_inside_apart_and_as_the_caption_says():
     for index in range(2_000):
-        scene = scenes.sample_scene("train", index)
+        scene = sampled("train", index)
         placed = scenes.place(scene, rng(index))
         for said, item in zip(scene.objects, placed, strict=True):
             low, high = scenes.RADIUS[item.object.size]
@@ -224,7 +231,7 @@ def test_objects_are_inside_apart_and_as_the_caption_says():
 
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_two_white_pixels_lie_between_two_objects_and_nothing_is_cut_off(image_size):
-    two = [s for s in (scenes.sample_scene("train", i) for i in range(200)) if s.relation]
+    two = [s for s in (sampled("train", i) for i in range(200)) if s.relation]
     for index, scene in enumerate(two):
         placed = scenes.place(scene, rng(index))
         image = scenes.render(placed, image_size=image_size)

@@ -15,7 +15,7 @@ from PIL import Image
 from dalle_jax.cli.main import main as command
 from dalle_jax.data.decode import BadImage, decode_image, decode_scaled, to_pixels
 from dalle_jax.data.record import Dropped, Record, Source
-from dalle_jax.data.sources import cache, expand_braces, open_source, shard_paths
+from dalle_jax.data.sources import cache, open_source
 from dalle_jax.data.sources import tar as shards
 from dalle_jax.errors import UserError
 from tests.support.broken_shards import CAPTION, encoded, sample, tar
@@ -289,11 +289,13 @@ def test_a_broken_metadata_file_is_named(tmp_path):
 
 
 def test_braces(tmp_path):
-    assert expand_braces("{08..10}-{a,b}.tar") == [f"{n}-{c}.tar" for n in ("08", "09", "10") for c in "ab"]
-    assert expand_braces("plain.tar") == ["plain.tar"]
+    assert shards.expand_braces("{08..10}-{a,b}.tar") == [f"{n}-{c}.tar" for n in ("08", "09", "10") for c in "ab"]
+    assert shards.expand_braces("plain.tar") == ["plain.tar"]
     write(tmp_path, odd=b"")
     (tmp_path / "a[1].tar").write_bytes(tar(sample("a")))
-    assert shard_paths(f"{tmp_path}/a[1].tar") == [f"{tmp_path}/a[1].tar"], "a name with brackets is a name first"
+    assert shards.shard_paths(f"{tmp_path}/a[1].tar") == [
+        f"{tmp_path}/a[1].tar"
+    ]  # a name with brackets is a name first
 
 
 def test_decode_gives_upright_opaque_rgb():

@@ -1,8 +1,8 @@
-"""Files that can be rebuilt at any time: shard indexes and unpacked shards, in the user's cache folder.
+"""The user's cache folder, for files that can be rebuilt at any time: shard indexes and unpacked shards.
 
-`DALLE_JAX_CACHE`, else `$XDG_CACHE_HOME/dalle_jax`, else `~/.cache/dalle_jax`; never beside the data, which may be
-read-only. A name carries the fingerprint of what it was made from, so a stale entry is never asked for. Writing is
-atomic; a damaged entry is rebuilt; delete the folder whenever you like.
+It is `$DALLE_JAX_CACHE`, else `$XDG_CACHE_HOME/dalle_jax`, else `~/.cache/dalle_jax`, and never beside the data, which
+may be read-only. A name has the fingerprint of what it was made from, so a stale entry is never used. Writing is
+atomic; a damaged entry is rebuilt; the folder can be deleted at any time.
 """
 
 import os
@@ -21,13 +21,13 @@ VARIABLE = "DALLE_JAX_CACHE"
 
 def folder() -> pathlib.Path:
     """The cache folder; may not exist yet."""
-    if own := os.environ.get(VARIABLE):
-        return pathlib.Path(own)
+    if chosen := os.environ.get(VARIABLE):
+        return pathlib.Path(chosen)
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dalle_jax"
 
 
 def arrays(name: str, build: Callable[[], dict[str, np.ndarray]], *, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays `names` stored under `name`, or those of `build()`, stored for the next time where possible."""
+    """The arrays `names` of the cached file `name`, or those of `build()`, which are then stored if possible."""
     path = folder() / f"{name}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -37,12 +37,12 @@ def arrays(name: str, build: Callable[[], dict[str, np.ndarray]], *, names: tupl
     try:
         _write(path, lambda out: np.savez(out, **built))
     except OSError:
-        pass  # nowhere to keep it: slower the next time, not wrong
+        pass  # cannot be kept: slower the next time, not wrong
     return built
 
 
 def file(name: str, write: Callable[[BinaryIO], None]) -> str:
-    """The path of the cached file `name`, made by `write(open file)` where it is not there yet.
+    """The path of the cached file `name`, which `write(open file)` makes if it is not there yet.
 
     Raises:
       UserError: the cache folder cannot be written.

@@ -1,6 +1,6 @@
-"""Captions from bytes: a text file with one caption a line, or the JSON beside an image.
+"""Captions from bytes: a text file with one caption per line, or the JSON beside an image.
 
-Strict UTF-8 (a byte order mark is allowed): a caption in an unknown encoding is a fault, not a guess.
+Text is strict UTF-8, with or without a byte order mark: a caption in another encoding is a fault, not a guess.
 """
 
 import json
@@ -56,10 +56,10 @@ def from_fields(fields: dict, *, names: tuple[str, ...] = ("captions", "caption"
 
 
 def checked(texts: list[str]) -> tuple[str, ...]:
-    """Stripped captions without the blank ones; "None" is what writers make of a missing caption, so it is blank too.
+    """Stripped captions without blank ones. "None" counts as blank: some writers make it of a missing caption.
 
     Raises:
-      BadRecord: 'empty caption' where none is left, 'not utf-8' for a lone surrogate (JSON can spell one).
+      BadRecord: 'empty caption' if none is left, 'not utf-8' for a lone surrogate, which JSON can spell.
     """
     captions = tuple(stripped for text in texts if (stripped := text.strip()) not in ("", "None"))
     if not captions:

@@ -1,7 +1,7 @@
 """MS-COCO captions: the official JSON and a folder of images; one record per image with all its captions.
 
-A picture without captions, a caption without a picture, a blank caption and an image id that comes twice are each a
-slot of their own, so that a report counts them.
+An image without captions, a caption without an image, a blank caption and a repeated image id have slots of their own,
+so that a report counts them.
 """
 
 import collections
@@ -16,13 +16,13 @@ OFFICIAL_SPLIT = "val2014"
 
 
 def official_layout(folder: str, split: str) -> tuple[str, str]:
-    """Captions file and folder of images of the official download unpacked in a folder.
+    """The captions file and the folder of images of the official download, unpacked in a folder.
 
         FOLDER/annotations/captions_val2014.json    of annotations_trainval2014.zip
         FOLDER/val2014/COCO_val2014_*.jpg           of val2014.zip
 
     Raises:
-      UserError: a part is not there, by name.
+      UserError: a part is missing; the message names it.
     """
     captions_file = os.path.join("annotations", f"captions_{split}.json")
     paths = [os.path.join(folder, part) for part in (captions_file, split)]
@@ -40,11 +40,25 @@ def official_layout(folder: str, split: str) -> tuple[str, str]:
     return paths[0], paths[1]
 
 
+def open_coco(name: str, place: str, *, captions_required: bool = True) -> "CocoSource":
+    """The source of 'JSON,DIR', or of 'DIR[@SPLIT]', a folder with the official download.
+
+    Raises:
+      UserError: a part is not there or not readable.
+    """
+    path, comma, images = place.rpartition(",")
+    if not comma:
+        folder, _, split = place.partition("@")
+        path, images = official_layout(os.path.expanduser(folder), split or OFFICIAL_SPLIT)
+    path, images = os.path.expanduser(path), os.path.expanduser(images)
+    return CocoSource(name, path, images, captions_required=captions_required)
+
+
 class CocoSource:
     """Records in the order of the JSON's images. See `record.Source`; opened by `open_source('coco:JSON,DIR')`.
 
     Raises:
-      UserError: the JSON is not there, does not parse or is not of the COCO form; no such folder; no images.
+      UserError: no such JSON or folder, a JSON that does not parse or has another form, or no images.
     """
 
     def __init__(self, name: str, path: str, images: str, *, captions_required: bool = True):

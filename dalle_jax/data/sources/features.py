@@ -1,18 +1,18 @@
-"""Pictures that have become a dVAE's codes once and for all: how `dalle-jax encode` keeps them and training reads them.
+"""Image tokens made once by `dalle-jax encode`: how a folder holds them, and a source that reads them.
 
     DIR/tokens.json                what all shards have in common, see `Settings`
     DIR/tokens-00000.safetensors   `shard_records` slots each, in the order of the source
 
-A slot is a slot of the source, dropped ones included, so that the same seed gives the same order of records whether
-pictures or their codes are read. Captions stay text: they are cut into tokens when they are trained on. A shard holds
+A slot here is a slot of the source, dropped ones included, so that the same seed gives the same order of records
+whether images or their tokens are read. Captions are kept as text and tokenized when they are read. A shard holds
 
-    codes      uint16 [good, K, I]   K crops of each usable picture, I codes each in raster order
-    row        int32 [slots]         of the slot in `codes`; -1 where there is none
-    size       int32 [slots, 2]      height and width of the picture before it was cropped, for the filters
+    codes      uint16 [good, K, I]   K crops of each usable image, I image tokens each in raster order
+    row        int32 [slots]         of the slot in `codes`; -1 for a dropped one
+    size       int32 [slots, 2]      height and width of the image before it was cropped, for the filters
     text       uint8                 JSON of each slot, one after the other: key and captions, or key, reason and detail
     text_ends  int64 [slots]         where each ends
 
-and is mapped into memory, never read whole. Knows no model: what made the codes is a sha256 here.
+and is mapped into memory, never read whole. The model that made the tokens is known by its sha256 only.
 """
 
 import collections
@@ -27,43 +27,36 @@ import safetensors
 import safetensors.numpy
 
 from dalle_jax.data.record import BadRecord, Dropped, Encoded
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, check_number
 from dalle_jax.files import OpenFiles
 
 SETTINGS, COUNTS = "tokens.json", "counts"  # the file in a folder, the entry in a shard's metadata
 FORMAT = 1
-MOST_CODES = 1 << 16  # entries of a codebook that uint16 can name
+MAX_VOCAB = 1 << 16  # image tokens that uint16 can name
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the codes of a folder were made; equal settings make equal folders.
+    """How the tokens of a folder were made; equal settings make equal folders."""
 
-    dvae_sha256: `digest.of_model` of the dVAE. image_size: pixels per side of a crop. grid, vocab: the dVAE's.
-    augment: how a crop was chosen, a name of `transforms.AUGMENTATIONS`. augmentations: crops of each picture.
-    seed: of the crops. source, records: what was encoded, dropped records included. shard_records: slots of a shard.
-    """
-
-    dvae_sha256: str
-    image_size: int
-    grid: int
+    dvae_sha256: str  # `digest.of_model` of the image tokenizer, whatever its kind
+    image_size: int  # pixels per side of a crop
+    grid: int  # image tokens per side
     vocab: int
-    augment: str
-    augmentations: int
-    seed: int
+    augment: str  # how crops were chosen, a name of `transforms.AUGMENTATIONS`
+    augmentations: int  # crops of each image
+    seed: int  # of the crops
     source: str
-    records: int
-    shard_records: int
+    records: int  # of the source, dropped ones included
+    shard_records: int  # slots of a shard
     format: int = FORMAT
 
     def __post_init__(self):
-        for name in ("image_size", "grid", "vocab", "augmentations", "records", "shard_records"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        if self.vocab > MOST_CODES:
-            raise ValueError(f"vocab must be at most {MOST_CODES:,}, as codes are kept in 16 bits, got {self.vocab:,}")
-        if self.format != FORMAT:
-            raise ValueError(f"format must be {FORMAT}, got {self.format!r}")
+        for name in ("image_size", "grid", "augmentations", "records", "shard_records"):
+            check_number(name, getattr(self, name), min=1, whole=True)
+        check_number("seed", self.seed, min=0, whole=True)
+        check_number("vocab", self.vocab, min=1, max=MAX_VOCAB, whole=True)  # in 16 bits
+        check_number("format", self.format, min=FORMAT, max=FORMAT, whole=True)
 
     @property
     def shards(self) -> int:
@@ -80,16 +73,16 @@ def shard_name(shard: int) -> str:
 
 
 def finished(folder: pathlib.Path, settings: Settings) -> set[int]:
-    """The shards that are there; a file of that name is whole, since it was put there in one piece."""
-    names = {entry.name for entry in os.scandir(folder)}
+    """The shards that are there; a file of such a name is whole (`files.write`)."""
+    names = set(os.listdir(folder))
     return {shard for shard in range(settings.shards) if shard_name(shard) in names}
 
 
 def read_settings(folder: pathlib.Path) -> Settings:
-    """What stands in the folder's tokens.json.
+    """The settings of a folder.
 
     Raises:
-      UserError: no such file, or not of this format.
+      UserError: no tokens.json there, or not of this format.
     """
     path = folder / SETTINGS
     try:
@@ -102,25 +95,25 @@ def read_settings(folder: pathlib.Path) -> Settings:
             f"expected a folder that `dalle-jax encode` made, got {folder} without a readable {SETTINGS} "
             f"({error.strerror}): check the path"
         ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"expected the settings of format {FORMAT} in {path}, got one where {error}") from error
+    except (ValueError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"expected what `dalle-jax encode` writes in {path}, but it is wrong: {error}") from error
 
 
 def pack(slots: list[Encoded | Dropped], settings: Settings) -> bytes:
     """A shard of these slots as the bytes of its file."""
     good = [slot for slot in slots if isinstance(slot, Encoded)]
-    codes = [slot.tokens_KI for slot in good] or [np.empty((0, settings.augmentations, settings.grid**2), np.uint16)]
-    rows = np.cumsum([isinstance(slot, Encoded) for slot in slots]) - 1
+    none = np.empty((0, settings.augmentations, settings.grid**2), np.uint16)
+    usable = np.array([isinstance(slot, Encoded) for slot in slots])
     texts = [json.dumps(_described(slot), ensure_ascii=False).encode() for slot in slots]
     arrays = {
-        "codes": np.stack(codes) if good else codes[0],
-        "row": np.where([isinstance(slot, Encoded) for slot in slots], rows, -1).astype(np.int32),
+        "codes": np.stack([slot.tokens_KI for slot in good]) if good else none,
+        "row": np.where(usable, np.cumsum(usable) - 1, -1).astype(np.int32),
         "size": np.array([_size(slot) for slot in slots], np.int32),
         "text": np.frombuffer(b"".join(texts), np.uint8),
         "text_ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
     }
     reasons = collections.Counter(slot.reason for slot in slots if isinstance(slot, Dropped))
-    # One entry, as safetensors writes several in any order.
+    # A single entry, because safetensors writes several in any order.
     return safetensors.numpy.save(arrays, metadata={COUNTS: json.dumps({"good": len(good), "dropped": reasons})})
 
 
@@ -135,7 +128,7 @@ def _size(slot: Encoded | Dropped) -> tuple[int, int]:
 
 
 def count(path: pathlib.Path) -> tuple[int, collections.Counter[str]]:
-    """Usable records of a shard, and how many were dropped for each reason; reads its header only.
+    """The number of usable records of a shard, and of dropped ones by reason; reads the header only.
 
     Raises:
       UserError: not a shard of this format.
@@ -151,10 +144,10 @@ def count(path: pathlib.Path) -> tuple[int, collections.Counter[str]]:
 
 
 class TokenSource:
-    """Records as codes. See `record.Source`; opened by `sources.open_source('tokens:DIR', pictures_required=False)`.
+    """Records as image tokens. See `record.Source`; opened by `open_source('tokens:DIR', pictures_required=False)`.
 
     Raises:
-      UserError: no such folder, or not all of its shards.
+      UserError: no such folder, or shards are missing.
     """
 
     def __init__(self, name: str, folder: str):
@@ -179,18 +172,19 @@ class TokenSource:
         except BadRecord as bad:
             return Dropped(f"{shard_name(shard)}/{slot}", bad.reason, bad.detail)
 
-    def refuse_other(self, *, dvae_sha256: str, augment: str, asked_by: str) -> None:
-        """Raises UserError unless these are codes of this dVAE and of such crops, which `asked_by` wants."""
-        own = self.settings
-        if own.dvae_sha256 != dvae_sha256:
+    def check_made_by(self, *, sha256: str, augment: str, asked_by: str) -> None:
+        """Raise UserError unless the image tokenizer of this sha256 made the tokens, of the crops `asked_by` wants."""
+        made = self.settings
+        if made.dvae_sha256 != sha256:
             raise UserError(
-                f"expected the dVAE whose codes lie in {self._folder} (sha256 {own.dvae_sha256[:12]}), got another "
-                f"({dvae_sha256[:12]}): name that one as --config.dvae=DIR, or encode the pictures again with this one"
+                f"expected the image tokenizer that made the tokens in {self._folder} (sha256 "
+                f"{made.dvae_sha256[:12]}), got another ({sha256[:12]}): name that one as --config.dvae=DIR, or encode "
+                "the images again with this one"
             )
-        if own.augment != augment:
+        if made.augment != augment:
             raise UserError(
-                f"expected crops of kind {augment!r} in {self._folder}, as {asked_by} asks, got {own.augment!r}: "
-                f"change that, or encode the pictures with --augment {augment}"
+                f"expected crops of kind {augment!r} in {self._folder}, as {asked_by} asks, got {made.augment!r}: "
+                f"change that, or encode the images with --augment {augment}"
             )
 
 
@@ -199,7 +193,7 @@ def _open_shard(folder: pathlib.Path, number: int) -> "_Shard":
 
 
 class _Shard:
-    """One open shard; its small arrays in memory, codes and text mapped.
+    """One open shard: its small arrays in memory, tokens and text mapped.
 
     Raises:
       BadRecord: 'unreadable file'.
@@ -209,7 +203,7 @@ class _Shard:
         try:
             file = safetensors.safe_open(path, framework="numpy")
             self._row, self._size, self._ends = (file.get_tensor(name) for name in ("row", "size", "text_ends"))
-            self._codes, self._text = file.get_slice("codes"), file.get_slice("text")
+            self._tokens, self._text = file.get_slice("codes"), file.get_slice("text")
         except (OSError, safetensors.SafetensorError) as error:
             raise BadRecord("unreadable file", str(error)) from None
 
@@ -221,10 +215,10 @@ class _Shard:
             if "reason" in fields:
                 return Dropped(**fields)
             height, width = self._size[slot].tolist()
-            codes_KI = self._codes[int(self._row[slot])]
+            tokens_KI = self._tokens[int(self._row[slot])]
             captions = tuple(fields["captions"])
-            if codes_KI.max() >= vocab:
-                raise BadRecord("broken tokens", f"code {codes_KI.max()} of a dVAE with {vocab}")
+            if tokens_KI.max() >= vocab:
+                raise BadRecord("broken tokens", f"image token {tokens_KI.max()} of a vocabulary of {vocab}")
         except (LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise BadRecord("broken tokens", f"{type(error).__name__}: {error}") from None
-        return Encoded(fields["key"], codes_KI, height, width, captions)
+        return Encoded(fields["key"], tokens_KI, height, width, captions)

@@ -1,8 +1,8 @@
 """A folder of images, with captions in a `.txt` of the same name or in a metadata file.
 
-`metadata.jsonl` and `metadata.csv` follow the Hugging Face ImageFolder convention: a column `file_name`, relative to
-the metadata file, and a caption column (`CAPTION_FIELDS`). An image that no metadata names takes its captions from
-the `.txt` beside it, one a line. Hidden files and other files are not looked at; links to folders are not followed.
+`metadata.jsonl` and `metadata.csv` follow the convention of Hugging Face's ImageFolder: a column `file_name`, relative
+to the metadata file, and a caption column (`CAPTION_FIELDS`). An image that no metadata file lists takes its captions
+from the `.txt` beside it, one per line. Hidden files and other files are ignored; links to folders are not followed.
 """
 
 import csv
@@ -90,8 +90,8 @@ def _read(path: str, *, limit: int) -> bytes:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL in the name
         status = None
-    if status is None or not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
-        raise BadRecord("no image", f"{path} is not there or is no regular file")
+    if status is None or not stat.S_ISREG(status.st_mode):  # a pipe would block forever
+        raise BadRecord("no image", f"{path} does not exist or is not a regular file")
     try:
         if status.st_size > limit:
             raise BadRecord("too many bytes", f"{status.st_size}, the limit is {limit}")
@@ -122,7 +122,7 @@ def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def _rows(folder: str, path: str) -> dict[str, dict]:
-    """Image path relative to `folder` -> its row in this metadata file.
+    """The rows of a metadata file: image path relative to `folder` -> row.
 
     Raises:
       UserError: the file does not parse, or a row has no file_name.

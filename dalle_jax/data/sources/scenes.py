@@ -1,12 +1,11 @@
 """Built-in generated scenes: plain colored shapes on white and the captions that describe them.
 
-Knows the grammar of the captions, how a scene is drawn, and THE split: which color-shape pairs, relations and
-combinations never occur in training, so that a correct picture of one is zero-shot. Does not know how a picture is
-judged (scene_checker.py) nor anything about models.
+Holds the grammar of the captions, the drawing of a scene, and THE split: which color-shape pairs, relations and
+combinations never occur in training, so that a correct picture of one is zero-shot. `scene_checker` judges pictures.
 
-A `Scene` is what a caption says, no more: a size that the caption does not name is None, and the picture is free in
-it. Everything is a function of (stream name, index) through a counter-based generator, so record i is the same in any
-order, process and picture size. Lengths are fractions of the picture's side, y points down.
+A `Scene` is what a caption says and no more: a size that the caption does not name is None, and the picture may have
+any. Everything is a function of (stream name, index) through a counter-based generator, so record i is the same in any
+order, process and image size. Lengths are fractions of the image's side; y points down.
 """
 
 import dataclasses
@@ -59,11 +58,11 @@ _ONE_SIZES = ((None,), ("small",), ("large",))
 _ONE_OF_TWO = tuple(itertools.chain.from_iterable(((size, None), (None, size)) for size in SIZES))
 _TWO_SIZES = ((None, None),) * 4 + _ONE_OF_TWO + tuple(itertools.product(SIZES, repeat=2))
 
-# THE split. Each held-out pair leaves its color at least three shapes and its shape at least four colors.
+# THE split. Each held-out pair leaves at least three shapes of its color and four colors of its shape.
 UNSEEN_PAIRS = frozenset(
     {("red", "square"), ("green", "star"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "square")}
 )
-UNSEEN_RELATIONS = frozenset(  # shape, relation, shape; the opposite way of saying it is held out with it
+UNSEEN_RELATIONS = frozenset(  # shape, relation, shape; held out together with the opposite wording
     {
         ("circle", "above", "star"),
         ("square", "above", "circle"),
@@ -82,7 +81,7 @@ _ONE_OBJECT_SHARE = 0.4  # of the training records; two objects are harder and g
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One shape; `size` is None where the caption does not name it."""
+    """One shape; `size` is None if the caption does not name it."""
 
     shape: str
     color: str
@@ -99,7 +98,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a caption says: one object, or two of which the first is `relation` the second."""
+    """The content of a caption: one object, or two of which the first is `relation` the second."""
 
     objects: tuple[Object, ...]
     relation: str | None = None
@@ -157,14 +156,14 @@ def parse(text: str) -> Scene | None:
 
 
 def canonical(scene: Scene) -> Scene:
-    """The one way of saying it that uses 'above' or 'left of'; 'a below b' is the same picture as 'b above a'."""
+    """The same scene described with 'above' or 'left of': 'a below b' is the same picture as 'b above a'."""
     if scene.relation in ("below", "right of"):
         return Scene(scene.objects[::-1], OPPOSITE[scene.relation])
     return scene
 
 
 def _stable(text: str) -> int:
-    """64 bits of SHA-256: the same on every machine and in every process, unlike `hash`."""
+    """64 bits of SHA-256, the same on every machine and in every process, unlike `hash`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -173,12 +172,12 @@ def _without_sizes(scene: Scene) -> Scene:
 
 
 def unseen_pairs(scene: Scene) -> int:
-    """How many of its objects are of a color-shape pair that training never shows."""
+    """The number of objects of a color-shape pair that training never shows."""
     return sum((o.color, o.shape) in UNSEEN_PAIRS for o in scene.objects)
 
 
 def unseen_relation(scene: Scene) -> bool:
-    """Whether training never shows these two shapes, of whatever colors, in this relation."""
+    """Whether training never shows these two shapes in this relation, whatever their colors."""
     upper = canonical(scene)
     return (
         upper.relation is not None
@@ -187,7 +186,7 @@ def unseen_relation(scene: Scene) -> bool:
 
 
 def unseen_combination(scene: Scene) -> bool:
-    """Whether the hash keeps this combination of two pairs and a relation out of training."""
+    """Whether this combination of two pairs and a relation is held out, by its hash."""
     if scene.relation is None:
         return False
     return _stable(f"combination: {caption(_without_sizes(scene))}") % UNSEEN_COMBINATION_EVERY == 0
@@ -220,8 +219,8 @@ def _pool(name: str) -> tuple[Scene, ...]:
     return tuple(filter(belongs, one if name.startswith("one") else two))
 
 
-def _say(scene: Scene, sizes: tuple[str | None, ...], *, swap: bool) -> Scene:
-    """The canonical scene with named sizes, told from its second object if `swap`."""
+def _describe(scene: Scene, sizes: tuple[str | None, ...], *, swap: bool) -> Scene:
+    """The canonical scene with these sizes, described from its second object if `swap`."""
     objects, relation = scene.objects, scene.relation
     if swap and relation is not None:
         objects, relation = objects[::-1], OPPOSITE[relation]
@@ -230,13 +229,13 @@ def _say(scene: Scene, sizes: tuple[str | None, ...], *, swap: bool) -> Scene:
 
 # --- drawing
 
-_INK = {name: 255.0 - np.array(value) for name, value in COLORS.items()}  # what the color takes from white
+_INK = {name: 255.0 - np.array(value) for name, value in COLORS.items()}  # what the color takes away from white
 
 
 def place(scene: Scene, rng: np.random.Generator) -> tuple[Placed, ...]:
-    """Chooses what the scene leaves open: unnamed sizes, exact radii and places, all uniform where they fit.
+    """Choose what the scene leaves open: unnamed sizes, exact radii and places, uniformly among those that fit.
 
-    Boxes keep MARGIN to the border and GAP to each other; eight numbers are taken from `rng` whatever the scene.
+    Boxes keep MARGIN to the border and GAP to each other. Takes eight numbers from `rng`, whatever the scene.
     """
     pick = rng.random(8).tolist()
 
@@ -244,7 +243,7 @@ def place(scene: Scene, rng: np.random.Generator) -> tuple[Placed, ...]:
         return low + (high - low) * u
 
     objects, radii = [], []
-    for o, size_u, radius_u in zip(scene.objects, pick[0:2], pick[2:4], strict=False):  # one object leaves some over
+    for o, size_u, radius_u in zip(scene.objects, pick[0:2], pick[2:4], strict=False):  # one object leaves some unused
         size = o.size or SIZES[int(size_u * len(SIZES))]
         objects.append(Object(o.shape, o.color, size))
         radii.append(between(*RADIUS[size], radius_u))
@@ -255,7 +254,7 @@ def place(scene: Scene, rng: np.random.Generator) -> tuple[Placed, ...]:
         return (Placed(objects[0], x, y, r),)
 
     first, second = (0, 1) if scene.relation in ("above", "left of") else (1, 0)  # top to bottom, or left to right
-    slack = 1 - 2 * MARGIN - 2 * sum(radii) - GAP  # shared out before, between and behind the two
+    slack = 1 - 2 * MARGIN - 2 * sum(radii) - GAP  # divided among before, between and behind the two
     before, until = sorted(pick[4:6])
     along = [0.0, 0.0]
     along[first] = MARGIN + slack * before + radii[first]
@@ -298,29 +297,24 @@ def _stream(name: str) -> int:
 
 
 def _generator(stream: str, index: int) -> np.random.Generator:
-    """The generator of one record: a counter-based one, cheap to make and independent of every other record."""
+    """The counter-based generator of one record: cheap to make and independent of every other record."""
     return np.random.Generator(np.random.Philox(key=(_stream(stream), index)))
 
 
 def _sample(rng: np.random.Generator) -> tuple[Scene, str]:
-    """A scene that training may show and its caption."""
+    """A scene of the training split, and its caption."""
     kind, which, sizes, swap, wording = rng.random(5).tolist()
     if kind < _ONE_OBJECT_SHARE:
         pool, named, wordings = _pool("one_train"), _ONE_SIZES, ONE_OBJECT_WORDINGS
     else:
         pool, named, wordings = _pool("two_train"), _TWO_SIZES, TWO_OBJECT_WORDINGS
-    scene = _say(pool[int(which * len(pool))], named[int(sizes * len(named))], swap=swap < 0.5)
+    scene = _describe(pool[int(which * len(pool))], named[int(sizes * len(named))], swap=swap < 0.5)
     return scene, caption(scene, wording=int(wording * len(wordings)))
-
-
-def sample_scene(split: str, index: int) -> Scene:
-    """What record `index` of 'train' or 'val' shows, as its caption tells it."""
-    return _sample(_generator(split, index))[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """The records of one split: a source. Nothing is stored; record i is made when it is asked for."""
+    """The source of one split. Nothing is stored: record i is made when it is read."""
 
     split: str
     image_size: int = 32
@@ -357,46 +351,41 @@ def open_scenes(split: str) -> Scenes:
 
 
 @functools.cache
-def _told(set_name: str, part: str) -> tuple[tuple[str, Scene], ...]:
+def _captions(set_name: str, part: str) -> tuple[tuple[str, Scene], ...]:
     """Every caption of a part of an evaluation set, in the order in which they are used."""
     if set_name not in EVALUATION_SETS or part not in PARTS:
         raise ValueError(f"expected one of {EVALUATION_SETS} and one of {PARTS}, got {set_name!r}, {part!r}")
     one = set_name.startswith("one")
-    told, weights = {}, {}
+    scene_of, weights = {}, {}
     for scene in _pool(set_name):
         for sizes, swap in itertools.product(_ONE_SIZES if one else _TWO_SIZES, (False,) if one else (False, True)):
-            said = _say(scene, sizes, swap=swap)
+            said = _describe(scene, sizes, swap=swap)
             for wording in range(len(ONE_OBJECT_WORDINGS if one else TWO_OBJECT_WORDINGS)):
                 text = caption(said, wording=wording)
                 decided_by = text if one else caption(scene)
                 if (_stable(f"part: {decided_by}") % 3 == 0) == (part == "tune"):
-                    told[text] = said
+                    scene_of[text] = said
                     weights[text] = weights.get(text, 0) + 1
     # A weighted shuffle (the smallest of exponential waiting times first): sizes are named as often as in training.
-    waiting = _generator(f"{set_name} {part}", 0).exponential(size=len(told)) / np.array(list(weights.values()))
-    items = tuple(told.items())
+    waiting = _generator(f"{set_name} {part}", 0).exponential(size=len(scene_of)) / np.array(list(weights.values()))
+    items = tuple(scene_of.items())
     return tuple(items[i] for i in np.argsort(waiting))
 
 
 def captions(set_name: str, part: str, n: int) -> list[tuple[str, Scene]]:
-    """The first `n` captions of an evaluation set, with what they say; a longer list begins with the shorter one.
+    """The first `n` captions of an evaluation set and their scenes; a longer list begins with the shorter one.
 
     Part 'tune' is for choosing a temperature, 'report' for the figures that are published; no caption is in both.
-    With two objects no combination is in both either, in whatever words; with one object the color-shape pairs are
-    shared by necessity. Captions do not repeat before the part is exhausted: with one object there are few (see
-    `available`), and then the list goes round again.
+    With two objects no combination is in both either, whatever its wording; with one object the color-shape pairs are
+    necessarily shared. Captions do not repeat before the part is exhausted; with one object there are few, and then the
+    list begins again.
     """
-    told = _told(set_name, part)
-    return [told[i % len(told)] for i in range(n)]
-
-
-def available(set_name: str, part: str) -> int:
-    """How many different captions a part of an evaluation set has."""
-    return len(_told(set_name, part))
+    available = _captions(set_name, part)
+    return [available[i % len(available)] for i in range(n)]
 
 
 def true_pictures(set_name: str, part: str, n: int, *, image_size: int = 32) -> np.ndarray:
-    """A right picture for each of `captions(set_name, part, n)`: uint8 [n, image_size, image_size, 3]."""
+    """A correct picture for each of `captions(set_name, part, n)`: uint8 [n, image_size, image_size, 3]."""
     images = np.empty((n, image_size, image_size, 3), np.uint8)
     for i, (_, scene) in enumerate(captions(set_name, part, n)):
         images[i] = draw(scene, _generator(f"{set_name} {part} pictures", i), image_size=image_size)

@@ -1,7 +1,6 @@
 """The four shapes of the built-in scenes: their outlines, measures and anti-aliased coverage.
 
-Each lies in a box [-1, 1] x [-1, 1], x to the right, y down, and the measures are in units of half the box's side.
-Does not know colors, places or captions.
+Each lies in a box [-1, 1] x [-1, 1], x to the right, y down; the measures are in units of half the box's side.
 """
 
 import math
@@ -10,7 +9,7 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star")
 
-_CIRCLE, _SQUARE = 0.95, 0.86  # a little inside the box, so that the four shapes look equally big
+_CIRCLE, _SQUARE = 0.95, 0.86  # a little inside the box, so that the four shapes look equally large
 _STAR, _STAR_INNER = 1.05, 0.4725  # radius of the tips and of the notches; the width is then 1.997
 _STAR_DROP = -0.1  # a star reaches higher above its middle than below: move it down into its box
 

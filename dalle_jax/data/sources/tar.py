@@ -1,19 +1,20 @@
-"""Tar shards (webdataset, img2dataset): an offset index built once, and random access through it.
+"""Tar shards (webdataset, img2dataset): random access through an index of offsets that is built once.
 
-A shard is never unpacked: one pass over its headers notes where each sample's image and caption lie, and `os.pread`
-fetches them. A sample is a run of
-adjacent members with one key, the member's path up to the first dot of its last part; a key that comes back later is a
-fault, so that no caption is ever joined to another sample's picture.
+A shard is not unpacked: one pass over its headers notes where the image and the caption of each sample are, and
+`os.pread` reads them. A sample is a run of adjacent members with one key, the member's path up to the first dot of its
+last part. A key that comes back later is a fault, so no caption is ever joined to the image of another sample.
 """
 
 import bz2
 import dataclasses
 import functools
+import glob
 import gzip
 import hashlib
 import lzma
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Iterable
 from concurrent import futures
@@ -25,33 +26,29 @@ from dalle_jax.data.decode import SUFFIXES
 from dalle_jax.data.record import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, REASONS, BadRecord, Dropped, Record
 from dalle_jax.data.sources import cache, captions
 from dalle_jax.data.sources.tar_members import CHUNK, Member, members
+from dalle_jax.errors import UserError
 from dalle_jax.files import OpenFiles
 
-INDEX_VERSION = 1  # raise it when `scan` reads the same file differently: cached indexes are then built anew
+INDEX_VERSION = 1  # raise it when `scan` reads the same file differently, so that cached indexes are rebuilt
 MAX_EXPANSION = 100  # of a compressed shard; images hardly compress
 OPEN_FILES = 64  # per process and source
 
-_CODES = ("", *REASONS)  # index 0: no fault
-_NO_CAPTION, _TEXT, _JSON = range(3)  # where a sample's caption is
+_FAULTS = ("", *REASONS)  # index 0: no fault
+_NO_CAPTION, _TEXT, _JSON = range(3)  # the kind of a sample's caption
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Where everything is, one row per slot, as arrays only (a million rows load in a blink).
+    """The places of all samples, one row per slot, as arrays only: a million rows load in a blink."""
 
-    shard: int32 [N] number of the file. fault: uint8 [N] into _CODES. caption_kind: uint8 [N].
-    image, caption: int64 [N, 2] offset and size in bytes. keys: uint8 [K] all keys in UTF-8, one after the other;
-    key_ends: int64 [N] where each ends.
-    """
-
-    shard: np.ndarray
-    fault: np.ndarray
-    caption_kind: np.ndarray
-    image: np.ndarray
-    caption: np.ndarray
-    keys: np.ndarray
-    key_ends: np.ndarray
+    shard: np.ndarray  # int32 [rows], number of the file
+    fault: np.ndarray  # uint8 [rows], index into _FAULTS
+    caption_kind: np.ndarray  # uint8 [rows]
+    image: np.ndarray  # int64 [rows, 2], offset and size in bytes
+    caption: np.ndarray  # int64 [rows, 2], the same
+    keys: np.ndarray  # uint8, all keys in UTF-8, one after the other
+    key_ends: np.ndarray  # int64 [rows], where each ends
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -73,13 +70,55 @@ class Index:
         return cls(**arrays)
 
 
+def shard_paths(pattern: str) -> list[str]:
+    """The files of a shard pattern, sorted: braces as in a shell, then globs; a folder stands for its *.tar files.
+
+    Raises:
+      UserError: no file matches, or one without wildcards does not exist.
+    """
+    paths: list[str] = []
+    for part in expand_braces(os.path.expanduser(pattern)):
+        if os.path.isdir(part):
+            found, problem = glob.glob(os.path.join(part, "*.tar")), "it is a folder without .tar files"
+        else:
+            found, problem = [part] if os.path.isfile(part) else glob.glob(part), "no file matches"
+        if not found:
+            raise UserError(f"expected tar shards at {part}, but {problem}: check the pattern")
+        paths += found
+    return sorted(path for path in set(paths) if os.path.isfile(path))
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """'{00..02}.tar' -> '00.tar', '01.tar', '02.tar'; '{a,b}' -> 'a', 'b'; zero padding as in the first number.
+
+    Raises:
+      UserError: a range that runs backwards.
+    """
+    match = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    body = match[1]
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", body):
+        first, last = numbers[1], numbers[2]
+        if int(last) < int(first):
+            raise UserError(f"expected a range from low to high, got {{{body}}} in {pattern}: swap the numbers")
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        choices = body.split(",")
+    return [
+        expanded
+        for choice in choices
+        for expanded in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
 class ShardSource:
     """Records of tar shards in file order. See `record.Source`; opened by `sources.open_source('wds:...')`."""
 
     def __init__(self, name: str, paths: list[str], *, captions_required: bool = True):
         self.name, self._captions_required = name, captions_required
         self._labels = [pathlib.Path(path).name for path in paths]
-        with futures.ThreadPoolExecutor(8) as pool:  # waits for the disk, mostly
+        with futures.ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
             self._paths = list(pool.map(plain_tar, paths))
         self._index = load_index(self._paths)
         self._files = OpenFiles(functools.partial(open, mode="rb", buffering=0), max_open=OPEN_FILES)
@@ -88,11 +127,11 @@ class ShardSource:
         return len(self._index)
 
     def __getitem__(self, row: int) -> Record | Dropped:
-        row = range(len(self))[row]  # IndexError, and negative rows, as a list does
+        row = range(len(self))[row]  # IndexError and negative rows as in a list
         index, shard = self._index, int(self._index.shard[row])
         key = f"{self._labels[shard]}/{index.key(row)}".rstrip("/")
         try:
-            if fault := _CODES[index.fault[row]]:
+            if fault := _FAULTS[index.fault[row]]:
                 raise BadRecord(fault, REASONS[fault])
             texts = self._captions(row, shard)
             return Record(key, self._bytes(shard, *index.image[row].tolist(), limit=MAX_IMAGE_BYTES), texts)
@@ -112,7 +151,7 @@ class ShardSource:
             return ()
 
     def _bytes(self, shard: int, offset: int, size: int, *, limit: int) -> bytes:
-        """`size` bytes of file number `shard`.
+        """Reads `size` bytes of file number `shard`.
 
         Raises:
           BadRecord: 'too many bytes', 'unreadable file' or 'truncated tar'.
@@ -137,7 +176,7 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def load_index(paths: list[str]) -> Index:
-    """The index of these shards, from the cache where none of them has changed."""
+    """The index of these shards, from the cache if none of them has changed."""
 
     def build():
         with futures.ThreadPoolExecutor(8) as pool:
@@ -158,8 +197,8 @@ def _names() -> tuple[str, ...]:
 
 
 def _fingerprint(kind: str, paths: list[str]) -> str:
-    """Changes with any file's path, size or time, and with the meaning of what is stored."""
-    digest = hashlib.sha256(repr((kind, INDEX_VERSION, _CODES, sorted(SUFFIXES), MAX_EXPANSION)).encode())
+    """A name that changes with any file's path, size or time, and with the meaning of what is stored."""
+    digest = hashlib.sha256(repr((kind, INDEX_VERSION, _FAULTS, sorted(SUFFIXES), MAX_EXPANSION)).encode())
     for path in paths:
         try:
             stat = os.stat(path)
@@ -170,9 +209,9 @@ def _fingerprint(kind: str, paths: list[str]) -> str:
 
 
 def plain_tar(path: str) -> str:
-    """`path`, or where it is compressed its unpacked copy in the cache: there is no random access into gzip.
+    """`path`, or the unpacked copy in the cache of a compressed file, which has no random access.
 
-    A stream that is cut gives what came before the cut; one that grows more than MAX_EXPANSION-fold is cut there.
+    A stream that ends early gives what came before its end; one that grows more than MAX_EXPANSION-fold is cut there.
     """
     try:
         with open(path, "rb") as file:
@@ -186,7 +225,7 @@ def plain_tar(path: str) -> str:
         with opener(path) as packed:
             while limit > out.tell():
                 try:
-                    chunk = packed.read1(CHUNK)  # what `read` has before a cut is lost with its error
+                    chunk = packed.read1(CHUNK)  # `read` loses what it has when it fails
                 except (EOFError, OSError, zlib.error, lzma.LZMAError):
                     return
                 if not chunk:
@@ -197,7 +236,7 @@ def plain_tar(path: str) -> str:
 
 
 def scan(path: str) -> Index:
-    """The index of one tar file, whatever state it is in."""
+    """The index of one tar file in any state."""
     try:
         with open(path, "rb", buffering=0) as file:
             slots = _slots(members(file.fileno()))
@@ -207,7 +246,7 @@ def scan(path: str) -> Index:
     keys = [slot.key.encode("utf-8", "surrogateescape") for slot in slots]
     return Index(
         shard=np.zeros(len(slots), np.int32),
-        fault=np.array([_CODES.index(slot.fault) for slot in slots], np.uint8),
+        fault=np.array([_FAULTS.index(slot.fault) for slot in slots], np.uint8),
         caption_kind=np.array([slot.caption_kind for slot in slots], np.uint8),
         image=np.array([slot.image for slot in slots], np.int64).reshape(-1, 2),
         caption=np.array([slot.caption for slot in slots], np.int64).reshape(-1, 2),
@@ -230,7 +269,7 @@ class _Slot:
 
 
 def _slots(found: Iterable[Member]) -> list[_Slot]:
-    """Members in file order -> slots, one per sample and one per damaged place."""
+    """The slots of these members, one per sample and one per damaged place, in file order."""
     slots: list[_Slot] = []
     first: dict[str, tuple[_Slot | None, set[str]]] = {}  # key -> its first slot and the extensions seen since
     for key, run in _runs(found):
@@ -250,9 +289,9 @@ def _slots(found: Iterable[Member]) -> list[_Slot]:
 
 
 def _runs(found: Iterable[Member]) -> Iterable[tuple[str, list[Member]]]:
-    """Adjacent members with one key; a second member of the same name starts a new run.
+    """Runs of adjacent members with one key; a second member of the same name starts a new run.
 
-    Damage is a run without key of its own; a sample may go on after it.
+    Damage is a run of its own without a key; a sample may continue after it.
     """
     key, run = "", []
     for member in found:
@@ -261,7 +300,7 @@ def _runs(found: Iterable[Member]) -> Iterable[tuple[str, list[Member]]]:
             continue
         member_key, extension = _split(member.path)
         if not extension or member_key.endswith("/") or not member_key:
-            continue  # no extension, or a hidden file: not part of a sample, as in webdataset
+            continue  # no extension, or a hidden file: not in a sample, as in webdataset
         if run and (member_key != key or any(extension == _split(other.path)[1] for other in run)):
             yield key, run
             run = []
@@ -271,7 +310,7 @@ def _runs(found: Iterable[Member]) -> Iterable[tuple[str, list[Member]]]:
 
 
 def _sample(key: str, run: list[Member]) -> _Slot | None:
-    """The slot of one run, None where it holds neither image nor caption."""
+    """The slot of one run; None if it holds neither an image nor a caption."""
     parts = {_split(member.path)[1].lower(): member for member in run}
     images = sorted((name for name in parts if name.rpartition(".")[2] in SUFFIXES), key=lambda name: "." in name)
     if any(member.fault == "truncated tar" for member in run):

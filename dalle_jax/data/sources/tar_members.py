@@ -1,8 +1,8 @@
-"""The members of a tar file in any state: where each one's data lies, and where the file is damaged.
+"""The members of a tar file in any state: where the data of each is, and where the file is damaged.
 
-The standard library parses single headers; the walk from header to header is done here, because it must go on where
-`tarfile` stops: after a damaged header at the next valid one, after an end mark where another archive follows. Reads
-headers only. Knows nothing of samples, keys or images.
+The standard library parses single headers. The walk from header to header is done here, because it has to continue
+where `tarfile` stops: after a damaged header at the next valid one, and after an end mark if another archive follows.
+Reads headers only.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ MAGIC_OFFSET = 257  # of b"ustar" in a header
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One file in a tar, or one damaged place. offset, size: of its data, in bytes.
+    """A file in a tar, or a damaged place. offset, size: of its data, in bytes.
 
     fault: '' or a name of `record.REASONS`: 'link', 'truncated tar', 'bad tar header', 'not a tar file'. Damage that
-    belongs to no known member has path '@OFFSET'.
+    belongs to no known member has the path '@OFFSET'.
     """
 
     path: str
@@ -76,7 +76,7 @@ def members(descriptor: int) -> Iterator[Member]:
         extended = {}
         if info.issym() or info.islnk():
             yield Member(path, fault="link")
-        elif info.isreg() and info.type != tarfile.GNUTYPE_SPARSE:  # a sparse file's data is not in one piece
+        elif info.isreg() and info.type != tarfile.GNUTYPE_SPARSE:  # the data of a sparse file are in pieces
             yield Member(path, offset=data, size=size)
 
 
@@ -89,7 +89,7 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
 
 
 def _next_header(descriptor: int, start: int, end: int) -> tuple[int | None, bool]:
-    """Offset of the first valid header at or after `start` (None: there is none), and whether only zeros precede it."""
+    """Offset of the first valid header at or after `start`, None without one, and whether only zeros precede it."""
     only_zeros = True
     for offset in range(start, end, CHUNK):
         chunk = os.pread(descriptor, CHUNK, offset)
@@ -104,13 +104,13 @@ def _next_header(descriptor: int, start: int, end: int) -> tuple[int | None, boo
 
 
 def _extended(kind: bytes, data: bytes) -> dict[str, str]:
-    """'path' and 'size' out of a long-name record (GNU) or an extended header (pax)."""
+    """The 'path' and 'size' in a long-name record (GNU) or an extended header (pax)."""
     text = data.decode("utf-8", "surrogateescape")
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": text.partition("\0")[0]}
     if kind != tarfile.XHDTYPE:
         return {}
-    # Records are 'LENGTH KEY=VALUE\n' with LENGTH in bytes; a value with a newline only loses its rest.
+    # Records are 'LENGTH KEY=VALUE\n' with LENGTH in bytes; a value with a newline loses what follows it.
     pairs = (line.partition(" ")[2].partition("=") for line in text.split("\n"))
     fields = {key: value for key, _, value in pairs if key in ("path", "size")}
     return fields if fields.get("size", "0").isdecimal() else {}

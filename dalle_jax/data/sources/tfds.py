@@ -1,10 +1,10 @@
-"""TensorFlow Datasets through tfds' data sources: random access without TensorFlow.
+"""TensorFlow Datasets through the data sources of tfds: random access without TensorFlow.
 
-The dataset must be prepared in the array_record format (nothing is downloaded here: it can be hundreds of gigabytes).
+The dataset must be prepared in the array_record format; nothing is downloaded here, as it can be hundreds of gigabytes.
 It is opened from its files alone, because the code that prepares a dataset often imports TensorFlow. Records are read
-raw and their fields parsed by tfds, so that images reach our own decoder as encoded files. Captions come from text
-features; class labels give their name. `tfds:image_folder/SPLIT@DIR` reads tfds' ImageFolder layout
-DIR/SPLIT/LABEL/*.jpg, for which tfds itself would need TensorFlow.
+raw and parsed by tfds, so that images reach our decoder as encoded files. Captions come from text features, or from
+the names of class labels. `tfds:image_folder/SPLIT@DIR` reads the layout of tfds' ImageFolder, DIR/SPLIT/LABEL/*.jpg,
+for which tfds itself would need TensorFlow.
 """
 
 import os
@@ -52,7 +52,7 @@ class TfdsSource:
         self.__init__(*state[:-1], captions_required=state[-1])
 
     def _open(self):
-        import tensorflow_datasets as tfds  # half a second, and few need it
+        import tensorflow_datasets as tfds
         from tensorflow_datasets.core import example_parser, read_only_builder
 
         dataset, split, data_dir = self._arguments
@@ -61,12 +61,12 @@ class TfdsSource:
             self._records = builder.as_data_source(
                 split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
-        except Exception as error:  # tfds has no base class of its own for "not there"
+        except Exception as error:  # tfds has no exception of its own for a missing dataset
             first = re.split(r"\.\s|\n", str(error).strip())[0]
             place = f" --data_dir={data_dir}" if data_dir else ""
             raise UserError(
                 f"expected the prepared dataset {dataset}, split {split}, got {type(error).__name__} ({first}): "
-                f"prepare it where TensorFlow is at hand with `tfds build {dataset} --file_format=array_record{place}`"
+                f"prepare it on a machine with TensorFlow: `tfds build {dataset} --file_format=array_record{place}`"
             ) from error
         features = self._records.dataset_info.features
         self._image = next((key for key, kind in features.items() if isinstance(kind, tfds.features.Image)), None)
@@ -89,10 +89,10 @@ class TfdsSource:
         key = f"{self._arguments[1]}-{index:07d}"
         try:
             try:
-                with self._lock:  # one file reader, whose position is shared
+                with self._lock:  # the file reader has one position
                     raw = self._records[index]
                 fields = self._parser.parse_example(raw)
-            except Exception as error:  # whatever the file format's library and the parser raise for damage
+            except Exception as error:  # the library and the parser raise many kinds for damage
                 raise BadRecord("unreadable file", f"{type(error).__name__}: {error}") from None
             given = next((fields[name] for name in NAME_FEATURES if name in fields), None)
             key = f"{key} {_text(given)}" if given is not None else key
@@ -150,7 +150,7 @@ class LabelFolderSource:
 
 
 def _leaves(value) -> list[str]:
-    """All texts in a nested feature; COCO's is {'id': [...], 'text': [...]}."""
+    """All texts in a nested feature, e.g. that of COCO: {'id': [...], 'text': [...]}."""
     if isinstance(value, dict):
         named = [name for name in CAPTION_FEATURES if name in value]
         return [text for name in named for text in _leaves(value[name])]
