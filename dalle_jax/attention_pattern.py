@@ -3,8 +3,8 @@
 The only place that knows it (Ramesh et al. 2021, section 2.2, appendix B.1, figure 11). Kernels, caches and FLOP
 counts are tested against `allowed`. Numpy only; knows nothing of heads, parameters or dtypes.
 
-Positions: `text_len` text slots, then `grid * grid` image slots in raster order. Text sees earlier text; an image
-slot sees all text (padding included) and the earlier image slots of its layer's kind, itself included.
+Positions: `text_len` of the text, then `grid * grid` of the image in raster order. Text sees earlier text; an image
+position sees all text (padding included) and the earlier image positions of its layer's kind, itself included.
 """
 
 import functools
@@ -18,7 +18,7 @@ CONV_SIDE = 11  # the last layer's kernel, appendix B.1
 
 
 def layer_kinds(num_layers: int, pattern: str = "paper") -> tuple[str, ...]:
-    """Kind of each layer, first to last.
+    """The kind of each layer, first to last.
 
     `paper` (appendix B.1): with i = 1 .. num_layers, layer num_layers is 'conv', layers with (i - 2) mod 4 = 0 are
     'column', all others 'row'. `full` is dense causal attention everywhere, for comparison.
@@ -36,7 +36,7 @@ def layer_kinds(num_layers: int, pattern: str = "paper") -> tuple[str, ...]:
 
 
 def image_offsets(kind: str, *, grid: int) -> tuple[int, ...]:
-    """Raster distances query - key, ascending, that an image slot of this kind may look back over.
+    """Raster distances query - key, ascending, that an image position of this kind may look back over.
 
     Row attention wraps into the previous row and reaches the same column there (grid + 1 keys). Convolution wraps at
     row borders too: offsets dr * grid + dc of the causal half of an 11 x 11 window (the literal reading of "with
@@ -63,7 +63,7 @@ def _allowed_image(kind: str, grid: int) -> np.ndarray:
 
 
 def allowed_image(kind: str, *, grid: int) -> np.ndarray:
-    """bool [grid*grid, grid*grid]: may image query (row index) see image key (column index)? Read-only."""
+    """bool [grid*grid, grid*grid], read-only: may an image query (row) see an image key (column)?"""
     _check(kind, grid)
     return _allowed_image(kind, grid)
 
@@ -86,7 +86,7 @@ def allowed(kind: str, *, text_len: int, grid: int) -> np.ndarray:
 
 
 def compact_order(kind: str, *, text_len: int, grid: int) -> np.ndarray:
-    """int [S]: the positions in an order in which keys that a query may see lie in few blocks.
+    """int [S], the positions in an order in which the keys that a query may see lie in few blocks.
 
     Raster order, but for a column layer's image, which goes column by column: in raster order each of its columns
     meets every block of a row or more.
@@ -97,7 +97,7 @@ def compact_order(kind: str, *, text_len: int, grid: int) -> np.ndarray:
 
 
 def cache_slots(kind: str, *, grid: int) -> int:
-    """Image slots that decoding must keep per layer of this kind: a ring for row and conv, everything for the rest.
+    """Slots of a layer's cache when decoding: a ring for row and conv, all image positions for the rest.
 
     A ring of R slots holds position p in slot p mod R, which is exactly what a query may look back over. Column layers
     keep all positions transposed (column * grid + row), so that the keys a query sees lie side by side.
@@ -109,7 +109,7 @@ def cache_slots(kind: str, *, grid: int) -> int:
 
 
 def read_slots(kind: str, *, grid: int) -> int:
-    """Of `cache_slots`, those that one decoding step reads: one column of a column layer, all of the others."""
+    """The number of `cache_slots` that one decoding step reads: one column of a column layer, all of the others."""
     return grid if kind == "column" else cache_slots(kind, grid=grid)
 
 

@@ -1,16 +1,16 @@
 """The token sequence: vocabularies, padding, positions, targets and loss weights.
 
-The sequence is `text_len` text slots followed by `grid * grid` image slots in raster order. The input is the token
+The sequence is `text_len` text positions, then `grid * grid` image positions in raster order. The input is the token
 stream shifted right by one (the reading of figure 10 chosen here):
 
-    text slot 0        start of text; text slot p reads token p - 1 of the caption, or the padding vector of slot p
-    image slot 0       start of image, plus row 0 and column 0; image slot p reads image token p - 1
+    text position 0     start of text; position p reads token p - 1 of the caption, or the padding vector of position p
+    image position 0    start of image, plus row 0 and column 0; position p reads image token p - 1
 
-Text slot p predicts what text slot p + 1 reads (padding included), image slot p predicts image token p, and the last
-text slot predicts nothing. Every text slot has a padding vector of its own (section 2.2); slot 0 never pads, so its
-vector is the start of text. Text and image have separate vocabularies, embeddings and output heads.
+Text position p predicts what text position p + 1 reads (padding included), image position p predicts image token p,
+and the last text position predicts nothing. Every text position has a padding vector for itself (section 2.2); position
+0 never pads, so its vector is the start of text. Text and image have separate vocabularies, embeddings and heads.
 
-CLIP reads captions in a layout of its own, `CaptionLayout`.
+CLIP reads captions in another layout, `CaptionLayout`.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ TEXT_LOSS_WEIGHT, IMAGE_LOSS_WEIGHT = 1 / 8, 7 / 8  # section 2.2
 class Layout:
     """Sizes of one model's sequence; every derived size and index comes from here.
 
-    text_len: text slots, the start included, so a caption has room for text_len - 1 tokens.
-    text_vocab: entries of the BPE vocabulary. grid: image tokens per side. image_vocab: codes of the dVAE.
+    text_len: text positions, the start included, so a caption has room for text_len - 1 tokens.
+    text_vocab: entries of the BPE vocabulary. grid: image tokens per side. image_vocab: entries of the codebook.
     """
 
     text_len: int = 256
@@ -35,9 +35,9 @@ class Layout:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            least = 2 if field.name == "text_len" else 1
-            if getattr(self, field.name) < least:
-                raise ValueError(f"{field.name} must be at least {least}, got {getattr(self, field.name)}")
+            minimum = 2 if field.name == "text_len" else 1
+            if getattr(self, field.name) < minimum:
+                raise ValueError(f"{field.name} must be at least {minimum}, got {getattr(self, field.name)}")
 
     @property
     def image_len(self) -> int:
@@ -49,17 +49,17 @@ class Layout:
 
     @property
     def caption_len(self) -> int:
-        """Most tokens of a caption that are kept."""
+        """Tokens of a caption that are kept, at most."""
         return self.text_len - 1
 
     @property
     def text_ids(self) -> int:
-        """Rows of the text embedding and width of the text head: BPE entries, then one padding id per slot."""
+        """Rows of the text embedding and width of the text head: BPE entries, then one padding id per position."""
         return self.text_vocab + self.text_len
 
     @property
     def logits(self) -> int:
-        """Numbers that a whole sequence's predictions are made of."""
+        """Logits of a whole sequence."""
         return self.text_len * self.text_ids + self.image_len * self.image_vocab
 
     @property
@@ -73,44 +73,40 @@ class Layout:
 
     @property
     def image_ids(self) -> int:
-        """Rows of the image embedding: the codes and the start of image."""
+        """Rows of the image embedding: the image tokens and the start of image."""
         return self.image_vocab + 1
 
-    def text_slots(self, tokens) -> np.ndarray:
-        """Caption tokens -> int32 [text_len] of text ids as the slots read them; what does not fit is cut off.
+    def caption_ids(self, tokens) -> np.ndarray:
+        """Caption tokens -> int32 [text_len], the ids that the text positions read; what does not fit is cut off.
 
         Raises:
           ValueError: a token outside [0, text_vocab).
         """
         tokens = _checked(tokens, self.caption_len, self.text_vocab)
-        slots = self.text_vocab + np.arange(self.text_len, dtype=np.int32)
-        slots[1 : 1 + tokens.size] = tokens
-        return slots
-
-    def caption_tokens(self, text_slots) -> list[int]:
-        """The inverse of `text_slots`: the tokens of one caption without start and padding."""
-        return [int(i) for i in np.asarray(text_slots)[1:] if i < self.text_vocab]
+        ids = self.text_vocab + np.arange(self.text_len, dtype=np.int32)
+        ids[1 : 1 + tokens.size] = tokens
+        return ids
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionLayout:
     """The text that CLIP reads: start mark, tokens, end mark, zeros (Radford et al. 2021, section 2.4).
 
-    text_len: slots, both marks included. text_vocab: entries of the BPE vocabulary without the marks; CLIP's own has
-    256 bytes, 256 bytes that end a word and 48,894 merges.
+    text_len: positions, both marks included. text_vocab: entries of the BPE vocabulary without the marks; the released
+    CLIP's has 256 bytes, 256 bytes that end a word and 48,894 merges.
     """
 
     text_len: int = 77
     text_vocab: int = 49_406
 
     def __post_init__(self):
-        for field, least in (("text_len", 3), ("text_vocab", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{field} must be at least {least}, got {getattr(self, field)}")
+        for field, minimum in (("text_len", 3), ("text_vocab", 1)):
+            if getattr(self, field) < minimum:
+                raise ValueError(f"{field} must be at least {minimum}, got {getattr(self, field)}")
 
     @property
     def caption_len(self) -> int:
-        """Most tokens of a caption that are kept."""
+        """Tokens of a caption that are kept, at most."""
         return self.text_len - 2
 
     @property
@@ -127,21 +123,21 @@ class CaptionLayout:
         """The highest id, at whose first place the caption's feature is read; what follows it is seen by nothing."""
         return self.text_vocab + 1
 
-    def text_slots(self, tokens) -> np.ndarray:
+    def caption_ids(self, tokens) -> np.ndarray:
         """Caption tokens -> int32 [text_len]; what does not fit is cut off, the end mark stays.
 
         Raises:
           ValueError: a token outside [0, text_vocab).
         """
         tokens = _checked(tokens, self.caption_len, self.text_vocab)
-        slots = np.zeros(self.text_len, np.int32)
-        slots[: tokens.size + 2] = [self.start_of_text, *tokens, self.end_of_text]
-        return slots
+        ids = np.zeros(self.text_len, np.int32)
+        ids[: tokens.size + 2] = [self.start_of_text, *tokens, self.end_of_text]
+        return ids
 
 
-def _checked(tokens, most: int, vocab: int) -> np.ndarray:
-    """The first `most` tokens as int32; ValueError for one outside [0, vocab)."""
-    tokens = np.asarray(tokens, np.int32)[:most]
+def _checked(tokens, max_tokens: int, vocab: int) -> np.ndarray:
+    """The first `max_tokens` tokens as int32; ValueError for one outside [0, vocab)."""
+    tokens = np.asarray(tokens, np.int32)[:max_tokens]
     if tokens.size and not (0 <= tokens.min() and tokens.max() < vocab):
         raise ValueError(
             f"text tokens must be in [0, {vocab}), got {tokens.min()} .. {tokens.max()}: "

@@ -123,7 +123,7 @@ def captions():
 
     layout = Layout(SHAPE["text_len"], SHAPE["text_vocab"], SHAPE["grid"], SHAPE["image_vocab"])
     tokens = np.random.default_rng(0).integers(layout.text_vocab, size=(BATCH, layout.caption_len))
-    return np.stack([layout.text_slots(row) for row in tokens])
+    return np.stack([layout.caption_ids(row) for row in tokens])
 
 
 def trainer(pattern: str):

@@ -79,7 +79,7 @@ def theirs(path: Path, size: int, tokenizer: Tokenizer, layout: Layout):
     def prepare(sample):
         image, caption = sample
         tokens = tokenizer.encode(caption, dropout=DROPOUT, rng=rng)
-        return transforms.augment_transformer(image, size, rng), layout.text_slots(tokens)
+        return transforms.augment_transformer(image, size, rng), layout.caption_ids(tokens)
 
     dataset = webdataset.WebDataset(str(path), shardshuffle=False).shuffle(1000).decode("rgb8")
     return iter(dataset.to_tuple("jpg;png", "txt").map(prepare).repeat().batched(BATCH))

@@ -59,7 +59,7 @@ def measure(variant: str, rounds: int) -> dict[str, list[float]]:
     mesh = make_mesh({})
     optimizer = build_optimizer(Optimizer(**config.optimizer), steps=100, axes=task.model.axes)
     rng, size, side = np.random.default_rng(0), config.batch_size, dvae.config.image_size
-    text = np.tile(task.model.config.layout.text_slots([]), (size, 1))
+    text = np.tile(task.model.config.layout.caption_ids([]), (size, 1))
     batches = {
         "pictures": {"image": rng.integers(256, size=(size, side, side, 3), dtype=np.uint8), "text": text},
         "codes": {

@@ -61,7 +61,7 @@ def on_processor(args) -> dict:
         params = bounds.random_params(model, key)
         engine = Engine(model, params, **options)
         layout = model.config.layout
-        text_T = layout.text_slots(np.random.default_rng(0).integers(layout.text_vocab, size=layout.caption_len))
+        text_T = layout.caption_ids(np.random.default_rng(0).integers(layout.text_vocab, size=layout.caption_len))
         captions = CANDIDATES if name == "plain" else 1
         text_CT, shape = np.stack([text_T] * captions), (captions, CANDIDATES // captions)
         step = bounds.step(engine, *shape)
@@ -146,7 +146,7 @@ def on_accelerator(args) -> None:
         model = bounds.model(name)
         layout, grid = model.config.layout, model.config.grid
         engine = Engine(model, bounds.random_params(model, jax.random.key(0)), mesh=mesh, **args.options)
-        text_CT = layout.text_slots(np.random.default_rng(0).integers(layout.text_vocab, size=64))[None]
+        text_CT = layout.caption_ids(np.random.default_rng(0).integers(layout.text_vocab, size=64))[None]
         capacity, told = engine.capacity(guided=False)
         for count in args.candidates:
             plans = batches.plan({0: count}, capacity=capacity)

@@ -295,7 +295,7 @@ def made_up(job: Job) -> dict[str, np.ndarray]:
         else:
             layout = job.task.model.config.layout
             captions = rng.integers(layout.text_vocab, size=(a.shape[0], layout.caption_len // 2))
-            arrays[name] = np.stack([layout.text_slots(row) for row in captions])
+            arrays[name] = np.stack([layout.caption_ids(row) for row in captions])
     return arrays
 
 

@@ -134,11 +134,11 @@ class Prepare:
             return Example(arrays)
         caption = captions[int(rng.integers(len(captions)))] if at_random else captions[0]
         if config.caption_dropout and rng.random() < config.caption_dropout:
-            return Example(arrays | {"text": layout.text_slots([])})
+            return Example(arrays | {"text": layout.caption_ids([])})
         longest = self.tokenizer.longest_piece * layout.caption_len  # characters that the text positions can hold
         caption = normalize(caption)[: longest + 1]  # one too many, so that it still counts as cut
         tokens = self.tokenizer.encode(caption, dropout=config.bpe_dropout, rng=rng)
-        return Example(arrays | {"text": layout.text_slots(tokens)}, cut=len(tokens) > layout.caption_len)
+        return Example(arrays | {"text": layout.caption_ids(tokens)}, cut=len(tokens) > layout.caption_len)
 
     @functools.cached_property
     def _shortest(self) -> int:

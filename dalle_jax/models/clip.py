@@ -95,7 +95,7 @@ def encode_images(model: Model, params: Params, image_uint8):
 
 
 def encode_captions(model: Model, params: Params, text_BT):
-    """int32 text slots (`CaptionLayout.text_slots`) -> unit vectors float32 [B, E]."""
+    """int32 of `CaptionLayout.caption_ids` -> unit vectors float32 [B, E]."""
     return model.apply(params, text_BT, method="encode_text")
 
 
@@ -123,7 +123,7 @@ class CLIP(nnx.Module):
         return _unit(self.image(pixel_BHWC))
 
     def encode_text(self, text_BT):
-        """int32 text slots -> unit vectors float32 [B, E]; nothing after the first end mark counts."""
+        """int32 of `CaptionLayout.caption_ids` -> unit vectors float32 [B, E]; nothing after the end mark counts."""
         return _unit(self.text(text_BT))
 
 

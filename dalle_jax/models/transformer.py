@@ -112,10 +112,10 @@ class Transformer(nnx.Module):
     def __call__(self, text_BT, image_BI, scales=None):
         """Logits of every prediction.
 
-        text_BT: int32 text slots (`Layout.text_slots`). image_BI: int32 codes in raster order. scales: float32 [L, 2]
-          of the residual branches' gradients, for 'fp16-paper' alone; nothing that is computed forward needs them.
-        Returns: float32 text logits [B, T, text_ids], where slot p predicts what slot p + 1 reads, and float32 image
-        logits [B, I, image_vocab], where position p predicts code p. No position sees a later token.
+        text_BT: int32 of `Layout.caption_ids`. image_BI: int32 image tokens in raster order. scales: float32 [L, 2] of
+          the residual branches' gradients, for 'fp16-paper' alone; nothing that is computed forward needs them.
+        Returns: float32 text logits [B, T, text_ids], where position p predicts what position p + 1 reads, and float32
+        image logits [B, I, image_vocab], where position p predicts image token p. No position sees a later token.
         """
         config, dtype, stream = self.config, compute_dtype(self.config.precision), stream_dtype(self.config.precision)
         x_BSD = jnp.concatenate([self._embed_text(text_BT), self._embed_image(image_BI)], axis=1).astype(stream)

@@ -33,7 +33,7 @@ def attention(config: TransformerConfig) -> int:
 
 
 def transformer_heads(config: TransformerConfig) -> int:
-    """Of the logits of one sequence, forward: text slots over the text vocabulary, image slots over the image's."""
+    """Of one sequence's logits, forward: text positions over the text vocabulary, image positions over the image's."""
     layout = config.layout
     return 2 * config.width * layout.logits
 

@@ -180,7 +180,7 @@ class Autoregressive:
         tokens = {id(r.image): self.encode(r.image) for r in requests if r.image is not None}
         blank = np.zeros(self._layout.image_len, np.int32)
         return self.engine.begin(
-            np.stack([self._layout.text_slots(self.tokenizer.encode(request.caption)) for request in requests]),
+            np.stack([self._layout.caption_ids(self.tokenizer.encode(request.caption)) for request in requests]),
             image_keys(seeds_PM),
             **{name: [of[name] for of in settings] for name in ("temperature", "top_k", "top_p", "guidance")},
             given_PI=np.stack([tokens.get(id(request.image), blank) for request in requests]),

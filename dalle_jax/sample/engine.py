@@ -131,7 +131,7 @@ class Engine:
         filtered = bool((settings["top_k"] < layout.image_vocab).any() or (settings["top_p"] < 1).any())
         guided = bool((guidance_B != 1).any())
         if guided:
-            text_PT = np.concatenate([text_PT, np.tile(layout.text_slots([]), (prompts, 1))])
+            text_PT = np.concatenate([text_PT, np.tile(layout.caption_ids([]), (prompts, 1))])
         given_PI = np.zeros((prompts, layout.image_len), np.int32) if given_PI is None else np.asarray(given_PI)
         keys_B, tokens_IB = keys_PM.reshape(-1), np.repeat(given_PI, candidates, axis=0).T
         program = Program(self.config, self.mesh, guided=guided, filtered=filtered)

@@ -89,7 +89,7 @@ class Reranker:
         return sharding.in_batches(functools.partial(_encode_captions, self.model, self._params), text_PT, size=BATCH)
 
     def _text(self, caption: str) -> np.ndarray:
-        return self.model.config.layout.text_slots(self.tokenizer.encode(caption))
+        return self.model.config.layout.caption_ids(self.tokenizer.encode(caption))
 
     def _caption(self, caption: str) -> jax.Array:
         """The caption's vector [E]; the latest CACHED_CAPTIONS are kept."""

@@ -2,7 +2,7 @@
 
 The vocabulary is one unknown piece, 256 byte pieces, then merges and characters; there is no start, end or padding
 piece, because the layout owns those. Every caption has an encoding: a character that the vocabulary lacks is spelled
-in UTF-8 bytes. Knows nothing of text slots, lengths or which captions are worth learning from.
+in UTF-8 bytes. Knows nothing of positions, lengths or which captions are worth learning from.
 """
 
 import collections

@@ -53,7 +53,7 @@ def state_arrays(model) -> dict[str, np.ndarray]:
 
 
 def inputs(seed: int = 0):
-    """Normalised pixels, and text slots of several lengths with anything behind the end mark."""
+    """Normalised pixels, and text positions of several lengths with anything behind the end mark."""
     rng = np.random.default_rng(seed)
     pixel_BHWC = rng.normal(size=(3, 12, 12, 3)).astype(np.float32)
     text_BT = rng.integers(VOCAB, size=(3, 7)).astype(np.int32)

@@ -58,7 +58,7 @@ def random_params(config):
 def random_batch(config, batch=4, seed=0):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, config.layout.caption_len + 1, batch)
-    text = np.stack([config.layout.text_slots(rng.integers(config.text_vocab, size=n)) for n in lengths])
+    text = np.stack([config.layout.caption_ids(rng.integers(config.text_vocab, size=n)) for n in lengths])
     return rng.integers(0, 256, (batch, config.image_size, config.image_size, 3), np.uint8), text
 
 
@@ -76,12 +76,12 @@ def test_parameter_counts_are_those_of_the_released_models(variant, parameters):
     assert build("clip", configs.load(f"configs/clip.py:{variant}").model).num_params == parameters
 
 
-def test_text_slots():
+def test_captions_lie_between_both_marks():
     layout = TINY.layout
-    assert list(layout.text_slots([3, 4])) == [11, 3, 4, 12, 0, 0]
-    assert list(layout.text_slots(range(9))) == [11, 0, 1, 2, 3, 12]  # cut, the end mark stays
+    assert list(layout.caption_ids([3, 4])) == [11, 3, 4, 12, 0, 0]
+    assert list(layout.caption_ids(range(9))) == [11, 0, 1, 2, 3, 12]  # cut, the end mark stays
     with pytest.raises(ValueError, match="does not belong to this model"):
-        layout.text_slots([11])
+        layout.caption_ids([11])
 
 
 def test_no_text_state_depends_on_a_later_token():
@@ -104,7 +104,7 @@ def test_no_text_state_depends_on_a_later_token():
 
 def test_only_what_comes_before_the_end_mark_counts():
     model, params, layout = clip.model(TINY), random_params(TINY), TINY.layout
-    text = np.stack([layout.text_slots([1, 2])] * 3)
+    text = np.stack([layout.caption_ids([1, 2])] * 3)
     text[1, 4:] = layout.end_of_text  # padded as Hugging Face does
     text[2, 2] = 5
     features = np.asarray(apply(model, params, text, method="encode_text"))

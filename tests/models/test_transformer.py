@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layout import Layout
 from dalle_jax.models import transformer
 from dalle_jax.models.layers import Model
 from dalle_jax.models.transformer import TransformerConfig
@@ -32,7 +31,7 @@ TINY = TransformerConfig(
 
 def random_batch(config, batch=2, seed=0):
     rng = np.random.default_rng(seed)
-    text = np.stack([config.layout.text_slots(rng.integers(config.text_vocab, size=n)) for n in range(1, batch + 1)])
+    text = np.stack([config.layout.caption_ids(rng.integers(config.text_vocab, size=n)) for n in range(1, batch + 1)])
     return text, rng.integers(config.image_vocab, size=(batch, config.layout.image_len)).astype(np.int32)
 
 
@@ -101,8 +100,8 @@ def test_no_logits_depend_on_a_later_token(pattern):
     text_len, image_len = layout.text_len, layout.image_len
     prediction = np.arange(text_len + image_len)
     reads_text = np.arange(text_len)[None] <= prediction[:, None]
-    np.testing.assert_array_equal(by_text > 0, reads_text)  # text slots, and every image position sees all text
-    # image vector j stands for the token at position j - 1, read by image slot j; vector 0 is never read
+    np.testing.assert_array_equal(by_text > 0, reads_text)  # text positions, and every image position sees all text
+    # image vector j stands for the token at position j - 1, read by image position j; vector 0 is never read
     later = np.arange(image_len + 1)[None] > (prediction - text_len)[:, None]
     assert not by_image[later].any()
     assert by_image[text_len + 1 :].any(axis=1).all()
@@ -147,13 +146,6 @@ def test_bf16_is_close_to_fp32():
         assert b.dtype == jnp.float32
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a)  # 8 bits of mantissa through 3 layers
         assert not np.array_equal(a, b)
-
-
-def test_padding_vector_differs_by_position():
-    """Two captions of different length give different logits although the padding itself carries no token."""
-    layout: Layout = TINY.layout
-    slots = layout.text_slots([3])
-    assert list(slots) == [11, 3, 13, 14, 15]
 
 
 def test_wrong_sizes_are_refused():

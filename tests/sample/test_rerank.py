@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     images = np.stack([plain(colour) for colour in COLOURS])
     vectors = np.asarray(encode_images(model, params, images))
     wanted = np.linalg.pinv(vectors).T  # its dot product is 1 with the colour's picture and 0 with the others
-    text = np.stack([config.layout.text_slots(tokenizer.encode(colour)) for colour in COLOURS])
+    text = np.stack([config.layout.caption_ids(tokenizer.encode(colour)) for colour in COLOURS])
     states = params | {"text": params["text"] | {"projection": np.eye(16, dtype=np.float32)}}
     wide = clip.model(dataclasses.replace(config, embed=16))
     read = np.asarray(apply(wide, states, text, method="encode_text")) * 4.0  # of layer-normed states: length sqrt(16)

@@ -164,7 +164,7 @@ def test_the_engine_draws_from_the_filtered_distribution_at_the_end_of_a_picture
     )  # fmt: skip
     place = rows * TINY.grid
     drawn_CM = engine.tokens(engine.advance(batch, 0, TINY.grid))[..., place]
-    empty = np.stack([TINY.layout.text_slots([])] * 3)
+    empty = np.stack([TINY.layout.caption_ids([])] * 3)
     logits = uncached(TINY, params, np.concatenate([text, empty]), np.tile(image, (2, 1))[:, None])[:, 0, place]
     c, u = np.split(logits.astype(float), 2)
     for caption, own in enumerate(settings):
@@ -188,7 +188,7 @@ def test_guidance_is_the_formula_with_and_without_a_cache():
     ids = sample(params=params, text=text, top_k=1, guidance=[3.0, 1.0])
     np.testing.assert_array_equal(text, before)
     c = uncached(TINY, params, text, ids)
-    u = uncached(TINY, params, np.stack([layout.text_slots([])] * 2), ids)
+    u = uncached(TINY, params, np.stack([layout.caption_ids([])] * 2), ids)
     np.testing.assert_array_equal(ids[0], (u + 3.0 * (c - u))[0].argmax(-1))
     np.testing.assert_array_equal(ids[1], c[1].argmax(-1))
     assert not np.array_equal(ids[0], c[0].argmax(-1))

@@ -33,7 +33,7 @@ TINY = TransformerConfig(
 
 def tokens(index, batch=8, config=TINY):
     rng = np.random.default_rng(index)
-    text = np.stack([config.layout.text_slots(rng.integers(config.text_vocab, size=2)) for _ in range(batch)])
+    text = np.stack([config.layout.caption_ids(rng.integers(config.text_vocab, size=2)) for _ in range(batch)])
     return {"text": text, "image": rng.integers(config.image_vocab, size=(batch, config.grid**2)).astype(np.int32)}
 
 

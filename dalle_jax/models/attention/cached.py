@@ -22,7 +22,7 @@ def empty(kind: str, *, grid: int, images: int, heads: int, head_size: int, dtyp
 
 
 def attend(q_BNH, k_BNH, v_BNH, text, cache, kind: str, *, position, grid: int):
-    """Attention of the image slot `position` (a traced int32), which is also written to the cache.
+    """Attention of the image position `position` (a traced int32), which is also written to the cache.
 
     The B images are the M candidates of each of P captions, those of a caption side by side.
     text: {'k', 'v'} of [P, N, T, H], stored once per caption and read by all its candidates.
