@@ -5,86 +5,57 @@
 
 `peer_dalle_pytorch.py` and `peer_emu3.py` say how to make their environments. Each round measures every work once,
 ours and theirs in turns, so that what else the machine does hits both; a ratio is the middle one of the rounds.
-`--slow-rounds` is for what takes the peer minutes (DALLE-pytorch's sampling as shipped). Writes the table and the raw
-seconds to `benchmarks/results/`.
+`--slow-rounds` is for what takes the peer minutes (DALLE-pytorch's sampling as shipped). Writes
+`results/dalle_pytorch.md` or `emu3.md`.
 
 A training step is loss, gradients and AdamW on given image tokens; ours also keeps its moving average. A sample is
 captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Width and blocks of our decoder are
 chosen so that both do about the same arithmetic, which every run counts and reports. The peer's default filter keeps
 half of text and image vocabulary together, which at this shape is nearly all image tokens. Emu3 stops at image tokens,
 without pixels. `sample_products` is no sampler: it does the matrix products of the image tokens alone, as fast as XLA
-does them in float32, and so bounds the ratio. Both sides keep freed memory (`dalle_jax/cli/host_memory.py`, as every
-`dalle-jax` command does; the peer by the same settings in its environment).
+does them in float32, and so bounds the ratio. Both sides keep freed memory (`harness.KEEP_FREED`).
 """
 
-import argparse
-import dataclasses
-import datetime
-import json
-import os
 import statistics
 import sys
-from pathlib import Path
 
+from benchmarks import harness
 from benchmarks.peers.peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
-from benchmarks.peers.peers import PeerProcess, machine
-from benchmarks.peers.works import Works
-from dalle_jax.cli import host_memory  # does not import JAX
+from benchmarks.peers.process import PeerProcess, Works
 
-RESULTS = Path(__file__).parent.parent / "results"
 OURS = ("train_paper", "train_full", "sample_paper", "sample_full", "sample_products")
-
-
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """One row of the table: our work against theirs; `least` is the ratio to reach, None if it is only reported."""
-
-    ours: str
-    peer: str
-    least: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """A package to compare with. slow: works of it that take minutes."""
-
-    title: str
-    script: str
-    fast: tuple[str, ...]
-    slow: tuple[str, ...]
-    bars: tuple[Bar, ...]
-
-
+EACH = {"train": BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2), "sample": BATCH}  # tokens, images
+# name -> title, script, its works, those that take minutes, and rows of the table: our work, theirs, the ratio to reach
+# or None if it is only reported.
 PEERS = {
-    "dalle_pytorch": Peer(
+    "dalle_pytorch": (
         "DALLE-pytorch 1.6.6",
         "peer_dalle_pytorch",
         ("train_dense", "train_sparse", "sample_dense_cached"),
         ("sample_dense_shipped", "sample_sparse_shipped"),
         (
-            Bar("train_paper", "train_dense", 1.0),
-            Bar("train_paper", "train_sparse", 1.5),
-            Bar("train_full", "train_dense", None),
-            Bar("sample_paper", "sample_dense_cached", 8.0),
-            Bar("sample_full", "sample_dense_cached", None),
-            Bar("sample_products", "sample_dense_cached", None),
-            Bar("sample_paper", "sample_dense_shipped", 50.0),
-            Bar("sample_paper", "sample_sparse_shipped", None),
+            ("train_paper", "train_dense", 1.0),
+            ("train_paper", "train_sparse", 1.5),
+            ("train_full", "train_dense", None),
+            ("sample_paper", "sample_dense_cached", 8.0),
+            ("sample_full", "sample_dense_cached", None),
+            ("sample_products", "sample_dense_cached", None),
+            ("sample_paper", "sample_dense_shipped", 50.0),
+            ("sample_paper", "sample_sparse_shipped", None),
         ),
     ),
-    "emu3": Peer(
+    "emu3": (
         "Emu3 of transformers 5.24.0",
         "peer_emu3",
         ("train_eager", "train_compiled", "sample_cached"),
         (),
         (
-            Bar("train_paper", "train_eager", None),
-            Bar("train_paper", "train_compiled", None),
-            Bar("train_full", "train_eager", None),
-            Bar("train_full", "train_compiled", None),
-            Bar("sample_paper", "sample_cached", None),
-            Bar("sample_full", "sample_cached", None),
-            Bar("sample_products", "sample_cached", None),
+            *(
+                (ours, theirs, None)
+                for ours in ("train_paper", "train_full")
+                for theirs in ("train_eager", "train_compiled")
+            ),
+            *((ours, "sample_cached", None) for ours in OURS[2:]),
         ),
     ),
 }
@@ -245,99 +216,53 @@ def products():
     return lambda: run(x_BD).block_until_ready()
 
 
-def run_rounds(peer: Peer, process: PeerProcess, args) -> dict[str, list[list[float]]]:
-    """work -> for each round, the seconds of its repeats. A work that has no round is missing."""
+def run_rounds(peer: PeerProcess, fast, slow, args) -> dict[str, list[float]]:
+    """work -> the middle of its seconds in each round."""
     ours, seconds = Works(build_work), {}
     for index in range(max(args.rounds, args.slow_rounds)):
-        theirs = peer.fast * (index < args.rounds) + peer.slow * (index < args.slow_rounds)
-        turns = [(ours, work) for work in OURS] + [(process, work) for work in theirs]
-        turns.sort(key=lambda turn: turn[1])  # sample_* and train_* of both sides next to each other
-        for side, work in turns:
-            repeats = args.train_steps if work.startswith("train") else 1
-            seconds.setdefault(work, []).append(side.measure(work, repeats))
-            print(
-                f"round {index + 1}: {work} {statistics.median(seconds[work][-1]):.3f} s", file=sys.stderr, flush=True
-            )
+        theirs = fast * (index < args.rounds) + slow * (index < args.slow_rounds)
+        turns = [(ours, work) for work in OURS] + [(peer, work) for work in theirs]
+        for side, work in sorted(turns, key=lambda turn: turn[1]):  # works of one kind of both sides in a row
+            found = statistics.median(side.measure(work, args.train_steps if work.startswith("train") else 1))
+            seconds.setdefault(work, []).append(found)
+            harness.log(f"round {index + 1}: {work} {found:.3f} s")
     return seconds
 
 
-def summarise(peer: Peer, seconds: dict[str, list[list[float]]]) -> dict:
-    """Rates of every work and the ratio of every bar whose works were measured."""
-    each = {"train": BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2), "sample": BATCH}
-    middles = {work: [statistics.median(round_) for round_ in rounds] for work, rounds in seconds.items()}
-    rates = {work: each[work.split("_")[0]] / statistics.median(middle) for work, middle in middles.items()}
-    bars = []
-    for bar in peer.bars:
-        if bar.peer in middles:
-            pairs = zip(middles[bar.peer], middles[bar.ours], strict=False)  # slow works have fewer rounds
-            ratios = [theirs / ours for theirs, ours in pairs]
-            ratio = statistics.median(ratios)
-            met = None if bar.least is None else ratio >= bar.least
-            bars.append(
-                {**dataclasses.asdict(bar), "ratio": ratio, "low": min(ratios), "high": max(ratios), "met": met}
-            )
-    return {"rates": rates, "bars": bars}
-
-
-def table(peer: Peer, result: dict) -> str:
-    """The result as markdown."""
-    about = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    lines = [
-        f"# Speed next to {peer.title}",
-        "",
-        f"{result['date']}; {about}.",
-        f"Shape: {', '.join(f'{key} {value}' for key, value in SHAPE.items())}, batch {BATCH}; float32.",
-        "",
-        f"    {result['command']}",
-        "",
-        result["about"],
-        "",
-        "| ours | theirs | our rate | their rate | ratio (lowest and highest round) | bar |",
-        "|---|---|---|---|---|---|",
-    ]
-    for bar in result["bars"]:
-        unit, digits = ("tokens/s", 0) if bar["ours"].startswith("train") else ("images/s", 3)
-        ours, theirs = (f"{result['rates'][bar[side]]:,.{digits}f} {unit}" for side in ("ours", "peer"))
-        least = "" if bar["least"] is None else f"{bar['least']:g}x: {'met' if bar['met'] else 'not met'}"
-        ratio = f"{bar['ratio']:.2f}x ({bar['low']:.2f} to {bar['high']:.2f})"
-        lines.append(f"| {bar['ours']} | {bar['peer']} | {ours} | {theirs} | {ratio} | {least} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, rounds=5, peer=True)
     parser.add_argument("--peer", choices=PEERS, default="dalle_pytorch")
-    parser.add_argument("--peer-python", required=True, help="the interpreter of the peer's environment")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, default=1, help="rounds that include the peer as shipped")
     parser.add_argument("--train-steps", type=int, default=5, help="training steps of each work in each round")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    host_memory.keep_freed()
-    if hasattr(os, "sched_setaffinity"):  # both sides get the same cores; the peer's process inherits them
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    about = machine()
-    if about["load_before"] > 0.5:
-        print(f"warning: the machine is busy (load {about['load_before']}), which hurts both sides", file=sys.stderr)
-    peer = PEERS[args.peer]
-    process = PeerProcess(args.peer_python, peer.script)
-    seconds = run_rounds(peer, process, args)
-    process.close()
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m benchmarks.peers.compare --peer {args.peer} --peer-python PEER/bin/python "
-        f"--rounds {args.rounds} --slow-rounds {args.slow_rounds} --train-steps {args.train_steps}",
-        "machine": {**about, "torch": process.about["torch"]},
-        "about": arithmetic(process.about),
-        **summarise(peer, seconds),
-        "seconds": seconds,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.peer}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / f"{args.peer}.md").write_text(table(peer, result))
-    print(table(peer, result))
-    return 0 if all(bar["met"] is not False for bar in result["bars"]) else 1
+    harness.two_cpus(THREADS)
+    machine = harness.machine()
+    title, script, fast, slow, bars = PEERS[args.peer]
+    peer = PeerProcess(args.peer_python, script, "--serve")
+    seconds = run_rounds(peer, fast, slow, args)
+    peer.close()
+    rows, missed = [], False
+    for ours, theirs, bar in bars:
+        if theirs in seconds:
+            verb = ours.partition("_")[0]
+            unit, digits = ("tokens/s", 0) if verb == "train" else ("images/s", 3)
+            rates = [f"{EACH[verb] / statistics.median(seconds[work]):,.{digits}f} {unit}" for work in (ours, theirs)]
+            ratios = harness.ratios(seconds[theirs], seconds[ours])
+            met = harness.met(statistics.median(ratios), bar)
+            rows.append((ours, theirs, *rates, harness.spread(ratios), met))
+            missed |= met.endswith("not met")
+    lines = [
+        f"{machine[:-1]}, torch {peer.about['torch']}.",
+        f"Shape: {', '.join(f'{key} {value}' for key, value in SHAPE.items())}, batch {BATCH}; float32.",
+        "",
+        f"    {harness.command(args, peer_python='PEER/bin/python')}",
+        "",
+        arithmetic(peer.about),
+        "",
+        *harness.table("ours | theirs | our rate | their rate | ratio (lowest and highest round) | bar", rows),
+    ]
+    harness.write(args.results / f"{args.peer}.md", f"Speed next to {title}", lines)
+    return int(missed)
 
 
 if __name__ == "__main__":

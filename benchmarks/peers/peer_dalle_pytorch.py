@@ -9,8 +9,8 @@ Runs in an environment of its own, which has torch and no JAX:
         pillow tqdm omegaconf webdataset requests 'setuptools<81'
     PEER/bin/python -m benchmarks.peers.peer_dalle_pytorch train_dense train_sparse sample_dense_cached
 
-`--serve` reads the names of works from stdin instead, one a line, and answers each with its line: `compare.py`
-alternates with it that way. Two things have to be put in its way to run it at all, or at its best:
+Its works are `train_` and `sample_` with `dense` or `sparse`, sampling with `_cached` or `_shipped`. It takes two
+changes to run it at all, or at its best:
 
 - it imports `taming.models.vqgan`, a package that no longer installs, for two classes that are not used here: empty
   classes stand in;
@@ -18,13 +18,11 @@ alternates with it that way. Two things have to be put in its way to run it at a
   `sample_dense_cached` replaces that one method by one that does, and is what the peer could do, not what it does.
 """
 
-import argparse
 import functools
-import json
 import sys
 import types
 
-from benchmarks.peers.works import Works
+from benchmarks.peers.process import Works, serve
 
 SHAPE = dict(
     layers=4, width=256, heads=4, head_size=64, text_len=64, text_vocab=1000, grid=16, image_vocab=1024, image_size=128
@@ -32,7 +30,6 @@ SHAPE = dict(
 BATCH, THREADS = 4, 2
 LEARNING_RATE = 3e-4
 SPARSE = ("full", "axial_row", "axial_col", "conv_like")
-WORKS = ("train_dense", "train_sparse", "sample_dense_cached", "sample_dense_shipped", "sample_sparse_shipped")
 
 
 def import_peer():
@@ -116,30 +113,10 @@ class Peer:
         return counter.get_total_flops() // 2
 
     def measure(self, work, repeats):
-        """Seconds of each repeat and the rate of the middle one."""
-        training = work.startswith("train")
-        seconds = (self.training if training else self.sampling).measure(work, repeats)
-        middle = sorted(seconds)[len(seconds) // 2]
-        each = BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2) if training else BATCH
-        unit = "tokens_per_second" if training else "images_per_second"
+        works = self.training if work.startswith("train") else self.sampling
         about = {"torch": self.torch.__version__, "decoder_multiply_adds": self.decoder_multiply_adds}
-        return {"work": work, "seconds": seconds, unit: each / middle, **about}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("works", nargs="*", choices=[[], *WORKS], help=f"what to measure: {', '.join(WORKS)}")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--serve", action="store_true", help="read `WORK REPEATS` lines from stdin")
-    args = parser.parse_args()
-    peer = Peer()
-    if args.serve:
-        requests = (line.split() for line in sys.stdin)
-    else:
-        requests = ((work, args.repeats) for work in args.works)
-    for work, repeats in requests:
-        print(json.dumps(peer.measure(work, int(repeats))), flush=True)
+        return {"seconds": works.measure(work, repeats), **about}
 
 
 if __name__ == "__main__":
-    main()
+    serve(__doc__, Peer().measure)

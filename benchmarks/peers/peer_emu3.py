@@ -10,20 +10,15 @@ A current autoregressive image model: text and image tokens of one vocabulary th
 positions, SwiGLU and dense causal attention by torch's fused kernel. Random weights; the hidden layer of the MLP is
 chosen so that it has the parameters of one four times as wide with two matrices. Training is its own loss, over every
 position and the whole vocabulary, with torch's fused AdamW; `train_compiled` puts the model through torch.compile.
-Sampling is its own `generate` with its cache, text ids suppressed. `--serve`: see `peers.py`.
+Sampling is its own `generate` with its cache, text ids suppressed.
 """
-
-import argparse
-import json
-import sys
 
 import torch
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from benchmarks.peers.peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
-from benchmarks.peers.works import Works
+from benchmarks.peers.process import Works, serve
 
-WORKS = ("train_eager", "train_compiled", "sample_cached")
 TEXT_IDS, IMAGE_LEN = SHAPE["text_vocab"], SHAPE["grid"] ** 2
 
 
@@ -80,22 +75,9 @@ class Peer:
         return step
 
     def measure(self, work, repeats):
-        """Seconds of each repeat."""
         seconds = self.works.measure(work, repeats)
-        return {"work": work, "seconds": seconds, "torch": torch.__version__, "parameters": self.parameters}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("works", nargs="*", choices=[[], *WORKS], help=f"what to measure: {', '.join(WORKS)}")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--serve", action="store_true", help="read `WORK REPEATS` lines from stdin")
-    args = parser.parse_args()
-    peer = Peer()
-    requests = (line.split() for line in sys.stdin) if args.serve else ((w, args.repeats) for w in args.works)
-    for work, repeats in requests:
-        print(json.dumps(peer.measure(work, int(repeats))), flush=True)
+        return {"seconds": seconds, "torch": torch.__version__, "parameters": self.parameters}
 
 
 if __name__ == "__main__":
-    main()
+    serve(__doc__, Peer().measure)

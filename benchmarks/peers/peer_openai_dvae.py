@@ -9,45 +9,24 @@ Runs in an environment of its own, which has torch and no JAX:
     PEER/bin/python -m benchmarks.peers.peer_openai_dvae train_nchw train_nhwc
 
 The package has the encoder and the decoder; what trains them here is the paper's objective with the same noise and the
-same terms as ours (`dalle_jax/train/dvae_task.py`) and torch's fused AdamW. NCHW is torch's own layout, NHWC its
+same terms as ours (`dalle_jax/train/objectives/dvae.py`) and torch's fused AdamW. NCHW is torch's own layout, NHWC its
 `channels_last`; bf16 is its autocast, as the modules' own half precision is for CUDA alone.
 """
 
-import argparse
 import contextlib
-import json
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
 from dall_e import Decoder, Encoder
 
-from benchmarks.peers.works import Works
-
-SHAPE = dict(image_size=64, vocab=1024, width=64, stem=128, blocks_per_group=1)  # groups and kernels are the paper's
-BATCH, THREADS, LEARNING_RATE, BETA = 8, 2, 1e-4, 6.6
-# Channels in and out of 3 x 3 convolutions, and the side of what they run over: of the first group of encoder and
-# decoder's last one, and of the groups at the grid.
-CONVOLUTIONS = ((64, 16, 64), (16, 64, 64), (512, 128, 8), (128, 512, 8))
-
-
-class Peer:
-    """Its models, each built at its first use and kept."""
-
-    def __init__(self):
-        torch.set_num_threads(THREADS)
-        torch.manual_seed(0)
-        self.works = Works(build)
-
-    def measure(self, work, repeats):
-        seconds = self.works.measure(work, repeats)
-        return {"work": work, "seconds": seconds, "torch": torch.__version__}
+from benchmarks.peers.dvae import BATCH, BETA, LEARNING_RATE, SHAPE, THREADS
+from benchmarks.peers.process import Works, serve
 
 
 def build(work):
     verb, _, way = work.partition("_")
-    return {"train": trainer, "encode": encoder, "conv": convolution}[verb](way)
+    return {"train": trainer, "encode": encoder}[verb](way)
 
 
 def networks():
@@ -110,40 +89,8 @@ def encoder(way):
     return run
 
 
-def convolution(way):
-    """What one 3 x 3 convolution computes: `fwd`, `dx` or `dw` (gradients of its input and of its weights)."""
-    part, index, *_ = way.split("_")
-    before, after, side = CONVOLUTIONS[int(index)]
-    dtype, layout = torch.bfloat16 if "bf16" in way else torch.float32, layout_of(way)
-    made = [
-        torch.randn(shape).to(dtype).contiguous(memory_format=layout)
-        for shape in ((BATCH, before, side, side), (after, before, 3, 3), (BATCH, after, side, side))
-    ]
-    x, weight, cotangent = made
-    wanted = [part == "dx", part == "dw", False]
-
-    def run():
-        if part == "fwd":
-            F.conv2d(x, weight, padding=1)
-        else:
-            torch.ops.aten.convolution_backward(
-                cotangent, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
-            )
-
-    return run
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("works", nargs="*")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--serve", action="store_true", help="read `WORK REPEATS` lines from stdin")
-    args = parser.parse_args()
-    peer = Peer()
-    requests = (line.split() for line in sys.stdin) if args.serve else ((w, args.repeats) for w in args.works)
-    for work, repeats in requests:
-        print(json.dumps(peer.measure(work, int(repeats))), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    works = Works(build)
+    serve(__doc__, lambda work, repeats: {"seconds": works.measure(work, repeats), "torch": torch.__version__})

@@ -6,16 +6,9 @@ The state is synthetic: parameters, their average and two moments in float32, cu
 arrays like those of 24 layers of width 2048. "save" is the time until `save` returns, "next update" what the update
 after it, which overwrites the state in place, takes longer than one without a save; the loop stands still for both.
 The first save also makes Orbax's threads and, on a CPU device, takes memory for the copy; the later ones count. Needs
-twice the bytes in host memory, three times where the device is the CPU, and twice on the disk. The result goes into
-benchmarks/results/checkpoint.md and .json, unless --results names another folder.
+twice the bytes in host memory, three times where the device is the CPU, and twice on the disk.
 """
 
-import argparse
-import datetime
-import json
-import os
-import pathlib
-import platform
 import statistics
 import time
 
@@ -23,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from benchmarks import harness
 from dalle_jax.checkpoint import digest
 from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.mesh import make_mesh
@@ -33,11 +27,9 @@ LAYERS, WIDTH = 24, 2048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
-    parser.add_argument("--gigabytes", type=float, default=20.8, help="of the state on this host, 1e9 bytes")
+    parser = harness.parser(__doc__, out="a new folder")
+    parser.add_argument("--gigabytes", type=float, default=FULL, help="of the state on this host, 1e9 bytes")
     parser.add_argument("--saves", type=int, default=4)
-    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).parent.parent / "results")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
     mesh = make_mesh({"fsdp": -1})
@@ -59,7 +51,8 @@ def main() -> None:
     began = time.monotonic()
     state = jax.block_until_ready(overwrite(state))
     alone = time.monotonic() - began
-    load, saves = round(os.getloadavg()[0], 1), []
+    device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    machine, saves = harness.machine(device), []
     checkpoints = Checkpoints(args.out, keep=1)
     for number in range(1, args.saves + 1):
         began, cpu = time.monotonic(), time.process_time()
@@ -86,56 +79,34 @@ def main() -> None:
     jax.block_until_ready(restored)
     restored_in = time.monotonic() - began
     checkpoints.close()
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m benchmarks.reliability.checkpoint --gigabytes {args.gigabytes:g} "
-        f"--saves {args.saves} --out DIR",
-        "machine": f"{len(jax.devices())} device(s) of kind {jax.devices()[0].device_kind}, {os.cpu_count()} CPU "
-        f"cores, load average {load} before the saves, Python {platform.python_version()}, JAX {jax.__version__}",
-        "gigabytes": round(size / 1e9, 2),
-        "update_alone": round(alone, 3),
-        "saves": saves,
-        "check": round(checked, 2),
-        "restore": round(restored_in, 2),
-    }
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "checkpoint.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.results / "checkpoint.md").write_text(table(result))
-    print(table(result))
-
-
-def table(result: dict) -> str:
-    """As Markdown, with what follows for the full size."""
-    size, later = result["gigabytes"], result["saves"][1:] or result["saves"]
+    later = saves[1:] or saves
     middle = {name: statistics.median(save[name] for save in later) for name in later[0]}
     stands = statistics.median(save["save"] + max(save["next_update"], 0) for save in later)
+    gigabytes = size / 1e9
+    rows = [(number, save) for number, save in enumerate(saves, 1)] + [("middle of the later", middle)]
     lines = [
-        "# Checkpoints: how long the loop stands still",
+        machine,
         "",
-        f"{result['date']}; {result['machine']}.",
+        f"    {harness.command(args)}",
         "",
-        f"    {result['command']}",
+        f"{gigabytes:.2f} GB on this host; an update in place alone takes {alone:.2f} s.",
         "",
-        f"{size:.2f} GB on this host; an update in place alone takes {result['update_alone']:.2f} s.",
+        *harness.table(
+            "save | until `save` returns, s | CPU seconds in it | next update takes longer by, s | complete after, s",
+            [
+                (name, f"{s['save']:.2f}", f"{s['save_cpu']:.2f}", f"{s['next_update']:+.2f}", f"{s['complete']:.1f}")
+                for name, s in rows
+            ],
+        ),
         "",
-        "| save | until `save` returns, s | CPU seconds in it | next update takes longer by, s | complete after, s |",
-        "|---|---|---|---|---|",
-    ]
-    rows = [(str(number), save) for number, save in enumerate(result["saves"], 1)] + [("middle of the later", middle)]
-    lines += [
-        f"| {name} | {s['save']:.2f} | {s['save_cpu']:.2f} | {s['next_update']:+.2f} | {s['complete']:.1f} |"
-        for name, s in rows
-    ]
-    lines += [
+        f"Checking all files takes {checked:.1f} s, checking and restoring {restored_in:.1f} s.",
         "",
-        f"Checking all files takes {result['check']:.1f} s, checking and restoring {result['restore']:.1f} s.",
-        "",
-        f"The loop stands still for {stands:.2f} s, {stands / size:.2f} s/GB (CPU time of the copy: "
-        f"{middle['save_cpu'] / size:.2f} s/GB); in proportion {stands / size * FULL:.1f} s at {FULL} GB, of which the "
-        f"copy has {middle['save_cpu'] / size * FULL:.1f} s of CPU time. Under {LIMIT:g} s takes "
+        f"The loop stands still for {stands:.2f} s, {stands / gigabytes:.2f} s/GB (CPU time of the copy: "
+        f"{middle['save_cpu'] / gigabytes:.2f} s/GB); in proportion {stands / gigabytes * FULL:.1f} s at {FULL} GB, of "
+        f"which the copy has {middle['save_cpu'] / gigabytes * FULL:.1f} s of CPU time. Under {LIMIT:g} s takes "
         f"{FULL / LIMIT:.1f} GB/s from device to host memory, all devices of the host together.",
     ]
-    return "\n".join(lines) + "\n"
+    harness.write(args.results / "checkpoint.md", "Checkpoints: how long the loop stands still", lines)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How long a run takes to its first update, cold and started again: what compiled programs kept in the workdir save.
 
     python -m benchmarks.reliability.restart --out runs/restart            # again until it prints the table
-    python -m benchmarks.reliability.restart --out runs/restart --lower # how long 12b takes to trace and lower
 
 A case is a training that is killed (`kill -9`) after its first checkpoints and given again, in turns on copies of its
 workdir: with the programs that the first start kept, and with JAX told to keep and read none. Both go on to the same
@@ -12,16 +11,12 @@ first update   from the start of the loop to the end of the first update, `init`
 numbers        from the start of the command until the numbers of the first update are in metrics.jsonl; the imports
                and the data are in it
 
-Each call makes as many rounds as fit into --seconds; rows are the middle of all rounds. Results go to
-benchmarks/results/restart.md and .json.
+Each call makes as many rounds as fit into --seconds; rows are the middle of all rounds.
 """
 
-import argparse
-import datetime
 import json
 import os
 import pathlib
-import platform
 import shutil
 import signal
 import statistics
@@ -29,9 +24,9 @@ import subprocess
 import sys
 import time
 
+from benchmarks import harness
 from dalle_jax import model_dir
 
-RESULTS = pathlib.Path(__file__).parent.parent / "results"
 COMMON = {
     "log_every": 1, "validate_every": 0, "picture_every": 0, "checkpoint_every": 1, "keep_checkpoints": 1,
     "data.validation": "", "mesh.replica": 1, "mesh.fsdp": 1,
@@ -54,29 +49,17 @@ WAYS = {"cold": {}, "kept programs": {}, "compiled": {"JAX_ENABLE_COMPILATION_CA
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder for the runs; again to go on")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = harness.parser(__doc__, rounds=3, out="a folder for the runs; again to go on")
     parser.add_argument("--seconds", type=float, default=210, help="begin no round after this")
-    parser.add_argument("--lower", action="store_true", help="only trace and lower the update of 12b")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    notes = args.out / "rounds.json"
-    rounds = json.loads(notes.read_text()) if notes.exists() else {}
-    until = time.monotonic() + args.seconds
-    if args.lower:
-        rounds.setdefault("lower", []).append(lower())
-        notes.write_text(json.dumps(rounds, indent=1) + "\n")
-    else:
-        for name in CASES:
-            while len(rounds.setdefault(name, [])) < args.rounds and time.monotonic() < until:
-                rounds[name].append(one_round(args.out, name))
-                notes.write_text(json.dumps(rounds, indent=1) + "\n")
-    if any(len(rounds.get(name, [])) < args.rounds for name in CASES) or "lower" not in rounds:
-        print("not all there yet: give the command again, and once with --lower")
+    rounds, until = harness.Notes(args.out / "rounds.json"), time.monotonic() + args.seconds
+    for name in CASES:
+        while len(rounds.get(name, [])) < args.rounds and time.monotonic() < until:
+            rounds[name] = [*rounds.get(name, []), one_round(args.out, name)]
+    if any(len(rounds.get(name, [])) < args.rounds for name in CASES):
+        print("not all there yet: give the command again")
         return 1
-    write_results(args.results, args.rounds, rounds)
+    harness.write(args.results / "restart.md", "To the first update: cold, and started again", report(args, rounds))
     return 0
 
 
@@ -155,90 +138,34 @@ def ledger(workdir: pathlib.Path) -> dict[str, float]:
     return json.loads(path.read_text())["seconds"] if path.exists() else {"init": 0.0, "compile": 0.0}
 
 
-def lower() -> dict:
-    """Seconds of importing, tracing and lowering the update of 12b for eight emulated devices, on one host's CPUs."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-    words = [sys.executable, "-c", LOWER]
-    done = subprocess.run(words, env=os.environ | {"XLA_FLAGS": flags}, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(f"12b: {found}", flush=True)
-    return found
-
-
-LOWER = """
-import json, os, time
-load, began = os.getloadavg()[0], time.monotonic()
-import jax
-from dalle_jax import config as configs
-from dalle_jax.preflight import topology
-from dalle_jax.preflight.job import Job
-imported = time.monotonic()
-job = Job(configs.load("configs/transformer.py:12b"), topology.parse("gpu:h100:1x8"), tuple(jax.devices()))
-lowered = job.lower()
-seconds = {"imports": imported - began, "trace and lower": time.monotonic() - imported}
-text = len(lowered.as_text())
-print(json.dumps({k: round(s, 2) for k, s in seconds.items()} | {"load": round(load, 2), "characters": text}))
-"""
-
-
 def middle(rounds: list[dict], way: str, kind: str) -> float:
     return statistics.median(one[way][kind] for one in rounds)
 
 
-def write_results(folder: pathlib.Path, count: int, rounds: dict) -> None:
-    """The table and its figures."""
-    import jax
-
+def report(args, rounds: dict) -> list[str]:
     same = all(len({one[way]["digest"] for way in list(WAYS)[1:]}) == 1 for name in CASES for one in rounds[name])
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
     loads = [one["load"] for name in CASES for one in rounds[name]]
-    command = f"python -m benchmarks.reliability.restart --rounds {count} --out DIR"
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": [command, f"{command} --lower"],
-        "machine": f"{machine}, JAX {jax.__version__}; load average {min(loads)} to {max(loads)} before the rounds",
-        "same_bits": same,
-        "rounds": rounds,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "restart.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "restart.md").write_text(table(result))
-    print(table(result))
-
-
-def table(result: dict) -> str:
-    rounds = result["rounds"]
-    lines = [
-        "# To the first update: cold, and started again",
-        "",
-        f"{result['date']}; {result['machine']}.",
-        "",
-        *(f"    {command}" for command in result["command"]),
-        "",
-        "Seconds, the middle of the rounds. First update: init and compile of the run's ledger. Numbers: from the",
-        "start of the command until the numbers of the first update are in metrics.jsonl.",
-        "",
-        "| case | start | init | compile | first update | of cold | numbers | of cold |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name in CASES:
         cold = {kind: middle(rounds[name], "cold", kind) for kind in ("first update", "numbers")}
         for way in WAYS:
             found = {k: middle(rounds[name], way, k) for k in ("init", "compile", "first update", "numbers")}
-            shares = {kind: f"{found[kind] / cold[kind]:.0%}" for kind in cold}
-            lines.append(
-                f"| {name} | {'again, ' * (way != 'cold')}{way} | {found['init']:.2f} | {found['compile']:.2f} | "
-                f"{found['first update']:.2f} | {shares['first update']} | {found['numbers']:.2f} | "
-                f"{shares['numbers']} |"
-            )
-    lowering = max(one["trace and lower"] for one in rounds["lower"])
-    bits = "are the same bits" if result["same_bits"] else "DIFFER"
-    lines += [
+            first, numbers = (f"{found[kind] / cold[kind]:.0%}" for kind in cold)
+            seconds = [f"{value:.2f}" for value in found.values()]
+            rows.append((name, f"{'again, ' * (way != 'cold')}{way}", *seconds[:3], first, seconds[3], numbers))
+    return [
+        harness.machine(f"load {min(loads)} to {max(loads)} before the rounds"),
         "",
-        f"The training states after the same updates, with programs read back and with compiled ones, {bits} in every",
-        f"round. The update of configs/transformer.py:12b traces and lowers for eight devices in {lowering:.1f} s.",
+        f"    {harness.command(args)}",
+        "",
+        "Seconds, the middle of the rounds. First update: init and compile of the run's ledger. Numbers: from the",
+        "start of the command until the numbers of the first update are in metrics.jsonl.",
+        "",
+        *harness.table("case | start | init | compile | first update | of cold | numbers | of cold", rows),
+        "",
+        "The training states after the same updates, with programs read back and with compiled ones, "
+        f"{'are the same bits' if same else 'DIFFER'} in every round.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

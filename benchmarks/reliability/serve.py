@@ -8,20 +8,14 @@ ranking and guidance (where the model can), temperature, top-k, completion of a 
 is sent again after its Retry-After, as OpenAI's client does; a request counts as lost if it ends in anything but its
 pictures. The load runs twice, because the first time programs are still compiled. Then a sample of the second load is
 sent again, one at a time, and must give the same bytes.
-
-Writes the table to `benchmarks/results/serving.md`.
 """
 
-import argparse
 import base64
 import concurrent.futures
 import dataclasses
-import datetime
 import http.client
 import io
 import json
-import os
-import platform
 import random
 import re
 import signal
@@ -30,11 +24,11 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from pathlib import Path
 
 from PIL import Image
 
-RESULT = Path(__file__).resolve().parent.parent / "results" / "serving.md"
+from benchmarks import harness
+
 CAPTIONS = (
     "a red circle above a blue square",
     "a small star",
@@ -177,62 +171,38 @@ def load(client: Client, bodies: list[dict], *, clients: int) -> dict:
     }
 
 
-def report(
-    rows: dict[str, dict], *, args: argparse.Namespace, model: dict, machine: str, told: str, same: int, sample: int
-) -> str:
-    now = datetime.date.today().isoformat()
-    lines = [
-        "# Load on the server",
-        "",
-        f"{now}; {machine}.{args.note and ' '}{args.note}",
-        f"Model of {model['image_size']} x {model['image_size']} pixels, {model['grid']} x {model['grid']} codes, "
-        f"ranking {'yes' if model['ranking'] else 'no'}; {args.requests} mixed requests from {args.clients} clients. "
-        f"The server {told}.",
-        "",
-        f"    python -m benchmarks.reliability.serve DIR --requests {args.requests} --clients {args.clients}",
-        "",
-        "| load | lost | 429, sent again | p50, s | p95, s | pictures/s (drawn) | batches | requests a batch | "
-        "batch fill | mean wait, s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        cells = (
-            name,
-            f"{len(row['lost'])} of {args.requests}",
-            row["refused"],
-            f"{row['p50']:.2f}",
-            f"{row['p95']:.2f}",
-            f"{row['images'] / row['seconds']:.1f} ({row['candidates'] / row['seconds']:.1f})",
-            f"{row['batches']:.0f}",
-            f"{row['requests_a_batch']:.1f}",
-            f"{100 * row['fill']:.0f} %",
-            f"{row['wait']:.2f}",
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", f"Sent again alone, {same} of {sample} requests of the last load gave the same bytes."]
-    return "\n".join(lines) + "\n"
+def rows(loads: dict[str, dict], requests: int) -> list[str]:
+    """The table of all loads."""
+    return harness.table(
+        "load | lost | 429, sent again | p50, s | p95, s | pictures/s (drawn) | batches | requests a batch | "
+        "batch fill | mean wait, s",
+        [
+            (
+                name,
+                f"{len(row['lost'])} of {requests}",
+                row["refused"],
+                f"{row['p50']:.2f}",
+                f"{row['p95']:.2f}",
+                f"{row['images'] / row['seconds']:.1f} ({row['candidates'] / row['seconds']:.1f})",
+                f"{row['batches']:.0f}",
+                f"{row['requests_a_batch']:.1f}",
+                f"{100 * row['fill']:.0f} %",
+                f"{row['wait']:.2f}",
+            )
+            for name, row in loads.items()
+        ],
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = harness.parser(__doc__)
     parser.add_argument("model", metavar="DIR", help="workdir of a trained transformer")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--note", default="", help="sentences about model and machine, for the result")
-    parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    before = os.getloadavg()[0]
-    command = [
-        sys.executable,
-        "-m",
-        "dalle_jax.cli.main",
-        "serve",
-        args.model,
-        "--port",
-        "0",
-        "--deadline-s",
-        str(SECONDS),
-    ]
+    machine = harness.machine("clients and server on it")
+    command = [sys.executable, "-m", "dalle_jax.cli", "serve", args.model, "--port", "0", "--deadline-s", str(SECONDS)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         ready = server.stdout.readline()
@@ -243,27 +213,31 @@ def main() -> int:
         file = io.BytesIO()
         Image.linear_gradient("L").convert("RGB").resize((model["image_size"],) * 2).save(file, "PNG")
         client = Client(port, image=file.getvalue())
-        rows = {}
+        loads = {}
         for number, name in enumerate(("first, compiling", "second")):
             bodies = wishes(args.requests, first_seed=1_000_000 * number, model=model)
-            rows[name] = load(client, bodies, clients=args.clients)
-            print(
-                f"{name}: {len(rows[name]['lost'])} lost, {rows[name]['seconds']:.1f} s",
-                *rows[name]["lost"][:5],
-                flush=True,
-            )
+            loads[name] = load(client, bodies, clients=args.clients)
+            lost = loads[name]["lost"]
+            harness.log(f"{name}: {len(lost)} lost, {loads[name]['seconds']:.1f} s {' '.join(lost[:5])}")
         chosen = range(0, args.requests, 9)  # 9: every kind comes up
-        same = sum(client.ask(bodies[i]).files == getattr(rows[name]["answers"][i], "files", None) for i in chosen)
-        machine = (
-            f"{platform.machine()} with {os.cpu_count()} processors, load {before:.2f} before and "
-            f"{os.getloadavg()[0]:.2f} after, clients and server on it; python {platform.python_version()}"
-        )
-        text = report(rows, args=args, model=model, machine=machine, told=told, same=same, sample=len(chosen))
-        args.out.write_text(text, encoding="utf-8")
-        print(text)
+        same = sum(client.ask(bodies[i]).files == getattr(loads[name]["answers"][i], "files", None) for i in chosen)
+        lines = [
+            machine,
+            args.note,
+            f"Model of {model['image_size']} x {model['image_size']} pixels, {model['grid']} x {model['grid']} image "
+            f"tokens, ranking {'yes' if model['ranking'] else 'no'}; {args.requests} mixed requests from "
+            f"{args.clients} clients. The server {told}.",
+            "",
+            f"    {harness.command(args, note='...')}",
+            "",
+            *rows(loads, args.requests),
+            "",
+            f"Sent again alone, {same} of {len(chosen)} requests of the last load gave the same bytes.",
+        ]
+        harness.write(args.results / "serving.md", "Load on the server", lines)
         server.send_signal(signal.SIGTERM)
         ended = server.wait(60)
-        return int(bool(ended or same < len(chosen) or any(row["lost"] for row in rows.values())))
+        return int(bool(ended or same < len(chosen) or any(row["lost"] for row in loads.values())))
     finally:
         server.kill()
 

@@ -20,16 +20,14 @@ faults, T, is simulated:
 
     goodput = T / (T + R + C / 2 + d T / C)        C / 2: the updates that a fault loses
 
-The figures go into benchmarks/results/soak.md and .json, one row for each number of processes.
+Each number of processes has a section of results/soak.md.
 """
 
 import argparse
-import datetime
 import json
 import math
 import os
 import pathlib
-import platform
 import random
 import signal
 import socket
@@ -38,6 +36,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+
+from benchmarks import harness
 
 STEPS, EVERY = 2_000, 50
 ALONE = 200  # updates between checkpoints of the straight run: one is complete before the next begins
@@ -50,21 +50,18 @@ CONFIG = {
     "data.image_size": 32, "data.train": "scenes:train@32", "data.validation": "", "data.threads": 1,
 }  # fmt: skip
 FAULTS = (3, 5, 10, 30)  # minutes between two
-RESULTS = pathlib.Path(__file__).parent.parent / "results"
 LIMIT = 600  # seconds that a single start may take
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
+    parser = harness.parser(__doc__, out="a new folder")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=STEPS, help="updates of the run")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    load = os.getloadavg()[0]
+    machine = harness.machine()
     soak = Soak(args)
     print(f"straight run of {args.steps} updates on {args.processes} process(es)", flush=True)
     start = time.monotonic()
@@ -80,24 +77,36 @@ def main() -> int:
     print(f"{kills} kills, state sha256 {found['state_sha256']}: {'the same' if same else 'NOT THE SAME'}")
     restart = statistics.mean(soak.restarts)
     write = wanted["goodput"]["seconds"]["checkpoint"] / math.ceil(args.steps / ALONE)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m benchmarks.reliability.soak --processes {args.processes} --kills {args.kills} "
-        f"--steps {args.steps} --seed {args.seed} --out DIR",
-        "machine": f"{os.cpu_count()} CPU cores, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after, "
-        f"Python {platform.python_version()}",
-        "kills": kills,
-        "same": same,
-        "state_sha256": [wanted["state_sha256"], found["state_sha256"]],
-        "seconds_straight": wanted["goodput"]["seconds"],
-        "seconds_killed": found["goodput"]["seconds"],
-        "restarts": [round(seconds, 2) for seconds in soak.restarts],
-        "restart_cpu": round(statistics.mean(soak.cpu), 2),
-        "R": round(restart, 2),
-        "d": round(write, 3),
-        "goodput": {str(minutes): goodput(60 * minutes, restart, write) for minutes in FAULTS},
-    }
-    write_results(args.results, args.processes, result)
+    verdict = "the same" if same else "NOT THE SAME"
+    spread = harness.spread(soak.restarts, ".1f", "")
+    header = "kills | state sha256 | restarts measured | R, s | middle (lowest to highest) | CPU s of one | d, s"
+    row = (
+        kills,
+        verdict,
+        len(soak.restarts),
+        f"{restart:.1f}",
+        spread,
+        f"{statistics.mean(soak.cpu):.1f}",
+        f"{write:.3f}",
+    )
+    rows = []
+    for minutes in FAULTS:
+        between, (every, share) = 60 * minutes, goodput(60 * minutes, restart, write)
+        terms = f"{restart:.1f} + {every / 2:.1f} + {write * between / every:.1f}"
+        rows.append((f"{minutes} min", f"{between} / ({between} + {terms})", f"{share:.1%}", f"{every:.0f} s"))
+    lines = [
+        machine,
+        "",
+        f"    {harness.command(args)}",
+        "",
+        *harness.table(header, [row]),
+        "",
+        "CPU seconds: from the start of the process to its first new checkpoint.",
+        "",
+        *harness.table("a fault every | T / (T + R + C / 2 + d T / C) | goodput | checkpoint every C", rows),
+    ]
+    section = f"{args.processes} process(es)"
+    harness.write(args.results / "soak.md", "Killed and started again", lines, section=section)
     return 0 if same and kills == args.kills else 1
 
 
@@ -203,48 +212,10 @@ class Soak:
         return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 
 
-def goodput(between: float, restart: float, write: float) -> dict[str, float]:
-    """Of a run with a fault every `between` seconds; the terms of the docstring above."""
+def goodput(between: float, restart: float, write: float) -> tuple[float, float]:
+    """Seconds between checkpoints and goodput of a run with a fault every `between` seconds; terms as above."""
     every = math.sqrt(2 * write * between)
-    share = between / (between + restart + every / 2 + write * between / every)
-    return {"checkpoint_every": round(every, 1), "goodput": round(share, 4)}
-
-
-def write_results(folder: pathlib.Path, processes: int, result: dict) -> None:
-    """soak.json keeps the newest result of each number of processes; soak.md shows them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "soak.json"
-    results = (json.loads(path.read_text()) if path.exists() else {}) | {str(processes): result}
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    lines = ["# Killed and started again", ""]
-    for count, found in sorted(results.items()):
-        lines += [f"{count} process(es), {found['date']}; {found['machine']}.", "", f"    {found['command']}", ""]
-    lines += [
-        "| processes | kills | state sha256 | restarts measured | R, s (lowest to highest) | CPU s of one | d, s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for count, found in sorted(results.items()):
-        same = "the same" if found["same"] else "NOT THE SAME"
-        low, high = min(found["restarts"]), max(found["restarts"])
-        lines.append(
-            f"| {count} | {found['kills']} | {same} | {len(found['restarts'])} | {found['R']:.1f} ({low:.1f} to "
-            f"{high:.1f}) | {found['restart_cpu']:.1f} | {found['d']:.3f} |"
-        )
-    lines += [
-        "",
-        "CPU seconds: from the start of the process to its first new checkpoint.",
-        "",
-        "| processes | a fault every | T / (T + R + C / 2 + d T / C) | goodput | checkpoint every C |",
-        "|---|---|---|---|---|",
-    ]
-    for count, found in sorted(results.items()):
-        for minutes, row in found["goodput"].items():
-            between, every = 60 * int(minutes), row["checkpoint_every"]
-            terms = f"{found['R']:.1f} + {every / 2:.1f} + {found['d'] * between / every:.1f}"
-            cells = f"{between} / ({between} + {terms}) | {row['goodput']:.1%} | {every:.0f} s"
-            lines.append(f"| {count} | {minutes} min | {cells} |")
-    (folder / "soak.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return every, between / (between + restart + every / 2 + write * between / every)
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dalle_jax import attention_pattern
 from dalle_jax.models import build, decoding
 from dalle_jax.models.transformer import TransformerConfig
-from dalle_jax.preflight.hardware import CHIPS, Chip, find_chip
+from dalle_jax.preflight.hardware import Chip
 from dalle_jax.sample.engine import Engine
 
 MODELS = {
@@ -108,23 +108,13 @@ def step(engine: Engine, captions: int, candidates: int) -> Step:
     )
 
 
+def seconds(engine: Engine, plans, chip: Chip) -> float:
+    """The least time that all batches of `plans` can take."""
+    one = step(engine, plans[0].prompts, plans[0].candidates)
+    return engine.config.layout.image_len * one.seconds(chip) * len(plans)
+
+
 def cache_bytes(config: TransformerConfig) -> int:
     """Stored of one candidate, all layers."""
     stores = jax.eval_shape(lambda: decoding.empty_cache(config, 1))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stores))
-
-
-def chip_of(device: jax.Device, named: str | None) -> Chip:
-    """The chip's figures: of `named`, e.g. gpu:h200, else by the device's own name.
-
-    Raises:
-      UserError: an unknown name; SystemExit: a device that is in no table and was not named.
-    """
-    if named:
-        return find_chip(*named.partition(":")[::2])
-    kind = device.device_kind.lower()
-    found = [c for c in CHIPS.get(device.platform, {}).values() if c.name.split("-")[0] in kind]
-    if not found:
-        raise SystemExit(f"no figures for {device.device_kind!r}: name the chip that is most like it, --chip gpu:h200")
-    size = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return min(found, key=lambda chip: abs(chip.memory_bytes - size))

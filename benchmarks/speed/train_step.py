@@ -20,7 +20,6 @@ sheet, of what one large matrix product reaches there. The roofline is the time 
 bandwidth, allows at best (`preflight/estimate.py`, at 100 %).
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -32,7 +31,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-RESULTS = pathlib.Path(__file__).parent.parent / "results"
+from benchmarks import harness
+
 MEASURE = ("-m", "benchmarks.speed.train_step_measure")
 READY = "ready"  # what it prints when the devices are there
 OVERRIDE = "--config."
@@ -134,15 +134,14 @@ SUITES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = harness.parser(__doc__, out="a folder; again to go on")
     parser.add_argument("--suite", choices=SUITES, help="instead of --config and --variants")
     parser.add_argument("--config", metavar="FILE.py:VARIANT")
     parser.add_argument("--variants", nargs="+", default=[""], metavar="'key=value ...'")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder; again to go on")
     parser.add_argument("--seconds", type=float, help="to time each program for (default 10, or the suite's)")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call (default 9)")
     parser.add_argument("--whole", action="store_true", help="do not time the parts")
-    parser.add_argument("--name", help="of the files in benchmarks/results (default: the suite's); none without")
+    parser.add_argument("--name", help="of the file in benchmarks/results (default: the suite's); none without")
     words = sys.argv[1:]
     common = dict(word.removeprefix(OVERRIDE).split("=", 1) for word in words if word.startswith(OVERRIDE))
     args = parser.parse_args([word for word in words if not word.startswith(OVERRIDE)])
@@ -153,14 +152,14 @@ def main() -> int:
         suite = dataclasses.replace(suite, seconds=args.seconds)
     suite = dataclasses.replace(suite, common={**suite.common, **common}, **({"split": ()} if args.whole else {}))
     rows = measured(suite, args.out, until=time.monotonic() + 60 * args.minutes)
-    missing = [variant for variant in suite.variants if variant not in rows]
-    print(text := table(suite, rows, command(words)))
-    if missing:
+    lines = table(suite, rows, harness.command(args))
+    if missing := [variant for variant in suite.variants if variant not in rows]:
+        print("\n".join(lines))
         print(f"not measured yet: {', '.join(map(title, missing))}; give the command again")
         return 1
-    if name := args.name or args.suite:
-        (RESULTS / f"train_step_{name}.md").write_text(text)
-        (RESULTS / f"train_step_{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    name = args.name or args.suite
+    path = args.results / f"train_step_{name}.md" if name else args.out / "table.md"
+    harness.write(path, f"The training step of {suite.config}", lines)
     return 0
 
 
@@ -170,9 +169,7 @@ def measured(suite: Suite, out: pathlib.Path, *, until: float) -> dict[str, dict
     Raises:
       SystemExit: a variant without flags of its own did not get as far as its devices, so none would.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    notes = out / "rows.json"
-    rows = json.loads(notes.read_text()) if notes.exists() else {}
+    rows = harness.Notes(out / "rows.json")
     alone = True  # whether the variant has the whole call
     for variant in suite.variants:
         began, load = time.monotonic(), os.getloadavg()[0]
@@ -183,8 +180,7 @@ def measured(suite: Suite, out: pathlib.Path, *, until: float) -> dict[str, dict
             break  # the next call begins with it
         about = {"date": datetime.date.today().isoformat(), "load_before": round(load, 2)}
         rows[variant], alone = row | about, False
-        notes.write_text(json.dumps(rows, indent=1) + "\n")
-        print(f"{title(variant)}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        harness.log(f"{title(variant)}: {time.monotonic() - began:.0f} s")
     return rows
 
 
@@ -226,22 +222,15 @@ def parse(variant: str) -> tuple[dict[str, str], list[str]]:
     return dict(word.split("=", 1) for word in words if word not in flags), flags
 
 
-def command(words: list[str]) -> str:
-    quoted = [f"'{word}'" if " " in word or not word else word for word in words]
-    if "--out" in words:
-        quoted[words.index("--out") + 1] = "DIR"
-    return f"python -m benchmarks.speed.train_step {' '.join(quoted)}"
-
-
 def title(variant: str) -> str:
     return variant.replace("model.", "") or "as it is"
 
 
-def table(suite: Suite, rows: Mapping[str, dict], command: str) -> str:
-    """Speed, memory and parts of every variant as Markdown."""
+def table(suite: Suite, rows: Mapping[str, dict], command: str) -> list[str]:
+    """Speed, memory and parts of every variant as lines of Markdown."""
     good = {variant: row for variant, row in rows.items() if "failed" not in row}
     if not good:
-        return "\n".join(f"{title(variant)}: {row['failed']}" for variant, row in rows.items())
+        return [f"{title(variant)}: {row['failed']}" for variant, row in rows.items()]
     first = next(iter(good.values()))
     values = " ".join(f"{key}={value}" for key, value in suite.common.items())
     sizes = " ".join(f"{key} {value}" for key, value in suite.dvae.items())
@@ -254,10 +243,8 @@ def table(suite: Suite, rows: Mapping[str, dict], command: str) -> str:
     if first["chip"]:
         reached = f"the data sheet of {first['chip']} says {first['peak_flops'] / 1e12:,.4g} TFLOP/s; {reached}"
     lines = [
-        f"# The training update of {suite.config}",
-        "",
-        f"{first['date']}; {first['device']}, {first['host']}, load average "
-        f"{min(loads)} to {max(loads)} before the variants.",
+        f"{first['date']}; {first['device']}, {first['host']}, load average {min(loads)} to {max(loads)} before the "
+        "variants.",
         "",
         f"    {command}",
         "",
@@ -265,45 +252,48 @@ def table(suite: Suite, rows: Mapping[str, dict], command: str) -> str:
         f"{reached[0].upper()}{reached[1:]}.",
         "",
         "MFU: the model's products, of attention only the pairs that the mask allows. HFU: with what is computed again",
-        "and the encoding of pictures. Roofline: the time that peak and memory allow, of the time taken. Memory: what",
-        "the compiler asks for, of one device, with everything the run holds there. Peak: the most that was ever in",
+        "and the encoding of images. Roofline: the time that peak and memory allow, of the time taken. Memory: what",
+        "the compiler asks for, of one device, with everything the run holds there. Peak: the largest amount ever in",
         "use, of the device's memory or, on a CPU, of the process, compiling included.",
         "",
-        "| variant | batch | s an update | tokens/s | MFU | HFU | roofline | memory, GB | peak, GB | compile, s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *harness.table(
+            "variant | batch | s a step | tokens/s | MFU | HFU | roofline | memory, GB | peak, GB | compile, s",
+            [speed_row(variant, row, best) for variant, row in rows.items()],
+        ),
     ]
-    for variant, row in rows.items():
-        if "failed" in row:
-            lines.append(f"| {title(variant)} | | failed: {row['failed'].replace('|', '/')} | | | | | | | |")
-            continue
-        seconds, least = row["step_seconds"], dict(row["roofline_seconds"])
-        if row["chip"]:
-            peak = row["peak_flops"]
-        else:  # the machine is no faster in one row than in another
-            peak = best["matmul_flops"]
-            least["compute"] *= row["matmul_flops"] / peak
-            least["memory"] *= row["copy_bytes_per_second"] / best["copy_bytes_per_second"]
-        mfu, hfu = (row[f"{what}_flops_per_device"] / seconds / peak for what in ("model", "executed"))
-        lines.append(
-            f"| {title(variant)} | {row['batch_size']} | {seconds:.4g} | {row['tokens_per_second']:,.0f} | {mfu:.1%} | "
-            f"{hfu:.1%} | {max(least.values()) / seconds:.0%} | {row['memory_bytes'] / 1e9:.2f} | "
-            f"{row['peak_bytes'] / 1e9:.2f} | {row['compile_seconds']:.1f} |"
-        )
-    split = {variant: row for variant, row in good.items() if "mlp" in row["seconds"]}
+    split = {variant: row["seconds"] for variant, row in good.items() if "mlp" in row["seconds"]}
     if split:
         lines += [
             "",
-            "Where the time goes, in seconds of an update, parts timed as programs of their own (attention: the whole",
-            "residual branch, of it the scores and weighted sums; heads: logits and loss; encode: pictures to codes by",
+            "Where the time goes, in seconds of a step, parts timed as programs of their own (attention: the whole",
+            "residual branch, of it the scores and weighted sums; heads: logits and loss; encode: images to tokens by",
             "the frozen dVAE; rest: what all gradients together take beyond these). Host: a batch put on the devices.",
             "",
-            f"| variant | {' | '.join(PARTS)} | host |",
-            f"|---|{'---|' * (len(PARTS) + 1)}",
+            *harness.table(
+                f"variant | {' | '.join(PARTS)} | host",
+                [(title(name), *(f"{of[part]:.4g}" for part in (*PARTS, "host"))) for name, of in split.items()],
+            ),
         ]
-        for variant, row in split.items():
-            found = [row["seconds"][part] for part in (*PARTS, "host")]
-            lines.append(f"| {title(variant)} | {' | '.join(f'{seconds:.4g}' for seconds in found)} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def speed_row(variant: str, row: Mapping[str, Any], best: Mapping[str, float]) -> list[str]:
+    """Cells of the first table. best: what the machine reached in any row; on a CPU that is the peak."""
+    if "failed" in row:
+        return [title(variant), "", f"failed: {row['failed']}", *[""] * 7]
+    seconds, least = row["step_seconds"], dict(row["roofline_seconds"])
+    if row["chip"]:
+        peak = row["peak_flops"]
+    else:
+        peak = best["matmul_flops"]
+        least["compute"] *= row["matmul_flops"] / peak
+        least["memory"] *= row["copy_bytes_per_second"] / best["copy_bytes_per_second"]
+    mfu, hfu = (row[f"{what}_flops_per_device"] / seconds / peak for what in ("model", "executed"))
+    sizes = (f"{row[f'{what}_bytes'] / 1e9:.2f}" for what in ("memory", "peak"))
+    return [
+        title(variant), str(row["batch_size"]), f"{seconds:.4g}", f"{row['tokens_per_second']:,.0f}", f"{mfu:.1%}",
+        f"{hfu:.1%}", f"{max(least.values()) / seconds:.0%}", *sizes, f"{row['compile_seconds']:.1f}",
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ ends in its parts has given the whole.
 import dataclasses
 import functools
 import json
-import os
 import platform
 import resource
 import statistics
@@ -31,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import harness
+from benchmarks.speed import chips
 from benchmarks.speed.train_step import READY
 from dalle_jax import config as configs
 from dalle_jax import sharding
@@ -41,20 +42,14 @@ from dalle_jax.models.attention import kernels
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.models.layers import compute_dtype, stream_dtype
 from dalle_jax.preflight import estimate
-from dalle_jax.preflight.hardware import CHIPS, Chip
+from dalle_jax.preflight.hardware import Chip
 from dalle_jax.preflight.job import Job, shard_bytes
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import step as steps
 from dalle_jax.train.objectives.transformer import token_losses
 
-LEAST_TIMES, MOST_TIMES = 3, 50
+MIN_TIMES, MAX_TIMES = 3, 50
 MATMUL_SIDE = {"cpu": 1_536}  # of the product that says what the device reaches; 8192 elsewhere
-# Marks in a device's kind -> our name of the chip, the first that fits.
-KINDS = (
-    ("h200", "h200"), ("h100", "h100"), ("a100-sxm4-80", "a100-80"), ("a100 80", "a100-80"), ("a100", "a100-40"),
-    ("v100-sxm2-32", "v100-32"), ("v100", "v100-16"), ("tpu v6", "v6e"), ("tpu v5 lite", "v5e"), ("tpu v5", "v5p"),
-    ("tpu v4", "v4"),
-)  # fmt: skip
 
 
 def main() -> None:
@@ -80,7 +75,7 @@ def measure(
     """
     devices = tuple(jax.devices())
     precision = config.precision.partition("-")[0]
-    known = find_chip(devices[0])
+    known = chips.of_device(devices[0])
     job = Job(config, Topology(known or Chip("unknown", "gpu", 0, {}, 0.0, 0.0), (1, len(devices))), devices)
     if dvae and job.helper is not None:
         change_dvae(job, dvae)
@@ -98,7 +93,7 @@ def measure(
     }
     figures = {
         "device": f"{len(devices)} x {devices[0].device_kind}",
-        "host": f"{cores()} CPU cores ({platform.machine()})",
+        "host": f"{harness.cores()} CPU cores ({platform.machine()})",
         "chip": known and known.name,
         "peak_flops": chip.peak_flops[precision],
         "matmul_flops": matmul,
@@ -153,7 +148,7 @@ class Update:
         began = time.perf_counter()
         jax.block_until_ready(self())
         once = time.perf_counter() - began
-        count = int(np.clip(seconds / 3 / once, 1, MOST_TIMES))
+        count = int(np.clip(seconds / 3 / once, 1, MAX_TIMES))
         found = []
         for _ in range(3):
             began = time.perf_counter()
@@ -162,7 +157,7 @@ class Update:
             jax.block_until_ready((measured, self.state))
             found.append((time.perf_counter() - began) / count)
         copies = []
-        for _ in range(LEAST_TIMES):
+        for _ in range(MIN_TIMES):
             began = time.perf_counter()
             jax.block_until_ready(sharding.shard_batch(self._made, self.job.mesh))
             copies.append(time.perf_counter() - began)
@@ -220,7 +215,7 @@ class Parts:
         program = jax.jit(on_mesh, compiler_options=steps.COMPILER_OPTIONS.get(jax.default_backend()))
         jax.block_until_ready(program(*args))
         found, until = [], time.monotonic() + seconds / 3
-        while len(found) < LEAST_TIMES or (time.monotonic() < until and len(found) < MOST_TIMES):
+        while len(found) < MIN_TIMES or (time.monotonic() < until and len(found) < MAX_TIMES):
             began = time.perf_counter()
             jax.block_until_ready(program(*args))
             found.append(time.perf_counter() - began)
@@ -297,18 +292,6 @@ def made_up(job: Job) -> dict[str, np.ndarray]:
             captions = rng.integers(layout.text_vocab, size=(a.shape[0], layout.caption_len // 2))
             arrays[name] = np.stack([layout.caption_ids(row) for row in captions])
     return arrays
-
-
-def find_chip(device: jax.Device) -> Chip | None:
-    """The chip's data sheet; None for a CPU or an unknown one."""
-    kind = device.device_kind.lower()
-    name = next((name for mark, name in KINDS if mark in kind), None)
-    return next((chips[name] for chips in CHIPS.values() if name in chips), None)
-
-
-def cores() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_bytes() -> int:

@@ -14,12 +14,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numerics
 import numpy as np
 import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.reliability import numerics
 from dalle_jax import model_dir
 from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.data.pipeline import Batches, Prepare

@@ -1,21 +1,20 @@
 """`benchmarks/speed/attention.py` on a device: a call ends in time, the next one goes on, nothing is measured twice."""
 
 import itertools
-import json
 import types
 
 import pytest
 
+from benchmarks.speed import attention
+
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    """Its measurements pretended, also the time: every look at the clock takes 50 s."""
-    from benchmarks.speed import attention
-
-    measured, clock = [], itertools.count(step=50)
+def measured(monkeypatch):
+    """What was measured, which is pretended, also the time: every look at the clock takes 50 s."""
+    calls, clock = [], itertools.count(step=50)
 
     def measure(programs, arguments, **timing):
-        measured.append(arguments)
+        calls.append(arguments)
         return {"xla": 3e-3, "pallas": 2e-3, "cudnn": 3e-3}
 
     monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
@@ -24,38 +23,20 @@ def benchmark(monkeypatch):
     monkeypatch.setattr(attention, "states", lambda heads, batch: [(heads, i) for i in range(4)])
     monkeypatch.setattr(attention, "error", lambda way, kind: 0.0)
     monkeypatch.setattr(attention, "measure", measure)
-    attention.calls = measured
-    return attention
+    return calls
 
 
-def call(benchmark, monkeypatch, out, *words):
-    monkeypatch.setattr("sys.argv", ["attention.py", "--minutes", "1", "--out", str(out), *words])
-    benchmark.main()
-
-
-def rows(out):
-    return [
-        (row["kind"], row["heads"], row["way"])
-        for row in json.loads((out / "attention.json").read_text())["measured"]["rows"]
-    ]
-
-
-def test_calls_that_end_in_time_make_one_table(benchmark, monkeypatch, tmp_path):
-    kinds, ways = len(benchmark.KINDS), 3
-    for number in range(1, kinds):
-        with pytest.raises(SystemExit, match="not measured yet: .*; give the command again"):
-            call(benchmark, monkeypatch, tmp_path)
-        assert len(rows(tmp_path)) == number * ways * len(benchmark.HEADS)
-        assert len(benchmark.calls) == 2 * number * len(benchmark.HEADS)  # forward, and with backward
-    call(benchmark, monkeypatch, tmp_path)
-    assert len(set(rows(tmp_path))) == len(rows(tmp_path)) == kinds * ways * len(benchmark.HEADS)
-    assert len(benchmark.calls) == 2 * kinds * len(benchmark.HEADS)
+def test_calls_that_end_in_time_make_one_table(measured, monkeypatch, tmp_path, capsys):
+    words = ["attention.py", "--minutes", "1", "--out", str(tmp_path), "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    kinds, ways = len(attention.KINDS), 3
+    for number in range(1, kinds + 1):
+        assert attention.main() == int(number < kinds)
+        assert ("not measured yet" in capsys.readouterr().out) == (number < kinds)
+        rows = [line for line in (tmp_path / "attention.md").read_text().splitlines() if line.count("|") == 8][2:]
+        assert len(set(rows)) == len(rows) == number * ways * len(attention.HEADS)
+        assert len(measured) == 2 * number * len(attention.HEADS)  # forward, and with backward
     assert "pallas is 1.50 times as fast; it stays" in (tmp_path / "attention.md").read_text()
-
-
-def test_another_batch_begins_anew(benchmark, monkeypatch, tmp_path):
-    for words in ([], ["--batch", "4"]):
-        with pytest.raises(SystemExit, match="not measured yet"):
-            call(benchmark, monkeypatch, tmp_path, *words)
-    assert json.loads((tmp_path / "attention.json").read_text())["measured"]["batch"] == 4
-    assert len(rows(tmp_path)) == 3 * len(benchmark.HEADS)
+    monkeypatch.setattr("sys.argv", [*words, "--batch", "4"])  # another batch begins anew
+    assert attention.main() == 1
+    assert len(measured) == 2 * (kinds + 1) * len(attention.HEADS)

@@ -11,6 +11,7 @@ import types
 import jax
 import pytest
 
+from benchmarks.speed import chips, train_step, train_step_measure
 from dalle_jax import config as configs
 from dalle_jax.models import build
 from dalle_jax.preflight import flops
@@ -25,18 +26,11 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def benchmark():
-    from benchmarks.speed import train_step
-
-    return train_step
-
-
-def test_every_variant_of_a_suite_is_a_possible_model(benchmark):
-    for suite in benchmark.SUITES.values():
+def test_every_variant_of_a_suite_is_a_possible_model():
+    for suite in train_step.SUITES.values():
         found = []
         for variant in suite.variants:
-            changes, flags = benchmark.parse(variant)
+            changes, flags = train_step.parse(variant)
             values = {**suite.common, **changes}
             config = configs.load(suite.config, [f"--config.{key}={value}" for key, value in values.items()])
             assert build("transformer", config.model).config.layout.length == 1280
@@ -46,9 +40,9 @@ def test_every_variant_of_a_suite_is_a_possible_model(benchmark):
         assert set(suite.split or ()) <= set(suite.variants)
 
 
-def test_the_suite_of_flags_turns_off_every_flag_of_the_launchers(benchmark):
+def test_the_suite_of_flags_turns_off_every_flag_of_the_launchers():
     """One by one, and XLA knows the words: a process with an unknown flag or value ends at its start."""
-    off = [flag for variant in benchmark.SUITES["flags"].variants for flag in benchmark.parse(variant)[1]]
+    off = [flag for variant in train_step.SUITES["flags"].variants for flag in train_step.parse(variant)[1]]
     launched = (ROOT / "launch" / "xla_flags.sh").read_text()
     names = re.findall(r"^ +--(xla_gpu\w+)=", launched, re.MULTILINE)
     assert sorted(flag.removeprefix("--").partition("=")[0] for flag in off) == sorted(names)
@@ -57,17 +51,17 @@ def test_the_suite_of_flags_turns_off_every_flag_of_the_launchers(benchmark):
     subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], check=True, env=environment)
 
 
-def test_flags_of_a_variant_reach_its_process_after_those_of_the_environment(benchmark, tmp_path, monkeypatch):
+def test_flags_of_a_variant_reach_its_process_after_those_of_the_environment(tmp_path, monkeypatch):
     script = tmp_path / "measure.py"
     script.write_text("import os, json; print(json.dumps({'flags': os.environ['XLA_FLAGS']}))")
-    monkeypatch.setattr(benchmark, "MEASURE", (script,))
+    monkeypatch.setattr(train_step, "MEASURE", (script,))
     monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
-    suite = benchmark.Suite("any", {}, ("", "--xla_two=a,b --xla_three=3"))
-    rows = benchmark.measured(suite, tmp_path, until=time.monotonic() + 60)
+    suite = train_step.Suite("any", {}, ("", "--xla_two=a,b --xla_three=3"))
+    rows = train_step.measured(suite, tmp_path, until=time.monotonic() + 60)
     assert [row["flags"] for row in rows.values()] == ["--xla_one=1", "--xla_one=1 --xla_two=a,b --xla_three=3"]
 
 
-def test_what_a_cut_off_variant_has_measured_is_kept(benchmark, tmp_path, monkeypatch):
+def test_what_a_cut_off_variant_has_measured_is_kept(tmp_path, monkeypatch):
     """The whole without the parts; nothing, which the next call makes up; nothing in a call of its own: a failure."""
     script = tmp_path / "measure.py"
     script.write_text(
@@ -76,72 +70,68 @@ def test_what_a_cut_off_variant_has_measured_is_kept(benchmark, tmp_path, monkey
         "print('ready', *(['{\"whole\": 1}'] if way == 'whole' else []), sep='\\n', flush=True)\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(benchmark, "MEASURE", (script,))
-    suite = benchmark.Suite("any", {}, ("way=whole", "way=never"))
+    monkeypatch.setattr(train_step, "MEASURE", (script,))
+    suite = train_step.Suite("any", {}, ("way=whole", "way=never"))
     dated = lambda row: {name: row[name] for name in row if name not in ("date", "load_before")}  # noqa: E731
     clock = iter([0.0, 0.0, 4.9]).__next__  # began, ended; began
-    monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(monotonic=lambda: clock()))
-    rows = benchmark.measured(suite, tmp_path, until=5.0)
+    monkeypatch.setattr(train_step, "time", types.SimpleNamespace(monotonic=lambda: clock()))
+    rows = train_step.measured(suite, tmp_path, until=5.0)
     assert {name: dated(row) for name, row in rows.items()} == {"way=whole": {"whole": 1}}
     clock = iter([0.0] * 3).__next__
-    rows = benchmark.measured(suite, tmp_path, until=0.1)
+    rows = train_step.measured(suite, tmp_path, until=0.1)
     assert rows["way=never"]["failed"] == "took more than 0 s" and rows["way=whole"]["whole"] == 1
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
 
 
-def test_a_machine_without_the_device_ends_the_call_and_nothing_is_noted(benchmark, tmp_path):
-    suite = benchmark.Suite("configs/transformer.py:demo", {}, ("", "batch_size=8"), platform="tpu")
+def test_a_machine_without_the_device_ends_the_call_and_nothing_is_noted(tmp_path):
+    suite = train_step.Suite("configs/transformer.py:demo", {}, ("", "batch_size=8"), platform="tpu")
     with pytest.raises(SystemExit, match="as it is: expected JAX to find a tpu, got cpu"):
-        benchmark.measured(suite, tmp_path, until=time.monotonic() + 60)
+        train_step.measured(suite, tmp_path, until=time.monotonic() + 60)
     assert not (tmp_path / "rows.json").exists()
 
 
-def test_a_suites_dvae_is_the_one_that_encodes(benchmark):
-    from benchmarks.speed import train_step_measure as measure
-
-    chip, sizes = Chip("any", "gpu", 0, {}, 0.0, 0.0), benchmark.SUITES["sparse-dense"].dvae
+def test_a_suites_dvae_is_the_one_that_encodes():
+    chip, sizes = Chip("any", "gpu", 0, {}, 0.0, 0.0), train_step.SUITES["sparse-dense"].dvae
     job = Job(configs.load("configs/transformer.py:1b3"), Topology(chip, (1, 1)), jax.devices()[:1])
-    measure.change_dvae(job, sizes)
+    train_step_measure.change_dvae(job, sizes)
     assert {name: getattr(job.helper.config, name) for name in sizes} == sizes
     assert job.task.frozen == job.helper.abstract
 
 
-def test_names_of_devices_are_found(benchmark):
-    from benchmarks.speed import train_step_measure as measure
-
+def test_names_of_devices_are_found():
     for kind, name in {
         "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100-40", "TPU v4": "v4",
         "NVIDIA A100-SXM4-80GB": "a100-80", "Tesla V100-SXM2-16GB": "v100-16", "TPU v5 lite": "v5e", "TPU v5": "v5p",
         "TPU v5p": "v5p", "TPU v6 lite": "v6e",
     }.items():  # fmt: skip
-        assert measure.find_chip(types.SimpleNamespace(device_kind=kind)).name == name
-    assert measure.find_chip(types.SimpleNamespace(device_kind="cpu")) is None
+        assert chips.of_device(types.SimpleNamespace(device_kind=kind)).name == name
+    assert chips.of_device(types.SimpleNamespace(device_kind="cpu")) is None
 
 
-def test_the_table_says_what_was_measured_and_what_failed(benchmark):
-    suite = benchmark.Suite("configs/transformer.py:demo", {"batch_size": 4}, ("", "model.remat=none"))
+def test_the_table_says_what_was_measured_and_what_failed():
+    suite = train_step.Suite("configs/transformer.py:demo", {"batch_size": 4}, ("", "model.remat=none"))
     row = {
         "device": "1 x cpu", "host": "2 CPU cores", "chip": None, "peak_flops": 1e12, "matmul_flops": 1e12,
         "copy_bytes_per_second": 5e9, "batch_size": 4, "compile_seconds": 3.0, "step_seconds": 0.5,
         "tokens_per_second": 640.0, "model_flops_per_device": 1e11, "executed_flops_per_device": 1.5e11,
         "memory_bytes": 2e9, "peak_bytes": 3e9, "roofline_seconds": {"compute": 0.15, "memory": 0.2},
-        "seconds": dict.fromkeys((*benchmark.PARTS, "host"), 0.125), "date": "2026-01-02", "load_before": 0.5,
+        "seconds": dict.fromkeys((*train_step.PARTS, "host"), 0.125), "date": "2026-01-02", "load_before": 0.5,
     }  # fmt: skip
-    text = benchmark.table(suite, {"": row, "model.remat=none": {"failed": "RESOURCE_EXHAUSTED"}}, "the command")
+    lines = train_step.table(suite, {"": row, "model.remat=none": {"failed": "RESOURCE_EXHAUSTED"}}, "the command")
+    text = "\n".join(lines)
     assert "| as it is | 4 | 0.5 | 640 | 20.0% | 30.0% | 40% | 2.00 | 3.00 | 3.0 |" in text
-    assert "| remat=none | | failed: RESOURCE_EXHAUSTED" in text and "    the command\n" in text
-    assert text.count("0.125") == len(benchmark.PARTS) + 1 and "batch_size=4" in text
+    assert "| remat=none |  | failed: RESOURCE_EXHAUSTED" in text and "    the command\n" in text
+    assert text.count("0.125") == len(train_step.PARTS) + 1 and "batch_size=4" in text
 
 
 @pytest.mark.slow
-def test_a_whole_call(benchmark, tmp_path, monkeypatch):
+def test_a_whole_call(tmp_path, monkeypatch):
     """Two variants on eight emulated devices, in processes of their own; one that is impossible is a row."""
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    words = ["--config", "configs/transformer.py:demo", "--out", str(tmp_path / "out"), "--seconds", "0.2"]
-    words += ["--name", "tiny", "--variants", "", "model.remat=full accumulate=2 batch_size=16", "model.heads=0"]
+    words = ["--config", "configs/transformer.py:demo", "--out", str(tmp_path), "--seconds", "0.2"]
+    words += ["--variants", "", "model.remat=full accumulate=2 batch_size=16", "model.heads=0"]
     monkeypatch.setattr(sys, "argv", ["train_step.py", *words, *(f"--config.{k}={v}" for k, v in TINY.items())])
-    assert benchmark.main() == 0
-    whole, again, impossible = json.loads((tmp_path / "train_step_tiny.json").read_text()).values()
+    assert train_step.main() == 0
+    whole, again, impossible = json.loads((tmp_path / "rows.json").read_text()).values()
     assert "heads must be at least 1" in impossible["failed"]
     config = build("transformer", configs.load("configs/transformer.py:demo", _words()).model).config
     assert whole["model_flops_per_device"] == flops.transformer(config)  # eight sequences on eight devices

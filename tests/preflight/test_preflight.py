@@ -192,7 +192,7 @@ def test_flops_equal_a_brute_force_count(pattern):
 
 
 def test_the_update_of_12b_traces_and_lowers_in_seconds():
-    """2.5 s on two cores (`benchmarks/reliability/restart.py --lower`); up to 15 s of processor time pass."""
+    """2.5 s on two cores when nothing else runs; up to 15 s of processor time pass."""
     config = configs.load("configs/transformer.py:12b")
     job, began = Job(config, topologies.parse("gpu:h100:1x8"), tuple(jax.devices())), time.process_time()
     job.lower()

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.speed.abstract_engine import AbstractEngine, weight_bytes
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models import decoding, transformer
@@ -15,6 +14,7 @@ from dalle_jax.models.attention.cached import _cache_view
 from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
 from tests.models.test_transformer import TINY, apply, random_batch, random_params
+from tests.support.abstract_engine import AbstractEngine, weight_bytes
 
 ONE = make_mesh({}, devices=jax.devices()[:1])
 

@@ -3,12 +3,13 @@
 Written as their users write them: a random square crop of 3/4 to all of the area, brought to the size by Pillow's
 bilinear filter (torchvision's RandomResizedCrop, which does the same calls), the caption cut by Hugging Face's
 tokenizers with BPE dropout, batches of uint8. Everything runs in the one process, which is fastest on one core.
-Answers each line of stdin with the images a second of so many batches.
+Answers a number on stdin with the images a second of so many batches.
 
-    python -m benchmarks.peers.input_peers webdataset SHARD.tar SIZE VOCABULARY.txt
+    python -m benchmarks.peers.peer_loaders webdataset SHARD.tar SIZE VOCABULARY.txt
 """
 
 import io
+import json
 import math
 import random
 import sys
@@ -21,7 +22,7 @@ import torch
 import webdataset
 from PIL import Image
 
-BATCH, TEXT_LEN, DROPOUT, LEAST_AREA, SHUFFLED = 32, 64, 0.1, 0.75, 1000
+BATCH, TEXT_LEN, DROPOUT, MIN_AREA, SHUFFLED = 32, 64, 0.1, 0.75, 1000
 VOCAB = 2048
 
 
@@ -46,7 +47,7 @@ class Prepare:
     def __call__(self, image: Image.Image, caption: str):
         if image.mode != "RGB":
             image = image.convert("RGB")
-        side = round(math.sqrt(random.uniform(LEAST_AREA, 1.0)) * min(image.size))
+        side = round(math.sqrt(random.uniform(MIN_AREA, 1.0)) * min(image.size))
         left, top = random.randint(0, image.width - side), random.randint(0, image.height - side)
         crop = image.crop((left, top, left + side, top + side)).resize((self.size,) * 2, Image.Resampling.BILINEAR)
         ids = self.tokenizer.encode(caption).ids[:TEXT_LEN]
@@ -88,12 +89,13 @@ def main(peer: str, place: str, size: str, captions: str):
     torch.set_num_threads(1)
     found = batches(peer, place, Prepare(int(size), train_tokenizer(Path(captions).read_text().splitlines())))
     next(found)
-    print(f"torch {torch.__version__}, webdataset {webdataset.__version__}, pillow {Image.__version__}", flush=True)
+    versions = f"torch {torch.__version__}, webdataset {webdataset.__version__}, their Pillow {Image.__version__}"
     for line in sys.stdin:
         began = time.perf_counter()
         for _ in range(int(line)):
             next(found)
-        print(int(line) * BATCH / (time.perf_counter() - began), flush=True)
+        rate = int(line) * BATCH / (time.perf_counter() - began)
+        print(json.dumps({"rate": rate, "versions": versions}), flush=True)
 
 
 if __name__ == "__main__":

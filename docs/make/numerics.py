@@ -1,9 +1,9 @@
 """Does the demo transformer learn as well with less precise arithmetic? Loss curves against float32, three seeds.
 
     dalle-jax demo --workdir demo                                       # its dVAE and tokenizer are used
-    python -m benchmarks.reliability.numerics --demo demo --out runs/numerics       # again until it prints the table
+    PYTHONPATH=. python docs/make/numerics.py --demo demo --out runs/numerics       # again until it prints the table
     NPROC=8 XLA_FLAGS=--xla_force_host_platform_device_count=2 \
-        python -m benchmarks.reliability.numerics --demo demo --out runs/numerics --variants "fp32 on two" "powersgd 16"
+        PYTHONPATH=. python docs/make/numerics.py --demo demo --out runs/numerics --variants "fp32 on two" "powersgd 16"
     PYTHONPATH=. python docs/make/numerics_plots.py --out runs/numerics
 
 Every variant trains `configs/transformer.py:demo` with AdamW instead of Muon for 2,000 updates from the same initial
@@ -14,22 +14,18 @@ is the noise between seeds. "fp32 on two" are two replicas on two emulated devic
 difference is what chance makes of the same run. "powersgd 16" are two that send 81 % less, "powersgd 24 in 2 pieces"
 two of two devices each that send as little, each device a factorisation of rank 12 of its half of a matrix (it takes
 four emulated devices). NPROC is the number of XLA's threads: emulated devices that share those of two cores wait for
-each other for ever. The figures go into benchmarks/results/numerics.md and .json, with those seeds of a variant that
-are done.
+each other for ever. The table has those seeds of a variant that are done.
 """
 
-import argparse
-import datetime
-import json
 import os
 import pathlib
-import platform
 import signal
 import statistics
 import time
 
 import jax
 
+from benchmarks import harness
 from dalle_jax import config as configs
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.run import train
@@ -58,17 +54,14 @@ COMMON = {
     "checkpoint_every": 500,
     "keep_checkpoints": 1,
 }
-RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, out="the runs; again to go on")
     parser.add_argument("--demo", type=pathlib.Path, required=True, help="a workdir of `dalle-jax demo`")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="the runs; again to go on")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["fp32", "moments paper"])
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", str(args.out / "programs"))
     deadline = time.monotonic() + args.seconds
@@ -91,17 +84,16 @@ def main() -> None:
             result = train(config, workdir, hooks=[(10, stop_in_time)], progress=False)
             print(f"{variant}, seed {seed}: {result.step} of {STEPS} updates, now {result.seconds:.0f} s", flush=True)
     found = {v: [losses(folder(args.out, v, seed)) for seed in SEEDS] for v in VARIANTS}
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.reliability.numerics --demo DIR --out DIR",
-        "machine": f"{len(jax.devices())} device(s) of kind {jax.devices()[0].device_kind}, {os.cpu_count()} CPU "
-        f"cores, Python {platform.python_version()}, JAX {jax.__version__}",
-        "variants": {variant: runs for variant, runs in found.items() if any(runs)},
-    }
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "numerics.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.results / "numerics.md").write_text(table(report))
-    print(table(report))
+    variants = {variant: runs for variant, runs in found.items() if any(runs)}
+    lines = [
+        harness.machine(f"{len(jax.devices())} x {jax.devices()[0].device_kind}"),
+        "",
+        f"    {harness.command(args, demo='DIR')}",
+        "",
+        *table(variants),
+    ]
+    title = "Less precise arithmetic: does the demo learn as well?"
+    harness.write(args.results / "numerics.md", title, lines)
 
 
 def folder(out: pathlib.Path, variant: str, seed: int) -> pathlib.Path:
@@ -124,30 +116,26 @@ def by_seed(runs: list[dict | None], name: str, form: str) -> str:
     return ", ".join(format(run[name], form) if run else "-" for run in runs)
 
 
-def table(report: dict) -> str:
-    """As Markdown: differences to float32 seed by seed, their mean, and the noise."""
-    lines = [
-        "# Less precise arithmetic: does the demo learn as well?",
-        "",
-        f"{report['date']}; {report['machine']}.",
-        "",
-        f"    {report['command']}",
-        "",
-        f"`configs/transformer.py:demo` with AdamW, {STEPS:,} updates, seeds {', '.join(map(str, SEEDS))}. Losses in "
-        f"nats; training: mean of the last {LAST} updates.",
-        "",
-        "| variant | training loss, by seed | minus float32, mean | validation loss, by seed | minus float32, mean |"
-        " skipped updates |",
-        "|---|---|---|---|---|---|",
-    ]
-    reference = report["variants"].get(REFERENCE)
-    for variant, runs in report["variants"].items():
+def table(variants: dict[str, list[dict | None]]) -> list[str]:
+    """Differences to float32 seed by seed, their mean, and the noise."""
+    reference, rows = variants.get(REFERENCE), []
+    for variant, runs in variants.items():
         cells = []
         for kind in ("train", "validation"):
             both = [(run, base) for run, base in zip(runs, reference or runs, strict=True) if run and base]
             mean = statistics.fmean(run[kind] - base[kind] for run, base in both) if both else None
             cells += [by_seed(runs, kind, ".4f"), "-" if mean is None else f"{mean:+.4f}"]
-        lines.append(f"| {variant} | {' | '.join(cells)} | {by_seed(runs, 'skipped', '.0f')} |")
+        rows.append((variant, *cells, by_seed(runs, "skipped", ".0f")))
+    lines = [
+        f"`configs/transformer.py:demo` with AdamW, {STEPS:,} steps, seeds {', '.join(map(str, SEEDS))}. Losses in "
+        f"nats; training: mean of the last {LAST} steps.",
+        "",
+        *harness.table(
+            "variant | training loss, by seed | minus float32, mean | validation loss, by seed | minus float32, mean | "
+            "skipped steps",
+            rows,
+        ),
+    ]
     if reference and all(reference):
         noise = {kind: statistics.stdev(run[kind] for run in reference) for kind in ("train", "validation")}
         lines += [
@@ -155,7 +143,7 @@ def table(report: dict) -> str:
             f"Noise, the standard deviation of float32 over the seeds: {noise['train']:.4f} in training, "
             f"{noise['validation']:.4f} in validation.",
         ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 if __name__ == "__main__":
