@@ -7,22 +7,23 @@
     dalle-jax evaluate demo/transformer --config configs/evaluate.py:demo --config.clip=demo/clip --out demo_evaluation
 
 coco     dalle-coco-30k: Ramesh et al. 2021, section 3.1 and figure 9: 30,000 captions of the validation set of MS-COCO
-         2014, the best of 512 candidates each, against all 40,504 of its pictures, cropped about their centres
+         2014, the best of 512 candidates each, against all 40,504 of its pictures, cropped about their centers
          (Nichol et al. 2021, appendix A.2); the DM-GAN code's networks and resizes; both sets blurred by growing radii
 dm-gan   the same captions as the DM-GAN code scores them (Zhu et al. 2019): the reference squeezed, not cropped
-pytorch  the network of FID with pytorch-fid's resize, cropped about the centre
+pytorch  the network of FID with pytorch-fid's resize, cropped about the center
 clean    the same with clean-fid's
 tf1      the same with that of the first TensorFlow code
 cub      section 3.1: every different caption of a source, all pictures of it as the reference; scored as coco
-demo     scenes: 200 captions, small enough for a CPU; features of the demo's own CLIP, no Inception
+demo     scenes: 200 captions, small enough for a CPU; features of the demo's CLIP, no Inception
 
-The numbers of two protocols do not compare with each other. docs/evaluation.md says what each leaves open.
+The numbers of two protocols do not compare with each other. docs/evaluation.md says what each leaves open, and
+dalle_jax/evaluate/protocol.py what each key means.
 """
 
 from ml_collections import ConfigDict
 
 from dalle_jax.configs.base import fields
-from dalle_jax.evaluate.protocol import Draw, Measure, Overlap
+from dalle_jax.evaluate.protocol import Draw, Evaluation, Metrics, Processes
 
 COCO_PICTURES = 40_504  # of val2014
 RADII = (0.0, 1.0, 2.0, 4.0, 8.0)  # figure 9; that they are Pillow's radii in pixels is our reading
@@ -30,50 +31,34 @@ BEST_OF = 512  # section 2.6
 SIDE = 256  # of the paper's pictures
 
 
-def _protocol(name: str, draw: Draw, measure: Measure, **values) -> ConfigDict:
-    config = ConfigDict(
-        {
-            "name": "evaluate",
-            "protocol": name,
-            "source": "",  # of captions, and of the reference's pictures: coco:DIR, wds:PATTERN, folder:DIR, ...
-            "reference": "",  # another source, or a .npz of statistics; '': the pictures of `source`
-            "reference_exactly": 0,  # pictures that it must have; 0: any number
-            "reference_count": 0,  # of them, drawn by the seed; 0: all
-            "count": 0,  # pictures that are taken of `--pictures`, by the seed; 0: as many as `draw.count`
-            "weights": "",  # Inception v3: what `dalle-jax convert inception` wrote, or a published file
-            "score_weights": "",  # of the one whose classes give the Inception score; '': the same
-            "clip": "",  # workdir or model directory: CLIP score and R-precision, and whose features 'clip' means
-            "draw": fields(draw),
-            "measure": fields(measure),
-            "overlap": fields(Overlap()),
-            # As in training: how long processes wait for one another, and how long one may be silent.
-            "processes": {"start_seconds": 300, "hang_seconds": 600, "compile_seconds": 3_600},
-        }
-    )
-    config.update(values)
+def _protocol(name: str, draw: Draw, measure: Metrics, **values) -> ConfigDict:
+    config = fields(Evaluation(protocol=name, draw=draw, measure=measure, **values))
+    del config.departures, config.expected
+    config.name, config.processes = "evaluate", fields(Processes())
     return config
 
 
 def _coco(name: str, **measure) -> ConfigDict:
     draw = Draw(count=30_000, best_of=BEST_OF)
-    return _protocol(name, draw, Measure(**measure), reference_exactly=COCO_PICTURES)
+    return _protocol(name, draw, Metrics(**measure), reference_exactly=COCO_PICTURES)
 
 
 def _fid(name: str) -> ConfigDict:
-    return _coco(f"coco-30k-{name}", pools="fid", resize=name, crop="centre", side=SIDE)
+    return _coco(f"coco-30k-{name}", pools="fid", resize=name, crop="center", side=SIDE)
 
 
 DM_GAN = dict(pools="torchvision", resize="dm-gan", blur=RADII)
 DM_GAN_SCORE = dict(score_pools="fid", score_resize="dm-gan-score")  # on MS-COCO; on CUB a network of birds
-PAPER = dict(**DM_GAN, crop="centre", side=SIDE)
+PAPER = dict(**DM_GAN, crop="center", side=SIDE)
 
 
-def demo() -> ConfigDict:
-    config = _protocol(
-        "demo-scenes", Draw(count=200), Measure(features="clip", blur=(0.0, 1.0, 2.0)), reference_count=1_000
-    )
-    config.source = "scenes:val@64"
-    return config
+def _cub() -> ConfigDict:
+    return _protocol("dalle-cub", Draw(unique=True, best_of=BEST_OF), Metrics(**PAPER))
+
+
+def _demo() -> ConfigDict:
+    measure = Metrics(features="clip", blur=(0.0, 1.0, 2.0))
+    return _protocol("demo-scenes", Draw(count=200), measure, source="scenes:val@64", reference_count=1_000)
 
 
 VARIANTS = {
@@ -82,8 +67,8 @@ VARIANTS = {
     "pytorch": lambda: _fid("pytorch"),
     "clean": lambda: _fid("clean"),
     "tf1": lambda: _fid("tf1"),
-    "cub": lambda: _protocol("dalle-cub", Draw(unique=True, best_of=BEST_OF), Measure(**PAPER)),
-    "demo": demo,
+    "cub": _cub,
+    "demo": _demo,
 }
 VARIANTS["dalle-coco-30k"] = VARIANTS["coco"]
 

@@ -34,32 +34,33 @@ class Ours:
     def __init__(self, folder: pathlib.Path):
         from dalle_jax.convert.inception import convert
         from dalle_jax.data.sources import open_source
-        from dalle_jax.evaluate.features import Extractor, Preparation
+        from dalle_jax.evaluate.features import Extractor
+        from dalle_jax.evaluate.preprocess import Preprocess
         from dalle_jax.models import inception
         from tests.support.inception_weights import state_dict
 
         state = state_dict("fid")
         np.savez(folder / "weights.npz", **state)
         config, params = convert(state)
-        self.folder, self.prepare = folder, Preparation()
+        self.folder, self.preprocess = folder, Preprocess()
         self.extractor = Extractor(inception.model(config), params)
         self.source = open_source(f"folder:{folder / 'pictures'}", captions_required=False)
-        self.found = self.extractor.of_source(self.source, prepare=self.prepare)  # compiles
+        self.found = self.extractor.of_source(self.source, preprocess=self.preprocess)  # compiles
 
     def distance(self) -> dict:
-        from dalle_jax.evaluate import distances, moments
+        from dalle_jax.evaluate import distances
 
         sets = [np.load(self.folder / f"{name}.npy") for name in ("one", "other")]
         start = time.perf_counter()
-        one, other = (moments.of(features) for features in sets)
+        one, other = (distances.mean_and_covariance(features) for features in sets)
         between = time.perf_counter()
         fid = distances.fid(*one, *other)
         return {"statistics": between - start, "distance": time.perf_counter() - between, "fid": fid}
 
     def features(self) -> dict:
-        self.extractor.of_source(self.source, prepare=self.prepare, rows=range(WARM_UP))
+        self.extractor.of_source(self.source, preprocess=self.preprocess, rows=range(WARM_UP))
         start = time.perf_counter()
-        self.extractor.of_source(self.source, prepare=self.prepare)
+        self.extractor.of_source(self.source, preprocess=self.preprocess)
         seconds = time.perf_counter() - start
         batch = np.zeros((self.extractor.batch, 299, 299, 3), np.float32)
         start = time.perf_counter()
@@ -109,7 +110,7 @@ def main() -> None:
             answers["our features"].append(ours.features())
             for work in ("batches", "features"):
                 answers[work].append(peer(args.peer_python, folder, work))
-        apart = float(np.abs(np.load(folder / "theirs.npy") - ours.found.features_NF).max())
+        apart = float(np.abs(np.load(folder / "theirs.npy") - ours.found.features_XF).max())
 
     def values(work: str, *keys: str) -> list[float]:
         return [sum(answer[key] for key in keys) for answer in answers[work]]

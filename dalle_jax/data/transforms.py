@@ -56,6 +56,15 @@ def center_crop(image_uint8: np.ndarray, size: int, rng: np.random.Generator | N
     return _lanczos(image_uint8[top : top + side, left : left + side], size)
 
 
+def clip_window(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """CLIP's preprocessing of an image: height and width to resize it to, and top and left of the `size` square.
+
+    The roundings are those of torchvision's `Resize(size)` and `CenterCrop(size)`.
+    """
+    tall, wide = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+    return tall, wide, round((tall - size) / 2), round((wide - size) / 2)
+
+
 def shortest(augment: str, size: int) -> int:
     """Pixels of a picture's shorter side that are enough: the most that an augmentation shrinks it to, and twice that
     for those that filter, so that their filter still decides what is seen."""

@@ -2,13 +2,10 @@
 
 Keeps every picture that decodes, in the source's order, counts those that do not, and pads the last batch instead of
 dropping it. Knows nothing of distances.
-
-Dimensions: B batch, H height, W width, N pictures, F features, V classes.
 """
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import os
 import pathlib
@@ -23,82 +20,67 @@ from dalle_jax.checkpoint import digest
 from dalle_jax.convert.inception import load_published
 from dalle_jax.data.decode import BadImage, decode_image
 from dalle_jax.data.record import Dropped, Source
-from dalle_jax.data.transforms import center_crop
-from dalle_jax.errors import UserError
-from dalle_jax.evaluate import preprocess, progress
+from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.mesh import local_mesh
 from dalle_jax.models import Model, Params, inception
 
 BATCH = 32  # pictures a device
-LISTS = {"keys": "key", "rows": "row", "captions": "caption", "hashes": "hash", "sizes": "size"}  # of a set, of one
 
 _features = jax.jit(Model.apply, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Preparation:
-    """How pictures are brought to a network: crop, side, blur and resize, as `protocol.Measure` explains them."""
+class Row:
+    """A picture of a source that could be read.
 
-    resize: str = "pytorch"
-    crop: str = "none"
-    side: int = 0
-    blur: float = 0.0
+    key: its name. index: its place in the source. caption: its first, '' for none. hash: sha256 of the picture as it is
+    stored. size: height and width in pixels.
+    """
 
-    def framed(self, image_uint8: np.ndarray) -> np.ndarray:
-        """Cropped and blurred, still uint8 [H, W, 3]."""
-        image_uint8 = preprocess.CROPS[self.crop](image_uint8)
-        if self.side and self.crop != "none":
-            image_uint8 = center_crop(image_uint8, self.side)
-        return preprocess.blurred(image_uint8, self.blur)
-
-    def about(self) -> dict[str, str]:
-        """The values as words of a statistics file."""
-        return {"resize": self.resize, "crop": self.crop, "side": str(self.side), "blur": f"{self.blur:g}"}
-
-    def __call__(self, image_uint8: np.ndarray) -> np.ndarray:
-        """For Inception: float32 [SIDE, SIDE, 3]."""
-        return preprocess.RESIZES[self.resize](self.framed(image_uint8))
+    key: str
+    index: int
+    caption: str
+    hash: str
+    size: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FeatureSet:
     """Features of the pictures of a source that could be read, in the source's order.
 
-    features_NF: float32; logits_NV: float32, V = 0 where the network has none. keys: their names; rows: their places in
-    the source; captions: the first of each, '' for none; hashes: sha256 of each picture as it was stored; sizes: height
-    and width of each in pixels. dropped: reason -> count.
+    features_XF: float32; logits_XV: float32, V = 0 where the network has no classes. dropped: reason -> count.
     """
 
-    features_NF: np.ndarray
-    logits_NV: np.ndarray
-    keys: list[str]
-    rows: list[int]
-    captions: list[str]
-    hashes: list[str]
-    sizes: list[tuple[int, int]]
+    features_XF: np.ndarray
+    logits_XV: np.ndarray
+    rows: list[Row]
     dropped: dict[str, int]
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.rows)
 
     @property
     def digest(self) -> str:
         """sha256 of all pictures in their order."""
-        return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
+        return hashlib.sha256("".join(row.hash for row in self.rows).encode()).hexdigest()
 
-    def without(self, rows: Collection[int]) -> "Found":
+    def without(self, indices: Collection[int]) -> "FeatureSet":
         """The same set without the pictures in these places of the source."""
-        kept = [i for i, row in enumerate(self.rows) if row not in rows]
-        lists = {name: [getattr(self, name)[i] for i in kept] for name in LISTS}
-        return dataclasses.replace(self, features_NF=self.features_NF[kept], logits_NV=self.logits_NV[kept], **lists)
+        if not indices:
+            return self
+        kept = [i for i, row in enumerate(self.rows) if row.index not in indices]
+        rows = [self.rows[i] for i in kept]
+        return FeatureSet(self.features_XF[kept], self.logits_XV[kept], rows, self.dropped)
 
     @classmethod
-    def joined(cls, parts: Sequence["Found"]) -> "Found":
+    def joined(cls, parts: Sequence["FeatureSet"]) -> "FeatureSet":
         """Consecutive parts of a source as one."""
-        arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("features_NF", "logits_NV")}
-        lists = {name: [value for part in parts for value in getattr(part, name)] for name in LISTS}
-        dropped = sum((collections.Counter(part.dropped) for part in parts), collections.Counter())
-        return cls(**arrays, **lists, dropped=dict(dropped))
+        return cls(
+            np.concatenate([part.features_XF for part in parts]),
+            np.concatenate([part.logits_XV for part in parts]),
+            [row for part in parts for row in part.rows],
+            dict(sum((collections.Counter(part.dropped) for part in parts), collections.Counter())),
+        )
 
 
 class Extractor:
@@ -110,6 +92,7 @@ class Extractor:
     """
 
     def __init__(self, model: Model, params: Params, *, batch: int | None = None):
+        """batch: pictures a device and call; default: BATCH."""
         mesh = local_mesh()
         self.model, self.digest = model, digest.of_tree(params)
         config = model.config
@@ -120,86 +103,64 @@ class Extractor:
         self._place = sharding.batch_sharding(mesh)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, batch: int | None = None) -> "Extractor":
+    def load(cls, path: str | os.PathLike) -> "Extractor":
         """The network of a model directory, or straight from a published file (.pth, .safetensors).
-
-        batch: pictures a device and call; default: BATCH.
 
         Raises:
           UserError: nothing there, or the weights of something else.
         """
-        if not pathlib.Path(path).is_dir():
-            config, params = load_published(path)
-            return cls(inception.model(config), params, batch=batch)
-        found = model_dir.load(path, name="inception")
-        return cls(found.model, found.params, batch=batch)
+        if pathlib.Path(path).is_dir():
+            found = model_dir.load(path, name="inception")
+            return cls(found.model, found.params)
+        config, params = load_published(path)
+        return cls(inception.model(config), params)
 
-    def prepared(self, image_uint8: np.ndarray, prepare: Preparation) -> np.ndarray:
-        """What the network reads of a picture uint8 [H, W, 3]."""
-        return prepare(image_uint8)
+    def prepared(self, image_uint8: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+        """What the network reads of an image uint8 [H, W, 3]."""
+        return preprocess.for_inception(image_uint8)
 
-    def __call__(self, x_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What `prepared` makes of pictures -> features [N, F] and logits [N, V]; N at most `batch`."""
-        count = len(x_NHWC)
-        if count < self.batch:  # one compiled shape
-            x_NHWC = np.concatenate([x_NHWC, np.zeros((self.batch - count, *x_NHWC.shape[1:]), x_NHWC.dtype)])
-        pool3_BF, logits_BV = _features(self.model, self._params, jax.device_put(x_NHWC, self._place))
-        return np.asarray(pool3_BF)[:count], np.asarray(logits_BV)[:count]
+    def __call__(self, x_XHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features [X, F] and logits [X, V] of what `prepared` makes of images."""
 
-    def of_source(self, source: Source, *, prepare: Preparation, rows=None, tell: str = "") -> Found:
-        """Features of these rows of a source (default: all). tell: what the progress on stderr is named, '' for none.
+        def features(x_BHWC):
+            return _features(self.model, self._params, jax.device_put(x_BHWC, self._place))
 
-        Raises:
-          UserError: no picture of the source can be read.
+        return sharding.in_batches(features, x_XHWC, size=self.batch)
+
+    def of_source(
+        self,
+        source: Source,
+        *,
+        preprocess: Preprocess,
+        rows: Sequence[int] | np.ndarray | None = None,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> FeatureSet:
+        """Features of these rows of a source; may be none.
+
+        rows: default: all. advance: called with how many more rows are done.
         """
-        rows = range(len(source)) if rows is None else rows
-        with progress.bar(len(rows), tell) as bar:
-            found = self.of_rows(source, prepare=prepare, rows=rows, advance=bar.update)
-        return refuse_none(found, source)
-
-    def of_rows(self, source: Source, *, prepare: Preparation, rows, advance: Callable[[int], None]) -> Found:
-        """Features of these rows, none it may be. advance: told how many more rows are done."""
+        indices = range(len(source)) if rows is None else rows
         batches, kept, dropped = [], [], collections.Counter()
+
+        def read(index: int) -> tuple[Row, np.ndarray] | Dropped:
+            return _read(source, index, lambda image_uint8: self.prepared(image_uint8, preprocess))
+
         with futures.ThreadPoolExecutor() as pool:
-            for taken in _side_by_side(pool, functools.partial(_read, source, self, prepare), rows, self.batch):
-                good = [outcome for outcome in taken if not isinstance(outcome, Dropped)]
-                dropped.update(outcome.reason for outcome in taken if isinstance(outcome, Dropped))
+            for found in _read_ahead(pool, read, indices, self.batch):
+                good = [outcome for outcome in found if not isinstance(outcome, Dropped)]
+                dropped.update(outcome.reason for outcome in found if isinstance(outcome, Dropped))
                 if good:
-                    batches.append(self(np.stack([one.x for one in good])))
-                kept += [dataclasses.replace(one, x=None) for one in good]
-                advance(len(taken))
+                    batches.append(self(np.stack([x for _, x in good])))
+                kept += [row for row, _ in good]
+                advance(len(found))
         none = np.zeros((0, self.features), np.float32), np.zeros((0, self.classes), np.float32)
-        features_NF, logits_NV = (np.concatenate(parts) for parts in zip(none, *batches, strict=True))
-        lists = {name: [getattr(one, single) for one in kept] for name, single in LISTS.items()}
-        return Found(features_NF, logits_NV, **lists, dropped=dict(dropped))
-
-
-def refuse_none(found: Found, source: Source) -> Found:
-    """The same set, unless it is empty.
-
-    Raises:
-      UserError: no picture of the source can be read.
-    """
-    if not len(found):
-        reasons = counted(found.dropped) or "it is empty"
-        raise UserError(f"expected pictures in {source.name}, got none that can be read ({reasons})")
-    return found
+        features_XF, logits_XV = (np.concatenate(parts) for parts in zip(none, *batches, strict=True))
+        return FeatureSet(features_XF, logits_XV, kept, dict(dropped))
 
 
 def counted(dropped: Mapping[str, int]) -> str:
+    """'2 x no image, 1 x zero bytes'."""
     return ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
-
-
-@dataclasses.dataclass(frozen=True)
-class _One:
-    """A picture as it was read; x: what the network reads of it."""
-
-    key: str
-    row: int
-    caption: str
-    hash: str
-    size: tuple[int, int]
-    x: np.ndarray | None
 
 
 def hash_of(image: bytes | np.ndarray) -> str:
@@ -209,24 +170,24 @@ def hash_of(image: bytes | np.ndarray) -> str:
     return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
-def _read(source: Source, extractor: Extractor, prepare: Preparation, row: int) -> "_One | Dropped":
-    record = source[row]
+def _read(source: Source, index: int, prepared: Callable) -> tuple[Row, np.ndarray] | Dropped:
+    record = source[index]
     if isinstance(record, Dropped):
         return record
     try:
         image_uint8 = decode_image(record.image)
     except BadImage as bad:
         return Dropped(record.key, bad.reason, bad.detail)
-    x = extractor.prepared(image_uint8, prepare)
     caption = record.captions[0] if record.captions else ""
-    return _One(record.key, row, caption, hash_of(record.image), image_uint8.shape[:2], x)
+    height, width = image_uint8.shape[:2]
+    return Row(record.key, index, caption, hash_of(record.image), (height, width)), prepared(image_uint8)
 
 
-def _side_by_side(pool, work: Callable, rows, size: int) -> Iterator[list]:
-    """work(row) of all rows in their order, `size` at a time, the next batch under way while one is used."""
+def _read_ahead(pool: futures.Executor, work: Callable, indices: Sequence[int], size: int) -> Iterator[list]:
+    """work(index) of all indices in their order, `size` at a time, the next batch under way while one is used."""
     waiting: collections.deque = collections.deque()
-    for start in range(0, len(rows), size):
-        waiting.append([pool.submit(work, int(row)) for row in rows[start : start + size]])
+    for start in range(0, len(indices), size):
+        waiting.append([pool.submit(work, int(index)) for index in indices[start : start + size]])
         if len(waiting) > 1:
             yield [future.result() for future in waiting.popleft()]
     while waiting:

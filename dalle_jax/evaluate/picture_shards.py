@@ -21,7 +21,7 @@ END = b"\0" * 10_240  # of an archive, as tar itself writes it
 
 
 class GrowingShard:
-    """One shard that is being written.
+    """One shard while it is written; a context that closes it.
 
     Attributes:
       names: the pictures that are in it.
@@ -40,8 +40,8 @@ class GrowingShard:
         for name, picture, more in pictures:
             png = io.BytesIO()
             picture.save(png, format="PNG")
-            said = {"caption": picture.caption, "seed": picture.seed, "score": picture.score, **more}
-            data = png.getvalue(), picture.caption.encode(), json.dumps(said, sort_keys=True).encode()
+            about = {"caption": picture.caption, "seed": picture.seed, "score": picture.score, **more}
+            data = png.getvalue(), picture.caption.encode(), json.dumps(about, sort_keys=True).encode()
             for part, content in zip(PARTS, data, strict=True):
                 header = tarfile.TarInfo(f"{name}.{part}")
                 header.size = len(content)
@@ -57,9 +57,11 @@ class GrowingShard:
         self._file.flush()
         os.fsync(self._file.fileno())
         os.replace(self._aside, self.path)
-        self._file.close()
 
-    def close(self) -> None:
+    def __enter__(self) -> "GrowingShard":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._file.close()
 
 

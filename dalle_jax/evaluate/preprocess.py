@@ -1,25 +1,61 @@
-"""From a picture as uint8 to what a network reads, in each of the ways that published scores were made.
+"""From an image as uint8 to what a network reads, in each of the ways that published scores were made.
 
-The ways differ by several points of FID, so each has a name and a report says which one it was. Pictures are uint8
-first, as files are; blur and crop stay uint8. Only the resize leaves uint8, where its original does. numpy and Pillow,
-one picture at a time: H height, W width, 3 colours.
+The ways differ by several points of FID, so each has a name and a report says which one it was. Images are uint8 first,
+as files are; blur and crop stay uint8. Only the resize leaves uint8, where its original does. numpy and Pillow, one
+image at a time.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from dalle_jax import pixels
+from dalle_jax.data.transforms import center_crop, clip_window
 from dalle_jax.models.inception import SIDE
 
 # Of the channels over ImageNet, as torchvision has them.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+CLIP_RESIZE = "clip"  # the name of CLIP's only resize
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How images are brought to a network: crop, side, blur and resize, as `protocol.Metrics` explains them."""
+
+    resize: str = "pytorch"
+    crop: str = "none"
+    side: int | None = None
+    blur: float = 0.0
+
+    def framed(self, image_uint8: np.ndarray) -> np.ndarray:
+        """Cropped and blurred, still uint8 [H, W, 3]."""
+        image_uint8 = CROPS[self.crop](image_uint8)
+        if self.side and self.crop != "none":
+            image_uint8 = center_crop(image_uint8, self.side)
+        return blurred(image_uint8, self.blur)
+
+    def for_inception(self, image_uint8: np.ndarray) -> np.ndarray:
+        """float32 [SIDE, SIDE, 3] in [-1, 1]."""
+        return RESIZES[self.resize](self.framed(image_uint8))
+
+    def for_clip(self, image_uint8: np.ndarray, size: int) -> np.ndarray:
+        """CLIP's: the shorter side to `size` by Pillow's bicubic, then the middle square; uint8 [size, size, 3]."""
+        image_uint8 = np.ascontiguousarray(self.framed(image_uint8))
+        height, width, top, left = clip_window(*image_uint8.shape[:2], size)
+        resized = Image.fromarray(image_uint8).resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(resized)[top : top + size, left : left + size]
+
+    def to_words(self) -> dict[str, str]:
+        """The values as a statistics file says them."""
+        side = self.side if self.side and self.crop != "none" else 0
+        return {"resize": self.resize, "crop": self.crop, "side": str(side), "blur": f"{self.blur:g}"}
 
 
 def blurred(image_uint8: np.ndarray, radius: float) -> np.ndarray:
-    """Gaussian blur by Pillow, whose radius is the deviation in pixels; 0 changes nothing.
+    """Gaussian blur by Pillow, whose radius is the standard deviation in pixels; 0 changes nothing.
 
     The paper blurs both sets by growing radii (section 3.1) and does not say what its radius means.
     """
@@ -29,29 +65,19 @@ def blurred(image_uint8: np.ndarray, radius: float) -> np.ndarray:
 
 
 def middle_square(image_uint8: np.ndarray) -> np.ndarray:
-    """The largest square about the centre: how the paper prepared validation images (Nichol et al. 2021, A.2)."""
+    """The largest square about the center: how the paper prepared validation images (Nichol et al. 2021, A.2)."""
     height, width = image_uint8.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return image_uint8[top : top + side, left : left + side]
 
 
-def clip(image_uint8: np.ndarray, size: int) -> np.ndarray:
-    """CLIP's: the shorter side to `size` by Pillow's bicubic, then the middle square; uint8 [size, size, 3]."""
-    height, width = image_uint8.shape[:2]
-    scale = size / min(height, width)
-    tall, wide = max(size, round(height * scale)), max(size, round(width * scale))
-    resized = Image.fromarray(np.ascontiguousarray(image_uint8)).resize((wide, tall), Image.Resampling.BICUBIC)
-    return middle_square(np.asarray(resized))
-
-
 def pytorch(image_uint8: np.ndarray) -> np.ndarray:
-    """pytorch-fid: bilinear between pixel centres, no smoothing where it shrinks; 2 x - 1 of [0, 1]."""
-    (rows, rows_up, down), (columns, columns_up, across) = (_centred(length) for length in image_uint8.shape[:2])
+    """pytorch-fid: bilinear between centers of pixels, no smoothing where it shrinks; 2 x - 1 of [0, 1]."""
+    (rows, rows_up, down), (columns, columns_up, across) = (_neighbors(n, 0.5) for n in image_uint8.shape[:2])
     image_unit = pixels.to_unit(image_uint8)
-    tall = _blended(image_unit[rows], image_unit[rows_up], down[:, None, None])  # whole rows are copied fast
-    wide = (np.take(tall, places, axis=1) for places in (columns, columns_up))
-    image = _blended(*wide, across[:, None])
+    stretched = _blended(image_unit[rows], image_unit[rows_up], down[:, None, None])  # whole rows are copied fast
+    image = _blended(*(np.take(stretched, places, axis=1) for places in (columns, columns_up)), across[:, None])
     image *= 2
     image -= 1
     return image
@@ -65,9 +91,12 @@ def _blended(one: np.ndarray, other: np.ndarray, share: np.ndarray) -> np.ndarra
     return one
 
 
-def _centred(length: int):
-    """Lower and upper neighbour int64 [SIDE], share of the upper one float32 [SIDE]; positions in float32, as there."""
-    half, scale = np.float32(0.5), np.float32(length) / np.float32(SIDE)
+def _neighbors(length: int, offset: float):
+    """Lower and upper neighbor int64 [SIDE], share of the upper one float32 [SIDE]; positions in float32, as there.
+
+    offset: where in a pixel its value lies, 0.5 for its center and 0 for its corner.
+    """
+    half, scale = np.float32(offset), np.float32(length) / np.float32(SIDE)
     place = ((np.arange(SIDE, dtype=np.float32) + half) * scale - half).clip(0)
     first = np.minimum(np.floor(place).astype(np.int64), length - 1)
     return first, np.minimum(first + 1, length - 1), place - first.astype(np.float32)
@@ -76,17 +105,11 @@ def _centred(length: int):
 def tf1(image_uint8: np.ndarray) -> np.ndarray:
     """The original graph: TensorFlow 1's bilinear, which aligns the top left corners of pixels; (x - 128) / 128."""
     image = image_uint8.astype(np.float32)
-    (rows, rows_up, down), (columns, columns_up, across) = (_cornered(length) for length in image.shape[:2])
+    (rows, rows_up, down), (columns, columns_up, across) = (_neighbors(n, 0.0) for n in image.shape[:2])
     down, across = down[:, None, None], across[:, None]
     top = image[rows][:, columns] + (image[rows][:, columns_up] - image[rows][:, columns]) * across
     bottom = image[rows_up][:, columns] + (image[rows_up][:, columns_up] - image[rows_up][:, columns]) * across
     return (top + (bottom - top) * down - 128) / 128
-
-
-def _cornered(length: int):
-    place = np.arange(SIDE, dtype=np.float32) * (np.float32(length) / np.float32(SIDE))
-    first = np.minimum(np.floor(place).astype(np.int64), length - 1)
-    return first, np.minimum(first + 1, length - 1), place - first.astype(np.float32)
 
 
 def clean(image_uint8: np.ndarray) -> np.ndarray:
@@ -101,10 +124,10 @@ def clean(image_uint8: np.ndarray) -> np.ndarray:
 def dm_gan(image_uint8: np.ndarray) -> np.ndarray:
     """FID of the DM-GAN code: Pillow's bilinear, smoothed and rounded to uint8, squeezed to a square.
 
-    Its copy of an early pytorch-fid takes [0, 1] for values that were normalised by ImageNet's mean and deviation, and
+    Its copy of an early pytorch-fid takes [0, 1] for values that were normalized by ImageNet's mean and deviation, and
     undoes that (github.com/mseitzer/pytorch-fid/issues/3). A mistake, but its scores depend on it.
     """
-    return (pixels.to_unit(_squeezed(image_uint8)) * IMAGENET_DEVIATION + IMAGENET_MEAN - 0.5) / 0.5
+    return (pixels.to_unit(_squeezed(image_uint8)) * IMAGENET_STD + IMAGENET_MEAN - 0.5) / 0.5
 
 
 def dm_gan_score(image_uint8: np.ndarray) -> np.ndarray:
@@ -116,7 +139,7 @@ def _squeezed(image_uint8: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image_uint8).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
-# All of them: uint8 [H, W, 3] -> float32 [SIDE, SIDE, 3] in [-1, 1]; a picture that is no square is squeezed.
+# All of them: uint8 [H, W, 3] -> float32 [SIDE, SIDE, 3] in [-1, 1]; an image that is no square is squeezed.
 RESIZES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "pytorch": pytorch,
     "clean": clean,
@@ -124,4 +147,4 @@ RESIZES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "dm-gan": dm_gan,
     "dm-gan-score": dm_gan_score,
 }
-CROPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"none": lambda image: image, "centre": middle_square}
+CROPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"none": lambda image: image, "center": middle_square}

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from dalle_jax.data.record import Record, Source
-from dalle_jax.evaluate import clip as judge
-from dalle_jax.evaluate import distances, moments
-from dalle_jax.evaluate.clip import ClipExtractor
-from dalle_jax.evaluate.features import Extractor, Preparation
+from dalle_jax.evaluate import distances
+from dalle_jax.evaluate.clip import ClipExtractor, caption_scores
+from dalle_jax.evaluate.features import Extractor, FeatureSet
+from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.sample.rerank import Reranker
 
 CANDIDATES = 10  # of R-precision: so few pictures have few different captions
@@ -51,17 +51,17 @@ class Probe:
         inception: Extractor | None = None,
         clip: Reranker | None = None,
     ):
-        """rows: of the reference. side: to which its pictures are cropped and brought, that of the pictures scored."""
-        self._clip, self._prepare = clip, Preparation(crop="centre", side=side)
-        self._networks = {"fid": inception, "clip_fid": None if clip is None else ClipExtractor(clip)}
-        self._networks = {name: network for name, network in self._networks.items() if network is not None}
+        """rows: of the reference. side: pixels of the pictures that are scored; the reference is brought to it."""
+        self._clip, self._preprocess = clip, Preprocess(crop="center", side=side)
+        networks = {"fid": inception, "clip_fid": None if clip is None else ClipExtractor(clip)}
+        self._networks = {name: network for name, network in networks.items() if network is not None}
         self._reference = {
-            name: moments.of(network.of_source(reference, prepare=self._prepare, rows=rows).features_NF)
+            name: distances.mean_and_covariance(self._features(network, reference, rows).features_XF)
             for name, network in self._networks.items()
         }
 
     def scores(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
-        """fid, by Inception, if there is one; by CLIP clip_fid, which no published number compares with, clip_score and
+        """fid by Inception, if there is one; by CLIP clip_fid, which no published number compares with, clip_score and
         r_precision among CANDIDATES captions.
 
         Raises:
@@ -69,18 +69,22 @@ class Probe:
         """
         scores = {}
         for name, network in self._networks.items():
-            found = network.of_source(InMemory(pictures, captions), prepare=self._prepare)
-            scores[name] = distances.fid(*moments.of(found.features_NF), *self._reference[name])
+            found = self._features(network, InMemory(pictures, captions))
+            statistics = distances.mean_and_covariance(found.features_XF)
+            scores[name] = distances.fid(*statistics, *self._reference[name])
             if name == "clip_fid":
-                more, _ = judge.caption_scores(self._clip, found, candidates=CANDIDATES, seed=0)
+                more, _ = caption_scores(self._clip, found, candidates=CANDIDATES, seed=0)
                 scores |= {key: more[key] for key in ("clip_score", "r_precision") if key in more}
         return scores
+
+    def _features(self, network: Extractor, source: Source, rows: Sequence[int] | None = None) -> FeatureSet:
+        return network.of_source(source, preprocess=self._preprocess, rows=rows)
 
 
 def by_clip(
     clip: Reranker, pictures: Sequence[np.ndarray], captions: Sequence[str], real: Sequence[np.ndarray]
 ) -> dict:
-    """clip_fid and more of pictures against real ones, with what has to be said about such numbers."""
+    """clip_fid and more of pictures against real ones, with a note on what such numbers mean."""
     probe = Probe(InMemory(real, captions), rows=range(len(real)), side=len(real[0]), clip=clip)
     about = {"pictures": len(pictures), "reference": len(real), "clip": clip.digest}
     return {**probe.scores(pictures, captions), **about, "note": NOTE}

@@ -5,147 +5,213 @@ ones, and a report gives them back. Knows which values are possible; does nothin
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, check_number
+from dalle_jax.evaluate.preprocess import CROPS, RESIZES
+from dalle_jax.models import inception
+from dalle_jax.sample.request import MAX_CANDIDATES, MAX_SEEDS
 
-RESIZES = ("pytorch", "clean", "tf1", "dm-gan", "dm-gan-score")  # functions of `preprocess`
-CROPS = ("none", "centre")
 FEATURES = ("inception", "clip")
-POOLS = ("", "fid", "torchvision")
+MAX_SIDE = 4_096  # pixels, of an image before it is blurred
+MAX_BLUR = 1_000  # pixels
+# What may lie elsewhere when an evaluation is repeated.
+PLACES = ("source", "reference", "pictures", "weights", "score_weights", "clip", "draw.clip", "overlap.source")
 
 
 @dataclasses.dataclass(frozen=True)
-class Measure:
+class Metrics:
     """How two sets of pictures are compared, whoever made them.
 
     features: 'inception', the network of published scores, or 'clip', whose numbers compare with each other only.
-    pools: which Inception it has to be, as `models.inception` names it; '' takes either.
-    resize: to the network's size, a function of `preprocess`. crop: 'centre' is the largest square about the centre;
-    reference_crop: that of the reference, '' for the same. side: then cropped pictures are brought to this side in
-    pixels, so that a radius of blur means the same in both sets; 0 leaves them. blur: radii in pixels, each gives one
-    set of scores. splits: of the Inception score. score_pools, score_resize: of the network whose classes give it, ''
-    for the same as `pools` and `resize`. candidates: captions that R-precision chooses among. seed: of draws, splits
-    and subsets.
+    pools: which Inception it has to be, as `models.inception` names it; None takes either.
+    resize: to the network's size, a function of `preprocess`. crop: 'center' is the largest square about the center;
+    reference_crop: that of the reference, None for the same. side: then cropped pictures are brought to this side in
+    pixels, so that a radius of blur means the same in both sets; None leaves them. blur: radii in pixels, each gives
+    one set of scores. splits: of the Inception score. score_pools, score_resize: of the network whose classes give it,
+    None for the same as `pools` and `resize`. candidates: captions that R-precision chooses among. seed: of draws,
+    splits and subsets.
     """
 
     features: str = "inception"
-    pools: str = ""
+    pools: str | None = None
     resize: str = "pytorch"
     crop: str = "none"
-    reference_crop: str = ""
-    side: int = 0
+    reference_crop: str | None = None
+    side: int | None = None
     blur: tuple[float, ...] = (0.0,)
     splits: int = 10  # Salimans et al. 2016
-    score_pools: str = ""
-    score_resize: str = ""
+    score_pools: str | None = None
+    score_resize: str | None = None
     candidates: int = 100  # Xu et al. 2018
     seed: int = 0
 
     def __post_init__(self):
+        _check_choice("features", self.features, FEATURES)
+        _check_choice("resize", self.resize, RESIZES)
+        _check_choice("crop", self.crop, CROPS)
+        _check_choice("pools", self.pools, (None, *inception.CLASSES))
+        _check_choice("score_pools", self.score_pools, (None, *inception.CLASSES))
+        _check_choice("score_resize", self.score_resize, (None, *RESIZES))
+        _check_choice("reference_crop", self.reference_crop, (None, *CROPS))
+        for radius in self.blur:
+            check_number("blur", radius, min=0, max=MAX_BLUR)
         object.__setattr__(self, "blur", tuple(map(float, self.blur)))
-        _one_of("features", self.features, FEATURES)
-        _one_of("pools", self.pools, POOLS)
-        _one_of("resize", self.resize, RESIZES)
-        _one_of("score_pools", self.score_pools, POOLS)
-        _one_of("score_resize", self.score_resize, ("", *RESIZES))
-        _one_of("crop", self.crop, CROPS)
-        _one_of("reference_crop", self.reference_crop, ("", *CROPS))
-        if not self.blur or not all(0 <= radius < math.inf for radius in self.blur):
-            raise ValueError(f"blur must be one or more radii of 0 or more, got {self.blur}")
-        if len(set(self.blur)) != len(self.blur):
-            raise ValueError(f"blur must name every radius once, got {self.blur}")
-        _at_least("side", self.side, 0)
-        _at_least("splits", self.splits, 1)
-        _at_least("candidates", self.candidates, 2)
-        _at_least("seed", self.seed, 0)
-        if self.side and "centre" not in (self.crop, self.reference_crop):
-            raise ValueError(f"side needs crop = 'centre', as it is that of a square, got side {self.side} without")
+        if not self.blur or len(set(self.blur)) != len(self.blur):
+            raise UserError(f"expected one or more different radii of blur, got {self.blur}: name each once")
+        check_number("side", self.side, min=1, max=MAX_SIDE, whole=True, optional=True)
+        check_number("splits", self.splits, min=1, whole=True)
+        check_number("candidates", self.candidates, min=2, whole=True)
+        check_number("seed", self.seed, min=0, max=MAX_SEEDS - 1, whole=True)
+        if self.side and "center" not in (self.crop, self.reference_crop):
+            raise UserError(f"expected crop = 'center' with side = {self.side}, that of a square, got none: add it")
+
+    @property
+    def crops(self) -> tuple[str, str]:
+        """Of the pictures and of the reference."""
+        return self.crop, self.crop if self.reference_crop is None else self.reference_crop
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """Which captions are drawn, and how: one picture each.
 
-    count: captions drawn by the seed without one twice, all of them for 0. unique: of equal captions only the first
-    counts. best_of: candidates of which CLIP chooses one, 0 for none. seed: of the choice, and of the first picture;
-    picture i has the seed `seed + i * max(best_of, 1)`. temperature, guidance, top_k (0: all), top_p: as in
-    `sample.request`; weights: as in `Pipeline.load`. clip: model directory of the CLIP that chooses, '' for the
-    one in the model's own folder. shard_size: pictures in a tar file.
+    count: captions chosen by the seed without one twice; None takes all of them. unique: of equal captions only the
+    first counts. best_of: candidates of which CLIP chooses one, None for no ranking. seed: of the choice, and of the
+    first picture; picture i has the seed `seed + i * (best_of or 1)`. temperature, guidance, top_k, top_p: of the
+    generator, which checks them; weights: as in `Pipeline.load`. clip: model directory of the CLIP that chooses, None
+    for the one in the model's folder. shard_size: pictures in a tar file.
     """
 
-    count: int = 0
+    count: int | None = None
     unique: bool = False
-    best_of: int = 0
+    best_of: int | None = None
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
     guidance: float = 1.0
     weights: str = "model"
-    clip: str = ""
+    clip: str | None = None
     seed: int = 0
     shard_size: int = 256
 
     def __post_init__(self):
-        for name, least in (("count", 0), ("best_of", 0), ("top_k", 0), ("seed", 0), ("shard_size", 1)):
-            _at_least(name, getattr(self, name), least)
+        check_number("draw.count", self.count, min=2, whole=True, optional=True)
+        check_number("draw.best_of", self.best_of, min=1, max=MAX_CANDIDATES, whole=True, optional=True)
+        check_number("draw.seed", self.seed, min=0, max=MAX_SEEDS - 1, whole=True)
+        check_number("draw.shard_size", self.shard_size, min=1, whole=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """How long the processes of a job wait for one another at the start, and how long one may be silent, where
+    programs are compiled and elsewhere, in seconds (`distributed.Watchdog`)."""
+
+    start_seconds: int = 300
+    hang_seconds: int = 600
+    compile_seconds: int = 3_600
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_number(f"processes.{field.name}", getattr(self, field.name), above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
     """Near duplicates between the reference and a training set, by CLIP.
 
-    source: the training pictures, '' to look for none. least: cosine from which on two pictures count as the same;
-    remove: take those out of the reference.
+    source: the training pictures, None to look for no overlap. least: cosine from which on two pictures count as the
+    same; remove: take those out of the reference.
     """
 
-    source: str = ""
+    source: str | None = None
     least: float = 0.95
     remove: bool = False
 
     def __post_init__(self):
-        if not -1 <= self.least <= 1:
-            raise ValueError(f"overlap.least must be a cosine, -1 .. 1, got {self.least}")
+        check_number("overlap.least", self.least, min=-1, max=1)
+
+
+# What must not have changed when a report is repeated: where the report has the sha256, and what it is.
+DIGESTS = {
+    "weights": "weights of the network",
+    "scored_by.digest": "weights of the Inception score's network",
+    "clip.digest": "CLIP",
+    "drawn.checkpoint": "checkpoint that draws",
+    "drawn.ranked_by": "CLIP that chooses",
+    "drawn.captions_sha256": "captions of the source",
+    "reference.sha256": "pictures of the reference",
+    "pictures.sha256": "pictures",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What an evaluation that repeats a report has to find again.
+
+    report: path of it. digests: sha256 by the names of DIGESTS, None for what it did not use. scores, versions: its
+    own, to compare with.
+    """
+
+    report: str
+    digests: dict[str, str | None]
+    scores: dict[str, Any]
+    versions: dict[str, str]
+
+    def check(self, name: str, digest: str | None) -> None:
+        """Raises UserError unless the digest is that of the report."""
+        was, got = (_short(sha256) for sha256 in (self.digests[name], digest))
+        if self.digests[name] != digest:
+            raise UserError(
+                f"expected the {DIGESTS[name]} of {self.report}, sha256 {was}, got {got}: give the same, or the config "
+                "of a protocol instead of this report"
+            )
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else f"{digest[:16]}..."
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """One evaluation as a whole.
 
-    protocol: its name in reports, '' for one that somebody put together. departures: what is not as the protocol has
-    it, in words. pictures: source of the pictures that are judged, '' where `draw` says how they are made. source: of
-    the captions that are drawn. reference: source or .npz of statistics, '' for the pictures of `source`.
-    reference_exactly: readable pictures that the reference must have, 0 for any number. count, reference_count:
-    pictures that are taken of each set by the seed, 0 for all. weights: path of Inception v3. score_weights: of the one
-    whose classes give the Inception score, '' for the same. clip: model directory of a CLIP, '' for none.
+    protocol: its name in reports, None for one that somebody put together. departures: what is not as the protocol has
+    it, in words. pictures: source of the pictures that are judged, None where `draw` says how they are made. source: of
+    the captions that are drawn. reference: source or .npz of statistics, None for the pictures of `source`.
+    reference_exactly: readable pictures that the reference must have, None for any number. count, reference_count:
+    pictures that are taken of each set by the seed, None for all. weights: path of Inception v3. score_weights: of the
+    one whose classes give the Inception score, None for the same. clip: model directory of a CLIP, None for none.
+    measure: how the sets are compared. expected: digests of the report that is repeated, None where none is.
     """
 
-    protocol: str = ""
+    protocol: str | None = None
     departures: tuple[str, ...] = ()
-    pictures: str = ""
-    source: str = ""
-    reference: str = ""
-    reference_exactly: int = 0
-    reference_count: int = 0
-    count: int = 0
-    weights: str = ""
-    score_weights: str = ""
-    clip: str = ""
+    pictures: str | None = None
+    source: str | None = None
+    reference: str | None = None
+    reference_exactly: int | None = None
+    reference_count: int | None = None
+    count: int | None = None
+    weights: str | None = None
+    score_weights: str | None = None
+    clip: str | None = None
     draw: Draw | None = None
-    measure: Measure = dataclasses.field(default_factory=Measure)
+    measure: Metrics = dataclasses.field(default_factory=Metrics)
     overlap: Overlap = dataclasses.field(default_factory=Overlap)
+    expected: Expected | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "departures", tuple(self.departures))
         for name in ("reference_exactly", "reference_count", "count"):
-            _at_least(name, getattr(self, name), 0)
-        if (self.draw is None) != bool(self.pictures):
-            raise ValueError("an evaluation either draws pictures or is given some")
+            check_number(name, getattr(self, name), min=2, whole=True, optional=True)
+        if (self.draw is None) == (self.pictures is None):
+            raise UserError("expected either a transformer that draws or --pictures SOURCE, got both or neither")
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """For a report, which has the digests elsewhere."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "expected"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, where: str) -> "Evaluation":
@@ -155,21 +221,15 @@ class Evaluation:
           UserError: a value that cannot be.
         """
         values = dict(values)
-        parts = {"measure": Measure, "overlap": Overlap, "draw": Draw}
         try:
-            for name, part in parts.items():
+            for name, part in (("measure", Metrics), ("overlap", Overlap), ("draw", Draw)):
                 if isinstance(values.get(name), Mapping):
                     values[name] = part(**values[name])
             return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"expected a possible evaluation in {where}, got one where {error}") from error
+        except TypeError as error:
+            raise UserError(f"expected the values of an evaluation in {where}, got one where {error}") from error
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise UserError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")

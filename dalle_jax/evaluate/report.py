@@ -1,11 +1,15 @@
-"""What an evaluation writes for people: report.json, report.md with its table, blur.png with its curve.
+"""The report of an evaluation: report.json, report.md with its table, blur.png with its curve, and repeating one.
 
-Knows the report's form; computes no score.
+Beside the scores it shows what others have printed about DALL-E and its rivals on MS-COCO, with who printed it. They do
+not agree: the paper prints curves and no figures (section 3.1, figure 9), so every figure of its FID is somebody's
+reading. Knows the report's form; computes no score.
 """
 
 import collections
+import dataclasses
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 from collections.abc import Mapping
@@ -13,8 +17,10 @@ from typing import Any
 
 import dalle_jax
 from dalle_jax import files
-from dalle_jax.evaluate import published
-from dalle_jax.evaluate.features import Found
+from dalle_jax.config import differences, flatten
+from dalle_jax.errors import UserError
+from dalle_jax.evaluate.features import FeatureSet
+from dalle_jax.evaluate.protocol import DIGESTS, Evaluation, Expected
 from dalle_jax.pictures import plot
 
 REPORT, TABLE, CURVE = "report.json", "report.md", "blur.png"
@@ -27,6 +33,50 @@ COLUMNS = {
     "recall": ("recall", ".3f"),
 }  # score -> heading, format
 NO_INCEPTION = "Features of a CLIP, not of Inception: these numbers compare with each other, not with published ones."
+SAME_FID = 1e-3  # absolute; what two good implementations differ by
+
+PUBLISHED_WARNING = (
+    "The paper prints no figures, only curves, and those that circulate for DALL-E conflict: 27.5, about 28, 34.6 and "
+    "17.89 for the same model without blur. They differ in network, resize, captions and reference, and what a radius "
+    "of blur means was never said. None of them is known to come from this protocol."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """FID by radius of blur, and the Inception score without, as a paper prints them."""
+
+    model: str
+    source: str
+    fid: dict[float, float]
+    inception_score: float
+
+
+COGVIEW = "Ding et al. 2021 (CogView), table 1"
+CURVES = tuple(
+    Curve(model, COGVIEW, dict(zip((0.0, 1.0, 2.0, 4.0, 8.0), fid, strict=True)), score)
+    for model, fid, score in (
+        ("AttnGAN", (35.2, 44.0, 72.0, 108.0, 100.0), 23.3),
+        ("DM-GAN", (26.5, 39.0, 73.0, 119.0, 112.3), 32.2),
+        ("DF-GAN", (26.5, 33.8, 55.9, 91.0, 97.0), 18.7),
+        ("DALL-E", (27.5, 28.0, 45.5, 83.5, 85.0), 17.9),
+        ("CogView", (27.1, 19.4, 13.9, 19.4, 23.6), 18.2),
+    )
+)
+# FID of DALL-E on MS-COCO without blur, by who prints it.
+CONFLICTING = (
+    ("27.5", "CogView (Ding et al. 2021), NUWA (Wu et al. 2021), ERNIE-ViLG (Zhang et al. 2021), minDALL-E (2021)"),
+    ("about 28", "GLIDE (Nichol et al. 2021), DALL-E 2 (Ramesh et al. 2022)"),
+    ("34.60", "Make-A-Scene (Gafni et al. 2022), of their own reimplementation"),
+    ("17.89", "tables of Muse (Chang et al. 2023) and Kandinsky (Razzhigaev et al. 2023); where from is not said"),
+)
+CUB_PROTOCOL = "dalle-cub"
+CUB = "about 56: 16.09 of DM-GAN (its repository) and the nearly 40 more of section 3.1"
+CUB_SCORE = (
+    "Published Inception scores on CUB are by a network trained on birds, which is not here: this one's does not "
+    "compare with them."
+)
+COCO_PROTOCOLS = ("dalle-coco-30k", "dm-gan-coco-30k", "coco-30k-pytorch", "coco-30k-clean", "coco-30k-tf1")
 
 
 def versions() -> dict[str, str]:
@@ -38,9 +88,9 @@ def versions() -> dict[str, str]:
     return {"dalle-jax": dalle_jax.__version__, **found, "python": platform.python_version(), "device": device}
 
 
-def described(source: str, found: Found, crop: str) -> dict[str, Any]:
+def described(source: str, found: FeatureSet, crop: str) -> dict[str, Any]:
     """A set of pictures in a report."""
-    sizes = sorted(collections.Counter(found.sizes).items())
+    sizes = sorted(collections.Counter(row.size for row in found.rows).items())
     return {
         "source": source,
         "count": len(found),
@@ -49,6 +99,55 @@ def described(source: str, found: Found, crop: str) -> dict[str, Any]:
         "crop": crop,
         "sha256": found.digest,
     }
+
+
+def load(path: pathlib.Path) -> Evaluation:
+    """The evaluation of a report, which expects again what the report has.
+
+    Raises:
+      UserError: no report, or a value in it that cannot be.
+    """
+    try:
+        report = json.loads(path.read_text())
+        values, flat = report["evaluation"], flatten(report)
+        digests = {name: flat.get(name) for name in DIGESTS}
+        expected = Expected(str(path), digests, dict(report["scores"]), dict(report["versions"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"expected a report of `dalle-jax evaluate` in {path}, got {error!r}: check the path"
+        ) from error
+    return Evaluation.from_json({**values, "expected": expected}, where=str(path))
+
+
+def compared(made: dict[str, Any], expected: Expected) -> dict[str, Any]:
+    """A report that also says what it repeats and by how much the scores differ.
+
+    Raises:
+      UserError: the pictures were given, not drawn, and are others now.
+    """
+    sha256, notes = made["pictures"]["sha256"], list(made["notes"])
+    if "drawn" not in made:
+        expected.check("pictures.sha256", sha256)
+    elif expected.digests["pictures.sha256"] != sha256:
+        notes.append("the drawn pictures are not bit for bit those of the report, see versions")
+    apart = {
+        name: made["scores"].get(name, math.nan) - value
+        for name, value in expected.scores.items()
+        if isinstance(value, int | float) and made["scores"].get(name, math.nan) != value
+    }
+    changed = differences(expected.versions, made["versions"])
+    repeats = {"report": expected.report, "differences": apart, "versions_changed": changed}
+    return {**made, "notes": notes, "repeats": repeats}
+
+
+def repetition(report: Mapping[str, Any]) -> tuple[str, bool]:
+    """One sentence on how a repetition came out, and whether FID is the same."""
+    repeats = report["repeats"]
+    apart = repeats["differences"]
+    if not apart:
+        return f"repeats {repeats['report']}: every score is the same", True
+    listed = ", ".join(f"{name} {value:+.3g}" for name, value in apart.items())
+    return f"repeats {repeats['report']} with {listed}", abs(apart.get("fid", 0.0)) <= SAME_FID
 
 
 def write(out: pathlib.Path, report: Mapping[str, Any]) -> None:
@@ -67,10 +166,10 @@ def sentence(report: Mapping[str, Any], path: pathlib.Path) -> str:
     """One line for the terminal."""
     scores, pictures, measure = report["scores"], report["pictures"], report["evaluation"]["measure"]
     lost = f", {sum(pictures['dropped'].values())} unreadable" if pictures["dropped"] else ""
-    told = [f"{heading} {scores[name]:{form}}" for name, (heading, form) in COLUMNS.items() if name in scores]
-    told += [f"CLIP score {scores['clip_score']:.4f}"] if "clip_score" in scores else []
+    listed = [f"{heading} {scores[name]:{form}}" for name, (heading, form) in COLUMNS.items() if name in scores]
+    listed += [f"CLIP score {scores['clip_score']:.4f}"] if "clip_score" in scores else []
     how = report["network"] + ("" if measure["features"] == "clip" else f", {measure['resize']}")
-    return f"{', '.join(told)} of {pictures['count']} pictures{lost} ({how}): {path}"
+    return f"{', '.join(listed)} of {pictures['count']} pictures{lost} ({how}): {path}"
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -96,42 +195,42 @@ def table(report: Mapping[str, Any]) -> str:
         if name in report["scores"]:
             lines += [f"{heading} {report['scores'][name]:.4f} (CLIP {report['clip']['digest'][:12]}).", ""]
     lines += [f"- {note}" for note in report["notes"]] + ([""] if report["notes"] else [])
-    if report["protocol"] in published.PROTOCOLS:
+    if report["protocol"] in COCO_PROTOCOLS:
         lines += _published()
-    elif report["protocol"] == published.CUB_PROTOCOL:
-        lines += [f"FID of DALL-E on CUB by the paper: {published.CUB}.", ""]
+    elif report["protocol"] == CUB_PROTOCOL:
+        lines += [f"FID of DALL-E on CUB by the paper: {CUB}.", ""]
     return "\n".join(lines)
 
 
 def _more(report: Mapping[str, Any]) -> list[str]:
     """Paragraphs on what made the pictures, what scored their classes, and what the reference shares with training."""
-    said, draw = [], report["evaluation"]["draw"]
+    paragraphs, draw = [], report["evaluation"]["draw"]
     if "drawn" in report:
         ranked_by = report["drawn"]["ranked_by"]
         chosen = f"the best of {draw['best_of']} each by CLIP {ranked_by[:12]}, " if ranked_by else ""
-        said += [f"Drawn by checkpoint {report['drawn']['checkpoint'][:12]}, {chosen}seed {draw['seed']}."]
+        paragraphs += [f"Drawn by checkpoint {report['drawn']['checkpoint'][:12]}, {chosen}seed {draw['seed']}."]
     if "scored_by" in report:
         scored = report["scored_by"]
-        said += [f"IS by {scored['network']} {scored['digest'][:12]}, resize {scored['resize']}."]
+        paragraphs += [f"IS by {scored['network']} {scored['digest'][:12]}, resize {scored['resize']}."]
     if "overlap" in report:
         found = report["overlap"]
-        said += [
+        paragraphs += [
             f"{found['duplicates']} pictures of the reference ({found['share']:.1%}) have one of {found['source']} at "
             f"a cosine of {found['least']:g} or more by CLIP {found['clip'][:12]} and "
             f"{'were left out' if found['removed'] else 'count all the same'}."
         ]
-    return [line for paragraph in said for line in (paragraph, "")]
+    return [line for paragraph in paragraphs for line in (paragraph, "")]
 
 
 def _published() -> list[str]:
-    radii = list(published.CURVES[0].fid)
-    lines = ["## Published", "", published.WARNING, ""]
+    radii = list(CURVES[0].fid)
+    lines = ["## Published", "", PUBLISHED_WARNING, ""]
     lines += [_row("FID by blur radius", *(f"{radius:g}" for radius in radii), "IS", "source")]
     lines += [_row(*["---"] * (len(radii) + 3))]
-    for curve in published.CURVES:
+    for curve in CURVES:
         lines.append(_row(curve.model, *(f"{curve.fid[r]:g}" for r in radii), curve.inception_score, curve.source))
     lines += ["", _row("FID of DALL-E without blur", "who prints it"), _row("---", "---")]
-    return [*lines, *(_row(*pair) for pair in published.CONFLICTING), ""]
+    return [*lines, *(_row(*pair) for pair in CONFLICTING), ""]
 
 
 def _row(*cells) -> str:
@@ -142,7 +241,7 @@ def _save_curve(path: pathlib.Path, report: Mapping[str, Any]) -> None:
     """FID and Inception score over the radius of blur; the published curves beside it where they belong."""
     rows = report["blur"]
     scores = [name for name in ("fid", "inception_score") if all(name in row for row in rows)]
-    with_published = report["protocol"] in published.PROTOCOLS
+    with_published = report["protocol"] in COCO_PROTOCOLS
     ours = "this evaluation" + (", not the protocol as it is" if report["evaluation"]["departures"] else "")
     networks = {"fid": report["network"], "inception_score": report.get("scored_by", report)["network"]}
     with plot.figure(path, width=6 * len(scores), height=4.8) as figure:
@@ -150,7 +249,7 @@ def _save_curve(path: pathlib.Path, report: Mapping[str, Any]) -> None:
             axes = figure.add_subplot(1, len(scores), index + 1)
             radii, values = zip(*sorted((row["radius"], row[name]) for row in rows), strict=True)
             axes.plot(radii, values, marker="o", linewidth=2.5, color="black", label=ours)
-            for curve in published.CURVES if with_published else ():
+            for curve in CURVES if with_published else ():
                 if name == "fid":
                     axes.plot(*zip(*curve.fid.items(), strict=True), marker=".", alpha=0.7, label=curve.model)
                 else:
@@ -162,7 +261,7 @@ def _save_curve(path: pathlib.Path, report: Mapping[str, Any]) -> None:
             axes.set_title(f"{COLUMNS[name][0]} ({networks[name]})", fontsize=10)
             axes.legend(fontsize=7)
         if with_published:
-            note = f"Others: {published.COGVIEW}. {published.WARNING}"
+            note = f"Others: {COGVIEW}. {PUBLISHED_WARNING}"
             figure.text(0.01, 0.01, note, fontsize=7, wrap=True)
         elif report["evaluation"]["measure"]["features"] == "clip":
             figure.text(0.01, 0.01, NO_INCEPTION, fontsize=7)

@@ -6,25 +6,24 @@ command goes on after any stop.
 """
 
 import dataclasses
+import glob
 import pathlib
 import shutil
 import time
+from collections.abc import Collection
 from typing import Any
 
-from dalle_jax.checkpoint import digest
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import captions, clip, drawing, overlap, published, report, scores, statistics, store
-from dalle_jax.evaluate.captions import Plan
-from dalle_jax.evaluate.clip import ClipExtractor
-from dalle_jax.evaluate.crew import Crew
-from dalle_jax.evaluate.features import Extractor, Found, counted
+from dalle_jax.evaluate import distances, drawing, feature_cache, overlap, report, statistics
+from dalle_jax.evaluate.clip import ClipExtractor, caption_scores
+from dalle_jax.evaluate.drawing import Plan
+from dalle_jax.evaluate.feature_cache import FeatureCache, PictureSet, open_pictures
+from dalle_jax.evaluate.features import FeatureSet, counted
+from dalle_jax.evaluate.inputs import Inputs, digest_of, open_inputs
 from dalle_jax.evaluate.protocol import Evaluation
-from dalle_jax.evaluate.repeat import Expected
-from dalle_jax.evaluate.sets import Features, PictureSet, open_pictures
 from dalle_jax.evaluate.statistics import Statistics
-from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.sample.rerank import Reranker
+from dalle_jax.evaluate.workers import Worker
 
 FEATURES = "features"  # below OUT, until the report is written
 
@@ -34,331 +33,246 @@ def evaluate(
     *,
     model: str | None,
     out: pathlib.Path,
-    crew: Crew,
-    tell: bool,
-    expected: Expected | None = None,
+    worker: Worker,
     save_statistics: str | None = None,
 ) -> dict[str, Any] | None:
-    """Writes OUT/report.json and what belongs to it; the report, or None on all processes but the first.
+    """Writes OUT/report.json and what belongs to it; the report, or None on all workers but the first.
 
-    model: workdir of the transformer, where pictures are drawn. expected: the report that is repeated.
+    model: workdir of the transformer, where pictures are drawn. save_statistics: where to write those of the reference.
 
     Raises:
-      UserError: something given is wrong or too little, or has changed since `expected`.
+      UserError: something given is wrong or too little, or is not what `evaluation.expected` says.
     """
     out, start = pathlib.Path(out), time.monotonic()
+    if save_statistics and len(evaluation.measure.blur) > 1:
+        raise UserError(f"expected one radius of blur to save statistics of, got {evaluation.measure.blur}: name one")
+    if evaluation.draw is None and (out / drawing.PLAN).exists():
+        raise UserError(f"{out} holds an evaluation that draws its pictures: give another --out for given ones")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        job = _Job(evaluation, model, out, crew, tell, expected or Expected(), save_statistics)
-        if crew.first:
+        inputs = open_inputs(evaluation, model=model)
+        plan = None if inputs.pipe is None else _plan(inputs, out, worker)
+        if worker.first:
             (out / report.REPORT).unlink(missing_ok=True)
-        crew.meet()
-        made = job.run(start)
-        crew.wait([out / report.REPORT])
-        crew.meet()  # nobody looks for a part any more
+        worker.meet()
+        made = run(inputs, plan, out=out, worker=worker, save_statistics=save_statistics)
+        if made is not None:
+            made["seconds"] = round(time.monotonic() - start, 1)
+            report.write(out, made)
+        worker.wait([out / report.REPORT])
+        worker.meet()  # nobody looks for a part any more
     except OSError as error:
         raise UserError(
             f"expected a folder to write to, got {out} ({error.strerror or error}): choose another"
         ) from error
-    if crew.first:
+    if worker.first:
         shutil.rmtree(out / FEATURES, ignore_errors=True)
     return made
 
 
-class _Job:
-    """An evaluation whose parts are open and fit each other."""
+def _plan(inputs: Inputs, out: pathlib.Path, worker: Worker) -> Plan:
+    """The captions that are drawn."""
+    evaluation = inputs.evaluation
+    settings = {"checkpoint": inputs.pipe.digest, "ranked_by": inputs.ranked_by, "source": evaluation.source}
+    draw = dataclasses.replace(evaluation.draw, clip=None)  # `ranked_by` says which
+    plan = drawing.plan(out, open_source(evaluation.source), draw, settings, worker=worker)
+    if evaluation.expected is not None:
+        evaluation.expected.check("drawn.captions_sha256", plan.digest)
+    return plan
 
-    def __init__(self, evaluation: Evaluation, model, out, crew, tell, expected, save_statistics):
-        self.evaluation, self.measure, self.out = evaluation, evaluation.measure, out
-        self.crew, self.tell, self.expected, self.save_statistics = crew, tell, expected, save_statistics
-        self.notes: list[str] = []
-        if evaluation.departures:
-            self.notes.append(f"not {evaluation.protocol} as it is: {'; '.join(evaluation.departures)}")
-        if evaluation.protocol == published.CUB_PROTOCOL:
-            self.notes.append(published.CUB_SCORE)
-        self.features = Features(self.measure, out / FEATURES, crew, tell)
-        resize = self.measure.score_resize or self.measure.resize
-        self.score_features = dataclasses.replace(
-            self.features, measure=dataclasses.replace(self.measure, resize=resize)
-        )
-        if evaluation.draw is None and (out / captions.PLAN).exists():
-            raise UserError(f"{out} holds an evaluation that draws its pictures: give another --out for given ones")
-        if save_statistics and len(self.measure.blur) > 1:
-            raise UserError(f"expected one radius of blur to save statistics of, got {self.measure.blur}: name one")
-        self.clip = Reranker.load(evaluation.clip) if evaluation.clip else None
-        self.extractor = self._extractor()
-        self.scorer = self._scorer()
-        expected.check("weights", self.extractor.digest)
-        expected.check("score_weights", None if self.scorer is None else self.scorer.digest)
-        expected.check("clip", None if self.clip is None else self.clip.digest)
-        self.stored = self._stored()
-        self.reference = None if self.stored else self._set("reference", self._reference_source())
-        self.training = self._training()
-        self.given = self._set("pictures", open_pictures(evaluation.pictures)) if evaluation.pictures else None
-        self.pipe, self.plan = None, None
-        if evaluation.draw is not None:
-            self.pipe = self._pipeline(model)
-            self.plan = self._plan()
 
-    def run(self, start: float) -> dict[str, Any] | None:
-        evaluation, crew, make, radii = self.evaluation, self.crew, self.features.make, self.measure.blur
-        theirs = []
-        for radius in radii if self.reference else ():
-            theirs.append(make(self.extractor, self.reference, radius))
-            if crew.first and len(theirs) == 1:
-                self._check_reference(self.features.load(theirs[0], self.reference))
-        overlapping = self._overlap()
-        spec = evaluation.pictures
-        if self.plan is not None:
-            shards = drawing.draw_all(self.pipe, self.plan, evaluation.draw, self.out, crew=crew, tell=self.tell)
-            crew.wait(shards)
-            spec = f"wds:{self.out / drawing.PICTURES}/*.tar"
-        pictures = self.given or self._drawn(spec)
-        ours = [make(self.extractor, pictures, radius) for radius in radii]
-        scored = [self.score_features.make(self.scorer, pictures, radius) for radius in radii if self.scorer]
-        by_clip = None if self.clip is None else make(ClipExtractor(self.clip), pictures)
-        if not crew.first:
-            return None
-        rows, notes = [], list(self.notes)
-        left_out, about_overlap = overlapping or (set(), None)
-        none = [None] * len(radii)
-        for radius, mine, other, classes in zip(radii, ours, theirs or none, scored or none, strict=True):
-            crew.beat("score")
-            found = self.features.load(mine, pictures)
-            if classes is not None:
-                found = dataclasses.replace(found, logits_NV=self.features.load(classes, pictures).logits_NV)
-            reference = None if other is None else self.features.load(other, self.reference)
-            if reference is not None and left_out:
-                reference = reference.without(left_out)
-            row, more = self._compare(found, reference, radius)
-            rows.append({"radius": radius, **row})
-            notes += [note for note in more if note not in notes]
-            if radius == radii[0]:
-                told = self._told(spec, pictures, found, reference)
-                notes += self._doubts(found, reference)
-        if by_clip is not None:
-            found = self.features.load(by_clip, pictures)
-            more, more_notes = clip.caption_scores(
-                self.clip, found, candidates=self.measure.candidates, seed=self.measure.seed
-            )
-            rows[0], notes = {**rows[0], **more}, notes + more_notes
-        made = {
-            "protocol": evaluation.protocol,
-            "scores": {name: value for name, value in rows[0].items() if name != "radius"},
-            "blur": rows,
-            "notes": notes,
-            "network": self.extractor.network,
-            "weights": self.extractor.digest,
-            "resize": clip.RESIZE if self.measure.features == "clip" else self.measure.resize,
-            **told,
-            **({} if about_overlap is None else {"overlap": about_overlap}),
-            "evaluation": evaluation.to_json(),
-            "versions": report.versions(),
-            "seconds": round(time.monotonic() - start, 1),
-        }
-        self.expected.finish(made)
-        report.write(self.out, made)
-        return made
-
-    def _extractor(self) -> Extractor:
-        if self.measure.features == "clip":
-            if self.clip is None:
-                raise UserError("expected a CLIP for features = 'clip', got none: give its folder as --config.clip=DIR")
-            return ClipExtractor(self.clip)
-        if not self.evaluation.weights:
-            raise UserError("expected weights of Inception v3, got none: give --config.weights=PATH or --weights PATH")
-        return self._inception(self.evaluation.weights, self.measure.pools)
-
-    def _scorer(self) -> Extractor | None:
-        """The network whose classes give the Inception score; None if it is the one of the features."""
-        path, pools = self.evaluation.score_weights, self.measure.score_pools
-        if path:
-            return self._inception(path, pools)
-        if self.measure.features == "inception" and pools not in ("", self.extractor.model.config.pools):
-            self.notes.append(
-                f"Inception score by the network {self.extractor.model.config.pools!r} instead of {pools!r}, as no "
-                "config.score_weights are given"
-            )
+def run(
+    inputs: Inputs, plan: Plan | None, *, out: pathlib.Path, worker: Worker, save_statistics: str | None = None
+) -> dict[str, Any] | None:
+    """The report of an evaluation, or None on all workers but the first."""
+    measure, cache = inputs.evaluation.measure, FeatureCache(out / FEATURES, worker)
+    reference_parts = _reference_parts(inputs, cache)
+    near_duplicates, overlap_summary = _overlap(inputs, cache, out)
+    pictures = inputs.pictures
+    if plan is not None:
+        worker.wait(drawing.draw_all(inputs.pipe, plan, inputs.evaluation.draw, out, worker=worker))
+        pictures = _drawn_pictures(inputs, plan, out)
+    parts = _picture_parts(inputs, pictures, cache)
+    clip_parts = None
+    if inputs.clip is not None:
+        clip_parts = cache.make(ClipExtractor(inputs.clip), pictures, inputs.preprocess(pictures))
+    if not worker.first:
         return None
+    rows, notes, summary = [], list(inputs.notes), {}
+    for number, radius in enumerate(measure.blur):
+        worker.beat("score")
+        found = _load(parts[number], pictures, cache)
+        reference = None
+        if inputs.reference is not None:
+            reference = cache.load(reference_parts[number], inputs.reference).without(near_duplicates)
+        stored = inputs.stored or _statistics_of(inputs, reference, radius)
+        if save_statistics:
+            statistics.save(save_statistics, stored)
+        scores, warnings = distances.compare(
+            found.features_XF,
+            found.logits_XV,
+            stored,
+            None if reference is None else reference.features_XF,
+            splits=measure.splits,
+            seed=measure.seed,
+        )
+        rows.append({"radius": radius, **scores})
+        notes += [note for note in warnings if note not in notes]
+        if number == 0:
+            summary = _summary(inputs, plan, pictures, found, reference)
+            notes += _warnings(inputs, plan, found, reference)
+    if clip_parts is not None:
+        found = cache.load(clip_parts, pictures)
+        scores, warnings = caption_scores(inputs.clip, found, candidates=measure.candidates, seed=measure.seed)
+        rows[0] |= scores
+        notes += warnings
+    made = {
+        "protocol": inputs.evaluation.protocol,
+        "scores": {name: value for name, value in rows[0].items() if name != "radius"},
+        "blur": rows,
+        "notes": notes,
+        "network": inputs.extractor.network,
+        "weights": inputs.extractor.digest,
+        "resize": inputs.made_of(0.0)["resize"],
+        **summary,
+        **({} if overlap_summary is None else {"overlap": overlap_summary}),
+        "evaluation": inputs.evaluation.to_json(),
+        "versions": report.versions(),
+    }
+    expected = inputs.evaluation.expected
+    return made if expected is None else report.compared(made, expected)
 
-    def _inception(self, path: str, pools: str) -> Extractor:
-        extractor = Extractor.load(path)
-        found = extractor.model.config.pools
-        if pools not in ("", found):
-            raise UserError(
-                f"expected the network {pools!r} for {self.evaluation.protocol or 'this'}, got {found!r} in {path}: "
-                "give the weights of the other one"
-            )
-        return extractor
 
-    def _stored(self) -> Statistics | None:
-        path = self.evaluation.reference
-        if not path.endswith(".npz"):
-            return None
-        if len(self.measure.blur) > 1:
-            raise UserError(
-                f"expected one radius of blur for the statistics in {path}, got {self.measure.blur}: statistics are of "
-                "one radius, so name that"
-            )
-        stored = statistics.load(path)
-        wanted = self._wanted(self.measure.blur[0])
-        self.notes += statistics.check_comparable(wanted, self.extractor.features, stored, where=path)
-        self.expected.check("reference", _digest_of(stored))
-        return stored
+def _reference_parts(inputs: Inputs, cache: FeatureCache) -> list[list[pathlib.Path]]:
+    """Files with the reference's features by radius of blur; every picture of it is read at the first."""
+    if inputs.reference is None:
+        return []
+    made = []
+    for radius in inputs.evaluation.measure.blur:
+        made.append(cache.make(inputs.extractor, inputs.reference, inputs.preprocess(inputs.reference, radius)))
+        if cache.worker.first and len(made) == 1:
+            _check_reference(inputs.evaluation, cache.load(made[0], inputs.reference), inputs.reference.source.name)
+    return made
 
-    def _reference_source(self):
-        spec = self.evaluation.reference or self.evaluation.source
-        if not spec:
-            raise UserError("expected a source of captions and reference pictures: give --config.source=SOURCE")
-        return open_pictures(spec)
 
-    def _set(self, name: str, source) -> PictureSet:
-        measure, crop, count = self.measure, self.measure.crop, self.evaluation.count
-        if name == "reference":
-            crop, count = measure.reference_crop or measure.crop, self.evaluation.reference_count
-        return PictureSet.of(name, source, crop=crop, count=count, seed=measure.seed)
+def _check_reference(evaluation: Evaluation, found: FeatureSet, name: str) -> None:
+    exactly = evaluation.reference_exactly
+    if exactly is not None and len(found) != exactly:
+        lost = counted(found.dropped) or "none dropped"
+        raise UserError(
+            f"expected {exactly} pictures in {name} for {evaluation.protocol}, got {len(found)} ({lost}): complete it, "
+            f"or take what is there by --config.reference_exactly={len(found)}"
+        )
+    if evaluation.expected is not None:
+        evaluation.expected.check("reference.sha256", found.digest)
 
-    def _drawn(self, spec: str) -> PictureSet:
-        """Every picture of the plan. Raises UserError if the shards hold more or fewer."""
-        source, count = open_pictures(spec), len(self.plan.captions)
-        if len(source) != count:
-            raise UserError(f"expected the {count} drawn pictures in {spec}, got {len(source)}: delete this folder")
-        return PictureSet.of("pictures", source, crop=self.measure.crop, count=count, seed=self.measure.seed)
 
-    def _training(self) -> PictureSet | None:
-        asked = self.evaluation.overlap
-        if not asked.source:
-            return None
-        if self.clip is None or self.reference is None:
-            raise UserError(
-                "expected a CLIP and a reference of pictures to look for an overlap with: give --config.clip=DIR, and "
-                "no statistics as the reference"
-            )
-        return PictureSet.of("training", open_pictures(asked.source), crop="none", count=0, seed=0)
+def _picture_parts(inputs: Inputs, pictures: PictureSet, cache: FeatureCache) -> list[tuple[list, list | None]]:
+    """Files with the pictures' features by radius of blur, and with their classes by the other network, if any."""
+    measure = inputs.evaluation.measure
+    parts = [cache.make(inputs.extractor, pictures, inputs.preprocess(pictures, radius)) for radius in measure.blur]
+    if inputs.scorer is None:
+        return [(files, None) for files in parts]
+    scored = [
+        cache.make(inputs.scorer, pictures, inputs.preprocess(pictures, radius, resize=measure.score_resize))
+        for radius in measure.blur
+    ]
+    return list(zip(parts, scored, strict=True))
 
-    def _pipeline(self, model: str | None) -> Pipeline:
-        draw = self.evaluation.draw
-        if not model:
-            raise UserError("expected the workdir of a transformer that draws, or --pictures SOURCE, got neither")
-        if not self.evaluation.source:
-            raise UserError("expected a source of captions: give --config.source=SOURCE")
-        pipe = Pipeline.load(model, clip=draw.clip or None, weights=draw.weights)
-        drawing.check(pipe, draw)
-        self.expected.check("checkpoint", pipe.digest)
-        self.expected.check("ranked_by", _ranked_by(pipe, draw))
-        return pipe
 
-    def _plan(self) -> Plan:
-        evaluation = self.evaluation
-        decided = {"checkpoint": self.pipe.digest, "ranked_by": _ranked_by(self.pipe, evaluation.draw)}
-        settings = {**decided, "source": evaluation.source}
-        draw = dataclasses.replace(evaluation.draw, clip="")  # its digest is there
-        plan = captions.plan(self.out, open_source(evaluation.source), draw, settings, crew=self.crew)
-        self.expected.check("captions_sha256", plan.digest)
-        return plan
+def _drawn_pictures(inputs: Inputs, plan: Plan, out: pathlib.Path) -> PictureSet:
+    """Every picture of the plan.
 
-    def _check_reference(self, found: Found) -> None:
-        exactly = self.evaluation.reference_exactly
-        if exactly and len(found) != exactly:
-            lost = counted(found.dropped) or "none dropped"
-            raise UserError(
-                f"expected {exactly} pictures in {self.reference.source.name} for {self.evaluation.protocol}, got "
-                f"{len(found)} ({lost}): complete it, or take what is there by --config.reference_exactly=0"
-            )
-        self.expected.check("reference", found.digest)
+    Raises:
+      UserError: the shards hold more or fewer.
+    """
+    source = open_pictures(f"wds:{glob.escape(str(out / drawing.PICTURES))}/*.tar")
+    count, measure = len(plan.captions), inputs.evaluation.measure
+    if len(source) != count:
+        raise UserError(f"expected the {count} drawn pictures in {source.name}, got {len(source)}: delete this folder")
+    return PictureSet.choose("pictures", source, crop=measure.crop, count=count, seed=measure.seed)
 
-    def _overlap(self) -> tuple[set[int], dict[str, Any]] | None:
-        """The reference's rows that are left out, and what is told of the overlap."""
-        if self.training is None:
-            return None
-        judge, whole = ClipExtractor(self.clip), dataclasses.replace(self.reference, crop="none")  # as in training
-        files = self.features.make(judge, whole), self.features.make(judge, self.training)
-        if not self.crew.first:
-            return None
-        self.crew.wait(files[1])
-        reference = self.features.load(files[0], whole)
-        found = overlap.nearest(reference, (store.load(file) for file in files[1]))
-        if not found.seen:
-            raise UserError(f"expected pictures in {self.training.source.name}, got none that can be read")
-        asked = self.evaluation.overlap
-        about, rows = overlap.report(reference, found, least=asked.least)
-        overlap.save_sheet(self.out / overlap.SHEET, reference, found, (self.reference.source, self.training.source))
-        about = {"source": asked.source, "clip": self.clip.digest, **about, "removed": asked.remove}
-        return (rows if asked.remove else set()), about
 
-    def _wanted(self, radius: float) -> dict[str, str]:
-        """What statistics of the reference say of themselves."""
-        crop = self.measure.reference_crop or self.measure.crop
-        return {
-            "network": self.extractor.network,
-            "weights": self.extractor.digest,
-            "resize": clip.RESIZE if self.measure.features == "clip" else self.measure.resize,
-            "crop": crop,
-            "side": str(self.measure.side if crop != "none" else 0),
-            "blur": f"{radius:g}",
+def _load(parts: tuple[list, list | None], pictures: PictureSet, cache: FeatureCache) -> FeatureSet:
+    found = cache.load(parts[0], pictures)
+    if parts[1] is None:
+        return found
+    return dataclasses.replace(found, logits_XV=cache.load(parts[1], pictures).logits_XV)
+
+
+def _overlap(inputs: Inputs, cache: FeatureCache, out: pathlib.Path) -> tuple[Collection[int], dict[str, Any] | None]:
+    """Rows to exclude from the reference, and the overlap section of the report."""
+    if inputs.training is None:
+        return (), None
+    judge, whole = ClipExtractor(inputs.clip), dataclasses.replace(inputs.reference, crop="none")  # as in training
+    reference_parts = cache.make(judge, whole, inputs.preprocess(whole))
+    training_parts = cache.make(judge, inputs.training, inputs.preprocess(inputs.training))
+    if not cache.worker.first:
+        return (), None
+    cache.worker.wait(training_parts)
+    reference = cache.load(reference_parts, whole)
+    nearest = overlap.nearest(reference, map(feature_cache.load, training_parts))
+    if not nearest.seen:
+        raise UserError(f"expected pictures in {inputs.training.source.name}, got none that can be read")
+    asked = inputs.evaluation.overlap
+    summary, duplicates = overlap.summary(reference, nearest, least=asked.least)
+    sources = inputs.reference.source, inputs.training.source
+    overlap.save_sheet(out / overlap.SHEET, reference, nearest, sources)
+    summary = {"source": asked.source, "clip": inputs.clip.digest, **summary, "removed": asked.remove}
+    return (duplicates if asked.remove else ()), summary
+
+
+def _statistics_of(inputs: Inputs, reference: FeatureSet, radius: float) -> Statistics:
+    mean_F, covariance_FF = distances.mean_and_covariance(reference.features_XF)
+    return Statistics(mean_F, covariance_FF, len(reference), inputs.made_of(radius))
+
+
+def _summary(
+    inputs: Inputs, plan: Plan | None, pictures: PictureSet, found: FeatureSet, reference: FeatureSet | None
+) -> dict[str, Any]:
+    """What was compared, with the digests by which a repetition finds what has changed."""
+    evaluation, stored = inputs.evaluation, inputs.stored
+    spec = evaluation.pictures or pictures.source.name
+    summary: dict[str, Any] = {"pictures": report.described(spec, found, pictures.crop)}
+    if reference is not None:
+        where = evaluation.reference or evaluation.source
+        summary["reference"] = report.described(where, reference, inputs.reference.crop)
+    else:
+        about = {"source": evaluation.reference, "count": stored.count, **stored.about}
+        summary["reference"] = {**about, "sha256": digest_of(stored)}
+    if inputs.scorer is not None:
+        resize = evaluation.measure.score_resize or evaluation.measure.resize
+        summary["scored_by"] = {"network": inputs.scorer.network, "digest": inputs.scorer.digest, "resize": resize}
+    if inputs.clip is not None:
+        summary["clip"] = {"path": evaluation.clip, "digest": inputs.clip.digest}
+    if plan is not None:
+        summary["drawn"] = {
+            "checkpoint": inputs.pipe.digest,
+            "ranked_by": inputs.ranked_by,
+            "captions_sha256": plan.digest,
+            "records": plan.records,
+            "records_dropped": plan.dropped,
+            "seeds": {caption_id: plan.seed(i) for i, caption_id in enumerate(plan.ids)},
         }
-
-    def _compare(self, found: Found, reference: Found | None, radius: float):
-        theirs = self.stored or scores.statistics_of(reference, self._wanted(radius))
-        if self.save_statistics:
-            statistics.save(self.save_statistics, theirs)
-        return scores.compare(found, theirs, reference, splits=self.measure.splits, seed=self.measure.seed)
-
-    def _told(self, spec: str, pictures: PictureSet, found: Found, reference: Found | None) -> dict[str, Any]:
-        """What was compared, with the digests by which a repetition finds what has changed."""
-        evaluation = self.evaluation
-        told: dict[str, Any] = {"pictures": report.described(spec, found, pictures.crop)}
-        if reference is not None:
-            where = evaluation.reference or evaluation.source
-            told["reference"] = report.described(where, reference, self.reference.crop)
-        else:
-            told["reference"] = {
-                "source": evaluation.reference,
-                "count": self.stored.count,
-                **self.stored.about,
-                "sha256": _digest_of(self.stored),
-            }
-        if self.scorer is not None:
-            resize = self.score_features.measure.resize
-            told["scored_by"] = {"network": self.scorer.network, "digest": self.scorer.digest, "resize": resize}
-        if self.clip is not None:
-            told["clip"] = {"path": evaluation.clip, "digest": self.clip.digest}
-        if self.plan is not None:
-            plan = self.plan
-            told["drawn"] = {
-                "checkpoint": self.pipe.digest,
-                "ranked_by": _ranked_by(self.pipe, evaluation.draw),
-                "captions_sha256": plan.digest,
-                "records": plan.records,
-                "records_dropped": plan.dropped,
-                "seeds": {caption_id: plan.seed(i) for i, caption_id in enumerate(plan.ids)},
-            }
-        return told
-
-    def _doubts(self, found: Found, reference: Found | None) -> list[str]:
-        notes = []
-        crops = self.measure.crop, self.measure.reference_crop or self.measure.crop
-        for name, one, crop in zip(("pictures", "reference pictures"), (found, reference), crops, strict=True):
-            if one is None:
-                continue
-            if one.dropped:
-                notes.append(f"{name} left out: {counted(one.dropped)}")
-            sizes = len(set(one.sizes))
-            if sizes > 1 and crop == "none":
-                notes.append(f"{name} of {sizes} different sizes, each squeezed to a square")
-        if self.plan is not None and self.plan.dropped:
-            notes.append(f"records left out, which give no caption to draw: {counted(self.plan.dropped)}")
-        if self.clip is not None and self.pipe is not None and _ranked_by(self.pipe, self.evaluation.draw):
-            if self.pipe.reranker.digest == self.clip.digest:
-                notes.append("the CLIP that judges has also chosen the pictures: its scores favour them")
-        if self.measure.features == "clip":
-            notes.append(report.NO_INCEPTION)
-        return notes
+    return summary
 
 
-def _ranked_by(pipe: Pipeline, draw) -> str | None:
-    return pipe.reranker.digest if draw.best_of else None
-
-
-def _digest_of(stored: Statistics) -> str:
-    return digest.of_tree({"mu": stored.mean_F, "sigma": stored.covariance_FF})
+def _warnings(inputs: Inputs, plan: Plan | None, found: FeatureSet, reference: FeatureSet | None) -> list[str]:
+    """What is possible but doubtful."""
+    warnings = []
+    sets = zip(("pictures", "reference pictures"), (found, reference), inputs.evaluation.measure.crops, strict=True)
+    for name, one, crop in sets:
+        if one is None:
+            continue
+        if one.dropped:
+            warnings.append(f"{name} left out: {counted(one.dropped)}")
+        sizes = len({row.size for row in one.rows})
+        if sizes > 1 and crop == "none":
+            warnings.append(f"{name} of {sizes} different sizes, each squeezed to a square")
+    if plan is not None and plan.dropped:
+        warnings.append(f"records left out, which give no caption to draw: {counted(plan.dropped)}")
+    if inputs.clip is not None and inputs.ranked_by == inputs.clip.digest:
+        warnings.append("the CLIP that judges has also chosen the pictures: its scores favor them")
+    if inputs.evaluation.measure.features == "clip":
+        warnings.append(report.NO_INCEPTION)
+    return warnings

@@ -1,4 +1,4 @@
-"""Files with the mean and covariance of a set's features: pytorch-fid's .npz (mu, sigma), with more said in ours.
+"""Files with the mean and covariance of a set's features: pytorch-fid's .npz (mu, sigma), and in ours what made them.
 
 A file of pytorch-fid says neither which network nor how many pictures; ours does, and a distance between statistics
 of two networks is refused where both are known.
@@ -15,20 +15,20 @@ import numpy as np
 
 from dalle_jax.errors import UserError
 
-SAID = ("network", "weights", "resize", "crop", "side", "blur")  # what two sets must have in common
+COMMON = ("network", "weights", "resize", "crop", "side", "blur")  # what two sets must have in common
 SYMMETRIC = 1e-6  # of the largest entry: single precision files are read too
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """mean_F float64 [F], covariance_FF float64 [F, F]; of `count` pictures (0: not known).
+    """Mean float64 [F] and covariance float64 [F, F] of `count` pictures, None if that is not known.
 
-    about: what made them, strings under the names of SAID; 'weights' is a sha256.
+    about: what made them, strings under the names of COMMON; 'weights' is a sha256.
     """
 
     mean_F: np.ndarray
     covariance_FF: np.ndarray
-    count: int = 0
+    count: int | None = None
     about: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -81,34 +81,32 @@ def load(path: str | os.PathLike) -> Statistics:
     ):
         raise UserError(f"expected a covariance in {path}, symmetric and not negative, got none: compute it again")
     about = about if isinstance(about, dict) else {}
-    count = about.pop("count", 0)
-    return Statistics(
-        mean_F,
-        covariance_FF,
-        count if isinstance(count, int) else 0,
-        {key: str(value) for key, value in about.items()},
-    )
+    count = about.pop("count", None)
+    about = {key: str(value) for key, value in about.items()}
+    if about.get("crop") == "centre":  # as version 0.1 wrote it
+        about["crop"] = "center"
+    return Statistics(mean_F, covariance_FF, count if isinstance(count, int) and count > 0 else None, about)
 
 
-def check_comparable(wanted: Mapping[str, str], features: int, theirs: Statistics, *, where: str) -> list[str]:
-    """Notes on what is not known of `theirs`, read from `where`.
+def check_comparable(wanted: Mapping[str, str], features: int, stored: Statistics, *, where: str) -> list[str]:
+    """Notes on what is not known of `stored`, read from `where`.
 
-    wanted: what they should say, words of SAID. features: length of a vector.
+    wanted: values of COMMON. features: length of a vector.
 
     Raises:
       UserError: another network, other weights, resize, crop, side or blur, or another number of features.
     """
-    if len(theirs.mean_F) != features:
+    if len(stored.mean_F) != features:
         raise UserError(
-            f"expected statistics of {features} features in {where}, got {len(theirs.mean_F)}: "
+            f"expected statistics of {features} features in {where}, got {len(stored.mean_F)}: "
             "they are of another network"
         )
     notes = []
-    for key in SAID:
-        if key not in theirs.about:
+    for key in COMMON:
+        if key not in stored.about:
             notes.append(f"{where} does not say its {key}")
-        elif key in wanted and wanted[key] != theirs.about[key]:
+        elif key in wanted and wanted[key] != stored.about[key]:
             raise UserError(
-                f"expected {key} {wanted[key]} in {where}, got {theirs.about[key]}: compute both sets in the same way"
+                f"expected {key} {wanted[key]} in {where}, got {stored.about[key]}: compute both sets in the same way"
             )
     return notes

@@ -18,6 +18,7 @@ import numpy as np
 
 from dalle_jax import model_dir, sharding
 from dalle_jax.checkpoint.digest import of_parts, of_tree
+from dalle_jax.data.transforms import clip_window
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params
 from dalle_jax.models.clip import encode_captions, encode_images
@@ -118,12 +119,9 @@ def resize_and_crop(images_uint8, size: int):
 
     Bicubic, with the kernel widened where images shrink, as Pillow does it.
     """
-    batch, height, width, channels = images_uint8.shape
-    scale = size / min(height, width)
-    new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
-    if (new_height, new_width) != (height, width):
-        shape = batch, new_height, new_width, channels
-        resized = jax.image.resize(images_uint8.astype(jnp.float32), shape, "bicubic")
+    batch, *before, channels = images_uint8.shape
+    height, width, top, left = clip_window(*before, size)
+    if [height, width] != before:
+        resized = jax.image.resize(images_uint8.astype(jnp.float32), (batch, height, width, channels), "bicubic")
         images_uint8 = resized.round().clip(0, 255).astype(jnp.uint8)
-    top, left = (new_height - size) // 2, (new_width - size) // 2
     return images_uint8[:, top : top + size, left : left + size]

@@ -10,8 +10,9 @@ import pytest
 import scipy.linalg
 
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import distances, moments, statistics
-from dalle_jax.evaluate.moments import Moments
+from dalle_jax.evaluate import distances, statistics
+from dalle_jax.evaluate.distances import mean_and_covariance
+from tests.support.evaluation import relu_features
 from tests.support.inception_weights import import_torchvision
 
 GOLDEN = {
@@ -25,19 +26,12 @@ GOLDEN = {
 }
 
 
-def relu_features(seed: int, count: int, features: int, *, shift: float = 0.0) -> np.ndarray:
-    """float32 [count, features] like those of a network: correlated, not negative, a third of them 0."""
-    rng = np.random.default_rng(seed)
-    mix = np.random.default_rng(99).standard_normal((features // 4, features)) / (features // 4) ** 0.5
-    return np.maximum(rng.standard_normal((count, features // 4)) @ mix + 0.4 + shift, 0).astype(np.float32)
-
-
 def pair(count=300, features=64):
     return relu_features(1, count, features), relu_features(2, count, features, shift=0.1)
 
 
 def fid_of(one, other):
-    return distances.fid(*moments.of(one), *moments.of(other))
+    return distances.fid(*mean_and_covariance(one), *mean_and_covariance(other))
 
 
 def fid_by_sqrtm(one, other):
@@ -69,45 +63,21 @@ def test_fid_of_known_gaussians_and_of_a_set_with_itself():
     assert distances.fid(*zeros, *zeros) == 0
 
 
-def test_statistics_do_not_depend_on_batches_processes_or_order(monkeypatch):
-    monkeypatch.setattr(moments, "BLOCK", 32)
+def test_mean_and_covariance_are_numpys_in_blocks_and_out_of_order(monkeypatch):
     features = relu_features(3, 32 * 11 + 5, 24)
-    want = moments.of(features)
-    for size in (1, 7, 32, 100, len(features)):
-        collected = Moments(24)
-        for start in range(0, len(features), size):
-            collected.add(features[start : start + size])
-        for got, right in zip(collected.result()[1:], want, strict=True):
-            np.testing.assert_array_equal(got, right)  # bit for bit
-    for cuts in ([5], [1, 4, 10], [0, 3], [11]):  # blocks at which processes take over
-        parts, edges = [], [0, *(32 * cut for cut in cuts), len(features)]
-        for start, end in zip(edges, edges[1:], strict=False):
-            parts.append(Moments(24, first_block=start // 32))
-            parts[-1].add(features[start:end])
-        count, *got = parts[-1].merge(parts[:-1]).result()
-        assert count == len(features)
-        for mine, right in zip(got, want, strict=True):
-            np.testing.assert_array_equal(mine, right)
-    shuffled = moments.of(np.random.default_rng(0).permutation(features))
-    for got, right in zip(shuffled, want, strict=True):
-        np.testing.assert_allclose(got, right, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(want[1], np.cov(features.astype(np.float64), rowvar=False), atol=1e-12)
-    np.testing.assert_array_equal(want[1], want[1].T)
-
-
-def test_parts_that_leave_a_gap_are_refused(monkeypatch):
-    monkeypatch.setattr(moments, "BLOCK", 4)
-    parts = Moments(3), Moments(3, first_block=2)
-    parts[0].add(np.zeros((4, 3)))
-    parts[1].add(np.zeros((4, 3)))
-    with pytest.raises(ValueError, match="block 2"):
-        parts[0].merge(parts[1:])
+    whole = mean_and_covariance(features)
+    monkeypatch.setattr(distances, "BLOCK", 32)
+    blocks, shuffled = (mean_and_covariance(x) for x in (features, np.random.default_rng(0).permutation(features)))
+    for mean, covariance in (whole, blocks, shuffled):
+        np.testing.assert_allclose(mean, features.astype(np.float64).mean(0), rtol=1e-12)
+        np.testing.assert_allclose(covariance, np.cov(features.astype(np.float64), rowvar=False), atol=1e-12)
+        np.testing.assert_array_equal(covariance, covariance.T)
 
 
 def test_a_large_mean_costs_no_digits():
     features = relu_features(3, 3_000, 8).astype(np.float64)
-    far = moments.of(features + 1e6)[1]
-    np.testing.assert_allclose(far, moments.of(features)[1], atol=1e-8)
+    far = mean_and_covariance(features + 1e6)[1]
+    np.testing.assert_allclose(far, mean_and_covariance(features)[1], atol=1e-8)
 
 
 def test_golden_numbers():
@@ -169,13 +139,12 @@ def test_captions():
     [
         (lambda a, b: fid_of(a, b[:, :5]), "64 and 5"),
         (lambda a, b: fid_of(a[:1], b), "at least 2"),
-        (lambda a, b: moments.of(np.where(a > 1, np.nan, a)), "first in number"),
-        (lambda a, b: moments.of(a[0]), r"\[N, F\]"),
-        (lambda a, b: Moments(5).add(a), r"\[N, 5\]"),
-        (lambda a, b: distances.fid(*moments.of(a), np.full(64, np.inf), np.eye(64)), "finite"),
+        (lambda a, b: mean_and_covariance(np.where(a > 1, np.nan, a)), "first in number"),
+        (lambda a, b: mean_and_covariance(a[0]), r"\[X, F\]"),
+        (lambda a, b: distances.fid(*mean_and_covariance(a), np.full(64, np.inf), np.eye(64)), "finite"),
         (lambda a, b: distances.inception_score(a[:5]), "10 splits"),
         (lambda a, b: distances.kid(a, b), "1000"),
-        (lambda a, b: distances.kid(a, b[:, :5], subset_size=5), r"\[N, 64\]"),
+        (lambda a, b: distances.kid(a, b[:, :5], subset_size=5), r"\[X, 64\]"),
         (lambda a, b: distances.precision_recall(a, b[:3]), "more than 3"),
         (lambda a, b: distances.clip_score(a, b[:3]), "one caption"),
         (lambda a, b: distances.clip_score(a, 0 * b), "zeros"),
@@ -188,12 +157,12 @@ def test_bad_sets_are_refused(call, message):
 
 
 def test_statistics_files(tmp_path):
-    mean, covariance = moments.of(pair()[0])
+    mean, covariance = mean_and_covariance(pair()[0])
     about = {
         "network": "inception-fid",
         "weights": "ab",
         "resize": "pytorch",
-        "crop": "centre",
+        "crop": "center",
         "side": "256",
         "blur": "0",
     }
@@ -206,7 +175,7 @@ def test_statistics_files(tmp_path):
     np.savez(tmp_path / "theirs.npz", mu=mean, sigma=covariance)  # as pytorch-fid writes it
     unknown = statistics.load(tmp_path / "theirs.npz")
     notes = statistics.check_comparable(about, len(mean), unknown, where="theirs.npz")
-    assert [note.rpartition(" ")[2] for note in notes] == list(statistics.SAID) and "theirs.npz" in notes[0]
+    assert [note.rpartition(" ")[2] for note in notes] == list(statistics.COMMON) and "theirs.npz" in notes[0]
     for key, value in (("resize", "clean"), ("crop", "none"), ("side", "0"), ("weights", "cd"), ("blur", "2")):
         with pytest.raises(UserError, match=f"expected {key} {value} in a.npz, got {about[key]}"):
             statistics.check_comparable(about | {key: value}, len(mean), loaded, where="a.npz")

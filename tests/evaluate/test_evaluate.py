@@ -1,5 +1,6 @@
 """From a folder of pictures to a report: preprocessing against Pillow and the formulas, the command, bad input."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,24 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dalle_jax import model_dir
-from dalle_jax.cli import main
+from dalle_jax.data.record import Source
+from dalle_jax.data.sources import open_source
+from dalle_jax.data.transforms import clip_window
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import distances, features, moments, preprocess, self_check, statistics
-from dalle_jax.evaluate.features import Extractor, Preparation
+from dalle_jax.evaluate import distances, features, preprocess, statistics
+from dalle_jax.evaluate.distances import mean_and_covariance
+from dalle_jax.evaluate.features import Extractor
+from dalle_jax.evaluate.preprocess import Preprocess
 from tests.support import ROOT
+from tests.support.evaluation import noise_image, run
+from tests.support.inception_weights import import_torchvision
 
 SIDE = preprocess.SIDE
 PHOTOS = ROOT / "../shared/data/photos"
 
 
-def picture(height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
 @pytest.mark.parametrize("size", [(40, 56), (299, 299), (400, 330)])
 def test_every_resize_has_the_size_and_range_of_the_network(size):
-    image = picture(*size)
+    image = noise_image(*size)
     for name, resize in preprocess.RESIZES.items():
         x = resize(image)
         assert x.shape == (SIDE, SIDE, 3) and x.dtype == np.float32 and np.abs(x).max() <= 1, name
@@ -45,7 +47,7 @@ def dm_gan_scale(image_unit):
 
 
 def test_at_the_networks_size_nothing_is_resized():
-    image = picture(SIDE, SIDE)
+    image = noise_image(SIDE, SIDE)
     np.testing.assert_allclose(preprocess.pytorch(image), image / 127.5 - 1, atol=1e-6)
     for name in ("tf1", "clean", "dm-gan-score"):
         np.testing.assert_array_equal(preprocess.RESIZES[name](image), (image.astype(np.float32) - 128) / 128)
@@ -53,7 +55,7 @@ def test_at_the_networks_size_nothing_is_resized():
 
 @pytest.mark.parametrize("size", [(40, 56), (401, 330)])
 def test_resizes_are_pillows_and_the_formulas(size):
-    image = picture(*size)
+    image = noise_image(*size)
     squeezed = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     for channel in range(3):
         want = dm_gan_scale(squeezed[..., channel] / 255)[..., channel]
@@ -84,29 +86,43 @@ def bilinear(image: np.ndarray, row: int, column: int, offset: float) -> np.ndar
 def test_pytorch_resizes_the_same():
     torch = pytest.importorskip("torch", reason="the comparison takes PyTorch: pip install 'dalle-jax[convert]'")
     for size in ((40, 56), (401, 330)):
-        image = picture(*size)
+        image = noise_image(*size)
         x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
         want = 2 * torch.nn.functional.interpolate(x, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 1
         np.testing.assert_allclose(preprocess.pytorch(image), want[0].permute(1, 2, 0).numpy(), atol=2e-5)
 
 
 def test_blur_and_crop_stay_uint8():
-    image = picture()
+    image = noise_image()
     want = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(2)))
     np.testing.assert_array_equal(preprocess.blurred(image, 2), want)
     np.testing.assert_array_equal(preprocess.blurred(image, 0), image)
     np.testing.assert_array_equal(preprocess.middle_square(image), image[:, 8:48])
-    both = Preparation(resize="tf1", crop="centre", blur=2.0)(image)
+    both = Preprocess(resize="tf1", crop="center", blur=2.0).for_inception(image)
     np.testing.assert_array_equal(both, preprocess.tf1(preprocess.blurred(image[:, 8:48], 2)))
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Model directory of a narrow random network."""
-    params = jax.device_get(self_check.random_network()._params)
-    folder = tmp_path_factory.mktemp("weights")
-    model_dir.save(folder, {"name": "inception", "model": {"narrow": 16}}, params)
-    return folder
+def test_clips_window_is_torchvisions():
+    """As its `Resize(size)` and `CenterCrop(size)` have it: the long side is cut to a whole number, half of what is
+    left over is rounded to an even one."""
+    for height, width, size in [(h, w, s) for h in range(20, 200, 7) for w in range(20, 200, 11) for s in (16, 33)]:
+        short, long = min(height, width), max(height, width)
+        long_size = int(size * long / short)
+        want = (size, long_size) if height <= width else (long_size, size)
+        offsets = tuple(int(round((length - size) / 2.0)) for length in want)
+        assert clip_window(height, width, size) == (*want, *offsets), (height, width, size)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (48, 85), (97, 40), (30, 41)])
+def test_torchvision_prepares_the_same_for_clip(shape):
+    import_torchvision("the comparison takes torchvision: pip install torchvision")
+    from torchvision import transforms
+
+    image, size = noise_image(*shape), 32
+    bicubic = transforms.InterpolationMode.BICUBIC
+    theirs = transforms.Compose([transforms.Resize(size, interpolation=bicubic), transforms.CenterCrop(size)])
+    want = np.asarray(theirs(Image.fromarray(image)))
+    np.testing.assert_array_equal(Preprocess().for_clip(image, size), want)
 
 
 @pytest.fixture(scope="module")
@@ -116,20 +132,11 @@ def folders(tmp_path_factory):
     for index in range(2):
         folder = tmp_path_factory.mktemp("pictures")
         for number in range(12):
-            coarse = picture(5, 5 + number % 3, seed=100 * index + number).repeat(8, 0).repeat(8, 1)
+            coarse = noise_image(5, 5 + number % 3, seed=100 * index + number).repeat(8, 0).repeat(8, 1)
             Image.fromarray(coarse).save(folder / f"{number:02d}.png")
         made.append(folder)
     (made[1] / "99.png").write_bytes(b"no picture")
     return made
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    monkeypatch.setattr(features, "BATCH", 1)
-
-
-def run(*words) -> int:
-    return main.main(["evaluate", *map(str, words)])
 
 
 def test_the_command(weights, folders, tmp_path, capsys):
@@ -159,18 +166,20 @@ def test_the_command(weights, folders, tmp_path, capsys):
     assert abs(json.loads((out / "report.json").read_text())["scores"]["fid"]) < 1e-5
     assert run("--pictures", folders[0], "--reference", stored, *common, "--resize", "clean") == 2
     assert "expected resize clean" in capsys.readouterr().err
-    assert run("--pictures", folders[0], "--reference", stored, *common, "--crop", "centre") == 2
-    assert "expected crop centre" in capsys.readouterr().err
+    assert run("--pictures", folders[0], "--reference", stored, *common, "--crop", "center") == 2
+    assert "expected crop center" in capsys.readouterr().err
 
 
-def test_features_do_not_depend_on_the_batch(weights, folders):
-    from dalle_jax.data.sources import open_source
-
+def test_features_do_not_depend_on_the_batch(weights, folders, monkeypatch):
     source = open_source(f"folder:{folders[1]}", captions_required=False)
-    one, other = (Extractor.load(weights, batch=size).of_source(source, prepare=Preparation()) for size in (1, 2))
-    assert one.keys == other.keys and len(one.keys) == 12 and one.features_NF.shape == (12, 128)
-    np.testing.assert_allclose(one.features_NF, other.features_NF, atol=1e-5)
-    np.testing.assert_allclose(one.logits_NV, other.logits_NV, atol=1e-5)
+    found = []
+    for size in (1, 2):
+        monkeypatch.setattr(features, "BATCH", size)
+        found.append(Extractor.load(weights).of_source(source, preprocess=Preprocess()))
+    one, other = found
+    assert one.rows == other.rows and len(one.rows) == 12 and one.features_XF.shape == (12, 128)
+    np.testing.assert_allclose(one.features_XF, other.features_XF, atol=1e-5)
+    np.testing.assert_allclose(one.logits_XV, other.logits_XV, atol=1e-5)
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"the shared photos are not here: {PHOTOS}")
@@ -209,20 +218,21 @@ def test_real_photos_of_many_sizes_from_every_kind_of_source(weights, tmp_path, 
         (("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIGHTS", "--count", 99), "a count of 99"),
         (("--pictures", "BROKEN", "--reference", "BROKEN", "--weights", "WEIGHTS", "--count", 13), "got 12"),
         (("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIGHTS", "--blur", -1), "blur"),
-        (("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIGHTS", "--side", 9), "side needs crop"),
+        (("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIGHTS", "--side", 9), "with side = 9"),
         (("--pictures", "PICTURES", "--reference", "a.npz", "--weights", "WEIGHTS", "--blur", 0, 1), "one radius"),
         (("nowhere",), "expected --config FILE.py:PROTOCOL with nowhere"),
         (("--config", "configs/evaluate.py:demo", "--seed", 1), "--config.measure.seed=... instead of --seed"),
         (("--config", "configs/evaluate.py:demo", "--config.clip=X"), "config.json"),
         (("--config", "configs/evaluate.py:demo"), "expected a CLIP for features = 'clip'"),
         (("--config", "configs/evaluate.py:pytorch"), "expected weights of Inception v3"),
-        (("--config", "configs/evaluate.py:pytorch", "--config.draw.count=-1"), "count must be a whole number"),
+        (("--config", "configs/evaluate.py:pytorch", "--config.draw.count=-1"), "draw.count to be a whole"),
         (
             ("--config", "configs/evaluate.py:coco", "--config.weights=WEIGHTS"),
             "expected the network 'torchvision' for",
         ),
         (("--config", "configs/evaluate.py:pytorch", "--config.weights=WEIGHTS"), "expected a source of captions"),
-        (("--from", "none.json"), "expected a report"),
+        (("--config", "none.json"), "expected a report"),
+        (("--from", "none.json"), "--from is now --config: write --config none.json"),
         (("--config", "configs/dvae.py:demo"), "expected a protocol such as"),
     ],
 )
@@ -240,29 +250,53 @@ def test_bad_input_is_one_clear_line(words, message, weights, folders, tmp_path,
 def test_weights_that_make_nan_are_refused(weights, folders):
     extractor = Extractor.load(weights)
     extractor._params = jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), extractor._params)
-    from dalle_jax.data.sources import open_source
-
-    found = extractor.of_source(open_source(f"folder:{folders[0]}", captions_required=False), prepare=Preparation())
+    source = open_source(f"folder:{folders[0]}", captions_required=False)
+    found = extractor.of_source(source, preprocess=Preprocess())
     with pytest.raises(UserError, match="finite features"):
-        moments.of(found.features_NF)
+        mean_and_covariance(found.features_XF)
 
 
-@pytest.mark.slow
-def test_self_check_passes_and_finds_what_it_should(monkeypatch, capsys):
-    monkeypatch.setattr(self_check, "PICTURES", 24)
-    assert run("--self-check") == 0
-    said = capsys.readouterr().out
-    assert said.count("pass") == 7 and "FAIL" not in said
-    fid = distances.fid
-    monkeypatch.setattr(distances, "fid", lambda *statistics: 3.0 - fid(*statistics))
-    assert run("--self-check", "--json") == 1
-    found = json.loads(capsys.readouterr().out)
-    assert not found["ok"] and [check["ok"] for check in found["checks"]].count(False) >= 5
+@dataclasses.dataclass(frozen=True)
+class Noised:
+    """A source disturbed by normal noise; the same picture always in the same way."""
+
+    source: Source
+    std: float
+    name: str = "noised"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int):
+        record = self.source[index]
+        noise = self.std * np.random.default_rng(index).standard_normal(record.image.shape)
+        return dataclasses.replace(record, image=(record.image + noise).clip(0, 255).round().astype(np.uint8))
+
+
+def test_from_pictures_to_a_distance_everything_behaves_as_it_must(weights):
+    """Properties that hold for any network: a set is at no distance from itself in any order, its other half is nearer
+    than what is blurred, and the distance rises with blur and with noise."""
+    extractor, source, count = Extractor.load(weights), open_source("scenes:val@64"), 16
+
+    def fid_of(rows=range(count), *, blur: float = 0.0, std: float = 0.0):
+        found = extractor.of_source(Noised(source, std), preprocess=Preprocess(blur=blur), rows=rows)
+        return distances.fid(*reference, *mean_and_covariance(found.features_XF))
+
+    plain = extractor.of_source(source, preprocess=Preprocess(), rows=range(count)).features_XF
+    reference = mean_and_covariance(plain)
+    rounding = 1e-4 * np.trace(reference[1])  # square roots of what float64 leaves of a zero
+    assert abs(distances.fid(*reference, *reference)) <= rounding
+    assert abs(distances.fid(*reference, *mean_and_covariance(plain[::-1]))) <= rounding
+    blurs = [fid_of(blur=radius) for radius in (1, 2, 8)]
+    noises = [fid_of(std=std) for std in (8, 32, 128)]
+    for values in (blurs, noises):
+        assert rounding < values[0] < values[1] < values[2]
+    assert rounding < fid_of(range(count, 2 * count)) < blurs[-1]
 
 
 def test_statistics_of_a_source_are_pytorch_fids_format(tmp_path):
     one = np.random.default_rng(0).random((20, 4))
-    statistics.save(tmp_path / "a.npz", statistics.Statistics(*moments.of(one)))
+    statistics.save(tmp_path / "a.npz", statistics.Statistics(*mean_and_covariance(one)))
     with np.load(tmp_path / "a.npz") as file:
         np.testing.assert_allclose(file["mu"], one.mean(0))
         np.testing.assert_allclose(file["sigma"], np.cov(one, rowvar=False))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.evaluate import distances, features, moments, preprocess, statistics
-from tests.evaluate.test_distances import relu_features
-from tests.evaluate.test_evaluate import picture, run
+from dalle_jax.evaluate import distances, features, preprocess, statistics
+from dalle_jax.evaluate.distances import mean_and_covariance
+from tests.support.evaluation import noise_image, relu_features, run
 from tests.support.inception_weights import import_torchvision, state_dict
 
 COUNT, HEIGHT, WIDTH = 16, 60, 80  # not square, so that a resize has to squeeze
@@ -142,7 +142,7 @@ def test_the_resize_of_clean_fid():
     import_torchvision(WHY.format("clean-fid"))
     package = pytest.importorskip("cleanfid.resize", reason=WHY.format("clean-fid"))
     for size in ((HEIGHT, WIDTH), (299, 299), (401, 330)):
-        image = picture(*size)
+        image = noise_image(*size)
         want = (package.build_resizer("clean")(image) - 128) / 128  # as its InceptionV3W scales
         np.testing.assert_array_equal(preprocess.clean(image), want)
 
@@ -158,7 +158,7 @@ def test_the_scores_of_torch_fidelity_on_the_same_vectors():
     one, other = relu_features(1, 400, 64), relu_features(2, 300, 64, shift=0.1)  # sets of two sizes
     tensors = [torch.from_numpy(x) for x in (one, other)]
     fid = fid_statistics_to_metric(*map(fid_features_to_statistics, tensors), verbose=False)
-    got = distances.fid(*moments.of(one), *moments.of(other))
+    got = distances.fid(*mean_and_covariance(one), *mean_and_covariance(other))
     assert got == pytest.approx(fid["frechet_inception_distance"], abs=1e-4)
     for splits in (1, 7):  # 7 parts of 400 are not equal
         score = isc_features_to_metric(3 * tensors[0], splits=splits, shuffle=False)
@@ -169,7 +169,7 @@ def test_the_scores_of_torch_fidelity_on_the_same_vectors():
     assert distances.kid(one[:300], other, subsets=1, subset_size=300)[0] == pytest.approx(
         kid["kernel_inception_distance_mean"], abs=1e-5
     )
-    for neighbours in (1, 3, 5):
-        prc = prc_features_to_metric(*tensors, prc_neighborhood=neighbours, verbose=False)
+    for neighbors in (1, 3, 5):
+        prc = prc_features_to_metric(*tensors, prc_neighborhood=neighbors, verbose=False)
         want = prc["precision"], prc["recall"]
-        assert distances.precision_recall(one, other, neighbours=neighbours) == pytest.approx(want, abs=1e-6)
+        assert distances.precision_recall(one, other, neighbors=neighbors) == pytest.approx(want, abs=1e-6)

@@ -12,27 +12,24 @@ from dalle_jax.errors import UserError
 from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.train.monitor import metrics
-from tests.evaluate.test_evaluate import weights  # noqa: F401
-from tests.evaluate.test_protocols import model  # noqa: F401
-from tests.sample.test_pipeline_api import folder  # noqa: F401
 from tests.support.line_task import train
 
 COUNT = 12
 
 
 @pytest.fixture(scope="module")
-def clip(model):  # noqa: F811
+def clip(model):
     return Reranker.load(model / "clip")
 
 
 @pytest.fixture(scope="module")
-def told():
+def captioned():
     records = [scenes.open_scenes("val")[i] for i in range(COUNT)]
     return [record.image for record in records], [record.captions[0] for record in records]
 
 
-def test_real_pictures_are_at_no_distance_and_blurred_ones_are_further_than_others(clip, told):
-    pictures, captions = told
+def test_real_pictures_are_at_no_distance_and_blurred_ones_are_further_than_others(clip, captioned):
+    pictures, captions = captioned
     same = by_clip(clip, pictures, captions, pictures)
     assert abs(same["clip_fid"]) < 1e-5 and same["reference"] == COUNT and "not Inception" in same["note"]
     wrong = by_clip(clip, [255 - picture for picture in pictures], captions, pictures)
@@ -41,10 +38,7 @@ def test_real_pictures_are_at_no_distance_and_blurred_ones_are_further_than_othe
     assert same["clip_score"] == pytest.approx(np.mean(alone), abs=2e-3)  # another resize: Pillow's rounding
 
 
-def test_the_hook_scores_samples_of_held_out_captions(model, weights, monkeypatch):  # noqa: F811
-    from dalle_jax.evaluate import features
-
-    monkeypatch.setattr(features, "BATCH", 1)
+def test_the_hook_scores_samples_of_held_out_captions(model, weights):
     words = [
         "every=5", f"clip={model / 'clip'}", f"weights={weights}", "count=3", "reference_count=4",
     ]  # fmt: skip

@@ -11,21 +11,20 @@ from dalle_jax import model_dir
 from dalle_jax.cli import evaluate
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import captions, distances, protocol, published
-from dalle_jax.evaluate.features import Extractor, Preparation
-from dalle_jax.evaluate.preprocess import CROPS, RESIZES
-from dalle_jax.evaluate.protocol import Draw, Evaluation, Measure
-from tests.evaluate.test_evaluate import run, small_batches, weights  # noqa: F401
-from tests.evaluate.test_protocols import CAPTIONS, IMAGES, coco  # noqa: F401
+from dalle_jax.evaluate import distances, drawing, report
+from dalle_jax.evaluate.features import Extractor
+from dalle_jax.evaluate.preprocess import Preprocess
+from dalle_jax.evaluate.protocol import Draw, Evaluation, Metrics, Overlap
+from tests.support.evaluation import CAPTIONS, IMAGES, run
 
 SPECS = ("coco", "dalle-coco-30k", "dm-gan", "pytorch", "clean", "tf1", "cub", "demo")
 
 
-def test_captions_are_chosen_by_the_seed_without_one_twice(coco):  # noqa: F811
+def test_captions_are_chosen_by_the_seed_without_one_twice(coco):
     source = open_source(f"coco:{coco}")
-    one, same, other = (captions.choose(source, Draw(count=20, seed=seed), {}) for seed in (1, 1, 2))
+    one, same, other = (drawing.choose(source, Draw(count=20, seed=seed), {}) for seed in (1, 1, 2))
     assert one.ids == same.ids != other.ids and len(set(one.ids)) == 20
-    everything = captions.choose(source, Draw(), {})
+    everything = drawing.choose(source, Draw(), {})
     assert len(everything.ids) == IMAGES * CAPTIONS and set(one.ids) < set(everything.ids)
 
     class Twice:
@@ -35,42 +34,64 @@ def test_captions_are_chosen_by_the_seed_without_one_twice(coco):  # noqa: F811
             return 4
 
         def __getitem__(self, row):
-            return captions.Dropped("x", "no image") if row == 3 else dataclasses.replace(source[0], key=str(row))
+            return drawing.Dropped("x", "no image") if row == 3 else dataclasses.replace(source[0], key=str(row))
 
-    unique = captions.choose(Twice(), Draw(unique=True), {})
+    unique = drawing.choose(Twice(), Draw(unique=True), {})
     assert unique.ids == ["0#0", "0#1"] and unique.dropped == {"no image": 1} and unique.records == 4
 
 
 @pytest.mark.parametrize("variant", SPECS)
 def test_every_protocol_is_complete(variant):
     config = configs.load(f"configs/evaluate.py:{variant}")
-    values = {key: value for key, value in config.to_dict().items() if key not in evaluate.NOT_PROTOCOL}
+    values = {key: value for key, value in config.to_dict().items() if key not in evaluate.OTHER_KEYS}
     evaluation = Evaluation.from_json(values, where=variant)
     assert evaluation.protocol and evaluation.draw is not None
     assert Evaluation.from_json(json.loads(json.dumps(evaluation.to_json())), where="report") == evaluation
     assert variant in configs._module(configs._find("configs/evaluate.py")).__doc__
 
 
-def test_names_of_values_are_those_of_functions():
-    assert tuple(RESIZES) == protocol.RESIZES and tuple(CROPS) == protocol.CROPS
-    for values in ({"blur": (1.0, 1.0)}, {"blur": ()}, {"blur": (float("nan"),)}, {"resize": "x"}, {"splits": 0}):
-        with pytest.raises(ValueError):
-            Measure(**values)
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        (Metrics, {"blur": (1.0, 1.0)}),
+        (Metrics, {"blur": ()}),
+        (Metrics, {"blur": (float("nan"),)}),
+        (Metrics, {"blur": (float("inf"),)}),
+        (Metrics, {"resize": "x"}),
+        (Metrics, {"pools": "clean"}),
+        (Metrics, {"splits": 0}),
+        (Metrics, {"candidates": 1}),
+        (Metrics, {"seed": -1}),
+        (Metrics, {"side": 0, "crop": "center"}),
+        (Metrics, {"side": 9}),
+        (Draw, {"count": 1}),
+        (Draw, {"best_of": 0}),
+        (Draw, {"seed": 2**32}),
+        (Draw, {"shard_size": 1.5}),
+        (Overlap, {"least": float("nan")}),
+        (Evaluation, {"pictures": "x", "count": 0}),
+        (Evaluation, {}),
+        (Evaluation, {"pictures": "x", "draw": Draw()}),
+    ],
+)
+def test_values_that_cannot_be_are_refused(part, values):
+    with pytest.raises(UserError, match=r"^expected .*, got "):
+        part(**values)
     with pytest.raises(UserError, match="unexpected keyword"):
         Evaluation.from_json({"pictures": "x", "nonsense": 1}, where="here")
 
 
-def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_path, capsys):  # noqa: F811
+def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_path, capsys):
     found = model_dir.load(weights)
     config, params = found.config, found.params
     other, pictures = tmp_path / "other", f"folder:{coco / 'val2014'}"
-    prepare = Preparation(resize="dm-gan-score", crop="centre", side=32)
+    preprocess = Preprocess(resize="dm-gan-score", crop="center", side=32)
 
     def seen_by(network):
-        return network.of_source(open_source(pictures, captions_required=False), prepare=prepare)
+        return network.of_source(open_source(pictures, captions_required=False), preprocess=preprocess)
 
     # Surer of its classes, and not of the same one for all pictures.
-    mean_F, weight_FV = seen_by(Extractor.load(weights)).features_NF.mean(0), params["logits"]["weight"]
+    mean_F, weight_FV = seen_by(Extractor.load(weights)).features_XF.mean(0), params["logits"]["weight"]
     params["logits"]["weight"] = 10 * (weight_FV - np.outer(mean_F, mean_F @ weight_FV) / (mean_F @ mean_F))
     model_dir.save(other, config, params)
     values = {
@@ -88,9 +109,9 @@ def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_p
     same, scored = (json.loads(evaluated(**more)[1]) for more in ({}, {"score_weights": other}))
     assert scored["scores"]["fid"] == same["scores"]["fid"] and "scored_by" not in same
     extractor = Extractor.load(other)
-    logits_NV = seen_by(extractor).logits_NV
+    logits_XV = seen_by(extractor).logits_XV
     order = np.random.default_rng(0).permutation(IMAGES)
-    want = distances.inception_score(logits_NV[order], splits=2)[0]
+    want = distances.inception_score(logits_XV[order], splits=2)[0]
     assert scored["scores"]["inception_score"] == pytest.approx(want, rel=1e-5)
     assert want > 1.05 > same["scores"]["inception_score"]
     scored_by = f"IS by {extractor.network} {extractor.digest[:12]}, resize dm-gan-score."
@@ -104,13 +125,13 @@ def test_the_inception_score_can_be_that_of_another_network(coco, weights, tmp_p
     assert any("Inception score by the network 'fid' instead of 'torchvision'" in note for note in doubtful["notes"])
 
 
-def test_on_cub_the_inception_score_is_said_to_be_no_published_one(coco, weights, tmp_path, capsys):  # noqa: F811
+def test_on_cub_the_inception_score_is_said_to_be_no_published_one(coco, weights, tmp_path, capsys):
     pictures = f"folder:{coco / 'val2014'}"
     values = {"source": f"coco:{coco}", "weights": weights, "measure.pools": "fid", "measure.side": 32}
     values |= {"measure.blur": "(0.0,)", "measure.splits": 2}
     words = [f"--config.{key}={value}" for key, value in values.items()]
     out = tmp_path / "out"
     assert run("--config", "configs/evaluate.py:cub", "--pictures", pictures, "--out", out, "--json", *words) == 0
-    assert published.CUB_SCORE in json.loads(capsys.readouterr().out)["notes"]
+    assert report.CUB_SCORE in json.loads(capsys.readouterr().out)["notes"]
     table = (out / "report.md").read_text()
-    assert f"- {published.CUB_SCORE}" in table and published.CUB in table
+    assert f"- {report.CUB_SCORE}" in table and report.CUB in table

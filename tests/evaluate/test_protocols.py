@@ -1,6 +1,5 @@
 """A whole protocol on a miniature MS-COCO: captions chosen, pictures drawn, killed, resumed, scored and repeated."""
 
-import dataclasses
 import io
 import json
 import shutil
@@ -17,61 +16,22 @@ from dalle_jax import config as configs
 from dalle_jax import model_dir
 from dalle_jax.cli import evaluate as main
 from dalle_jax.cli.evaluate import evaluate
-from dalle_jax.data.sources import open_source, scenes
-from dalle_jax.evaluate import captions, drawing, picture_shards, published, store
-from dalle_jax.evaluate import report as evaluation_report
-from dalle_jax.evaluate.crew import Crew
+from dalle_jax.data.share import Share
+from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate import drawing, feature_cache, picture_shards
 from dalle_jax.evaluate.protocol import Evaluation
-from dalle_jax.models import clip
+from dalle_jax.evaluate.report import PUBLISHED_WARNING
+from dalle_jax.evaluate.report import table as table_of
+from dalle_jax.evaluate.workers import Worker
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.text import load_tokenizer
-from tests.evaluate.test_evaluate import run, small_batches, weights  # noqa: F401
-from tests.models.test_clip import TINY
-from tests.sample.test_pipeline_api import folder  # noqa: F401
 from tests.support import processes
-from tests.support.parameters import random_parameters
+from tests.support.evaluation import IMAGES, make_coco, run
 
-IMAGES, CAPTIONS, DRAWN, SHARD, BEST_OF = 12, 2, 10, 4, 2
-
-
-def make_coco(place, *, captions_too=True):
-    """The official layout with pictures of built-in scenes, of two sizes."""
-    (place / "annotations").mkdir(parents=True)
-    (place / "val2014").mkdir()
-    source, images, annotations = scenes.open_scenes("val@40"), [], []
-    for i in range(IMAGES):
-        record, name = source[i], f"COCO_val2014_{i + 7:012d}.jpg"
-        pixels = np.pad(record.image, ((0, 0), (0, 8 * (i % 2)), (0, 0)), constant_values=255)
-        Image.fromarray(pixels).save(place / "val2014" / name, quality=95)
-        images.append({"id": i + 7, "file_name": name, "height": 40, "width": pixels.shape[1], "license": 1})
-        for number in range(CAPTIONS):
-            text = f"{record.captions[0]} {number}" if captions_too else " "
-            annotations.append({"id": len(annotations), "image_id": i + 7, "caption": text})
-    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
-    (place / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
-    return place
+DRAWN, SHARD, BEST_OF = 10, 4, 2
 
 
 @pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return make_coco(tmp_path_factory.mktemp("data") / "coco")
-
-
-@pytest.fixture(scope="module")
-def model(folder, tmp_path_factory):  # noqa: F811
-    """The tiny transformer with a tiny CLIP of random weights beside it."""
-    place = tmp_path_factory.mktemp("run") / "transformer"
-    shutil.copytree(folder, place)
-    tokenizer = load_tokenizer(folder)
-    config = dataclasses.replace(TINY, text_vocab=tokenizer.vocab_size, text_len=16)
-    params = random_parameters(clip.model(config), deviation=0.25)
-    model_dir.save(place / "clip", {"name": "clip", "model": dataclasses.asdict(config)}, params)
-    tokenizer.save(place / "clip")
-    return place
-
-
-@pytest.fixture(scope="module")
-def words(model, coco, weights):  # noqa: F811
+def words(model, coco, weights):
     """The command line of a small `coco`, without --out."""
     values = {
         "source": f"coco:{coco}", "weights": weights, "clip": model / "clip", "draw.count": DRAWN,
@@ -85,8 +45,8 @@ def words(model, coco, weights):  # noqa: F811
 def small_parts(tmp_path_factory):
     """Parts of five rows and calls of three captions, so that a dozen pictures have several of both."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "PART", 5)
-        patch.setattr(drawing, "_together", lambda pipe, draw: 3)
+        patch.setattr(feature_cache, "PART", 5)
+        patch.setattr(drawing, "_captions_per_call", lambda pipe, draw: 3)
         patch.setenv("DALLE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -94,12 +54,8 @@ def small_parts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def straight(model, words, tmp_path_factory):
     """OUT of the job that nobody stopped, and its report."""
-    from dalle_jax.evaluate import features
-
     out = tmp_path_factory.mktemp("straight") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "BATCH", 1)
-        assert run(model, *words, "--out", out, "--json") == 0
+    assert run(model, *words, "--out", out, "--json") == 0
     return out, json.loads((out / "report.json").read_text())
 
 
@@ -128,14 +84,12 @@ def test_the_job_leaves_shards_a_report_a_table_and_a_curve(straight, model, coc
     assert any("has also chosen the pictures" in note for note in report["notes"])
 
     table = (out / "report.md").read_text()
-    assert (
-        published.WARNING in table and "| DALL-E | 27.5 | 28 | 45.5 | 83.5 | 85 | 17.9 |" in table and "17.89" in table
-    )
+    assert PUBLISHED_WARNING in table and "| DALL-E | 27.5 | 28 | 45.5 | 83.5 | 85 | 17.9 |" in table
     assert f"| 2 | {report['blur'][1]['fid']:.4f} |" in table
     assert f"the best of 2 each by CLIP {report['drawn']['ranked_by'][:12]}, seed 0." in table
     assert "not dalle-coco-30k as it is: draw.best_of 2 instead of 512; draw.count 10 instead of 30000; " in table
     alone = {**report, "drawn": {**report["drawn"], "ranked_by": None}}
-    assert f"Drawn by checkpoint {report['drawn']['checkpoint'][:12]}, seed 0." in evaluation_report.table(alone)
+    assert f"Drawn by checkpoint {report['drawn']['checkpoint'][:12]}, seed 0." in table_of(alone)
     free = ("source", "weights", "clip", "shard_size")
     assert not any(name in " ".join(report["evaluation"]["departures"]) for name in free)
     assert Image.open(out / "blur.png").width > 500
@@ -143,7 +97,7 @@ def test_the_job_leaves_shards_a_report_a_table_and_a_curve(straight, model, coc
 
 def test_pictures_say_how_they_were_made(straight, model, coco):
     out, report = straight
-    plan = captions.load(out / "plan.json")
+    plan = drawing.load(out / "plan.json")
     known = {
         f"{record.key}#{number}": text
         for record in map(open_source(f"coco:{coco}").__getitem__, range(IMAGES))
@@ -180,16 +134,15 @@ def test_a_shard_is_cut_behind_its_last_whole_picture(straight, tmp_path):
     path = tmp_path / "00000.tar"
     for size in {0, 1, 511, *ends, *(end + more for end in ends[:2] for more in (1, 511, 512, 700, 1_100, 2_000))}:
         picture_shards.growing(path).write_bytes(whole[:size])
-        shard = picture_shards.GrowingShard(path)
         complete = sum(end <= size for end in ends)
-        assert shard.names == [f"{i:09d}" for i in range(complete)]
-        shard.close()
+        with picture_shards.GrowingShard(path) as shard:
+            assert shard.names == [f"{i:09d}" for i in range(complete)]
         assert picture_shards.growing(path).read_bytes() == whole[: ([0, *ends])[complete]]
 
 
 def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words, tmp_path, monkeypatch):
     """Killed in the second shard with bytes of the next picture written: the same shards, bit for bit."""
-    out, drawn = tmp_path / "out", []
+    out, drawn = tmp_path / "out [v2]", []
     draw, add, finished = Pipeline.draw, picture_shards.GrowingShard.add, straight[0]
 
     def drawing_some(self, requests, **more):
@@ -217,9 +170,9 @@ def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words,
     assert report["blur"] == straight[1]["blur"]
 
 
-def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, words, coco, weights, tmp_path, capsys):  # noqa: F811
+def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, words, coco, weights, tmp_path, capsys):
     out, report = straight
-    again = ("--from", out / "report.json", "--out", tmp_path / "again", "--json")
+    again = ("--config", out / "report.json", "--out", tmp_path / "again", "--json")
     assert run(model, *again) == 0
     told, err = capsys.readouterr()
     assert "every score is the same" in err
@@ -229,7 +182,7 @@ def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, word
     refused = {
         "expected only new places": ("--config.draw.count=3",),
         "expected another --out": ("--out", out),
-        "--config.pictures=SOURCE with --from": ("--pictures", coco),
+        "expected --config.pictures=SOURCE to repeat": ("--pictures", coco),
     }
     for message, more in refused.items():
         assert run(model, *again, *more) == 2
@@ -238,7 +191,7 @@ def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, word
     shutil.copytree(coco, moved)
     name = moved / "val2014" / "COCO_val2014_000000000009.jpg"
     Image.open(name).transpose(Image.Transpose.ROTATE_90).save(name)
-    elsewhere = ("--from", out / "report.json", "--out", tmp_path / "moved", f"--config.source=coco:{moved}")
+    elsewhere = ("--config", out / "report.json", "--out", tmp_path / "moved", f"--config.source=coco:{moved}")
     assert run(model, *elsewhere) == 2
     assert "expected the pictures of the reference of" in capsys.readouterr().err
     annotations = moved / "annotations" / "captions_val2014.json"
@@ -255,25 +208,22 @@ def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, word
 
 
 def test_two_processes_give_the_bits_of_one(straight, model, words, tmp_path):
-    """Two crews of one folder, here in threads: what they share is the folder alone."""
-    from dalle_jax.evaluate import features
-
+    """Two workers in one folder, here in threads: what they share is the folder alone."""
     values = configs.load(words[1], words[2:]).to_dict()
-    evaluation = Evaluation.from_json({k: v for k, v in values.items() if k not in main.NOT_PROTOCOL}, where="here")
+    evaluation = Evaluation.from_json({k: v for k, v in values.items() if k not in main.OTHER_KEYS}, where="here")
     made, drawn, together = {}, {0: 0, 1: 0}, threading.Barrier(2)
 
     def work(index):
-        crew = Crew(index, 2, meet=lambda: together.wait(60))
-        made[index] = evaluate(evaluation, model=str(model), out=tmp_path, crew=crew, tell=False)
+        worker = Worker(Share(index, 2), meet=lambda: together.wait(60))
+        made[index] = evaluate(evaluation, model=str(model), out=tmp_path, worker=worker)
 
     draw_all = drawing.draw_all
+
+    def counted(*args, worker, **more):
+        drawn[worker.share.index] = len(worker.share.of(range(3)))
+        return draw_all(*args, worker=worker, **more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "BATCH", 1)
-
-        def counted(*args, crew, **more):
-            drawn[crew.index] = len(crew.own(3))
-            return draw_all(*args, crew=crew, **more)
-
         patch.setattr(drawing, "draw_all", counted)
         threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
         [thread.start() for thread in threads]
@@ -356,8 +306,8 @@ def test_what_is_wrong_with_a_protocol_is_one_line(straight, model, words, coco,
         f"--config.source=coco:{parts}": f"unpacked in {parts}, got it without val2014/ (val2014.zip holds it)",
         f"--config.source=coco:{tmp_path}": "without annotations/captions_val2014.json (annotations_trainval2014.zip",
         "--config.draw.count=25": "expected 25 captions in",
-        "--config.draw.seed=4294967290": "seed must be",
-        "--config.draw.temperature=0.0": "temperature must be",
+        "--config.draw.seed=4294967290": "expected seed to be",
+        "--config.draw.temperature=0.0": "expected temperature to be",
         "--config.reference_exactly=40504": "expected 40504 pictures in",
     }
     for number, (word, message) in enumerate(wrong.items()):
@@ -377,7 +327,7 @@ def test_what_is_wrong_with_a_protocol_is_one_line(straight, model, words, coco,
         assert "holds the pictures of another evaluation (draw." in capsys.readouterr().err
 
 
-def test_broken_weights_are_found_before_a_picture_is_drawn(model, words, weights, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_broken_weights_are_found_before_a_picture_is_drawn(model, words, weights, tmp_path, monkeypatch, capsys):
     found = model_dir.load(weights)
     config, params = found.config, found.params
     model_dir.save(tmp_path / "nan", config, jax.tree.map(lambda x: x * np.nan, params))

@@ -87,10 +87,9 @@ def test_pictures_are_brought_to_size_as_pillow_does(size):
     rows, columns = np.mgrid[: size[0], : size[1]] / 8.0
     image = np.stack([127 + 120 * np.sin(rows + c) * np.cos(columns) for c in range(3)], -1).astype(np.uint8)
     for side in (20, 100):
-        scale = side / min(size)
-        tall, wide = round(size[0] * scale), round(size[1] * scale)
-        wanted = np.asarray(Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC), int)
-        top, left = (tall - side) // 2, (wide - side) // 2
+        height, width = (int(side * length / min(size)) for length in size)  # the roundings of torchvision
+        wanted = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), int)
+        top, left = round((height - side) / 2), round((width - side) / 2)
         got = np.asarray(rerank.resize_and_crop(image[None], side))[0].astype(int)
         assert np.abs(got - wanted[top : top + side, left : left + side]).max() <= 1
 

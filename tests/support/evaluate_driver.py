@@ -4,7 +4,7 @@ import sys
 import time
 
 from dalle_jax.cli import main as cli
-from dalle_jax.evaluate import drawing, features, picture_shards, store
+from dalle_jax.evaluate import drawing, feature_cache, features, picture_shards
 
 PART, TOGETHER, BATCH = 5, 3, 1  # as the tests have them
 
@@ -17,7 +17,8 @@ def main(port: str, count: str, rank: str, *words: str) -> int:
         time.sleep(0.5)  # for whoever wants to kill this
 
     picture_shards.GrowingShard.add = slowly
-    store.PART, features.BATCH, drawing._together = PART, BATCH, lambda pipe, draw: TOGETHER
+    feature_cache.PART, features.BATCH = PART, BATCH
+    drawing._captions_per_call = lambda pipe, draw: TOGETHER
     where = ["--coordinator", f"localhost:{port}", "--num-processes", count, "--process-id", rank]
     return cli.main(["evaluate", *words, *where])
 

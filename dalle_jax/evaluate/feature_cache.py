@@ -1,0 +1,168 @@
+"""Features of a set in parts on disk: an evaluation that was stopped goes on, and several processes share one.
+
+A part is a file of PART rows, made by one process in batches that depend on nothing but the rows. So the features are
+the same bits whatever number of processes made them and however often they were stopped.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import zipfile
+from concurrent import futures
+
+import numpy as np
+
+from dalle_jax import files
+from dalle_jax.data.record import Dropped, Source
+from dalle_jax.data.sources import open_source
+from dalle_jax.errors import UserError
+from dalle_jax.evaluate.distances import check_features
+from dalle_jax.evaluate.features import Extractor, FeatureSet, Row, counted, hash_of
+from dalle_jax.evaluate.preprocess import Preprocess
+from dalle_jax.evaluate.workers import Worker
+
+PART = 1_024  # rows; a minute or two of Inception on two cores
+
+
+def open_pictures(spec: str) -> Source:
+    """Pictures with or without captions. spec: a source, or the path of a folder.
+
+    Raises:
+      UserError: no such source.
+    """
+    return open_source(f"folder:{spec}" if pathlib.Path(spec).is_dir() else spec, captions_required=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSet:
+    """Rows of a source. name: 'pictures', 'reference' or 'training', for people. crop: of `protocol.CROPS`.
+
+    count: how many pictures were asked for, None for all.
+    """
+
+    name: str
+    source: Source
+    rows: np.ndarray
+    crop: str
+    count: int | None = None
+
+    @classmethod
+    def choose(cls, name: str, source: Source, *, crop: str, count: int | None = None, seed: int = 0) -> "PictureSet":
+        """All rows, or `count` of them by the seed.
+
+        Raises:
+          UserError: the source has fewer pictures than `count`.
+        """
+        rows = np.arange(len(source))
+        if count is None:
+            return cls(name, source, rows, crop)
+        if count > len(rows):
+            key = "reference_count" if name == "reference" else "count"
+            raise UserError(
+                f"expected 2 to {len(rows)} pictures of {source.name}, as it has, got a count of {count}: give more "
+                f"pictures, or another number by --config.{key}=N (--count N)"
+            )
+        rows = np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False))
+        return cls(name, source, rows, crop, count)
+
+    def check(self, found: FeatureSet) -> None:
+        """Raises UserError if a set is empty, or has fewer pictures than were asked for."""
+        lost = counted(found.dropped)
+        if not len(found):
+            raise UserError(
+                f"expected pictures in {self.source.name}, got none that can be read ({lost or 'it is empty'}): "
+                "see `dalle-jax data`"
+            )
+        if len(found) < (self.count or 0):
+            raise UserError(
+                f"expected {self.count} pictures of {self.source.name}, got {len(found)}, as the rest cannot be read "
+                f"({lost}): mend or remove those, see `dalle-jax data`"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureCache:
+    """Makes and loads features of sets, in parts below `folder`."""
+
+    folder: pathlib.Path
+    worker: Worker
+
+    def make(self, extractor: Extractor, pictures: PictureSet, preprocess: Preprocess) -> list[pathlib.Path]:
+        """Files with the features of a set, in its order; this worker's own exist on return.
+
+        A part that exists is used again if the pictures are still the same.
+
+        Raises:
+          UserError: features that are not finite.
+          OSError: the folder cannot be written.
+        """
+        source, worker = pictures.source, self.worker
+        made_of = [source.name, _digest(pictures.rows), extractor.network, extractor.digest, extractor.batch]
+        name = hashlib.sha256(json.dumps([*made_of, preprocess.to_words()]).encode()).hexdigest()[:16]
+        pieces = [pictures.rows[start : start + PART] for start in range(0, len(pictures.rows), PART)]
+        paths = [self.folder / f"{name}-{number:05d}.npz" for number in range(len(pieces))]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        todo, done = [], 0
+        for number in worker.share.of(range(len(pieces))):
+            worker.beat("features")
+            if _is_current(paths[number], source):
+                done += len(pieces[number])
+            else:
+                todo.append(number)
+        what = f"{pictures.name} by {extractor.network}" + (f", blur {preprocess.blur:g}" if preprocess.blur else "")
+        total = done + sum(len(pieces[number]) for number in todo)
+        with worker.bar(what, total=total, done=done) as bar:
+            for number in todo:
+                worker.beat("features")
+                found = extractor.of_source(source, preprocess=preprocess, rows=pieces[number], advance=bar.update)
+                check_features(found.features_XF)  # before hours go by
+                files.write(paths[number], _packed(found))
+                worker.log(bar)
+        return paths
+
+    def load(self, paths: list[pathlib.Path], pictures: PictureSet) -> FeatureSet:
+        """All features, once every worker has made its own.
+
+        Raises:
+          UserError: fewer pictures than were asked for, or none.
+        """
+        self.worker.wait(paths)
+        found = FeatureSet.joined([load(path) for path in paths])
+        pictures.check(found)
+        return found
+
+
+def load(path: pathlib.Path) -> FeatureSet:
+    """What is in a part."""
+    with np.load(path, allow_pickle=False) as file:
+        about = json.loads(str(file["about"]))
+        rows = [Row(*values, size=(height, width)) for *values, (height, width) in about["rows"]]
+        return FeatureSet(file["features"], file["logits"], rows, about["dropped"])
+
+
+def _packed(found: FeatureSet) -> bytes:
+    about = json.dumps({"rows": [dataclasses.astuple(row) for row in found.rows], "dropped": found.dropped})
+    out = io.BytesIO()
+    np.savez(out, features=found.features_XF, logits=found.logits_XV, about=about)
+    return out.getvalue()
+
+
+def _is_current(path: pathlib.Path, source: Source) -> bool:
+    """Whether a part exists and was made of the pictures that the source has now."""
+    try:
+        found = load(path)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return False
+
+    def hash_now(row: Row) -> str:
+        record = source[row.index]
+        return "" if isinstance(record, Dropped) else hash_of(record.image)
+
+    with futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(hash_now, found.rows)) == [row.hash for row in found.rows]
+
+
+def _digest(rows: np.ndarray) -> str:
+    return hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()
