@@ -13,7 +13,7 @@ import socket
 import uvicorn
 
 from dalle_jax.cli.sample import add_loading_arguments, load
-from dalle_jax.errors import UserError, say
+from dalle_jax.errors import UserError, check_number, say
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
 from dalle_jax.serve.metrics import Metrics
@@ -21,46 +21,50 @@ from dalle_jax.serve.metrics import Metrics
 TOKEN_VARIABLE = "DALLE_JAX_TOKEN"
 MAX_CONNECTIONS = 1000  # beyond, uvicorn answers 503 at once
 MAX_HEAD_BYTES = 32 * 2**10  # of a request line with its headers
+BOUNDS = {  # flag -> min and max
+    "--port": (0, 65_535),
+    "--max-batch": (1, 65_536),
+    "--batch-wait-ms": (0, 10_000),
+    "--queue": (1, 10_000),
+    "--deadline-s": (0.001, 86_400),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
-    parser.add_argument("--name", help="what clients call the model (default: the name of DIR)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    parser.add_argument("--name", help="name of the model for clients (default: the name of DIR)")
     parser.add_argument(
-        "--max-batch", type=int, metavar="N", help="pictures drawn together (default: as many as fit the free memory)"
+        "--max-batch", type=int, metavar="N", help="images drawn together (default: as many as fit the free memory)"
     )
     parser.add_argument(
-        "--batch-wait-ms", type=float, default=20, metavar="MS", help="a request waits for others (default 20)"
+        "--batch-wait-ms",
+        type=float,
+        default=20,
+        metavar="MS",
+        help="how long a request waits for others (default: 20)",
     )
-    parser.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default 64)")
+    parser.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
     parser.add_argument(
-        "--deadline-s", type=float, default=120, metavar="S", help="a request is given up after (default 120)"
+        "--deadline-s", type=float, default=120, metavar="S", help="how long a request may take (default: 120)"
     )
     parser.add_argument(
         "--token-file",
         type=pathlib.Path,
         metavar="FILE",
-        help=f"holds the bearer token that clients must send (or set {TOKEN_VARIABLE})",
+        help=f"file with the bearer token that clients must send (default: that of {TOKEN_VARIABLE}, if it is set)",
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT; what runs then is finished first. Returns 0.
+    """Serve until SIGTERM or SIGINT, then finish what was accepted. Returns 0.
 
     Raises:
       UserError: the model, the token, an address or a number is wrong.
     """
-    for flag, value, low, high in (
-        ("--port", args.port, 0, 65_535),
-        ("--max-batch", args.max_batch, 1, 65_536),
-        ("--batch-wait-ms", args.batch_wait_ms, 0, 10_000),
-        ("--queue", args.queue, 1, 10_000),
-        ("--deadline-s", args.deadline_s, 0.001, 86_400),
-    ):
-        if value is not None and not low <= value <= high:
-            raise UserError(f"expected {flag} of {low} .. {high}, got {value}: choose one in between")
+    for flag, (low, high) in BOUNDS.items():
+        check_number(flag, getattr(args, flag[2:].replace("-", "_")), min=low, max=high, optional=flag == "--max-batch")
     token = read_token(args.token_file)
     name = args.name or pathlib.Path(args.model).resolve().name
     listener = listen(args.host, args.port)
@@ -68,15 +72,15 @@ def main(args: argparse.Namespace) -> int:
     if token is None and not _is_loopback(listener):
         say(f"dalle-jax: warning: {address} is open to the network without a token")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte that a client gets wrong
-    trouble: list[Exception] = []
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed byte
+    errors: list[Exception] = []
 
     def on_ready(error: Exception | None) -> None:
         if error is None:
-            with contextlib.suppress(OSError):  # nobody reads it
+            with contextlib.suppress(OSError):  # nobody reads the output
                 print(f"dalle-jax serves {name} on {address}", *batcher.summary(), sep="\n", flush=True)
         else:
-            trouble.append(error)
+            errors.append(error)
             server.should_exit = True
 
     batcher = Batcher(
@@ -93,14 +97,14 @@ def main(args: argparse.Namespace) -> int:
     def stop(number, frame) -> None:
         server.should_exit = True
 
-    # uvicorn raises the signal that ended it once more when it is done; this makes that a clean exit.
+    # When uvicorn is done it raises the signal that ended it once more; with this handler that is a clean exit.
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         server.run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if trouble:
-        raise trouble[0]
+    if errors:
+        raise errors[0]
     return 0
 
 
@@ -128,7 +132,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-      UserError: the address can't be had.
+      UserError: the address is not available.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -143,7 +147,7 @@ def read_token(file: pathlib.Path | None) -> str | None:
     """The token of a file, or of the environment if no file is named, or None.
 
     Raises:
-      UserError: it can't be read, or has no plain word in it.
+      UserError: it cannot be read, or is not one word.
     """
     where, token = f"the variable {TOKEN_VARIABLE}", os.environ.get(TOKEN_VARIABLE)
     if file is not None:
