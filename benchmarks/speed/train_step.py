@@ -17,7 +17,7 @@ MFU counts the model's own products, forward and backward, and of attention only
 mask allows (`preflight/flops.py`); HFU what is computed, rematerialization and the encoding of the pictures included.
 Both are shares of the data sheet's peak for dense arithmetic in the config's precision; on a CPU, which has no such
 sheet, of what one large matrix product reaches there. The roofline is the time that the peak, or the memory's
-bandwidth, allows at best (`preflight/estimate.py`, at 100 %).
+bandwidth, allows at best (`preflight/roofline.py`, at 100 %).
 """
 
 import dataclasses

@@ -41,7 +41,7 @@ from dalle_jax.models import blocks, build
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.dvae import encode_images
 from dalle_jax.models.layers import compute_dtype, stream_dtype
-from dalle_jax.preflight import estimate
+from dalle_jax.preflight import roofline
 from dalle_jax.preflight.hardware import Chip
 from dalle_jax.preflight.job import Job, shard_bytes
 from dalle_jax.preflight.topology import Topology
@@ -85,11 +85,11 @@ def measure(
     chip = known or Chip("measured", "gpu", 0, {precision: matmul}, copy, copy)
     rated = dataclasses.replace(job, topology=Topology(chip, (1, len(devices))))
     vars(rated)["helper"] = job.helper
-    guess = estimate.estimate(rated, [])
+    guess = roofline.estimate(rated, [])
     sequences = config.batch_size / len(devices)
     least = {
-        "compute": guess.seconds["compute"] * estimate.COMPUTE_SHARE,
-        "memory": guess.seconds["memory"] * estimate.MEMORY_SHARE,
+        "compute": guess.seconds["compute"] * roofline.COMPUTE_SHARE,
+        "memory": guess.seconds["memory"] * roofline.MEMORY_SHARE,
     }
     figures = {
         "device": f"{len(devices)} x {devices[0].device_kind}",

@@ -1,7 +1,7 @@
-"""`dalle-jax preflight`: is a config's update too large for a pod that is not here, how fast would it be, and what
-would make it fit. Compiles the real training update with the pod's own compiler; needs no accelerator.
+"""`dalle-jax preflight`: whether a config fits a pod that is not here, how fast it would be, what would make it fit.
 
-Sets up JAX for the other platform before anything imports it, so this module and `topology.py` import it late.
+Compiles the real training step with the pod's compiler; needs no accelerator. JAX is set up for the other platform
+before anything imports it, so this module and `topology.py` import it late.
 """
 
 import argparse
@@ -11,24 +11,36 @@ import os
 import sys
 from typing import Any
 
-from dalle_jax.errors import UserError, say
-from dalle_jax.preflight import topology as topologies
+from dalle_jax.errors import UserError
+from dalle_jax.preflight import topology
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="e.g. configs/transformer.py:12b")
     parser.add_argument(
-        "--topology", required=True, metavar="POD", help=f"{topologies.FORM}, e.g. tpu:v5p:8x8x16 or gpu:h100:128x8"
+        "--config", required=True, metavar="FILE.py:VARIANT", help="for example configs/transformer.py:12b (required)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--sweep", action="store_true", help="compile meshes, remat and microbatches; fastest first")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="POD",
+        help=f"{topology.FORM}, for example tpu:v5p:8x8x16 or gpu:h100:128x8 (required)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print all figures as one JSON object (default: a table for people)"
+    )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="compile other meshes, batches, microbatches and rematerializations too, fastest first (default: only "
+        "what the config says and, if that does not fit, the smallest change)",
+    )
     parser.epilog = "--config.key=value changes a value of the config, e.g. --config.accumulate=8"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns 0 if the config fits, else 1; a sweep returns 0 if anything in it does."""
-    pod = topologies.parse(args.topology)
-    environment = topologies.environment(pod)
+    """Run the command; the exit status is 0 if the config (of a sweep: anything in it) fits, else 1."""
+    pod = topology.parse(args.topology)
+    environment = topology.environment(pod)
     if "jax" in sys.modules:
         raise UserError("expected a process that has not imported JAX yet, got one that has: call the command instead")
     os.environ.update(environment)
@@ -37,17 +49,17 @@ def main(args: argparse.Namespace) -> int:
     from dalle_jax.preflight import report, search
     from dalle_jax.preflight.job import Job
 
-    job = Job(configs.load(args.config, args.overrides), pod, tuple(topologies.devices(pod)))
+    job = Job(configs.load(args.config, args.overrides), pod, tuple(topology.devices(pod)))
     if args.sweep:
-        results = search.sweep(job, tell=say)
+        results = search.sweep(job)
         print(json.dumps([_json(r) for r in results]) if args.json else report.sweep_table(results))
         return 0 if any(r.verdict.fits for r in results) else 1
     result = search.examine(job)
-    changes = [] if result.verdict.fits else search.smallest_changes(result, tell=say)
+    change = None if result.verdict.fits else search.smallest_change(result)
     if args.json:
-        print(json.dumps({**_json(result), "changes": [_change(r) for r in changes]}, indent=2))
+        print(json.dumps({**_json(result), "changes": [] if change is None else [_change(change)]}, indent=2))
     else:
-        print(report.table(result, changes))
+        print(report.table(result, change))
     return 0 if result.verdict.fits else 1
 
 

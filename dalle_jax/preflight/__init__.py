@@ -1,1 +1,1 @@
-"""A pod that is not here: does a config fit it, how fast would it be, what would make it fit."""
+"""Preflight: whether a config fits a pod that is not here, how fast it would be, what would make it fit."""

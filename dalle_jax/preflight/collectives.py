@@ -1,7 +1,7 @@
-"""Which collectives a compiled program runs, how often, how many bytes each moves and along which mesh axis.
+"""The collectives of a compiled program: how often each runs, how many bytes it moves, along which mesh axis.
 
-Read from the text of the optimized program, the only place that has all of them: what the partitioner put in, merged
-and moved out of loops. A collective inside a loop counts as often as the loop runs, where the compiler knows it.
+Read from the text of the optimized program, the only place that has all of them as the partitioner put them in, merged
+them and moved them out of loops. A collective inside a loop counts as often as the loop runs, if the compiler knows.
 """
 
 import collections
@@ -31,9 +31,9 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}")
 class Collective:
     """All collectives of one kind along one axis.
 
-    axis: mesh axes that its groups spread over, joined by '+' ('none' for groups of one). inside: no group leaves an
-    island. count: how often a step runs one. bytes: what one chip receives through them in a step, if each is done in
-    a ring: a gather of n bytes along g chips receives n (g - 1) / g, an all-reduce twice that.
+    axis: mesh axes that its groups spread over, joined by '+' ('none' for groups of one). inside: no group leaves a
+    slice (TPU) or NVLink domain. count: how often a step runs one. bytes: what one chip receives through them in a
+    step, if each is done in a ring: a gather of n bytes along g chips receives n (g - 1) / g, an all-reduce twice that.
     """
 
     kind: str
@@ -43,11 +43,11 @@ class Collective:
     bytes: int
 
 
-def read(text: str, *, mesh_shape: Mapping[str, int], islands: Sequence[int]) -> list[Collective]:
+def read(text: str, *, mesh_shape: Mapping[str, int], slices: Sequence[int]) -> list[Collective]:
     """The collectives of a compiled program, largest first.
 
-    text: `compiled.as_text()`. mesh_shape: sizes of the mesh axes by name, in order. islands: the island of each
-    device, in the order of the mesh.
+    text: `compiled.as_text()`. mesh_shape: sizes of the mesh axes by name, in order. slices: number of the slice or
+    NVLink domain of each device, in the order of the mesh.
     """
     counts: collections.Counter = collections.Counter()
     amounts: collections.Counter = collections.Counter()
@@ -59,7 +59,7 @@ def read(text: str, *, mesh_shape: Mapping[str, int], islands: Sequence[int]) ->
         kind, received = operation.removesuffix("-start"), _received(operation, shape, len(groups[0]))
         if home.startswith("all-reduce-scatter"):  # how libtpu writes a reduce-scatter: reduce all, keep one part
             kind, received = "reduce-scatter", received // 2
-        key = kind, _axis(groups, mesh_shape), all(len({islands[i] for i in group}) == 1 for group in groups)
+        key = kind, _axis(groups, mesh_shape), all(len({slices[i] for i in group}) == 1 for group in groups)
         counts[key] += times
         amounts[key] += times * received
     found = [Collective(*key, count=counts[key], bytes=amounts[key]) for key in counts]
@@ -82,7 +82,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _instructions(bodies: Mapping[str, list[str]], entry: str) -> Iterator[tuple[tuple[str, str, str], str, int]]:
-    """(operation, result shape, rest of the line) of each collective, its computation, and how often a step runs it."""
+    """For each collective (operation, result shape, rest of the line), its computation, how often a step runs it."""
     stack = [(entry, 1)]
     while stack:
         name, times = stack.pop()
@@ -101,7 +101,7 @@ def _instructions(bodies: Mapping[str, list[str]], entry: str) -> Iterator[tuple
 
 
 def _trips(rest: str, bodies: Mapping[str, list[str]]) -> int:
-    """How often a loop runs: as the compiler notes it, else the bound of a condition `i < n` of a loop from 0 by 1."""
+    """Turns of a loop: as the compiler notes them, else n of its condition `i < n`, if it counts from 0 by 1."""
     if match := _TRIPS.search(rest):
         return int(match[1])
     condition = re.search(r"condition=%?([\w.-]+)", rest)
@@ -146,7 +146,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def _groups(operation: str, rest: str, count: int) -> list[list[int]]:
-    """Which devices take part together, as positions in the mesh."""
+    """Groups of devices that take part together, as positions in the mesh."""
     if operation.startswith("collective-permute"):
         pairs = _listed(_PAIRS.search(rest)[1])
         return [pair for pair in pairs if pair[0] != pair[1]]

@@ -1,5 +1,7 @@
-"""Compile a job's update for its topology, and what the compiler says about it: memory, collectives, or that it is
-too large. The compiler is the judge of what fits; `memory.py` only explains it."""
+"""Compile a job's step for its topology and read what the compiler says: memory, collectives, or that it is too large.
+
+The compiler is the judge of what fits; `memory.py` only explains it.
+"""
 
 import dataclasses
 import re
@@ -19,7 +21,7 @@ _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the compiler found. All bytes are of one chip.
+    """The compiler's answer. All bytes are of one chip.
 
     fits: total_bytes is within what a program may use, and the compiler made a program. total_bytes: arguments,
     results and temporaries at the fullest moment, and the code. argument_bytes, temporary_bytes, code_bytes: 0 where
@@ -36,7 +38,7 @@ class Verdict:
 
 
 def compile_update(job: Job) -> Verdict:
-    """Compile and read. Raises what the compiler raises, but for a program that is too large for the chip."""
+    """Compile a job's step. Raises what the compiler raises, except for a program that is too large for the chip."""
     began = time.monotonic()
     lowered = job.lower()
     try:
@@ -46,7 +48,7 @@ def compile_update(job: Job) -> Verdict:
             raise
         return Verdict(fits=False, total_bytes=_wanted(str(error)), seconds=time.monotonic() - began)
     memory = compiled.memory_analysis()
-    # The update does not read all of the frozen helper (its decoder), which lies in memory nevertheless.
+    # The step does not read all of the frozen image tokenizer (its decoder), which lies in memory nevertheless.
     held = shard_bytes([job.state, job.frozen, job.batch])
     arguments = max(held, memory.argument_size_in_bytes) - job.average_bytes_taken_off
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -67,7 +69,7 @@ def _collectives(compiled, job: Job) -> list[Collective] | None:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError:  # libtpu cannot print some asynchronous updates
         return None
-    return read(text, mesh_shape=dict(job.mesh.shape), islands=job.islands) if text else None
+    return read(text, mesh_shape=dict(job.mesh.shape), slices=job.slices) if text else None
 
 
 def _wanted(message: str) -> int:

@@ -1,4 +1,4 @@
-"""How many floating-point operations an update takes, by counting rules that do not depend on how it is compiled.
+"""How many floating-point operations a step takes, by counting rules that do not depend on how it is compiled.
 
 A multiply-add counts two. Counted are matrix products and convolutions; norms, activations, softmax and the optimizer
 are not (together under 1 % at the paper's sizes). The transformer's attention counts the pairs of query and key that
@@ -6,6 +6,8 @@ the pattern allows, exactly, not the blocks they are computed in. Training count
 of a product is two more of its size. What rematerialization computes again is not the model's work: `recomputed`.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,63 +15,99 @@ from typing import Any
 import jax
 
 from dalle_jax import attention_pattern
+from dalle_jax.models import Model
+from dalle_jax.models.dvae import encode_images
 from dalle_jax.models.transformer import TransformerConfig
 
 TRAINING_PASSES = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one training example computes, forward and backward.
+
+    tokens: its positions. model_flops: by the rules above. executed_flops: with recomputation and the frozen image
+    tokenizer. scores: attention scores of all layers that lie in memory as arrays, 0 with a fused kernel.
+    result_bytes: of the results of all products of the forward pass, if the loss was traced.
+    """
+
+    tokens: int
+    model_flops: int
+    executed_flops: int
+    scores: int = 0
+    result_bytes: tuple[int, ...] = ()
+
+
+def transformer_work(config: TransformerConfig, image_tokenizer: Model | None) -> Work:
+    """The work of a transformer. image_tokenizer: what encodes its images; None if they are image tokens already."""
+    total = transformer(config)
+    executed = total + recomputed(config) + (0 if image_tokenizer is None else _encoding(image_tokenizer))
+    scores = attention(config) // (4 * config.head_size) if config.attention == "xla" else 0
+    return Work(config.layout.length, total, executed, scores=scores)
+
+
+def traced_work(loss, model: Model, example: Any) -> Work:
+    """The work of any model with `config.grid`, from the trace of loss(params, example). example: abstract, of one."""
+    found = list(_products(jax.make_jaxpr(loss)(model.abstract, example).jaxpr))
+    total = TRAINING_PASSES * sum(times * count for times, count, _ in found)
+    sizes = tuple(result.size * result.dtype.itemsize for _, _, result in found)
+    return Work(model.config.grid**2, total, total, result_bytes=sizes)
+
+
+@functools.cache
+def _encoding(dvae: Model) -> int:
+    size = dvae.config.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jax.numpy.uint8)
+    return traced(functools.partial(encode_images, dvae), dvae.abstract, image)
+
+
 def transformer_layers(config: TransformerConfig) -> int:
-    """Of all layers for one sequence, forward."""
+    """FLOPs of all layers for one sequence, forward."""
     width, inner, length = config.width, config.heads * config.head_size, config.layout.length
     projections = 4 * width * inner + 8 * width**2  # q, k, v and output; up and down, four times as wide
     return 2 * config.num_layers * projections * length + attention(config)
 
 
 def attention(config: TransformerConfig) -> int:
-    """Of all layers' scores and weighted sums for one sequence, forward."""
+    """FLOPs of all layers' scores and weighted sums for one sequence, forward."""
     kinds = set(config.kinds)
     pairs = {k: int(attention_pattern.allowed(k, text_len=config.text_len, grid=config.grid).sum()) for k in kinds}
     return 4 * config.heads * config.head_size * sum(pairs[kind] for kind in config.kinds)
 
 
 def transformer_heads(config: TransformerConfig) -> int:
-    """Of one sequence's logits, forward: text positions over the text vocabulary, image positions over the image's."""
+    """FLOPs of the logits of one sequence, forward: of each position over the vocabulary of its region."""
     layout = config.layout
     return 2 * config.width * layout.logits
 
 
 def transformer(config: TransformerConfig) -> int:
-    """Of one training sequence of the transformer, forward and backward."""
+    """FLOPs of one training sequence of the transformer, forward and backward."""
     return TRAINING_PASSES * (transformer_layers(config) + transformer_heads(config))
 
 
 def recomputed(config: TransformerConfig) -> int:
-    """What the backward pass computes again for one sequence, by `config.remat`.
+    """FLOPs that the backward pass computes again for one sequence, by `config.remat`.
 
     `attention` computes the scores again, `dots` too (it keeps the projections), `full` everything. A fused kernel
     goes through the scores twice on its way back: seven products, where four would do if they had been kept.
     """
-    own = 0 if config.attention == "xla" else 3 * attention(config) // 2
+    kernel = 0 if config.attention == "xla" else 3 * attention(config) // 2
     if config.remat == "none":
-        return own
-    return own + (transformer_layers(config) if config.remat == "full" else attention(config))
+        return kernel
+    return kernel + (transformer_layers(config) if config.remat == "full" else attention(config))
 
 
 def traced(function, *args: Any) -> int:
-    """Of matrix products and convolutions in `function(*args)`, counted in its trace; args may be abstract.
+    """FLOPs of matrix products and convolutions in `function(*args)`, counted in its trace; args may be abstract.
 
     A loop counts as often as it runs; a branch of a conditional as if it were taken.
     """
     return sum(times * count for times, count, _ in _products(jax.make_jaxpr(function)(*args).jaxpr))
 
 
-def products(function, *args: Any) -> list[Any]:
-    """Abstract results of the matrix products and convolutions in `function(*args)`, in the order of its trace."""
-    return [result for _, _, result in _products(jax.make_jaxpr(function)(*args).jaxpr)]
-
-
 def _products(jaxpr) -> Iterator[tuple[int, int, Any]]:
-    """How often, FLOPs and abstract result of each product."""
+    """For each product how often it runs, its FLOPs and its abstract result."""
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         result = equation.outvars[0].aval if equation.outvars else None

@@ -1,7 +1,7 @@
-"""What a chip can do: memory, arithmetic, and how fast it hears from its neighbours.
+"""The chips: memory, arithmetic, and how fast each receives from its neighbors.
 
-All figures are the makers' own, for dense arithmetic without sparsity; what real programs reach of them is in
-`estimate.py`. Sources:
+All figures are the makers', for dense arithmetic without sparsity; `roofline.py` knows what real programs reach of
+them. Sources:
 
     TPU   Google Cloud's "System architecture" pages of v4, v5e, v5p and v6e: peak bf16, HBM capacity and bandwidth,
           inter-chip interconnect. The interconnect's figure counts both directions of all links of a chip; half of it
@@ -29,9 +29,8 @@ class Chip:
     platform: 'tpu' or 'gpu'. memory_bytes: of device memory. peak_flops: multiply-adds count two; by 'fp32', 'bf16'
     or, where there is such arithmetic, 'fp16'. 'fp32' is what a float32 matrix product really runs as by default (one
     bf16 pass on TPU, TF32 on A100 and later). memory_bandwidth, inside_bandwidth, outside_bandwidth: bytes per second
-    that a chip reads, receives from chips of its own island (TPU slice, GPU host), and receives from others; 0 where
-    there are no others.
-    usable_share: of memory_bytes that one program may take.
+    that a chip reads, receives inside its slice (TPU) or NVLink domain (GPU), and receives from others, 0 without
+    others. usable_share: of memory_bytes that one program may take.
     """
 
     name: str
@@ -78,7 +77,7 @@ CHIPS = {platform: {c.name: c for c in _CHIPS if c.platform == platform} for pla
 
 @dataclasses.dataclass(frozen=True)
 class GpuCore:
-    """What XLA's compiler asks about a GPU besides its memory, as CUDA's device query prints it."""
+    """Properties of a GPU that XLA's compiler asks for besides its memory, as CUDA's device query prints them."""
 
     product: str
     compute_capability: tuple[int, int]
@@ -147,13 +146,13 @@ device_description_str: "{core.product}"
 
 
 def compute_capability(chip: Chip) -> tuple[int, int] | None:
-    """Of an NVIDIA GPU, (9, 0); None of others."""
+    """Of an NVIDIA GPU, for example (9, 0); None for other chips."""
     core = _GPU_CORES.get(chip.name)
     return core.compute_capability if core else None
 
 
 def find_chip(platform: str, name: str) -> Chip:
-    """Raises UserError for a chip that is not in the table."""
+    """The chip of this name. Raises UserError for one that is not in the table."""
     if platform not in CHIPS:
         raise UserError(f"expected a topology that begins with tpu: or gpu:, got {platform!r}: see `--help`")
     if name not in CHIPS[platform]:

@@ -23,6 +23,7 @@ from dalle_jax.mesh import Shape, demand, possible
 from dalle_jax.models import Model, build
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.layers import compute_dtype
+from dalle_jax.preflight import flops
 from dalle_jax.preflight.hardware import compute_capability
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import run
@@ -38,7 +39,7 @@ DVAES = ("configs/dvae.py:paper", "configs/dvae.py:emoji", "configs/dvae.py:demo
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A config on a topology. `devices` are the topology's, in the order of its islands."""
+    """A config on a topology. `devices` are the topology's, slice after slice."""
 
     config: ml_collections.ConfigDict
     topology: Topology
@@ -83,6 +84,13 @@ class Job:
             raise UserError(f"expected a possible transformer in config.model, got one where {error}") from error
 
     @functools.cached_property
+    def work(self) -> flops.Work:
+        """What one example computes."""
+        if self.helper is None:
+            return flops.traced_work(self.loss, self.task.model, self.example)
+        return flops.transformer_work(self.task.model.config, None if self.has_codes else self.helper)
+
+    @functools.cached_property
     def mesh(self) -> Mesh:
         """The mesh that the training would take. Raises UserError for one that does not fit the chips or the batch, and
         for what cannot be compiled without the machine."""
@@ -94,7 +102,7 @@ class Job:
         """Shapes of all meshes that the training would accept on these chips, the best first."""
         model, config = self.task.model, self.config
         ask = demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
-        return possible(self.topology.count, self.topology.island, unfit=ask)
+        return possible(self.topology.count, self.topology.slice_size, unfit=ask)
 
     @functools.cached_property
     def step(self) -> TrainStep:
@@ -184,9 +192,9 @@ class Job:
         return self.config.batch_size // (sharding.batch_ways(self.mesh) * self.config.accumulate)
 
     @property
-    def islands(self) -> list[int]:
-        """The island of each device, in the order of the mesh."""
-        place = {device: index // self.topology.island for index, device in enumerate(self.devices)}
+    def slices(self) -> list[int]:
+        """Number of the slice or NVLink domain of each device, in the order of the mesh."""
+        place = {device: index // self.topology.slice_size for index, device in enumerate(self.devices)}
         return [place[device] for device in self.mesh.devices.flat]
 
     def lower(self) -> jax.stages.Lowered:

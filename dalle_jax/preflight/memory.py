@@ -1,11 +1,13 @@
-"""Bytes of one chip by kind, without compiling: what the job holds, and what its update needs on top.
+"""Bytes of one chip by kind, without compiling: what the job holds, and what its step needs on top.
 
 The training state is exact, from the shardings it trains with. Gradients, activations and temporaries are a formula
-of what is there at the fullest moment, the backward pass of the last layers, without the compiler's padding; the
-tests hold it to 15 % of what the compiler needs. Compression adds what it has left out, which is held, and nothing
-on top: it works on one matrix after another, in what the backward pass has left free by then.
+of what is there at the fullest moment, the backward pass of the last layers, without the compiler's padding. Some of
+its constants are fitted to compilers; the tests hold the sum to 15 % of what the compiler needs. It only ranks
+candidates and explains a verdict, which is always the compiler's. Compression adds the error that it carries, and
+nothing on top: it works on one matrix after another, in what the backward pass has left free by then.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -13,30 +15,40 @@ import jax.numpy as jnp
 
 from dalle_jax.models.layers import compute_dtype, stream_dtype
 from dalle_jax.models.transformer import TransformerConfig
-from dalle_jax.preflight import flops
 from dalle_jax.preflight.job import Job, shard_bytes
 
 # Numbers of the width that the backward pass finds saved, per token and layer, by `model.remat`. 'full': the stream as
 # it goes into attention and into the MLP. 'dots': also q, k, v, the hidden layer and both results. 'attention': also
 # what lies between, but no scores. 'none' adds the scores, below, where they are arrays: a fused kernel keeps none.
 SAVED = {"full": 2, "dots": 2 + 3 + 4 + 2, "attention": 2 + 2 + 3 + 1 + 3 * 4 + 2, "none": 2 + 2 + 3 + 1 + 3 * 4 + 2}
-# Fitted to the compilers' temporaries of 12b (libtpu 0.0.42 on v4, v5p and v6e with 1, 2 and 4 sequences a chip, XLA of
-# jax 0.10.2 for H100 with 1, 4 and 16): how often what a scan saves is there (twice by libtpu 0.0.52, which jax 0.10
-# does not ask for), copies of the parameters in the compute dtype, and layers whose weights are there uncut.
-SAVED_COPIES = {"tpu": 3, "gpu": 1}
-PARAMETER_COPIES = {"tpu": 1, "gpu": 2}
-WHOLE_LAYERS = {"tpu": 2, "gpu": 1}
-SCORE_COPIES = 2  # of a layer's scores in float32, and what a layer without remat saves of them
-# The launchers' flags for GPUs let a scan over cut layers gather and work for two turns at once: the weights of the
-# next turn are there too, and scores once more. Fitted to 64 H100 with 4 and 16 sequences each, flags on and off.
-PIPELINED_SCORES = 1
 WORKING = 16  # numbers of the width per token of the layer at work, with its gradients
+SCORE_COPIES = 2  # of a layer's scores in float32, and what a layer without remat saves of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """How one compiler lays out the scan over layers.
+
+    saved_copies: how often what the scan saves is there. parameter_copies: copies of the parameters in the compute
+    dtype. whole_layers: layers whose weights are there uncut. prefetches: with the launchers' flags, a scan over cut
+    layers gathers and works for two turns at once, so the next turn's weights and a third copy of the scores are there.
+    """
+
+    saved_copies: int
+    parameter_copies: int
+    whole_layers: int
+    prefetches: bool
+
+
+# Fitted to the temporaries of 12b: libtpu 0.0.42 on v4, v5p and v6e with 1, 2 and 4 sequences a chip (0.0.52, which jax
+# 0.10 does not ask for, saves twice as much), XLA of jax 0.10.2 for H100 with 1, 4 and 16, launchers' flags on and off.
+FITTED = {"tpu": Fitted(3, 1, 2, prefetches=False), "gpu": Fitted(1, 2, 1, prefetches=True)}
 
 
 def by_kind(job: Job) -> dict[str, int]:
-    """Bytes by kind: parameters, optimizer, ema, frozen, compression (what it has left out, where there is any),
-    gradients, activations, temporaries."""
-    state = job.state
+    """Bytes by kind: parameters, optimizer, ema, frozen, compression (if gradients are compressed), gradients,
+    activations, temporaries."""
+    state, config = job.state, job.config
     held = {
         "parameters": shard_bytes(state["params"]),
         "optimizer": shard_bytes(state["opt_state"]),
@@ -44,79 +56,60 @@ def by_kind(job: Job) -> dict[str, int]:
         "frozen": shard_bytes(job.frozen),
         **({"compression": shard_bytes(state["error"])} if "error" in state else {}),
     }
-    item = compute_dtype(job.config.model.precision)(0).dtype.itemsize
+    item = compute_dtype(config.model.precision)(0).dtype.itemsize
     numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state["params"]))
     compute = numbers * item  # the parameters, or their gradients, in the compute dtype
-    gradients = compute + (2 * held["parameters"] if job.config.accumulate > 1 else 0)
-    if job.helper is None:
-        activations, working = _traced(job)
-    else:
-        model = job.task.model.config
-        platform = job.topology.chip.platform
-        activations = SAVED_COPIES[platform] * job.sequences * _saved(model, item) // job.mesh.shape["tensor"]
-        copies = PARAMETER_COPIES[platform] * compute
-        if platform == "gpu" and model.scan_length < 2:
-            # Without a loop gradients and copies lie where the backward pass has used what was saved, or the other way
-            # round: only the larger of both counts. Fitted to 5 layers of 12b and to 1b3 on 1 and 8 H100.
-            if activations > copies + compute:
-                copies, gradients = 0, gradients - compute
-            else:
-                activations = 0
-        working = copies + _whole(model, item, job) + job.sequences * _working(model, item, job)
-    return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
+    gradients = compute + (2 * held["parameters"] if config.accumulate > 1 else 0)
+    if results := job.work.result_bytes:  # no scan over layers: results of all products and what follows them
+        activations, working = job.sequences * 2 * sum(results), job.sequences * 2 * max(results)
+        return {**held, "gradients": gradients, "activations": activations, "temporaries": working}
+    model, platform = job.task.model.config, job.topology.chip.platform
+    fitted = FITTED[platform]
+    activations = fitted.saved_copies * job.sequences * _saved(model, job.work.scores, item) // job.mesh.shape["tensor"]
+    copies = fitted.parameter_copies * compute
+    if platform == "gpu" and model.scan_length < 2:
+        # Without a loop gradients and copies lie where the backward pass has used what was saved, or the other way
+        # round: only the larger of both counts. Fitted to 5 layers of 12b and to 1b3 on 1 and 8 H100.
+        if activations > copies + compute:
+            copies, gradients = 0, gradients - compute
+        else:
+            activations = 0
+    prefetches = fitted.prefetches and job.mesh.shape["fsdp"] > 1 and model.scan_length > 1
+    whole = _whole(model, item, job, layers=fitted.whole_layers + (model.period if prefetches else 0))
+    working = _working(model, item, job, score_copies=SCORE_COPIES + prefetches)
+    temporaries = copies + whole + job.sequences * working
+    return {**held, "gradients": gradients, "activations": activations, "temporaries": temporaries}
 
 
 def total(job: Job) -> int:
-    """Of all kinds together."""
+    """Bytes of all kinds together."""
     return sum(by_kind(job).values())
 
 
-def _saved(model: TransformerConfig, item: int) -> int:
-    """Of one sequence."""
+def _saved(model: TransformerConfig, scores: int, item: int) -> int:
+    """Bytes that the backward pass finds saved of one sequence."""
     stream = 2 * (jnp.dtype(stream_dtype(model.precision)).itemsize - item)  # more than in the compute dtype
     saved = model.num_layers * model.layout.length * model.width * (item * SAVED[model.remat] + stream)
-    if model.remat == "none" and model.attention == "xla":
-        saved += flops.attention(model) // (4 * model.head_size) * (4 + item) * SCORE_COPIES // 2
-    return saved
+    return saved + (scores * (4 + item) * SCORE_COPIES // 2 if model.remat == "none" else 0)
 
 
-def _whole(model: TransformerConfig, item: int, job: Job) -> int:
-    """Weights and gradients that are there uncut: of a few layers, and of the tables and output heads."""
-    mesh, platform = job.mesh, job.topology.chip.platform
-    layer = 12 * model.width**2 // mesh.shape["tensor"]
-    layout = model.layout
-    tables = (layout.text_ids + layout.image_ids) * model.width * 4 // mesh.shape["tensor"]
-    if mesh.shape["fsdp"] == 1:
-        return tables
-    layers = WHOLE_LAYERS[platform] + (model.period if _pipelined(model, job) else 0)
-    return layers * layer * item + tables
+def _whole(model: TransformerConfig, item: int, job: Job, *, layers: int) -> int:
+    """Bytes of weights and gradients that are there uncut: of some layers, and of the tables and output heads."""
+    tensor, layout = job.mesh.shape["tensor"], model.layout
+    tables = (layout.text_ids + layout.image_ids) * model.width * 4 // tensor
+    return tables + (layers * (12 * model.width**2 // tensor) * item if job.mesh.shape["fsdp"] > 1 else 0)
 
 
-def _working(model: TransformerConfig, item: int, job: Job) -> int:
-    """Of one sequence in the layer at work: its wide activations and scores with their gradients, or the logits."""
+def _working(model: TransformerConfig, item: int, job: Job, *, score_copies: int) -> int:
+    """Bytes of one sequence in the layer at work: activations and scores with their gradients, or the logits."""
     layout, tensor = model.layout, job.mesh.shape["tensor"]
-    scores = 0
-    if model.attention == "xla":
-        scores = max(_scores(model, kind) for kind in set(model.kinds)) // tensor
-    copies = SCORE_COPIES + (PIPELINED_SCORES if _pipelined(model, job) else 0)
-    layer = WORKING * layout.length * model.width * item + copies * 4 * scores
-    logits = 3 * 4 * layout.logits
-    return max(layer, logits // tensor)
-
-
-def _pipelined(model: TransformerConfig, job: Job) -> bool:
-    return job.topology.chip.platform == "gpu" and job.mesh.shape["fsdp"] > 1 and model.scan_length > 1
+    scores = max(_scores(model, kind) for kind in set(model.kinds)) // tensor if model.attention == "xla" else 0
+    layer = WORKING * layout.length * model.width * item + score_copies * 4 * scores
+    return max(layer, 3 * 4 * layout.logits // tensor)
 
 
 def _scores(model: TransformerConfig, kind: str) -> int:
-    """Scores of a layer as it computes them: image queries against all text and their block's own keys."""
+    """Scores of a layer as it computes them: image queries against all text and the keys of their block."""
     grid, text = model.grid, model.text_len
     keys = {"row": 2 * grid, "column": grid, "conv": 14 * grid, "full": grid * grid}[kind]
     return model.heads * (text * text + grid * grid * (text + keys))
-
-
-def _traced(job: Job) -> tuple[int, int]:
-    """For a model without a scan over layers: results of all products and what is computed from them, and of one."""
-    results = flops.products(job.loss, job.task.model.abstract, job.example)
-    sizes = [math.prod(r.shape) * r.dtype.itemsize for r in results]
-    return job.sequences * 2 * sum(sizes), job.sequences * 2 * max(sizes)

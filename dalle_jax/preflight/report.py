@@ -8,14 +8,14 @@ GB = 1e9
 NAMES = {"frozen": "frozen dVAE", "ema": "moving average", "compression": "left out"}
 
 
-def table(result: Result, changes: Sequence[Result]) -> str:
-    """Everything about one job, the verdict last."""
+def table(result: Result, change: Result | None) -> str:
+    """All figures of one job, the verdict last. change: what makes it fit, if it does not."""
     job, verdict, guess = result.job, result.verdict, result.estimate
     chip, mesh = job.topology.chip, job.mesh.shape
     total = sum(result.bytes.values())
     lines = [
         f"{job.config.name} of {job.task.model.num_params:,} parameters on {job.topology}, "
-        f"{job.topology.count} chips in islands of {job.topology.island}",
+        f"{job.topology.count} chips in {job.topology.slice_noun}s of {job.topology.slice_size}",
         f"mesh replica {mesh['replica']} x fsdp {mesh['fsdp']} x tensor {mesh['tensor']}; batch "
         f"{job.config.batch_size:,}, {job.sequences} a chip at once, {job.config.accumulate} microbatch(es)",
         "",
@@ -42,7 +42,7 @@ def table(result: Result, changes: Sequence[Result]) -> str:
         f"{'FITS' if verdict.fits else 'DOES NOT FIT'} (compiled in {verdict.seconds:.0f} s)",
     ]
     if not verdict.fits:
-        lines += _changes(changes)
+        lines.append(_change(change))
     return "\n".join(lines)
 
 
@@ -70,7 +70,7 @@ def _collectives(result: Result) -> list[str]:
     by = "" if result.verdict.collectives is not None else "   by our model: the compiler gave no program to read"
     lines = [f"collectives per step        times  GB received by a chip{by}"]
     for c in result.collectives:
-        where = "" if c.inside else "  between islands"
+        where = "" if c.inside else f"  between {result.job.topology.slice_noun}s"
         lines.append(f"  {c.kind:<18} {c.count:>12,} {c.bytes / GB:>10.3f}  along {c.axis}{where}")
     return lines
 
@@ -85,11 +85,10 @@ def _compression(job) -> list[str]:
     ]
 
 
-def _changes(changes: Sequence[Result]) -> list[str]:
-    if not changes:
-        return ["no change that was tried makes it fit: use more chips or chips with more memory"]
-    return [
-        f"fits with {describe(r.changed)}: {r.verdict.total_bytes / GB:.3f} GB, "
-        f"{r.estimate.tokens_per_second:,.0f} tokens/s, {r.estimate.days:,.1f} days"
-        for r in changes
-    ]
+def _change(change: Result | None) -> str:
+    if change is None:
+        return "no change that was tried makes it fit: use more chips or chips with more memory"
+    return (
+        f"fits with {describe(change.changed)}: {change.verdict.total_bytes / GB:.3f} GB, "
+        f"{change.estimate.tokens_per_second:,.0f} tokens/s, {change.estimate.days:,.1f} days"
+    )

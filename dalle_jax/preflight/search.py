@@ -1,43 +1,45 @@
-"""Looking for layouts: the figures of one job, the smallest changes that make a job fit, and a sweep.
+"""The search for layouts: the figures of one job, the smallest change that makes it fit, and a sweep.
 
-The byte model orders and prunes the candidates; whether one fits is only ever said by the compiler.
+The byte model orders and prunes the candidates; only the compiler says whether one fits.
 """
 
 import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 from dalle_jax.mesh import CHOOSE
 from dalle_jax.models.blocks import REMAT
-from dalle_jax.preflight import estimate as estimates
-from dalle_jax.preflight import memory
-from dalle_jax.preflight import topology as topologies
+from dalle_jax.preflight import memory, roofline
 from dalle_jax.preflight.collectives import Collective
 from dalle_jax.preflight.compiled import Verdict, compile_update
 from dalle_jax.preflight.job import Job
+from dalle_jax.preflight.topology import devices
 from dalle_jax.sharding import MESH_AXES
 
-MOST_COMPILED = 4  # candidates that a search for changes compiles
-MOST_SWEPT = 12  # candidates that a sweep compiles, the fastest by the byte model and the roofline
-MOST_OF_A_MESH = 3  # of them with one mesh
+MAX_COMPILED = 4  # candidates that a search for a change compiles
+MAX_SWEPT = 12  # candidates that a sweep compiles, the fastest by the byte model and the roofline
+MAX_PER_MESH = 3  # of them with one mesh
 MARGIN = 1.15  # the byte model is trusted to this factor when it prunes
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """changed: config keys that differ from what was asked for, or 'topology'. bytes: the byte model's, by kind.
-    collectives: the compiled program's or, where there is none to read, those that the mesh makes necessary."""
+    """All figures of one job.
+
+    changed: config keys that differ from what was asked for, or 'topology'. bytes: the byte model's, by kind.
+    collectives: the compiled program's or, if there is none to read, those that the mesh makes necessary.
+    """
 
     job: Job
     changed: Mapping[str, Any]
     bytes: Mapping[str, int]
     verdict: Verdict
     collectives: Sequence[Collective]
-    estimate: estimates.Estimate
+    estimate: roofline.Estimate
 
 
 def examine(job: Job, changed: Mapping[str, Any] | None = None) -> Result:
@@ -46,25 +48,26 @@ def examine(job: Job, changed: Mapping[str, Any] | None = None) -> Result:
     verdict = compile_update(job)
     found = verdict.collectives
     if found is None:
-        found = [c for c in estimates.expected(job) if c.bytes]
-    return Result(job, changed or {}, model_bytes, verdict, found, estimates.estimate(job, found))
+        found = [c for c in roofline.expected(job) if c.bytes]
+    return Result(job, changed or {}, model_bytes, verdict, found, roofline.estimate(job, found))
 
 
-def smallest_changes(result: Result, *, tell: Callable[[str], None]) -> list[Result]:
-    """Changes under which the job fits, confirmed by compiling: the fewest keys first, then the fastest.
+def smallest_change(result: Result) -> Result | None:
+    """The change with which the job fits, confirmed by compiling: of the fewest keys, then the fastest.
 
-    One key is tried before two and more chips of the same kind last. Empty where nothing that was tried fits.
+    One key is tried before two, and more chips of the same kind last. None if nothing that was tried fits. Says on
+    stderr what it tries.
     """
     job = result.job
-    for keys in (1, 2, 3):
-        found = _confirmed(_combinations(job, keys), tell)
-        if found:
-            return found
-    return _confirmed(_more_chips(job), tell)
+    found = (_confirmed(_combinations(job, keys)) for keys in (1, 2, 3))
+    return next(filter(None, found), None) or _confirmed(_more_chips(job))
 
 
-def sweep(job: Job, *, tell: Callable[[str], None]) -> list[Result]:
-    """Meshes, remat policies, batch sizes and microbatches, compiled and sorted by speed, what does not fit last."""
+def sweep(job: Job) -> list[Result]:
+    """Meshes, remat policies, batch sizes and microbatches, compiled and sorted by speed, what does not fit last.
+
+    Says on stderr what it compiles.
+    """
     config = job.config
     remats = [{"model.remat": r} for r in _remats(job)]
     batches = [{"batch_size": config.batch_size * factor} for factor in (1, 2)]
@@ -72,12 +75,12 @@ def sweep(job: Job, *, tell: Callable[[str], None]) -> list[Result]:
     rest = itertools.product(remats or [{}], batches, counts)
     candidates = [{**a, **b, **c, **d} for b, c, d in rest for a in _meshes(job)]
     results, compiled = [], collections.Counter()
-    for changed, candidate in _ranked(job, candidates, most_bytes=job.topology.usable_bytes * MARGIN):
+    for changed, candidate in _ranked(job, candidates, max_bytes=job.topology.usable_bytes * MARGIN):
         mesh = candidate.mesh.devices.shape
-        if compiled[mesh] == MOST_OF_A_MESH or compiled.total() == MOST_SWEPT:
+        if compiled[mesh] == MAX_PER_MESH or compiled.total() == MAX_SWEPT:
             continue
         compiled[mesh] += 1
-        tell(f"compiling {describe(changed)}")
+        say(f"compiling {describe(changed)}")
         results.append(examine(candidate, changed))
     return sorted(results, key=lambda r: (not r.verdict.fits, -r.estimate.tokens_per_second))
 
@@ -88,25 +91,25 @@ def describe(changed: Mapping[str, Any]) -> str:
     return " ".join(words) or "as asked"
 
 
-def _confirmed(candidates: Iterable[tuple[dict[str, Any], Job]], tell) -> list[Result]:
-    """The first candidate that really fits, as a list of one; [] if none of the first few does.
+def _confirmed(candidates: Iterable[tuple[dict[str, Any], Job]]) -> Result | None:
+    """The first candidate that really fits; None if none of the first few does.
 
-    Each that does not says by how much the byte model is too low here; those that it then puts too high are left out.
+    One that does not shows by how much the byte model is too low here; with that factor others are left out.
     """
     factor, failed = 1.0, 0
     for changed, candidate in candidates:
         expected = memory.total(candidate)
         if expected * factor > candidate.topology.usable_bytes:
             continue
-        tell(f"trying {describe(changed)}")
+        say(f"trying {describe(changed)}")
         result = examine(candidate, changed)
         if result.verdict.fits:
-            return [result]
+            return result
         factor = max(factor, result.verdict.total_bytes / expected)
         failed += 1
-        if failed == MOST_COMPILED:
+        if failed == MAX_COMPILED:
             break
-    return []
+    return None
 
 
 def _combinations(job: Job, keys: int) -> list[tuple[dict[str, Any], Job]]:
@@ -117,7 +120,7 @@ def _combinations(job: Job, keys: int) -> list[tuple[dict[str, Any], Job]]:
         for groups in itertools.combinations(options, keys)
         for chosen in itertools.product(*groups)
     ]
-    return _ranked(job, candidates, most_bytes=job.topology.usable_bytes)
+    return _ranked(job, candidates, max_bytes=job.topology.usable_bytes)
 
 
 def _options(job: Job) -> Iterator[list[dict[str, Any]]]:
@@ -131,7 +134,7 @@ def _options(job: Job) -> Iterator[list[dict[str, Any]]]:
 
 
 def _meshes(job: Job) -> list[dict[str, int]]:
-    """Every layout that the training would accept."""
+    """Config keys of every layout that the training would accept."""
     return [{f"mesh.{axis}": n for axis, n in zip(MESH_AXES, shape, strict=True)} for shape in job.layouts]
 
 
@@ -140,8 +143,10 @@ def _remats(job: Job) -> list[str]:
 
 
 def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
-    """The same config on 2, 4, 8 ... times the chips, with what the byte model lets fit there; one after the other, as
-    to look for the next takes seconds."""
+    """The same config on 2, 4, 8 ... times the chips, with what the byte model lets fit there.
+
+    One after the other, as each takes seconds to find.
+    """
     chosen = {"mesh.replica": CHOOSE, "mesh.fsdp": CHOOSE}  # sizes for these chips say nothing about more
     asked = {key: size for key, size in chosen.items() if job.config.mesh[key.removeprefix("mesh.")] != size}
     for doubling in range(1, 6):
@@ -151,7 +156,7 @@ def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
             shape[smallest] *= 2
         pod = dataclasses.replace(job.topology, shape=tuple(shape))
         try:
-            larger = Job(job.changed(chosen).config, pod, tuple(topologies.devices(pod)))
+            larger = Job(job.changed(chosen).config, pod, tuple(devices(pod)))
             options = next(filter(None, (_combinations(larger, keys) for keys in (0, 1, 2))), [])
         except UserError:  # a slice that does not exist, or a batch that does not divide
             continue
@@ -159,15 +164,15 @@ def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
             yield {"topology": str(pod), **asked, **changed}, candidate
 
 
-def _ranked(job: Job, candidates, *, most_bytes: float) -> list[tuple[dict[str, Any], Job]]:
-    """The possible ones that the byte model puts below most_bytes, by the roofline of what they need to exchange."""
+def _ranked(job: Job, candidates, *, max_bytes: float) -> list[tuple[dict[str, Any], Job]]:
+    """The possible ones that the byte model puts below max_bytes, in the order of the roofline, fastest first."""
     ranked = []
     for changed in candidates:
         try:
             candidate = job.changed(changed)
-            if memory.total(candidate) <= most_bytes:
-                guess = estimates.estimate(candidate, estimates.expected(candidate))
-                # Of two that are bound by the same, the one that leaves the other resources more slack.
+            if memory.total(candidate) <= max_bytes:
+                guess = roofline.estimate(candidate, roofline.expected(candidate))
+                # Of two with the same bound, first the one that leaves the other resources more slack.
                 order = -guess.tokens_per_second, sum(guess.seconds.values()) / guess.tokens, len(ranked)
                 ranked.append((order, changed, candidate))
         except UserError:

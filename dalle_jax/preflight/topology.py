@@ -1,7 +1,7 @@
 """From `tpu:v5p:8x8x16` or `gpu:h100:128x8` to devices that can be compiled for, though none of them is here.
 
-Compiling for another platform needs that platform's compiler (libtpu, or JAX's CUDA plugin) but no chip, and a JAX
-that was told so before its first import: `environment`.
+Compiling for another platform needs that platform's compiler (libtpu, or JAX's CUDA plugin) but no chip. The variables
+of `environment` must be set before JAX is imported.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from dalle_jax.preflight.hardware import Chip, find_chip, gpu_target
 
 FORM = "tpu:CHIP:XxYxZ or gpu:CHIP:HOSTSxGPUS"
 
-# This host is no TPU machine: the cloud's metadata service need not be asked which one, any answer does, and there is
-# no chip that a second process must be kept away from.
+# This host is no TPU machine: the cloud's metadata service is not asked which one it is, any answer does, and there is
+# no chip to protect from a second process.
 NO_TPU_HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -34,10 +34,10 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips and how they hang together.
+    """Chips and how they are connected.
 
-    shape: of a TPU slice in chips, (8, 8, 16); of a GPU cluster (hosts, GPUs of a host). An island is the set of chips
-    behind the fast interconnect: the slice, or one host's GPUs.
+    shape: of a TPU slice in chips, (8, 8, 16); of a GPU cluster (hosts, GPUs of a host). A fast interconnect joins the
+    chips of a TPU slice, or those of an NVLink domain, the GPUs of a host.
     """
 
     chip: Chip
@@ -52,9 +52,13 @@ class Topology:
         return math.prod(self.shape)
 
     @property
-    def island(self) -> int:
-        """Chips of one island; chip number i is in island i // island."""
+    def slice_size(self) -> int:
+        """Chips of one slice or NVLink domain; chip number i is in number i // slice_size."""
         return self.count if self.chip.platform == "tpu" else self.shape[1]
+
+    @property
+    def slice_noun(self) -> str:
+        return "slice" if self.chip.platform == "tpu" else "NVLink domain"
 
     @property
     def usable_bytes(self) -> int:
@@ -81,15 +85,18 @@ def parse(text: str) -> Topology:
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """Variables that must be set before JAX is imported to compile for this topology, as the launchers do.
+    """Variables that must be set before JAX is imported to compile for this topology.
 
-    The launchers' flags are among them, as they decide how a program is scheduled and thereby how much memory it needs;
-    flags that are set already win. Outside of a checkout, where there are no launchers, nothing is added.
+    The launchers' flags are among them, as they decide how a program is scheduled and so how much memory it needs.
+    Flags that are set already win. Outside of a checkout, where there are no launchers, there are none.
 
     Raises:
       UserError: the platform's compiler is not installed.
     """
-    installed = lambda name: importlib.util.find_spec(name) is not None  # noqa: E731
+
+    def installed(name: str) -> bool:
+        return importlib.util.find_spec(name) is not None
+
     if topology.chip.platform == "tpu":
         if not installed("libtpu"):
             raise UserError(
@@ -116,7 +123,7 @@ def _launch_flags(platform: str) -> dict[str, str]:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Devices to compile for, in the order of their islands.
+    """Devices to compile for, slice after slice.
 
     Raises:
       UserError: a slice of a shape that the compiler does not know.

@@ -23,7 +23,7 @@ def test_collectives_of_a_real_program(axis):
 
     place = NamedSharding(mesh, PartitionSpec(axes))
     text = jax.jit(summed).lower(jax.ShapeDtypeStruct((size * 6, 7), jnp.float32, sharding=place)).compile().as_text()
-    (found,) = collectives.read(text, mesh_shape=dict(mesh.shape), islands=[0, 0, 0, 0, 1, 1, 1, 1])
+    (found,) = collectives.read(text, mesh_shape=dict(mesh.shape), slices=[0, 0, 0, 0, 1, 1, 1, 1])
     assert (found.kind, found.axis, found.count) == ("all-reduce", axis, 5)
     assert found.bytes == 5 * 2 * (6 * 7 * 4) * (size - 1) // size
     assert found.inside == (axis == "fsdp")
@@ -49,7 +49,7 @@ def program(operation: str) -> str:
     ],
 )  # fmt: skip
 def test_forms_of_collectives(operation, kind, axis, received):
-    (found,) = collectives.read(program(operation), mesh_shape={"replica": 2, "fsdp": 4}, islands=[0] * 8)
+    (found,) = collectives.read(program(operation), mesh_shape={"replica": 2, "fsdp": 4}, slices=[0] * 8)
     assert (found.kind, found.axis, found.bytes) == (kind, axis, received)
 
 
@@ -74,5 +74,5 @@ ENTRY %main (p: f32[16]) -> f32[16] {
   %w = (s32[]{:T(128)}, f32[16]{0:T(1024)}) while(%t), condition=%cond, body=%body, metadata={op_name="b"}
 }
 """
-    (found,) = collectives.read(text, mesh_shape={"replica": 2, "fsdp": 4}, islands=[0] * 8)
+    (found,) = collectives.read(text, mesh_shape={"replica": 2, "fsdp": 4}, slices=[0] * 8)
     assert (found.kind, found.axis, found.count, found.bytes) == ("reduce-scatter", "fsdp", 15, 15 * 48)

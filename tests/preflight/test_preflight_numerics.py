@@ -9,13 +9,10 @@ from jax.sharding import AbstractMesh, AxisType
 from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.cli import preflight
-from dalle_jax.preflight import estimate as estimates
-from dalle_jax.preflight import memory, report, search
-from dalle_jax.preflight import topology as topologies
+from dalle_jax.preflight import memory, report, roofline, search, topology
 from dalle_jax.preflight.job import Job, shard_bytes
-from dalle_jax.train import step as steps
-from tests.preflight.test_preflight import emulated
 from tests.support import ROOT
+from tests.support.pods import emulated
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +34,7 @@ def test_the_average_that_a_gpus_host_holds_is_taken_off(plain):
 
 def test_the_papers_own_layout_holds_more_than_its_gpus_have():
     """12b_v100 on 1,024 V100 of 16 GB: by shapes alone, and as docs/numerics.md says."""
-    pod = topologies.parse("gpu:v100-16:128x8")
+    pod = topology.parse("gpu:v100-16:128x8")
     job = Job(configs.load("configs/transformer.py:12b_v100"), pod, ())
     vars(job)["mesh"] = AbstractMesh((128, 8, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     found, hidden = memory.by_kind(job), 64 * 12 * 3968**2 // 8
@@ -46,7 +43,7 @@ def test_the_papers_own_layout_holds_more_than_its_gpus_have():
     assert found["optimizer"] == pytest.approx(2 * 2 * hidden + 2 * 4 * rest, rel=3e-3)  # some biases lie uncut
     held = sum(found[kind] for kind in ("parameters", "optimizer", "compression"))
     assert held < pod.usable_bytes < sum(found.values())
-    assert steps._parts(job.task, job.mesh, job._compression)[0].start == 8 * 2.0**13  # a replica's loss, 8 pieces
+    assert job.step._scaler.start == 8 * 2.0**13  # a replica's loss, 8 pieces
     sent, instead = job.across_replicas
     assert sent == pytest.approx((1 - 0.859) * 2 * hidden + 4 * rest, rel=0.01) and instead > 5 * sent
     text = (ROOT / "docs" / "numerics.md").read_text()
@@ -58,17 +55,17 @@ def test_the_papers_own_layout_holds_more_than_its_gpus_have():
 def test_compression_is_in_the_report_and_the_json(plain):
     job = plain.job.changed({"compression.rank": 16, "optimizer.name": "adamw"})
     compressed = dataclasses.replace(plain, job=job, bytes=memory.by_kind(job))
-    figures, text = preflight._json(compressed), report.table(compressed, [])
+    figures, text = preflight._json(compressed), report.table(compressed, None)
     assert figures["bytes_per_chip"]["compression"] == shard_bytes(job.state["error"]) > 0
     sent, instead = figures["bytes_across_replicas"].values()
     assert figures["compression_saved"] == 1 - sent / instead > 0.5
     assert "left out" in text and f"which saves {figures['compression_saved']:.0%}" in text
-    assert preflight._json(plain)["compression_saved"] == 0 and "saves" not in report.table(plain, [])
+    assert preflight._json(plain)["compression_saved"] == 0 and "saves" not in report.table(plain, None)
 
 
 def test_compressed_gradients_cross_once_an_update_whatever_the_microbatches(plain):
     job = plain.job.changed({"compression.rank": 16, "optimizer.name": "adamw"})
-    once, twice = (estimates.expected(j) for j in (job, job.changed({"accumulate": 2})))
+    once, twice = (roofline.expected(j) for j in (job, job.changed({"accumulate": 2})))
     for one, two in zip(once, twice, strict=True):
         times = 1 if one.axis == "replica" else 2
         assert (two.kind, two.axis, two.count, two.bytes) == (one.kind, one.axis, times, times * one.bytes)
@@ -77,7 +74,10 @@ def test_compressed_gradients_cross_once_an_update_whatever_the_microbatches(pla
 
 def test_what_has_16_bits_already_is_no_change_that_is_tried():
     job = emulated().changed({"optimizer.name": "adamw"})
-    offered = lambda job: {key for group in search._options(job) for change in group for key in change}  # noqa: E731
+
+    def offered(job):
+        return {key for group in search._options(job) for change in group for key in change}
+
     assert {"optimizer.moments", "storage.params"} <= offered(job)
     assert "optimizer.moments" not in offered(job.changed({"optimizer.moments": "paper"}))
     assert "storage.params" not in offered(job.changed({"storage.params": "bf16"}))

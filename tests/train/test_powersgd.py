@@ -148,7 +148,7 @@ def setting(replicas, fsdp, rank, form="bf16", precision="fp32"):
 def test_only_factors_and_uncompressed_tensors_cross_the_replica_axis():
     """From the compiled program: 16 bits for each number of P and Q, 32 for the rest, twice, as in a ring."""
     state, program, mesh, _ = setting(2, 4, 4)
-    found = collectives.read(program.as_text(), mesh_shape=dict(mesh.shape), islands=[0] * 4 + [1] * 4)
+    found = collectives.read(program.as_text(), mesh_shape=dict(mesh.shape), slices=[0] * 4 + [1] * 4)
     crossing = {c.kind: c.bytes for c in found if "replica" in c.axis}
     model = task_of("fp32").model
     layouts = powersgd.layouts(model.abstract, model.axes, compression=Compression(4), mesh=mesh)
