@@ -49,27 +49,23 @@ class Usable:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `main`; one option for every filter."""
-    add = parser.add_argument
+    add, number = parser.add_argument, {"type": int, "metavar": "N"}
     add("source", help=HELP)
-    add("--json", action="store_true", help="print one JSON object instead of text")
+    add("--json", action="store_true", help="print one JSON object instead of text (default: no)")
     add("--tokenizer", metavar="DIR", help="count caption lengths in this tokenizer's tokens (default: in words)")
     add("--picture", metavar="PNG", help=f"draw {EXAMPLES} examples (default: examples.png, or none with --json)")
-    add(
-        "--dropped",
-        metavar="FILE",
-        help="list the key and reason of all dropped records, one JSON a line (default: no)",
-    )
-    add("--limit", type=int, metavar="N", help="look at N records, evenly spread (default: all)")
-    add("--pictures-only", action="store_true", help="captions are not needed, as for an image tokenizer")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="threads that decode (default: %(default)s)")
-    add("--max-pixels", type=int, default=DataConfig.max_pixels, help="drop larger images (default: %(default)s)")
+    add("--dropped", metavar="FILE", help="write one JSON per dropped record: key, reason, detail (default: no)")
+    add("--limit", **number, help="look at N records, evenly spread (default: all)")
+    add("--pictures-only", action="store_true", help="captions are not needed, as for a dVAE (default: they are)")
+    add("--threads", **number, default=os.cpu_count() or 1, help="threads that decode (default: %(default)s)")
+    add("--max-pixels", **number, default=DataConfig.max_pixels, help="drop larger images (default: %(default)s)")
     for field in FILTERS:
         option, words = "--" + field.name.replace("_", "-"), field.metadata["help"]
         if field.default is False:
             add(option, action="store_true", help=f"{words} (default: no)")
         else:
-            kind = int if field.default == 0 else float
-            add(option, type=kind, default=field.default, metavar="X", help=f"{words} (default: {field.default})")
+            kind, shown = (float, "no limit") if field.default is None else (int, field.default)
+            add(option, type=kind, default=field.default, metavar="X", help=f"{words} (default: {shown})")
 
 
 def main(args: argparse.Namespace) -> int:

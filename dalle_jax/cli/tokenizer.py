@@ -1,4 +1,4 @@
-"""`dalle-jax tokenizer SOURCE`: learns a BPE vocabulary from all captions of a source and says how well it fits."""
+"""`dalle-jax tokenizer SOURCE`: learn a BPE vocabulary from all captions of a source and report how well it fits."""
 
 import argparse
 import logging
@@ -8,37 +8,41 @@ import tqdm
 
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import HELP, open_source
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, check_number
 from dalle_jax.text import Tokenizer
 from dalle_jax.text.bpe import RESERVED, BPETokenizer
 
-DESCRIBED = 20_000  # captions that the summary line is computed from, spread evenly
+DESCRIBED = 20_000  # captions for the summary line, evenly spread
+MAX_VOCAB = 1 << 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `main`."""
     parser.add_argument("source", help=HELP)
     parser.add_argument(
-        "--vocab-size", type=int, default=16_384, help="entries, 257 of them reserved (default: %(default)s)"
+        "--vocab-size",
+        type=int,
+        default=16_384,
+        metavar="N",
+        help=f"entries of the vocabulary, {RESERVED} of them reserved (default: %(default)s)",
     )
-    parser.add_argument("--out", required=True, help="directory for tokenizer.model")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.model")
 
 
 def main(args: argparse.Namespace) -> int:
     """Trains, saves and describes a tokenizer.
 
     Raises:
-      UserError: no captions, an impossible vocabulary size or a directory that cannot be written.
+      UserError: no captions, an impossible vocabulary size or a folder that cannot be written.
     """
+    check_number("--vocab-size", args.vocab_size, min=RESERVED + 16, max=MAX_VOCAB, whole=True)
     logging.basicConfig(format="%(message)s")
     captions = read_captions(open_source(args.source, pictures_required=False))
     tokenizer = BPETokenizer.train(captions, vocab_size=args.vocab_size)
     try:
         path = tokenizer.save(args.out)
     except OSError as error:
-        raise UserError(
-            f"expected a directory to write to, got {args.out} ({error.strerror}): choose another"
-        ) from error
+        raise UserError(f"expected a folder to write to, got {args.out} ({error.strerror}): choose another") from error
     print(f"{path}: {describe(tokenizer, captions)}")
     return 0
 
@@ -54,7 +58,7 @@ def read_captions(source: Source) -> list[str]:
 
 
 def describe(tokenizer: Tokenizer, captions: list[str]) -> str:
-    """One line: pieces, tokens a caption, the share of tokens that are bytes, and the digest."""
+    """One line: entries, tokens per caption, the share of tokens that are bytes, and the digest."""
     sample = captions[:: max(1, len(captions) // DESCRIBED)]
     ids = [tokenizer.encode(caption) for caption in sample]
     lengths = np.array([len(tokens) for tokens in ids])

@@ -1,7 +1,7 @@
 """An encoded image -> uint8 [H, W, 3] in sRGB order, or one named reason why not.
 
-Upright (EXIF orientation), alpha over white, 16 bit scaled down, CMYK and palettes converted, the first frame of an
-animation. The size is read from the header and checked before a single pixel is decoded. Color profiles are ignored.
+Upright by the EXIF orientation, alpha over white, 16 bits scaled down, CMYK and palettes converted, the first frame of
+an animation. The size is read from the header and checked before any pixel is decoded. Color profiles are ignored.
 """
 
 import functools
@@ -15,18 +15,18 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from dalle_jax.data.record import BadRecord
 
 SUFFIXES = frozenset("jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif jp2 j2k mpo ppm pgm pbm pnm".split())
-# Formats by name, because Pillow would also hand PostScript to an external interpreter.
+# Formats by name, because Pillow would also pass PostScript to an external interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 
-MAX_PIXELS = 100_000_000  # 300 MB decoded: more than nearly any camera has, less than any machine
-# Our limit is the stricter one, and a damaged header either decodes or gets its reason: nothing to warn of.
+MAX_PIXELS = 100_000_000  # 300 MB decoded: more than nearly any camera makes, less than any machine holds
+# Our limit is the stricter one, and a damaged header either decodes or gets its reason: no warnings are needed.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class BadImage(BadRecord):
-    """`reason` is a name of `record.REASONS`, `detail` what the decoder said."""
+    """An image that cannot be used. `reason` is a name of `record.REASONS`, `detail` the message of the decoder."""
 
 
 def decode_image(image: bytes | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -34,9 +34,9 @@ def decode_image(image: bytes | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> 
 
     Args:
       image: an encoded file, or an array uint8 [H, W, 3] (returned as it is) or [H, W, 1].
-      max_pixels: most pixels H * W; a larger one is refused from its header.
+      max_pixels: the largest H * W; a larger image is refused from its header.
 
-    Returns: uint8 [H, W, 3], contiguous, to be read only.
+    Returns: uint8 [H, W, 3], contiguous, read only.
 
     Raises:
       BadImage: 'zero bytes', 'not an image', 'truncated image', 'broken image', 'unsupported image' or
@@ -48,11 +48,11 @@ def decode_image(image: bytes | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> 
 def decode_scaled(
     image: bytes | np.ndarray, *, shortest: int, max_pixels: int = MAX_PIXELS
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """`decode_image`, and height and width before scaling.
+    """Decode one image as `decode_image` does, and return its height and width before scaling too.
 
-    shortest: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its shorter side stays at least so many pixels. Its
-      decoder then computes fewer numbers instead of averaging more: some times faster, and nearly the average of each
-      square of pixels. 0: at its full size.
+    shortest: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side keeps at least so many pixels. The
+      decoder then computes fewer numbers instead of averaging more: several times faster, and nearly the average of
+      each square of pixels. 0: at its full size.
     """
     if isinstance(image, np.ndarray):
         pixels = _check_array(image, max_pixels)
@@ -83,19 +83,19 @@ def decode_scaled(
         if len(image) < 256 or not any(image[256:]):
             raise BadImage("truncated image", "ends inside its header") from None
         raise BadImage("broken image", "its header is damaged") from None
-    except Exception as error:  # decoders raise whatever hostile bytes lead them to: struct, index, memory, ...
+    except Exception as error:  # decoders raise many kinds on hostile bytes: struct, index, memory, ...
         raise BadImage(_reason(error), f"{type(error).__name__}: {error}") from None
 
 
 def _jpeg_pixels(opened: Image.Image, image: bytes) -> np.ndarray | None:
-    """An upright gray or color JPEG by libjpeg-turbo into an array at once: Pillow's bits, in two thirds of its time.
+    """The pixels of an upright gray or color JPEG by libjpeg-turbo: Pillow's bits in two thirds of its time.
 
-    None for all else and for whatever is damaged: Pillow decodes that or knows the reason why not.
+    None for everything else and for a damaged file, which Pillow decodes or gives the reason for.
     """
     plain = opened.format == "JPEG" and opened.mode in ("L", "RGB")
     if not plain or opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
-    pixels = np.empty((opened.height, opened.width, 3), np.uint8)  # as large as Pillow found it, and no larger
+    pixels = np.empty((opened.height, opened.width, 3), np.uint8)  # the size that Pillow found, and no larger
     try:
         decoded = simplejpeg.decode_jpeg(image, min_height=len(pixels), min_width=pixels.shape[1], buffer=pixels)
     except ValueError:
@@ -104,7 +104,7 @@ def _jpeg_pixels(opened: Image.Image, image: bytes) -> np.ndarray | None:
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture that Pillow has opened, as `decode_image` makes it of the file.
+    """The pixels uint8 [H, W, 3] of an image that Pillow has opened, as `decode_image` makes them of its file.
 
     Raises:
       BadImage: as `decode_image`.
@@ -113,19 +113,19 @@ def to_pixels(image: Image.Image) -> np.ndarray:
         return _to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
         raise
-    except Exception as error:  # as above, here of a file that Pillow reads when its pixels are asked for
+    except Exception as error:  # as above, because Pillow reads the file only now
         raise BadImage(_reason(error), f"{type(error).__name__}: {error}") from None
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF came with Pillow 11.3
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF needs Pillow 11.3
 
 
 def _reason(error: Exception) -> str:
     message = str(error).lower()
-    if "too large" in message or isinstance(error, MemoryError):  # a text chunk or profile that unpacks to too much
+    if "too large" in message or isinstance(error, MemoryError):  # of a text chunk or a profile
         return "decompression bomb"
     if any(word in message for word in ("truncated", "premature", "not enough", "unexpected end")):
         return "truncated image"
@@ -144,7 +144,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     mode = image.mode
     if mode == "F":
         raise BadImage("unsupported image", "floating-point pixels")
-    if mode == "I" or mode.startswith("I;16"):  # convert() would saturate 16 bit to white
+    if mode == "I" or mode.startswith("I;16"):  # convert() would saturate 16 bits to white
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
             raise BadImage("unsupported image", "32-bit pixels")

@@ -31,9 +31,9 @@ class Filters:
 
     min_caption_characters: int = _option(0, "drop captions of fewer characters")
     min_caption_words: int = _option(0, "drop captions of fewer words")
-    english_only: bool = _option(False, "drop captions that are surely in another language, few of them short")
+    english_only: bool = _option(False, "drop captions that are surely in another language")
     drop_boilerplate: bool = _option(False, "drop captions that are a date, a file name or the like and say nothing")
-    max_aspect_ratio: float | None = _option(None, "drop images longer than this times their width; 2 in the paper")
+    max_aspect_ratio: float | None = _option(None, "drop images with a larger ratio of their sides; 2 in the paper")
     min_image_side: int = _option(0, "drop images whose shorter side has fewer pixels")
 
     def __post_init__(self):

@@ -1,12 +1,12 @@
-"""Picture to square: the paper's two augmentations, CLIP's and the deterministic center crop.
+"""Image to square: the paper's two augmentations, CLIP's, and a deterministic center crop.
 
-Each takes uint8 [H, W, 3] and returns uint8 [size, size, 3]; the paper's listings are for size 256 and their constants
-scale with the size. Randomness comes from the generator that is handed in and from nowhere else.
+Each takes uint8 [H, W, 3] and returns uint8 [size, size, 3]. The paper's listings are for size 256; their constants
+scale with the size. All randomness comes from the generator that is passed in.
 
-Shrinking averages areas as the listings ask, in sparse products: Pillow's BOX filter counts border pixels wholly or not
-at all, which is no area average unless the ratio is an integer. A picture smaller than the size has to grow, which the
-listings never do; that, and `center_crop`, use Pillow's Lanczos filter as the released notebook does. CLIP's filter is
-bicubic.
+Shrinking averages areas as the listings ask, by sparse products: Pillow's BOX filter counts a border pixel wholly or
+not at all, which is no area average unless the ratio is an integer. An image smaller than the size has to grow, which
+the listings never do; that and `center_crop` use Pillow's Lanczos filter, as the released notebook does. CLIP's filter
+is bicubic.
 """
 
 import functools
@@ -23,7 +23,7 @@ CACHE_LINE = 64  # bytes
 
 
 def augment_dvae(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Listing 1 (facts: appendix A.2): any square crop, shrunk to 9/8 .. 12/8 of the size, any crop, any side first."""
+    """Listing 1 (appendix A.2): any largest square, shrunk to 9/8 .. 12/8 of the size, any crop, maybe mirrored."""
     square = _crop(image_uint8, rng, low=Fraction(0), high=Fraction(1), end_included=True)
     side = len(square)
     shortest = max(size, min(side, round(DVAE_SHORTEST * size)))
@@ -33,9 +33,9 @@ def augment_dvae(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -
 
 
 def augment_transformer(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Listing 2: a square crop near the center, shrunk to 8/8 .. 9/8 of the size, any crop, never mirrored.
+    """Listing 2: a square near the center, shrunk to 8/8 .. 9/8 of the size, any crop of it.
 
-    Captions say left and right and pictures hold writing, hence no mirror.
+    Never mirrored, because captions say left and right and images hold writing.
     """
     square = _crop(image_uint8, rng, low=Fraction(3, 8), high=Fraction(5, 8), end_included=False)
     longest = max(size, min(len(square), round(TRANSFORMER_LONGEST * size)))
@@ -43,13 +43,13 @@ def augment_transformer(image_uint8: np.ndarray, size: int, rng: np.random.Gener
 
 
 def augment_clip(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """CLIP's: any of the largest squares, bicubic to the size (Radford et al. 2021, section 2.3)."""
+    """CLIP's augmentation: any of the largest squares, bicubic to the size (Radford et al. 2021, section 2.3)."""
     square = _crop(image_uint8, rng, low=Fraction(0), high=Fraction(1), end_included=True)
     return _resized(square, size, Image.Resampling.BICUBIC)
 
 
 def center_crop(image_uint8: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Shorter side to `size` (Lanczos), then the middle square; `rng` is not used."""
+    """The middle square, resized to `size` (Lanczos); `rng` is not used."""
     height, width = image_uint8.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -66,8 +66,8 @@ def clip_window(height: int, width: int, size: int) -> tuple[int, int, int, int]
 
 
 def shortest(augment: str, size: int) -> int:
-    """Pixels of a picture's shorter side that are enough: the most that an augmentation shrinks it to, and twice that
-    for those that filter, so that their filter still decides what is seen."""
+    """The pixels of the shorter side that are enough for an augmentation: the most that it shrinks an image to, or
+    twice that if it filters, so that its filter still decides the result."""
     share = {"dvae": DVAE_LONGEST, "transformer": TRANSFORMER_LONGEST}.get(augment, 2)
     return math.ceil(share * size)
 
@@ -78,31 +78,32 @@ AUGMENTATIONS = {"dvae": augment_dvae, "transformer": augment_transformer, "clip
 def shrink_by_area(
     image_uint8: np.ndarray, side: int, *, top: int = 0, left: int = 0, size: int | None = None
 ) -> np.ndarray:
-    """Square [s, s, 3] to [side, side, 3] by area averages, side <= s; only the `size` window at (top, left) of it.
+    """Shrink a square [s, s, 3] to [side, side, 3] by area averages, side <= s; only its `size` window at (top, left).
 
-    Output pixel i averages the input over [i r, (i + 1) r), r = (s - 1) / (side - 1), edge pixels repeated outside:
-    the aligned corners of the listings.
+    Output pixel i averages the input over [i r, (i + 1) r), r = (s - 1) / (side - 1), edge pixels repeated outside: the
+    aligned corners of the listings.
     """
     size = side if size is None else size
     if side == len(image_uint8):  # every area is one pixel
         return np.ascontiguousarray(image_uint8[top : top + size, left : left + size])
-    rows, weight_RH = _area_weights(len(image_uint8), side, top, size)
-    columns, weight_CW = _area_weights(len(image_uint8), side, left, size)
+    rows, weight_OH = _area_weights(len(image_uint8), side, top, size)
+    columns, weight_OW = _area_weights(len(image_uint8), side, left, size)
     image_HX = image_uint8[rows, columns].astype(np.float32).reshape(rows.stop - rows.start, -1)
-    columns_XR = np.ascontiguousarray((weight_RH @ image_HX).T)  # X: columns with their channels
-    areas_CY = weight_CW @ columns_XR.reshape(-1, 3 * size)  # Y: channels with the rows of the result
-    areas_CY += np.float32(0.5)  # averages stay in [0, 255]
-    # Rows of an odd number of cache lines: at a stride of 2^k those of a column push each other out of the cache.
-    areas_YR = np.empty((3 * size, CACHE_LINE * (-(-size // CACHE_LINE) | 1)), np.uint8)[:, :size]
-    areas_YR[:] = areas_CY.reshape(-1, size)
-    return np.ascontiguousarray(areas_YR.T).reshape(size, size, 3)
+    # O: rows or columns of the result. X: columns of the image and channels. Y: channels and rows of the result.
+    columns_XO = np.ascontiguousarray((weight_OH @ image_HX).T)
+    areas_OY = weight_OW @ columns_XO.reshape(-1, 3 * size)
+    areas_OY += np.float32(0.5)  # averages stay in [0, 255]
+    # Rows of an odd number of cache lines: at a stride of 2^k those of a column evict each other from the cache.
+    areas_YO = np.empty((3 * size, CACHE_LINE * (-(-size // CACHE_LINE) | 1)), np.uint8)[:, :size]
+    areas_YO[:] = areas_OY.reshape(-1, size)
+    return np.ascontiguousarray(areas_YO.T).reshape(size, size, 3)
 
 
 def _area_weights(length: int, side: int, start: int, count: int) -> tuple[slice, scipy.sparse.csr_array]:
-    """Which inputs of a line of `length` the outputs start .. start + count of `side` average, and with what weights.
+    """The inputs of a line of `length` that the outputs start .. start + count of `side` average, and their weights.
 
-    Returns: a slice of the line, and float32 [count, its length] with a few numbers a row: a product with it passes
-    over the picture once.
+    Returns: a slice of the line, and float32 [count, its length] with a few numbers per row: a product with it passes
+    over the image once.
     """
     pixel, weight, ends = _line_weights(length, side)
     ends = ends[start : start + count + 1]
@@ -111,9 +112,9 @@ def _area_weights(length: int, side: int, start: int, count: int) -> tuple[slice
     return slice(first, last), scipy.sparse.csr_array((weight, pixel - first, ends - ends[0]), (count, last - first))
 
 
-@functools.lru_cache(maxsize=1024)  # eight bytes a pixel of the line and more; sets of pictures have few sizes
+@functools.lru_cache(maxsize=1024)  # eight bytes a pixel of the line and more; data sets have few sizes
 def _line_weights(length: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows of a sparse [side, length]: int32 inputs, float32 weights, and where in these each output's begin."""
+    """The rows of a sparse [side, length]: int32 inputs, float32 weights, and where those of each output begin."""
     ratio = (length - 1) / (side - 1) if side > 1 else float(length)
     begin = np.arange(side)[:, None] * ratio
     pixel = np.floor(begin).astype(np.int32) + np.arange(math.ceil(ratio) + 1, dtype=np.int32)
@@ -125,7 +126,7 @@ def _line_weights(length: int, side: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _crop(image: np.ndarray, rng: np.random.Generator, *, low: Fraction, high: Fraction, end_included: bool):
-    """The largest square, its offset on each axis uniform between these shares of the slack."""
+    """A largest square, its offset on each axis uniform between these shares of the slack."""
     side = min(image.shape[:2])
     offsets = []
     for length in image.shape[:2]:
@@ -136,7 +137,7 @@ def _crop(image: np.ndarray, rng: np.random.Generator, *, low: Fraction, high: F
 
 
 def _random_window(square: np.ndarray, side: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Square -> [side, side, 3] -> a window of `size`, position uniform."""
+    """The square resized to `side`, and a window of `size` at a uniform position in it."""
     top, left = (int(offset) for offset in rng.integers(0, side - size, size=2, endpoint=True))
     if side > len(square):
         return np.ascontiguousarray(_lanczos(square, side)[top : top + size, left : left + size])

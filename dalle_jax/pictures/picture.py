@@ -1,4 +1,4 @@
-"""A sampled picture: a PIL image that knows how it was made and writes that into its PNG file."""
+"""A sampled picture: a PIL image with how it was made, which it writes into its PNG file."""
 
 import json
 from typing import Any
@@ -11,10 +11,10 @@ SOFTWARE = "dalle-jax"
 
 
 class Picture(Image.Image):
-    """An RGB image with `caption`, `seed`, `score` and `settings`; saved as PNG it carries them as text chunks.
+    """An RGB image with `caption`, `seed`, `score` and `settings`; as a PNG file it has them as text chunks.
 
-    score: CLIP's cosine similarity of picture and caption, -1 .. 1, None if it was not ranked. settings: the request's
-    and the digest of the checkpoint, as plain json values.
+    score: CLIP's cosine similarity of image and caption, -1 .. 1, None if it was not ranked. settings: those of the
+    request and the digest of the checkpoint, as plain json values.
     """
 
     caption: str
@@ -26,7 +26,7 @@ class Picture(Image.Image):
     def from_array(
         cls, image_uint8: np.ndarray, *, caption: str, seed: int, settings: dict[str, Any], score: float | None = None
     ) -> "Picture":
-        """uint8 [H, W, 3] -> Picture."""
+        """The picture of an array uint8 [H, W, 3]."""
         picture = cls()
         picture.__dict__.update(Image.fromarray(image_uint8).__dict__)
         picture.caption, picture.seed, picture.score, picture.settings = caption, seed, score, settings
@@ -34,7 +34,7 @@ class Picture(Image.Image):
         return picture
 
     def __getstate__(self):
-        """PIL's, with what makes this a Picture: for `pickle`, `deepcopy` and other processes."""
+        """PIL's state and ours, for `pickle`, `deepcopy` and other processes."""
         return super().__getstate__(), (self.caption, self.seed, self.score, self.settings)
 
     def __setstate__(self, state) -> None:
@@ -52,7 +52,7 @@ class Picture(Image.Image):
         }
 
     def save(self, fp, format=None, **params):
-        """As PIL's; a PNG gets the metadata unless the caller passes a `pnginfo` of his own."""
+        """Save as PIL does; a PNG gets the metadata unless `pnginfo` is passed."""
         if "pnginfo" not in params:
             params["pnginfo"] = PngInfo()
             for key, value in self.metadata().items():

@@ -1,8 +1,8 @@
 """Captions to text tokens: normalization and a sentencepiece BPE vocabulary with byte fallback and BPE dropout.
 
-The vocabulary is one unknown piece, 256 byte pieces, then merges and characters; there is no start, end or padding
-piece, because the layout owns those. Every caption has an encoding: a character that the vocabulary lacks is spelled
-in UTF-8 bytes. Knows nothing of positions, lengths or which captions are worth learning from.
+The vocabulary is one unknown piece, 256 byte pieces, then merges and characters. It has no start, end or padding piece,
+because those belong to the layout. Every caption has an encoding: a character that is not in the vocabulary is spelled
+in UTF-8 bytes.
 """
 
 import collections
@@ -24,16 +24,16 @@ from dalle_jax.errors import UserError
 
 FILE_NAME = "tokenizer.model"
 RESERVED = 1 + 256  # the unknown piece and the byte pieces
-SPACE = "\u2581"  # how sentencepiece writes a space; as a character of a caption it is a space
-LONGEST_WORD = 256  # characters; dropout merges a longer word in parts, because its cost grows with the square
-KNOWN_WORDS = 1 << 16  # words whose undisturbed merges are remembered
+SPACE = "\u2581"  # sentencepiece's character for a space; in a caption it counts as a space
+MAX_WORD = 256  # characters; dropout merges a longer word in parts, because its cost grows with the square
+CACHED_WORDS = 1 << 16  # words whose merges without dropout are cached
 KEPT_FORMAT_CHARACTERS = "\u200c\u200d"  # joiners: they build emoji and spell Persian and Indic words
 
 _log = logging.getLogger(__name__)
 
 
 def normalize(caption: str) -> str:
-    """Lower-case NFKC text, single spaces, no control characters; idempotent. The tokenizer reads nothing else."""
+    """The caption as the tokenizer reads it: lower-case NFKC, single spaces, no control characters. Idempotent."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", caption).lower()).replace(SPACE, " ")
     text = " ".join(text.split())
     if not text.isprintable():
@@ -42,7 +42,7 @@ def normalize(caption: str) -> str:
 
 
 def _is_text(character: str) -> bool:
-    """Not a control character, a lone surrogate or an invisible formatting mark."""
+    """Whether a character is none of control character, lone surrogate and invisible formatting mark."""
     return character in KEPT_FORMAT_CHARACTERS or unicodedata.category(character) not in ("Cc", "Cs", "Cf")
 
 
@@ -51,12 +51,12 @@ class BPETokenizer:
 
     Attributes:
       vocab_size: number of pieces; ids are 0 .. vocab_size - 1.
-      longest_piece: characters that one token can stand for at most.
+      longest_piece: the most characters that one token stands for.
       digest: SHA-256 (hex) of the model file, which tells two vocabularies apart.
     """
 
     def __init__(self, model: bytes):
-        """`model` is the content of a sentencepiece BPE model file; `load` and `train` are the usual ways in."""
+        """model: the content of a sentencepiece BPE model file; `load` and `train` are the usual constructors."""
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
@@ -69,17 +69,17 @@ class BPETokenizer:
                 self._id_of_piece[self._processor.id_to_piece(i)] = i
         self.longest_piece = max(map(len, self._id_of_piece))
         self._rank = {piece: -self._processor.get_score(i) for piece, i in self._id_of_piece.items()}
-        self._merged = functools.lru_cache(maxsize=KNOWN_WORDS)(self._merge_whole)
+        self._merged = functools.lru_cache(maxsize=CACHED_WORDS)(self._merge_whole)
 
     def __reduce__(self):
         return BPETokenizer, (self._model,)
 
     @classmethod
     def train(cls, captions: Iterable[str], *, vocab_size: int) -> "BPETokenizer":
-        """Learns the merges from raw captions. Fewer distinct words than the vocabulary can hold make a smaller one.
+        """Learn the merges from raw captions; few distinct words give a smaller vocabulary.
 
         Raises:
-          UserError: no caption has any text, or vocab_size has no room beside the byte pieces.
+          UserError: no caption has any text, or vocab_size leaves no room beside the byte pieces.
         """
         lines = [text for text in map(normalize, captions) if text]
         if not lines:
@@ -123,7 +123,7 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPETokenizer":
-        """Reads a model file, or `tokenizer.model` of a directory.
+        """Read a model file, or `tokenizer.model` of a folder.
 
         Raises:
           UserError: nothing there, or not a BPE model with byte pieces and without start, end and padding pieces.
@@ -146,7 +146,7 @@ class BPETokenizer:
         return tokenizer
 
     def save(self, path: str | os.PathLike) -> pathlib.Path:
-        """Writes the model to a file, or as `tokenizer.model` into a directory; returns the file."""
+        """Write the model to a file, or as `tokenizer.model` into a folder; returns the file."""
         path = _file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, self._model)
@@ -155,8 +155,8 @@ class BPETokenizer:
     def encode(self, caption: str, *, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:
         """Token ids of a caption, which is normalized first.
 
-        With `dropout`, every possible merge is skipped with that probability at every merge step (Provilkov et al.
-        2019), so the same caption is cut in many ways; all choices come from `rng`.
+        dropout: probability of skipping a possible merge, at every merge step (Provilkov et al. 2019), so that the same
+        caption has many encodings; all choices come from `rng`.
         """
         text = normalize(caption)
         if dropout == 0.0:
@@ -166,25 +166,25 @@ class BPETokenizer:
         return self._merge_with_dropout(text, dropout, rng)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The normalized caption of these ids; bytes that are no UTF-8 become the replacement character."""
+        """The normalized caption of these ids; bytes that are not UTF-8 become the replacement character."""
         return self._processor.decode([int(i) for i in ids])
 
     def _merge_with_dropout(self, text: str, dropout: float, rng: np.random.Generator) -> list[int]:
-        ids, luck = [], _Luck(dropout, rng)
+        ids, choices = [], _Dropout(dropout, rng)
         for word in text.split(" ") if text else []:
             word = SPACE + word
-            for start in range(0, len(word), LONGEST_WORD):
-                part = word[start : start + LONGEST_WORD]
+            for start in range(0, len(word), MAX_WORD):
+                part = word[start : start + MAX_WORD]
                 merges, whole = self._merged(part)
-                if luck.kept >= merges:  # no merge of this word is skipped
-                    luck.kept -= merges
+                if choices.kept >= merges:  # no merge of this word is skipped
+                    choices.kept -= merges
                     ids += whole
                 else:
-                    ids += self._ids(self._merge_word(part, luck.keeps))
+                    ids += self._ids(self._merge_word(part, choices.keeps))
         return ids
 
     def _merge_whole(self, word: str) -> tuple[int, tuple[int, ...]]:
-        """Merges that one word takes where none is skipped, and its ids."""
+        """The number of merges of a word if none is skipped, and its ids."""
         pieces = self._merge_word(word, lambda: True)
         return len(word) - len(pieces), tuple(self._ids(pieces))
 
@@ -198,8 +198,8 @@ class BPETokenizer:
         return ids
 
     def _merge_word(self, word: str, keeps: Callable[[], bool]) -> list[str]:
-        """Greedy BPE of one word (pieces never cross a space): at each step the best merge that `keeps` does not skip,
-        until none is left. The merges after that one need not be asked: nothing depends on their answers."""
+        """Greedy BPE of one word, as pieces never cross a space: at each step the best merge that `keeps` accepts,
+        until none is left. `keeps` is not called for the merges after that one: nothing depends on their answers."""
         pieces = list(word)
         ranks = [self._rank.get(left + right) for left, right in itertools.pairwise(pieces)]
         while True:
@@ -214,10 +214,10 @@ class BPETokenizer:
                     ranks[left] = self._rank.get(pieces[left] + pieces[left + 1])
 
 
-class _Luck:
-    """Merges that are kept with probability 1 - dropout each, counted in runs: one draw for each that is skipped.
+class _Dropout:
+    """Random choices that keep each merge with probability 1 - dropout, made with one draw per skipped merge.
 
-    kept: merges that will still be kept before one is skipped.
+    kept: merges that will be kept before the next one is skipped.
     """
 
     def __init__(self, dropout: float, rng: np.random.Generator):
@@ -238,7 +238,7 @@ def _file(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _without_rare_characters(lines: list[str], *, room: int) -> list[str]:
-    """The lines with spaces for all but their `room` most frequent characters, which will be spelled in bytes."""
+    """The lines with spaces for all but the `room` most frequent characters, which are spelled in bytes instead."""
     counts = collections.Counter()
     for line in lines:
         counts.update(line.replace(" ", ""))

@@ -1,9 +1,8 @@
-"""CLIP's own captions to tokens: its text cleaning and byte-level BPE, for imported weights.
+"""The text cleaning and byte-level BPE of the released CLIPs, for imported weights.
 
-The merges are the user's file, in one of the two published forms, and the merging is the library `tokenizers`. Ids
-are those of the released models: 256 bytes, 256 bytes that end a word, the merges; the start and end marks follow and
-belong to `layout.CaptionLayout`, so a caption that spells a mark gets the tokens of its characters. Own training uses
-`tokenizer.py`.
+The merges come from the user's file, in one of the two published forms; the library `tokenizers` applies them. Ids are
+those of the released models: 256 bytes, 256 bytes that end a word, the merges. The start and end marks follow and
+belong to `layout.CaptionLayout`, so a caption that spells a mark gets the tokens of its characters.
 """
 
 import gzip
@@ -23,7 +22,7 @@ FILE_NAME = "clip_tokenizer.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
 MARKS = ("<|startoftext|>", "<|endoftext|>")
 WORD_END = "</w>"
-MOST_MERGES = 48_894  # the released vocabulary; its file lists more, which were never used
+MAX_MERGES = 48_894  # the released vocabulary; its file lists more, which were never used
 
 _INSTALL = "which is not installed: pip install 'dalle-jax[clip]'"
 # Contractions, runs of letters, single digits, runs of anything else that is not a space.
@@ -31,7 +30,7 @@ _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def clean(caption: str) -> str:
-    """The released preprocessing: text mended by ftfy, HTML entities resolved twice, single spaces, lower case."""
+    """The caption after the released preprocessing: ftfy, HTML entities resolved twice, single spaces, lower case."""
     try:
         import ftfy
     except ImportError as error:
@@ -49,18 +48,18 @@ class CLIPTokenizer:
     """
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]):
-        """vocab: token -> id without the marks. `load` is the usual way in.
+        """vocab: token -> id without the marks. `load` is the usual constructor.
 
         Raises:
-          ValueError: ids that are not 0 .. n - 1, a byte without an entry, or a merge of what is not in the vocabulary.
+          ValueError: ids that are not 0 .. n - 1, a byte without an entry, or a merge of unknown entries.
         """
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError(f"the ids of {len(vocab)} entries must be 0 .. {len(vocab) - 1}")
-        lacking = [b for b in _BYTES for end in ("", WORD_END) if b + end not in vocab]
-        if lacking:
-            raise ValueError(f"{len(lacking)} of the 512 byte entries are missing, {lacking[0]!r} among them")
+        missing = [b for b in _BYTES for end in ("", WORD_END) if b + end not in vocab]
+        if missing:
+            raise ValueError(f"{len(missing)} of the 512 byte entries are missing, {missing[0]!r} among them")
         if odd := next((m for m in merges if not {*m, "".join(m)} <= vocab.keys()), None):
-            raise ValueError(f"the merge {' '.join(odd)!r} is of entries that the vocabulary lacks")
+            raise ValueError(f"the merge {' '.join(odd)!r} is of entries that are not in the vocabulary")
         self._vocab, self._merges = dict(vocab), [tuple(merge) for merge in merges]
         self.vocab_size = len(vocab)
         content = json.dumps([sorted(self._vocab.items(), key=lambda item: item[1]), self._merges])
@@ -72,8 +71,8 @@ class CLIPTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CLIPTokenizer":
-        """Reads `bpe_simple_vocab_16e6.txt.gz` (or unpacked), a folder with vocab.json and merges.txt, or what `save`
-        wrote (the file, or a folder with it).
+        """Read `bpe_simple_vocab_16e6.txt.gz` (or unpacked), a folder with vocab.json and merges.txt, or the file that
+        `save` writes or its folder.
 
         Raises:
           UserError: nothing there, or not such a vocabulary.
@@ -94,7 +93,7 @@ class CLIPTokenizer:
             raise UserError(f"expected CLIP's vocabulary in {path}, got another file: {error}") from error
 
     def save(self, path: str | os.PathLike) -> pathlib.Path:
-        """Writes clip_tokenizer.json into a folder; returns the file."""
+        """Write clip_tokenizer.json into a folder; returns the file."""
         file = pathlib.Path(path) / FILE_NAME
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {"vocab": self._vocab, "merges": [" ".join(merge) for merge in self._merges]}
@@ -102,7 +101,7 @@ class CLIPTokenizer:
         return file
 
     def encode(self, caption: str) -> list[int]:
-        """Token ids of a caption, which is cleaned first; without marks, however long."""
+        """Token ids of a caption, which is cleaned first; without marks, of any length."""
         return self._bpe.encode(clean(caption)).ids
 
     @classmethod
@@ -124,7 +123,7 @@ class CLIPTokenizer:
     def _from_merge_list(cls, file: pathlib.Path) -> "CLIPTokenizer":
         data = file.read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-        merges = [_pair(line) for line in text.split("\n")[1 : MOST_MERGES + 1] if line.strip()]
+        merges = [_pair(line) for line in text.split("\n")[1 : MAX_MERGES + 1] if line.strip()]
         entries = [*_BYTES, *(byte + WORD_END for byte in _BYTES), *map("".join, merges)]
         return cls({entry: i for i, entry in enumerate(entries)}, merges)
 

@@ -113,7 +113,7 @@ def test_every_form_of_the_vocabulary_is_the_same_tokenizer(tmp_path):
 
 
 def test_the_merge_list_ends_where_the_released_vocabulary_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip, "MOST_MERGES", 5)
+    monkeypatch.setattr(clip, "MAX_MERGES", 5)
     path = write_merge_list(tmp_path / "bpe.txt.gz", generated())
     assert CLIPTokenizer.load(path).vocab_size == 512 + 5
 
@@ -136,7 +136,7 @@ def test_a_mark_in_a_caption_is_text(tmp_path):
         (lambda f: (f / VOCAB).write_text("[]"), "another file"),
         (lambda f: (f / VOCAB).write_text('{"a": 0}'), "the last two entries"),
         (lambda f: (f / MERGES).write_text("#version\na b c\n"), "two entries"),
-        (lambda f: (f / MERGES).write_text("q x</w>\n"), "the vocabulary lacks"),
+        (lambda f: (f / MERGES).write_text("q x</w>\n"), "not in the vocabulary"),
     ],
 )
 def test_other_files_are_refused(tmp_path, damage, message):

@@ -209,7 +209,7 @@ def test_command_trains_on_every_caption_and_describes(monkeypatch, tmp_path, ca
     assert f"340 pieces, {len(TRAINING)} captions" in line and tokenizer.digest[:12] in line
 
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="expected a directory"):
+    with pytest.raises(UserError, match="expected a folder"):
         train_tokenizer.main(
             parser.parse_args(["folder:x", "--vocab-size", "340", "--out", str(tmp_path / "file" / "x")])
         )
