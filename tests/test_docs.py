@@ -50,7 +50,6 @@ def test_readme(model_folder, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), names)
     assert [picture.seed for picture in names["pictures"]] == [0, 1, 2, 3]
     assert Image.open("picture.png").info["seed"] == "0" and Path("so_far.png").exists()
-    assert names["pixels"].shape == (*names["pictures"][0].size, 3)
 
 
 def test_sampling(model_folder, tmp_path, monkeypatch):
