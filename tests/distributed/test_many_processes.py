@@ -137,7 +137,7 @@ def test_another_number_of_processes_goes_on_at_the_same_records(count, four, al
     assert records == [sorted(batch) for batch in seen[6:]]
     wanted = losses(workdir)
     assert losses(tmp_path / "run") == {step: pytest.approx(loss, rel=1e-5) for step, loss in wanted.items()}
-    average = model_dir.load(tmp_path / "run").params
+    average = model_dir.read_params(tmp_path / "run")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), average, jax.device_get(result.state["ema"]))
 
 

@@ -58,7 +58,10 @@ def test_rounding_to_the_nearest_between_all_neighbours(form):
     low, codes = finite_values(form), np.arange(form.infinity)
     middle = ((low[:-1] + low[1:]) / 2).astype(np.float32)  # exact: float32 has 13 bits more
     lower, upper = codes[:-1], codes[1:]
-    encode = lambda x: np.asarray(formats.encode(jnp.asarray(x), form))  # noqa: E731
+
+    def encode(x):
+        return np.asarray(formats.encode(jnp.asarray(x), form))
+
     np.testing.assert_array_equal(encode(middle), np.where(lower % 2 == 0, lower, upper))  # ties to even
     np.testing.assert_array_equal(encode(np.nextafter(middle, np.float32(0))), lower)
     np.testing.assert_array_equal(encode(np.nextafter(middle, np.float32(99))), upper)

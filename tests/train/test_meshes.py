@@ -10,71 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from dalle_jax import config as configs
 from dalle_jax import sharding
-from dalle_jax.mesh import demand, make_mesh
-from dalle_jax.models import build
-from dalle_jax.train.ema import Ema
-from dalle_jax.train.objectives.dvae import dvae_task
-from dalle_jax.train.objectives.transformer import transformer_task
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-from dalle_jax.train.step import TrainStep
+from dalle_jax.mesh import make_mesh
+from tests.support.small_models import BATCH, batches, task_of, train
 
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
-UPDATES, BATCH = 4, 16
-# A larger step size would let Adam blow rounding of near-zero gradients up to its own size.
-COMMON = {"batch_size": BATCH, "steps": UPDATES, "optimizer.name": "adamw", "optimizer.schedule.warmup_steps": 0}
-DVAE = COMMON | {
-    "model.image_size": 16, "model.vocab": 16, "model.width": 32, "model.stem": 8, "model.patch": 4,
-    "data.image_size": 16, "optimizer.learning_rate": 3e-5,
-}  # fmt: skip
-# Eight heads, so that tensor can be 8; row, column, row, row, which a scan repeats, and the convolution.
-TRANSFORMER = COMMON | {
-    "model.num_layers": 5, "model.width": 16, "model.heads": 8, "model.head_size": 2, "model.text_len": 8,
-    "model.text_vocab": 24, "model.grid": 4, "model.image_vocab": 16, "data.image_size": 16,
-    "optimizer.learning_rate": 2e-3,
-}  # fmt: skip
-
-
-def tiny(variant, values, **more):
-    return configs.load(f"configs/{variant}.py:demo", [f"--config.{k}={v}" for k, v in (values | more).items()])
-
-
-def task_of(name, **more):
-    """Task and optimizer; the transformer's frozen dVAE has random parameters."""
-    dvae = tiny("dvae", DVAE)
-    if name == "dvae":
-        task, config = dvae_task(tiny("dvae", DVAE, **more)), dvae
-    else:
-        config, model = tiny("transformer", TRANSFORMER, **more), build("dvae", dvae.model)
-        task = transformer_task(config, model, jax.jit(model.init)(jax.random.key(5)))
-    return task, build_optimizer(Optimizer(**config.optimizer), steps=UPDATES, axes=task.model.axes)
-
-
-def batches(name):
-    rng = np.random.default_rng(0)
-    for _ in range(UPDATES):
-        batch = {"image": rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8)}
-        if name == "transformer":
-            batch["text"] = rng.integers(0, 24, (BATCH, 8)).astype(np.int32)
-        yield batch
-
-
-def train(name, shape, *, accumulate=1, **more):
-    """Losses and gradient norms of every update, and the last state."""
-    task, built = task_of(name, **more)
-    mesh = make_mesh(
-        dict(zip(sharding.MESH_AXES, shape, strict=True)),
-        devices=jax.devices()[: math.prod(shape)],
-        unfit=demand(task.model.abstract, task.model.axes, batch_size=BATCH, accumulate=accumulate),
-    )
-    step = TrainStep(task, built, mesh, ema=Ema(decay=0.9), accumulate=accumulate)
-    state = step.init(jax.random.key(0))
-    frozen, measured = jax.device_put(task.frozen, sharding.replicated(mesh)), []
-    for batch in batches(name):
-        state, values = step.update(state, frozen, sharding.shard_batch(batch, mesh), jax.random.key(1))
-        measured.append((float(values["loss"]), float(values["grad_norm"])))
-    return np.array(measured), state
 
 
 @functools.cache
@@ -144,8 +84,7 @@ def test_a_whole_models_gradients_are_summed_by_parts():
     places = sharding.shardings(task.model.abstract, task.model.axes, mesh)
 
     def gradients(params, batch):
-        loss = lambda p: task.loss(p, task.frozen, batch, key=None, step=0)[0]  # noqa: E731
-        return jax.value_and_grad(loss)(params)
+        return jax.value_and_grad(lambda p: task.loss(p, task.frozen, batch, key=None, step=0)[0])(params)
 
     def on_mesh(params, batch):
         with sharding.use(mesh):

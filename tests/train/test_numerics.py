@@ -9,28 +9,26 @@ from PIL import Image
 
 from dalle_jax.checkpoint import reader
 from dalle_jax.cli import main
-from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train.monitor import metrics
-from tests.cli.test_encode import TRANSFORMER, save_dvae
+from tests.support import tiny_model
 
 
 def test_train_takes_them_all(tmp_path, monkeypatch):
     """Two replicas of one device, as programs for eight take long to compile."""
     pair = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda: pair)
-    pictures = tmp_path / "pictures"
+    pictures, workdir, model = tmp_path / "pictures", tmp_path / "run", tiny_model.write(tmp_path / "model")
     pictures.mkdir()
     for index in range(8):
         pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(pictures / f"{index}.png")
-        (pictures / f"{index}.txt").write_text("a red circle above a blue square")
-    dvae, workdir = save_dvae(tmp_path / "dvae"), tmp_path / "run"
-    tokenizer = BPETokenizer.train(["a red circle above a blue square"], vocab_size=280).save(tmp_path)
-    values = TRANSFORMER | {
+        (pictures / f"{index}.txt").write_text(tiny_model.CAPTION)
+    values = {f"model.{name}": value for name, value in tiny_model.TRANSFORMER.items() if name != "precision"} | {
         "precision": "fp16-paper", "optimizer.moments": "paper", "compression.rank": 4, "compression.format": "paper",
         "storage.offload_ema": True, "ema.every": 2, "optimizer.schedule.name": "plateau", "model.remat": "full",
         "mesh.replica": 2, "model.num_layers": 1, "data.train": f"folder:{pictures}", "data.validation": "",
-        "dvae": dvae, "tokenizer": tokenizer, "steps": 3, "log_every": 1, "checkpoint_every": 0,
+        "dvae": model / "dvae", "tokenizer": model, "steps": 3, "log_every": 1, "checkpoint_every": 0,
+        "batch_size": 8, "data.image_size": 16, "data.threads": 0, "optimizer.name": "adamw",
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in values.items()]
     assert main.main(["train", "--config", "configs/transformer.py:demo", "--workdir", str(workdir), *words]) == 0

@@ -14,44 +14,12 @@ from dalle_jax import sharding
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build, transformer
-from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.train import run
 from dalle_jax.train.monitor import metrics
-from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.objectives.transformer import token_losses
 from dalle_jax.train.optimizer import loss_scale
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-from dalle_jax.train.step import TrainStep
-from tests.support.line_task import train
-from tests.train import test_meshes
-
-TINY = TransformerConfig(
-    num_layers=2, width=16, heads=2, head_size=8, text_len=4, text_vocab=9, grid=4, image_vocab=11, pattern="full",
-    remat="full", scan=True, precision="fp16-paper",
-)  # fmt: skip
-
-
-def tokens(index, batch=8, config=TINY):
-    rng = np.random.default_rng(index)
-    text = np.stack([config.layout.caption_ids(rng.integers(config.text_vocab, size=2)) for _ in range(batch)])
-    return {"text": text, "image": rng.integers(config.image_vocab, size=(batch, config.grid**2)).astype(np.int32)}
-
-
-def loss_of(model, params, batch, scales=None):
-    logits = model.apply(params, batch["text"], batch["image"], scales)
-    text, image = token_losses(*logits, batch["text"], batch["image"])
-    return text + image
-
-
-def task_of(precision):
-    model = transformer.model(dataclasses.replace(TINY, precision=precision))
-
-    def loss(params, frozen, batch, *, key, step, scales=None):
-        del frozen, key, step
-        return loss_of(model, params, batch, scales), {}
-
-    return Task("transformer", model, loss)
-
+from tests.support import small_models
+from tests.support.line_task import Numbers, train
+from tests.support.precisions import TINY, equations, loss_of, plain_step, task_of, tokens
 
 # A deep narrow model in which no single scale serves all gradients.
 
@@ -63,7 +31,12 @@ def deep_params():
     outputs are small, so the gradients of their queries and keys are 2^-40 of those of the first layers."""
     params = transformer.model(DEEP).init(jax.random.key(0))
     rng = np.random.default_rng(0)
-    normal = lambda name, *sizes: rng.normal(size=params["blocks"][name].shape) * LAYERS(*sizes, params, name)  # noqa: E731
+
+    def normal(name, loud, quiet):
+        shape = params["blocks"][name].shape
+        sizes = np.where(np.arange(DEEP.num_layers) < 2, loud, quiet)
+        return rng.normal(size=shape) * sizes.reshape(-1, *(1,) * (len(shape) - 1))
+
     blocks = dict(params["blocks"])
     blocks["up"], blocks["down"] = normal("up", 2.0**1, 2.0**-2), normal("down", 2.0**6, 2.0**-10)
     blocks["qkv"], blocks["out"] = normal("qkv", 2.0**-2, 2.0**-2), normal("out", 2.0**-2, 2.0**-14)
@@ -73,11 +46,6 @@ def deep_params():
     heads = {n: 2.0**2 * rng.normal(size=params[n].shape) for n in ("text_head", "image_head")}
     wide = {n: np.float32(x) for n, x in (tables | heads).items()}
     return params | wide | {"blocks": params["blocks"] | matrices}
-
-
-def LAYERS(loud, quiet, params, name):
-    sizes = np.where(np.arange(DEEP.num_layers) < 2, loud, quiet)
-    return sizes.reshape(-1, *(1,) * (params["blocks"][name].ndim - 1))
 
 
 @functools.cache
@@ -106,7 +74,9 @@ def errors(grads, wanted):
         apart = {f"{n} {i}": tree[n].take(i, -3) for n in ("qkv", "qkv_bias") for i in range(3)}
         return {n: x for n, x in tree.items() if n not in ("qkv", "qkv_bias")} | apart
 
-    norm = lambda x: np.linalg.norm(np.asarray(x, np.float64).reshape(len(x), -1), axis=1)  # noqa: E731
+    def norm(x):
+        return np.linalg.norm(np.asarray(x, np.float64).reshape(len(x), -1), axis=1)
+
     return {
         n: norm(np.float64(g) - np.float64(w)) / norm(w)
         for (n, g), w in zip(parts(grads).items(), parts(wanted).values(), strict=True)
@@ -141,16 +111,6 @@ def test_a_scale_a_branch_serves_it():
 # Which tensor has which format.
 
 
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
-
-
 def test_formats_of_all_tensors_are_the_papers():
     """float16 in the products of the blocks, float32 in stream, logits, and every gradient that leaves the model."""
     task = task_of("fp16-paper")
@@ -158,7 +118,10 @@ def test_formats_of_all_tensors_are_the_papers():
     scales = jnp.ones((2, 2))
     program = jax.make_jaxpr(jax.grad(lambda p, s: loss_of(model, p, batch, s)))(model.abstract, scales)
     assert {v.aval.dtype.name for v in program.jaxpr.outvars} == {"float32"}
-    of = lambda eqn: {v.aval.dtype.name for v in eqn.invars}  # noqa: E731
+
+    def of(eqn):
+        return {v.aval.dtype.name for v in eqn.invars}
+
     vocabularies, stream, inside = {TINY.layout.text_ids, TINY.image_vocab}, (8, 20, 16), 0
     for eqn in equations(program.jaxpr):
         shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars) if hasattr(v.aval, "shape")]
@@ -177,25 +140,11 @@ def test_formats_of_all_tensors_are_the_papers():
 # Scales over updates.
 
 
-SIZES = {"replica": 2, "fsdp": 4}
-
-
-@functools.cache
-def made(precision, many):
-    """Mesh, update and a function that makes fresh states."""
-    mesh = make_mesh(SIZES if many else {}, devices=jax.devices()[: 8 if many else 1])
-    config = configs.load("configs/transformer.py:demo", ["--config.optimizer.name=adamw"]).optimizer
-    task = task_of(precision)
-    built = build_optimizer(Optimizer(**config), steps=100, axes=task.model.axes)
-    step = TrainStep(task, built, mesh)
-    return mesh, step.update, lambda: step.init(jax.random.key(0))
-
-
 def updates(precision, *, count, many=False, state=None):
-    mesh, update, fresh = made(precision, many)
-    state, measured = state or fresh(), []
+    step = plain_step(precision, on_mesh=many)
+    state, measured = state or step.init(jax.random.key(0)), []
     for index in range(count):
-        state, values = update(state, {}, sharding.shard_batch(tokens(index), mesh), jax.random.key(1))
+        state, values = step.update(state, {}, sharding.shard_batch(tokens(index), step.mesh), jax.random.key(1))
         measured.append(jax.device_get(values))
     return state, measured
 
@@ -215,7 +164,7 @@ def test_float16_learns_like_float32(precision, many):
 
 def test_the_dvae_learns_in_float16_with_one_scale_as_in_the_paper():
     """Appendix A.2. The same noise in every update, so the curves agree to a few roundings of 2^-11."""
-    (wanted, _), (found, state) = (test_meshes.train("dvae", (1, 1, 1), precision=p) for p in ("fp32", "fp16-global"))
+    (wanted, _), (found, state) = (small_models.train("dvae", (1, 1, 1), precision=p) for p in ("fp32", "fp16-global"))
     assert int(state["skipped"]) == 0 and float(state["scales"]["scale"]) == 2.0**16
     np.testing.assert_allclose(found[:, 0], wanted[:, 0], rtol=2e-3)
     np.testing.assert_allclose(found[:, 1], wanted[:, 1], rtol=2e-2)
@@ -223,7 +172,7 @@ def test_the_dvae_learns_in_float16_with_one_scale_as_in_the_paper():
 
 
 def test_an_overflow_moves_only_the_scale_of_its_branch():
-    state = made("fp16-paper", True)[2]()
+    state = plain_step("fp16-paper", on_mesh=True).init(jax.random.key(0))
     head = 0.1 * jnp.arange(TINY.image_vocab) * jnp.ones_like(state["params"]["image_head"])
     state["params"]["image_head"] = jax.device_put(head, state["params"]["image_head"].sharding)  # fresh ones are zero
     start, before = np.asarray(state["scales"]["scale"]), jax.device_get(state["params"])
@@ -270,37 +219,11 @@ def test_the_global_scale_doubles_after_2000_updates_and_halves_at_once():
     assert not loss_scale.for_model(build("dvae", {}), replicas=4).init()
 
 
-class Tokens:
+class Tokens(Numbers):
     """Batches for the loop that depend on their number alone."""
 
-    def __init__(self):
-        self.position = 0
-
-    def __next__(self):
-        self.position += 1
-        return tokens(self.position)
-
-    def get_state(self):
-        return {"position": self.position}
-
-    def set_state(self, state):
-        self.position = state["position"]
-
-
-@pytest.fixture
-def compile_once(tmp_path):
-    """The runs compile the same program three times; the later ones may read it from disk."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path / "programs"),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    def batch(self, number):
+        return tokens(number)
 
 
 COMPRESSED = {"compression": {"rank": 4, "format": "paper"}}

@@ -18,11 +18,7 @@ from dalle_jax.train import loop, rollback
 from dalle_jax.train.monitor import goodput, metrics
 from dalle_jax.train.monitor.report import Report
 from tests.support.line_task import LINE, Numbers, digest_of, line_step, train
-
-
-def identical(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
-
+from tests.support.trees import identical
 
 # Damage on disk.
 
@@ -213,9 +209,18 @@ def test_poison_without_an_end_ends_the_run(tmp_path):
         train(tmp_path, Numbers(poison=range(6, 1000)))
 
 
+def test_a_run_that_never_has_a_finite_update_ends(tmp_path):
+    with pytest.raises(UserError, match="expected finite losses and gradients, got none in the last 2 updates"):
+        train(tmp_path, Numbers(poison=range(1, 100)), log_every=2, checkpoint_every=0)
+    assert not metrics.read(tmp_path / "metrics.jsonl")
+
+
 def test_losses_that_are_finite_may_wait_for_a_scale_and_others_may_not():
     back = rollback.Rollback(3, patience=5, forgiven=100)
-    due = lambda streak, overflows, newest=4: back.due(streak, overflows=overflows, n=999, newest=lambda: newest)  # noqa: E731
+
+    def due(streak, overflows, newest=4):
+        return back.due(streak, overflows=overflows, n=999, newest=lambda: newest)
+
     assert not due(102, 102) and due(103, 103)
     assert not due(50, 48) and due(50, 47)  # three of them NaN
     assert not due(104, 104, None)
