@@ -7,6 +7,7 @@ one sentence: what was expected, what came, what to do. The command line prints 
 import math
 import numbers
 import sys
+from typing import Any
 
 EXIT_USER_ERROR = 2  # another try would end the same way
 EXIT_RESTART = 75  # EX_TEMPFAIL of sysexits.h: the launchers give the same command again, which resumes
@@ -30,7 +31,7 @@ class UserError(Exception):
 
 def check_number(
     name: str,
-    value: object,
+    value: Any,
     *,
     min: float | None = None,
     max: float | None = None,

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -22,7 +23,7 @@ from dalle_jax import files
 from dalle_jax.data import filters, transforms
 from dalle_jax.data.decode import BadImage, decode_image
 from dalle_jax.data.pipeline import DataConfig
-from dalle_jax.data.record import Dropped, Record, Source
+from dalle_jax.data.record import Dropped, Encoded, Record, Source
 from dalle_jax.data.sources import HELP, open_source
 from dalle_jax.errors import UserError, check_number, say
 from dalle_jax.pictures.fonts import fonts_for
@@ -49,7 +50,8 @@ class Usable:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `main`; one option for every filter."""
-    add, number = parser.add_argument, {"type": int, "metavar": "N"}
+    add = parser.add_argument
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
     add("source", help=HELP)
     add("--json", action="store_true", help="print one JSON object instead of text (default: no)")
     add("--tokenizer", metavar="DIR", help="count caption lengths in this tokenizer's tokens (default: in words)")
@@ -102,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
     good = [row for row, outcome in zip(rows, found, strict=True) if isinstance(outcome, Usable)]
     if picture and good:
         chosen_rows = [good[i] for i in np.linspace(0, len(good) - 1, min(EXAMPLES, len(good))).astype(int)]
-        draw([source[row] for row in chosen_rows], picture, config=config)
+        draw([record for row in chosen_rows if isinstance(record := source[row], Record)], picture, config=config)
         summary["picture"] = str(picture)
     print(json.dumps(summary) if args.json else as_text(summary))
     if not good:
@@ -131,10 +133,11 @@ def survey(
     return found
 
 
-def look(record: Record | Dropped, *, config: DataConfig, tokenizer: Tokenizer | None) -> Usable | Dropped:
+def look(record: Record | Encoded | Dropped, *, config: DataConfig, tokenizer: Tokenizer | None) -> Usable | Dropped:
     """What training would make of one record."""
     if isinstance(record, Dropped):
         return record
+    assert isinstance(record, Record)  # `open_source` refuses image tokens here
     try:
         height, width = decode_image(record.image, max_pixels=config.max_pixels).shape[:2]
     except BadImage as bad:

@@ -23,7 +23,7 @@ import tqdm
 from dalle_jax import files, model_dir, sharding
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import MAX_PIXELS, BadImage, decode_image
-from dalle_jax.data.record import Dropped, Encoded, Source
+from dalle_jax.data.record import Dropped, Encoded, Record, Source
 from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.data.sources import HELP, TOKENS, features, open_source
 from dalle_jax.errors import UserError, check_number
@@ -127,6 +127,7 @@ class Encoder:
         record, settings = source[index], self._settings
         if isinstance(record, Dropped):
             return record, None
+        assert isinstance(record, Record)  # `open_source` refuses image tokens here
         try:
             image = decode_image(record.image, max_pixels=self._max_pixels)
         except BadImage as bad:
@@ -134,7 +135,8 @@ class Encoder:
         augment = transforms.AUGMENTATIONS[settings.augment]
         rngs = [np.random.default_rng((settings.seed, index, crop)) for crop in range(settings.augmentations)]
         crops = np.stack([augment(image, settings.image_size, rng) for rng in rngs])
-        return Encoded(record.key, np.empty(0, np.uint16), *image.shape[:2], record.captions), crops
+        height, width = image.shape[:2]
+        return Encoded(record.key, np.empty(0, np.uint16), height, width, record.captions), crops
 
     def start(self, crops: list[np.ndarray]) -> jax.Array | None:
         """Send the crops of a block of records to the devices, which then fill the array that is returned."""
@@ -227,14 +229,14 @@ def _encode_shard(source: Source, rows: range, encoder: Encoder, *, pool, bar) -
     """The slots of one shard. Threads crop the next block while the devices encode the one before."""
     crop = functools.partial(encoder.crop, source)
     blocks = [rows[start : start + encoder.block] for start in range(0, len(rows), encoder.block)]
-    finished, running = [], None
+    finished: list[Dropped | Encoded] = []
+    running: tuple[list[Dropped | Encoded], jax.Array | None] = [], None
     ahead = [pool.submit(crop, row) for row in blocks[0]]
     for following in [*blocks[1:], range(0)]:
         current, ahead = ahead, [pool.submit(crop, row) for row in following]
         slots, crops = zip(*(future.result() for future in current), strict=True)
         started = list(slots), encoder.start([crop for crop in crops if crop is not None])
-        if running is not None:
-            finished += encoder.finish(*running)
+        finished += encoder.finish(*running)
         running = started
         bar.update(len(slots))
     return finished + encoder.finish(*running)

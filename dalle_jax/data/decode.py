@@ -67,8 +67,8 @@ def decode_scaled(
             if shortest:
                 opened.draft(None, (shortest, shortest))
             upright = opened.height, opened.width
-            if (pixels := _jpeg_pixels(opened, image)) is not None:
-                return pixels, (height, width)
+            if (decoded := _jpeg_pixels(opened, image)) is not None:
+                return decoded, (height, width)
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)
             pixels = _to_rgb(opened)

@@ -116,6 +116,7 @@ class Prepare:
         config, layout = self.config, self.layout
         if layout is not None and not record.captions:
             raise BadRecord("no caption")
+        image = None
         if isinstance(record, Encoded):
             height, width = record.height, record.width
         else:
@@ -124,13 +125,14 @@ class Prepare:
             raise BadRecord(reason)
         captions = filters.good_captions(record.captions, config) if layout is not None else ()
         if layout is not None and not captions:
-            raise BadRecord(filters.check_caption(record.captions[0], config))
+            raise BadRecord(str(filters.check_caption(record.captions[0], config)))
         if isinstance(record, Encoded):
             crop = int(rng.integers(len(record.tokens_KI))) if at_random else 0
             arrays = {"image_tokens": record.tokens_KI[crop].astype(np.int32)}
         else:
+            assert image is not None
             arrays = {"image": transforms.AUGMENTATIONS[config.augment](image, config.image_size, rng)}
-        if layout is None:
+        if layout is None or self.tokenizer is None:
             return Example(arrays)
         caption = captions[int(rng.integers(len(captions)))] if at_random else captions[0]
         if config.caption_dropout and rng.random() < config.caption_dropout:

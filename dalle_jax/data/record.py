@@ -93,7 +93,8 @@ class BadRecord(Exception):
 class Source(Protocol):
     """Random access to records: picklable, thread-safe, the same slot always gives the same answer."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __len__(self) -> int: ...
 

@@ -89,6 +89,7 @@ class _Lettering:
 
     def __init__(self, texts: Sequence[str]):
         plain = ImageFont.load_default(_TEXT)
+        assert isinstance(plain, ImageFont.FreeTypeFont)  # Pillow's other one has neither sizes nor metrics
         others = {letter for text in texts for letter in text if not letter.isascii()}
         files, _ = fonts_for(others)
         self._fonts = [plain, *(ImageFont.truetype(file, _TEXT) for file in files)]

@@ -60,7 +60,7 @@ class CLIPTokenizer:
             raise ValueError(f"{len(missing)} of the 512 byte entries are missing, {missing[0]!r} among them")
         if odd := next((m for m in merges if not {*m, "".join(m)} <= vocab.keys()), None):
             raise ValueError(f"the merge {' '.join(odd)!r} is of entries that are not in the vocabulary")
-        self._vocab, self._merges = dict(vocab), [tuple(merge) for merge in merges]
+        self._vocab, self._merges = dict(vocab), [(left, right) for left, right in merges]
         self.vocab_size = len(vocab)
         content = json.dumps([sorted(self._vocab.items(), key=lambda item: item[1]), self._merges])
         self.digest = hashlib.sha256(content.encode()).hexdigest()

@@ -9,7 +9,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dalle_jax"
 
 
-def arrays(name: str, build: Callable[[], dict[str, np.ndarray]], *, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def arrays(name: str, build: Callable[[], dict[str, Any]], *, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays `names` of the cached file `name`, or those of `build()`, which are then stored if possible."""
     path = folder() / f"{name}.npz"
     try:

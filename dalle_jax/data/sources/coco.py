@@ -129,9 +129,10 @@ def _load(path: str) -> tuple[list, list]:
         raise UserError(
             f"expected a complete COCO captions JSON, but {path} does not parse ({error}): fetch it again"
         ) from error
-    parts = [content.get(name) if isinstance(content, dict) else None for name in ("images", "annotations")]
-    if not all(isinstance(part, list) for part in parts):
+    content = content if isinstance(content, dict) else {}
+    images, annotations = content.get("images"), content.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
         raise UserError(
             f"expected lists 'images' and 'annotations' in {path}, got another kind of JSON: check the file"
         )
-    return parts[0], parts[1]
+    return images, annotations

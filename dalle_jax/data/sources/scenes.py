@@ -38,7 +38,7 @@ MARGIN = 1 / 64  # between any box and the border: half a pixel at 32, the reach
 GAP = 1 / 16  # at least this between the boxes of two objects: 2 pixels at 32, 4 at 64
 SLANT = 0.5  # the centers of two objects differ across the relation's axis by at most this times along it
 
-ONE_OBJECT_WORDINGS = (
+ONE_OBJECT_WORDINGS: tuple[str, ...] = (
     "{a}",
     "there is {a}",
     "this is {a}",
@@ -46,7 +46,7 @@ ONE_OBJECT_WORDINGS = (
     "a drawing of {a}",
     "{a} on a white background",
 )
-TWO_OBJECT_WORDINGS = (
+TWO_OBJECT_WORDINGS: tuple[str, ...] = (
     "{a} {relation} {b}",
     "{a} is {relation} {b}",
     "there is {a} {relation} {b}",
@@ -54,9 +54,11 @@ TWO_OBJECT_WORDINGS = (
 )
 
 # The sizes a caption names, equally likely: one object 1/3 none; two objects 1/3 none, 1/3 one of them, 1/3 both.
-_ONE_SIZES = ((None,), ("small",), ("large",))
+_ONE_SIZES: tuple[tuple[str | None, ...], ...] = ((None,), ("small",), ("large",))
 _ONE_OF_TWO = tuple(itertools.chain.from_iterable(((size, None), (None, size)) for size in SIZES))
-_TWO_SIZES = ((None, None),) * 4 + _ONE_OF_TWO + tuple(itertools.product(SIZES, repeat=2))
+_TWO_SIZES: tuple[tuple[str | None, ...], ...] = (
+    ((None, None),) * 4 + _ONE_OF_TWO + tuple(itertools.product(SIZES, repeat=2))
+)
 
 # THE split. Each held-out pair leaves at least three shapes of its color and four colors of its shape.
 UNSEEN_PAIRS = frozenset(

@@ -7,18 +7,18 @@ last part. A key that comes back later is a fault, so no caption is ever joined 
 
 import bz2
 import dataclasses
-import functools
 import glob
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import pathlib
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent import futures
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -35,7 +35,7 @@ OPEN_FILES = 64  # per process and source
 
 _FAULTS = ("", *REASONS)  # index 0: no fault
 _NO_CAPTION, _TEXT, _JSON = range(3)  # the kind of a sample's caption
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_OPENERS: dict[bytes, Callable[[str], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ShardSource:
         with futures.ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
             self._paths = list(pool.map(plain_tar, paths))
         self._index = load_index(self._paths)
-        self._files = OpenFiles(functools.partial(open, mode="rb", buffering=0), max_open=OPEN_FILES)
+        self._files = OpenFiles(_open, max_open=OPEN_FILES)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -167,7 +167,11 @@ class ShardSource:
         return data
 
 
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+def _open(path: str) -> io.FileIO:
+    return open(path, "rb", buffering=0)
+
+
+def _read(file: io.FileIO, offset: int, size: int) -> bytes:
     """Up to `size` bytes by `os.pread`, which needs no seek and so no lock."""
     data = os.pread(file.fileno(), size, offset)
     while len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
@@ -220,8 +224,10 @@ def plain_tar(path: str) -> str:
         limit = MAX_EXPANSION * os.path.getsize(path)
     except OSError:
         return path  # reported as 'unreadable file' when it is indexed
+    if opener is None:
+        return path
 
-    def write(out):
+    def write(out: BinaryIO) -> None:
         with opener(path) as packed:
             while limit > out.tell():
                 try:
@@ -232,7 +238,7 @@ def plain_tar(path: str) -> str:
                     return
                 out.write(chunk)
 
-    return path if opener is None else cache.file(_fingerprint("unpacked", [path]) + ".tar", write)
+    return cache.file(_fingerprint("unpacked", [path]) + ".tar", write)
 
 
 def scan(path: str) -> Index:

@@ -7,6 +7,7 @@ the names of class labels. `tfds:image_folder/SPLIT@DIR` reads the layout of tfd
 for which tfds itself would need TensorFlow.
 """
 
+import functools
 import os
 import re
 import threading
@@ -45,11 +46,9 @@ class TfdsSource:
         self.name, self._arguments, self._captions_required = name, (dataset, split, data_dir), captions_required
         self._open()
 
-    def __getstate__(self):
-        return self.name, *self._arguments, self._captions_required
-
-    def __setstate__(self, state):
-        self.__init__(*state[:-1], captions_required=state[-1])
+    def __reduce__(self):
+        open_again = functools.partial(TfdsSource, captions_required=self._captions_required)
+        return open_again, (self.name, *self._arguments)
 
     def _open(self):
         import tensorflow_datasets as tfds
