@@ -67,7 +67,7 @@ def of_tree(tree: Any) -> str:
     for name, leaf in sorted(_leaves(tree), key=lambda item: item[0]):
         array = np.asarray(leaf)
         total.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
-        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 

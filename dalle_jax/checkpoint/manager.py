@@ -69,9 +69,13 @@ class Checkpoints:
             raise UserError(
                 f"expected a workdir to write to, got {self._folder} ({error.strerror}): choose another"
             ) from error
-        self._manager: ocp.CheckpointManager | None = self._open()
+        self._manager: ocp.CheckpointManager | None = None
+        self._opened()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _opened(self) -> ocp.CheckpointManager:
+        """Orbax's manager, opened again after a failure."""
+        if self._manager is not None:
+            return self._manager
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,
@@ -79,7 +83,8 @@ class Checkpoints:
                 post_finalization_callback=self._write_manifest, barrier_sync_fn=SaveBarrier()
             ),
         )
-        return ocp.CheckpointManager(self._folder, options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        return self._manager
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none; waits for one that is being written.
@@ -90,25 +95,25 @@ class Checkpoints:
         return max(self._steps(), default=None)
 
     def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
-        """Starts writing; the arrays may be donated as soon as this returns. Does nothing if the step is saved.
+        """Start writing; the arrays may be donated as soon as this returns. Does nothing if the step is saved.
 
         Waits for the save before, and warns if that one or the start of this one failed.
         """
         self._finish()
         # Asked first, as the others would wait long for a process 0 that cannot make a folder.
         problem = _agreed(self._obstacle())
-        if problem is None and step in self._manager.all_steps():
+        if problem is None and step in self._opened().all_steps():
             return
         self._writing = step
         if problem is not None:
-            self._failed(problem)
+            self._failed(step, problem)
         else:
-            self._attempt(lambda: self._start(step, state, data))
+            self._attempt(step, lambda: self._start(step, state, data))
 
     def _start(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
         state = self._copied(state)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
-        start = functools.partial(self._manager.save, step, args=items, force=True)
+        start = functools.partial(self._opened().save, step, args=items, force=True)
         if self._copy is not None and jax.process_count() == 1:  # several agree in it, in their main threads
             self._started = self._background.submit(start)
         else:
@@ -136,8 +141,7 @@ class Checkpoints:
         """
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         try:
-            self._manager = self._manager or self._open()
-            restored = self._manager.restore(step, args=items)
+            restored = self._opened().restore(step, args=items)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise reader.unreadable(self._folder / str(step), error) from error
         return restored["state"], restored["data"]
@@ -177,29 +181,29 @@ class Checkpoints:
     def _finish(self) -> None:
         """Wait for the save that is being written."""
         if self._writing is not None:
-            self._attempt(self._wait)
+            self._attempt(self._writing, self._wait)
             self._writing, self._started = None, None
 
     def _wait(self) -> None:
         if self._started is not None:
             self._started.result()
-        self._manager.wait_until_finished()
+        self._opened().wait_until_finished()
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Do a part of a save. If it fails in any process, all of them give this save up, with a warning."""
+    def _attempt(self, step: int, action: Callable[[], None]) -> None:
+        """Do a part of the save of `step`. If it fails in any process, all of them give it up, with a warning."""
         failure = None
         try:
             action()
         except Exception as error:  # Orbax, TensorStore and file systems raise many kinds
             failure = error
         if (reason := _agreed(failure)) is not None:
-            self._failed(reason)
+            self._failed(step, reason)
 
-    def _failed(self, reason: str) -> None:
+    def _failed(self, step: int, reason: str) -> None:
         for thread in threading.enumerate():  # Orbax does not join it if writing the metadata fails, so we do:
             if thread.name == ORBAX_WRITER:
                 thread.join()  # else it writes where `_tidy` and the next manager clear up
-        step, self._writing, self._started = self._writing, None, None
+        self._writing, self._started = None, None
         self._copy = None  # whoever failed may still hold it
         self._manager = None  # it has forgotten which checkpoints it did not delete
         if jax.process_index() == 0:
@@ -220,7 +224,7 @@ class Checkpoints:
         return f"{failed}, {left}"
 
     def _obstacle(self) -> Exception | None:
-        """Why this process cannot begin a save, None if it can. After a failure, opens Orbax's manager again."""
+        """Why this process cannot begin a save, None if it can."""
         probe = self._folder / f".room-{jax.process_index()}"
         try:
             if not reader.is_remote(self._folder):
@@ -228,7 +232,7 @@ class Checkpoints:
                     probe.write_bytes(b"?")
                 finally:
                     probe.unlink(missing_ok=True)
-            self._manager = self._manager or self._open()
+            self._opened()
         except Exception as error:  # of the many kinds that the libraries of object stores raise
             return error
         return None

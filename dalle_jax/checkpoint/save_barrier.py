@@ -28,7 +28,7 @@ class SaveBarrier:
 
     def __init__(self):
         self._root, self._save = f"{kv_store.ROOT}/save/{next(_barriers)}", 0
-        self._left: list[str] | None = None  # barriers of this save still to pass; None before it has begun
+        self._begun, self._left = False, list[str]()  # barriers of the save that has begun that it has still to pass
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         client = kv_store.client()
@@ -42,13 +42,13 @@ class SaveBarrier:
             if kv_store.get(client, f"{save}/failed") is not None:
                 raise OtherProcessFailed("another process could not write its part")
             return
-        ends = self._left is not None
-        if ends and self._left:
+        ends = self._begun
+        if self._left:
             kv_store.put_first(client, f"{save}/failed", "")
             while self._left:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # then it has timed out for everybody
                     client.wait_at_barrier(f"{save}/{self._left.pop(0)}", timeout_ms)
         client.wait_at_barrier(f"{save}/{name}/{'end' if ends else 'begin'}", timeout_ms)
         if name == BEGIN_OR_END[1]:
-            self._left = None if ends else [WRITTEN, RENAMED]
+            self._begun, self._left = not ends, [] if ends else [WRITTEN, RENAMED]
             self._save += ends

@@ -131,15 +131,14 @@ def _checked(given: Mapping[str, Any]) -> tuple[str, int, int] | None:
     try:
         count, index = map(int, numbers)
         host, port = address.rsplit(":", 1)
-        possible = bool(host) and 0 < int(port) < 65536 and 0 <= index < count
+        if host and 0 < int(port) < 65536 and 0 <= index < count:
+            return address, count, index
     except ValueError:
-        possible = False
-    if not possible:
-        raise UserError(
-            f"expected {' '.join(given)} as HOST:PORT, a number of processes and one from 0 below it, got "
-            f"{' '.join(map(str, given.values()))}"
-        )
-    return address, count, index
+        pass
+    raise UserError(
+        f"expected {' '.join(given)} as HOST:PORT, a number of processes and one from 0 below it, got "
+        f"{' '.join(map(str, given.values()))}"
+    )
 
 
 def _slurm_tasks(environ: Mapping[str, str]) -> bool:

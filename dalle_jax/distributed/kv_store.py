@@ -4,6 +4,8 @@ It is not public API of JAX: Orbax and `multihost_utils` reach for it in the sam
 `tests/distributed/test_distributed.py` exercises every call that is used here.
 """
 
+from typing import Any
+
 import jax
 from jax._src import distributed
 
@@ -11,7 +13,7 @@ ROOT = "dalle_jax"  # prefix of all our keys
 FOREVER_MS = 10**11  # three years
 
 
-def client():
+def client() -> Any:
     """The client of the store, jaxlib's DistributedRuntimeClient; None with one process."""
     state = distributed.global_state
     return state.client if state.client is not None and state.num_processes > 1 else None
@@ -24,10 +26,10 @@ def place() -> tuple[int, int]:
 
 def coordinator() -> str:
     """HOST:PORT of process 0."""
-    return distributed.global_state.coordinator_address
+    return distributed.global_state.coordinator_address or ""
 
 
-def get(store, key: str) -> str | None:
+def get(store: Any, key: str) -> str | None:
     """The value of a key, None while nobody has set it."""
     try:
         return store.key_value_try_get(key)
@@ -37,12 +39,12 @@ def get(store, key: str) -> str | None:
         raise
 
 
-def wait(store, key: str) -> str:
+def wait(store: Any, key: str) -> str:
     """The value of a key, as soon as somebody sets it. Raises JaxRuntimeError when the job ends before that."""
     return store.blocking_key_value_get(key, FOREVER_MS)
 
 
-def put_first(store, key: str, value: str) -> str:
+def put_first(store: Any, key: str, value: str) -> str:
     """Set a key that nobody has set before; the value that it then has."""
     try:
         store.key_value_set(key, value)

@@ -62,8 +62,16 @@ class Watchdog:
         self._start = start_seconds or self._first
         self._interval = min(max(timeout_seconds / 20, 0.05), 5.0)
         self._times_in: collections.Counter[str] = collections.Counter()
-        self._beats = 0
-        self._client, self._ended, self._ending = None, threading.Event(), threading.Lock()
+        self._beats, self._published = 0, 0
+        self._client, (self._rank, self._count) = kv_store.client(), kv_store.place()
+        self._root = f"{kv_store.ROOT}/watchdog/{next(_watchdogs)}"
+        watched, now = range(self._count) if self._rank == 0 else (0,), time.monotonic()
+        self._peers = {rank: _Peer(rank, heard=now, allowed=self._start) for rank in watched}
+        self._ended, self._ending = threading.Event(), threading.Lock()
+        self._threads = [
+            threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
+            for work in (self._talk, self._judge, self._obey)
+        ]
         self.beat(0, "start")
 
     def beat(self, step: int, phase: str) -> None:
@@ -76,22 +84,13 @@ class Watchdog:
         self._beat = (time.monotonic(), {"beats": self._beats, "step": step, "phase": phase, "allowed": allowed})
 
     def __enter__(self) -> "Watchdog":
-        self._client = kv_store.client()
         if self._client is None:
             return self
-        self._rank, self._count = kv_store.place()
-        self._root, self._published = f"{kv_store.ROOT}/watchdog/{next(_watchdogs)}", 0
-        watched, now = range(self._count) if self._rank == 0 else (0,), time.monotonic()
-        self._peers = {rank: _Peer(rank, heard=now, allowed=self._start) for rank in watched}
         if self._rank == 0:
             host, address = kv_store.coordinator().rsplit(":", 1)[0].strip("[]"), ""
             with contextlib.suppress(OSError):  # without connections the beats must do
                 address = connections.Listener(host, on_closed=self._closed).address
             self._client.key_value_set(f"{self._root}/address", address)
-        self._threads = [
-            threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
-            for work in (self._talk, self._judge, self._obey)
-        ]
         for thread in self._threads:
             thread.start()
         return self
@@ -202,7 +201,7 @@ class Watchdog:
             code, message = self._decide(code, message)
         say(f"dalle-jax: {message}: {self._name()} ends with status {code}")
         if code == EXIT_RESTART:  # the cause is unknown: show where everybody is
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(file=2, all_threads=True)
         self._leave(code)
 
     def _decide(self, code: int, message: str) -> list:

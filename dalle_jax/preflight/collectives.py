@@ -62,7 +62,10 @@ def read(text: str, *, mesh_shape: Mapping[str, int], slices: Sequence[int]) -> 
         key = kind, _axis(groups, mesh_shape), all(len({slices[i] for i in group}) == 1 for group in groups)
         counts[key] += times
         amounts[key] += times * received
-    found = [Collective(*key, count=counts[key], bytes=amounts[key]) for key in counts]
+    found = [
+        Collective(kind, axis, inside, count, amounts[kind, axis, inside])
+        for (kind, axis, inside), count in counts.items()
+    ]
     return sorted(found, key=lambda c: -c.bytes)
 
 
@@ -148,12 +151,12 @@ def _elements(shape: str) -> list[str]:
 def _groups(operation: str, rest: str, count: int) -> list[list[int]]:
     """Groups of devices that take part together, as positions in the mesh."""
     if operation.startswith("collective-permute"):
-        pairs = _listed(_PAIRS.search(rest)[1])
-        return [pair for pair in pairs if pair[0] != pair[1]]
+        pairs = _PAIRS.search(rest)
+        return [pair for pair in _listed(pairs[1]) if pair[0] != pair[1]] if pairs else []
     if match := _IOTA.search(rest):
-        sizes, reshaped, order = (list(map(int, g.split(","))) if g else None for g in match.groups())
+        sizes, reshaped, order = ([int(n) for n in group.split(",") if n] for group in match.groups(default=""))
         ids = np.arange(math.prod(reshaped)).reshape(reshaped)
-        return (ids if order is None else ids.transpose(order)).reshape(sizes).tolist()
+        return (ids.transpose(order) if order else ids).reshape(sizes).tolist()
     if match := _NAMED.search(rest):
         return _named(*match.groups())
     match = _LISTED.search(rest)

@@ -6,6 +6,7 @@ The compiler is the judge of what fits; `memory.py` only explains it.
 import dataclasses
 import re
 import time
+from typing import Any
 
 import jax
 
@@ -14,7 +15,7 @@ from dalle_jax.preflight.job import Job, shard_bytes
 
 # libtpu searches for fast code most of the time; without that it takes a quarter of it and asks for the same memory
 # (12b on v5p-1024: 6.06 instead of 5.94 GB of temporaries).
-OPTIONS = {"tpu": {"exec_time_optimization_effort": -1.0}}
+OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"exec_time_optimization_effort": -1.0}}
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -47,7 +48,7 @@ def compile_update(job: Job) -> Verdict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Verdict(fits=False, total_bytes=_wanted(str(error)), seconds=time.monotonic() - began)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     # The step does not read all of the frozen image tokenizer (its decoder), which lies in memory nevertheless.
     held = shard_bytes([job.state, job.frozen, job.batch])
     arguments = max(held, memory.argument_size_in_bytes) - job.average_bytes_taken_off

@@ -110,7 +110,7 @@ def _products(jaxpr) -> Iterator[tuple[int, int, Any]]:
     """For each product how often it runs, its FLOPs and its abstract result."""
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        result = equation.outvars[0].aval if equation.outvars else None
+        result: Any = equation.outvars[0].aval if equation.outvars else None
         if name == "dot_general":
             (left, _), _ = params["dimension_numbers"]
             contracted = math.prod(equation.invars[0].aval.shape[i] for i in left)

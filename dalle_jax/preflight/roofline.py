@@ -39,7 +39,7 @@ class Estimate:
 
     @property
     def binding(self) -> str:
-        return max(self.seconds, key=self.seconds.get)
+        return max(self.seconds, key=lambda name: self.seconds[name])
 
     @property
     def step_seconds(self) -> float:
