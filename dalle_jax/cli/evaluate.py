@@ -168,7 +168,8 @@ def _from_report(args: argparse.Namespace) -> Evaluation:
                 "the rest"
             )
         moved = dataclasses.replace(holder, **{key: value})
-        evaluation = dataclasses.replace(evaluation, **{part: moved}) if part else moved
+        changed: dict[str, Any] = {part: moved}
+        evaluation = dataclasses.replace(evaluation, **changed) if part else moved
     return evaluation
 
 

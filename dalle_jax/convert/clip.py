@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -117,7 +118,7 @@ def read_settings(folder: pathlib.Path) -> dict:
     Raises:
       UserError: not json, or a model that computes something else than the released ones.
     """
-    settings = {}
+    settings: dict[str, Any] = {}
     found = _json(folder / "config.json")
     for tower, key in (("image", "vision_config"), ("text", "text_config")):
         part = found.get(key) or {}
@@ -214,10 +215,10 @@ def _count_layers(state: Mapping[str, np.ndarray], tower: str) -> int:
 
 def _params(state: dict[str, np.ndarray], config: clip.CLIPConfig) -> Params:
     """Takes every array that it uses out of `state`; torch keeps matrices as [outputs, inputs]."""
-    image = {ours: state.pop(theirs) for ours, theirs in _IMAGE.items()}
+    image: dict[str, Any] = {ours: state.pop(theirs) for ours, theirs in _IMAGE.items()}
     image["patch"] = image["patch"].transpose(2, 3, 1, 0).reshape(-1, config.image_width)
     image["class_embedding"] = image["class_embedding"][None]
-    text = {ours: state.pop(theirs) for ours, theirs in _TEXT.items()}
+    text: dict[str, Any] = {ours: state.pop(theirs) for ours, theirs in _TEXT.items()}
     for part in (image, text):
         part["projection"] = part["projection"].T
     image["blocks"] = _blocks(state, "vision_model", layers=config.image_layers, heads=config.image_heads)

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -19,9 +19,10 @@ import numpy as np
 from dalle_jax import files
 from dalle_jax.config import differences
 from dalle_jax.data.record import Dropped, Source
+from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.features import counted
-from dalle_jax.evaluate.picture_shards import GrowingShard, growing
+from dalle_jax.evaluate.picture_shards import GrowingShard
 from dalle_jax.evaluate.protocol import Draw
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.sample.pipeline import Pipeline
@@ -54,26 +55,6 @@ class Plan:
         """Seed of the first candidate of a caption."""
         draw = self.settings["draw"]
         return draw["seed"] + index * (draw["best_of"] or 1)
-
-
-def plan(out: pathlib.Path, source: Source, draw: Draw, settings: Mapping[str, Any], *, worker: Worker) -> Plan:
-    """The plan in a folder, made by the first worker if there is none.
-
-    settings: what decides the pictures besides `draw`; plain json.
-
-    Raises:
-      UserError: too few captions, or the folder holds the pictures of another evaluation.
-    """
-    path, settings = out / PLAN, {**settings, "draw": dataclasses.asdict(draw)}
-    if worker.first and not path.exists():
-        made = choose(source, draw, settings)
-        files.write(path, json.dumps(dataclasses.asdict(made), indent=1) + "\n")
-    worker.wait([path])
-    found = load(path)
-    if changed := differences(found.settings, settings):
-        listed = ", ".join(f"{key} was {a!r} and is {b!r}" for key, (a, b) in sorted(changed.items()))
-        raise UserError(f"{out} holds the pictures of another evaluation ({listed}): use these again or another --out")
-    return found
 
 
 def load(path: pathlib.Path) -> Plan:
@@ -120,69 +101,100 @@ def choose(source: Source, draw: Draw, settings: Mapping[str, Any]) -> Plan:
     return Plan([ids[i] for i in chosen], [captions[i] for i in chosen], dict(settings), dict(dropped), len(source))
 
 
-def check(pipe: Pipeline, draw: Draw) -> None:
-    """Raises UserError if this model cannot draw so, before anything is begun."""
-    pipe.check(_request("", draw, draw.seed))
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A model that draws pictures, and what it is asked for. source: of the captions."""
+
+    pipe: Pipeline
+    draw: Draw
+    source: str
+
+    @classmethod
+    def load(cls, folder: str, draw: Draw, source: str) -> "Drawing":
+        """The model of a transformer's workdir.
+
+        Raises:
+          UserError: a part of it is missing, or it cannot draw so.
+        """
+        drawing = cls(Pipeline.load(folder, clip=draw.clip, weights=draw.weights), draw, source)
+        drawing.pipe.check(drawing.request("", draw.seed))
+        return drawing
+
+    @property
+    def ranked_by(self) -> str | None:
+        """sha256 of the CLIP that chooses among candidates."""
+        return self.pipe.reranker.digest if self.draw.best_of and self.pipe.reranker else None
+
+    def request(self, caption: str, seed: int) -> Request:
+        draw = self.draw
+        options = {"temperature": draw.temperature, "top_k": draw.top_k, "top_p": draw.top_p}
+        return Request(caption, best_of=draw.best_of, seed=seed, guidance=draw.guidance, options=options)
+
+    def plan(self, out: pathlib.Path, worker: Worker) -> Plan:
+        """The plan in a folder, made by the first worker if there is none.
+
+        Raises:
+          UserError: too few captions, or the folder holds the pictures of another evaluation.
+        """
+        path, draw = out / PLAN, dataclasses.asdict(self.draw) | {"clip": None}  # `ranked_by` says which CLIP
+        settings = {"checkpoint": self.pipe.digest, "ranked_by": self.ranked_by, "source": self.source, "draw": draw}
+        if worker.first and not path.exists():
+            made = choose(open_source(self.source), self.draw, settings)
+            files.write(path, json.dumps(dataclasses.asdict(made), indent=1) + "\n")
+        worker.wait([path])
+        found = load(path)
+        if changed := differences(found.settings, settings):
+            listed = ", ".join(f"{key} was {a!r} and is {b!r}" for key, (a, b) in sorted(changed.items()))
+            raise UserError(
+                f"{out} holds the pictures of another evaluation ({listed}): use these again or another --out"
+            )
+        return found
+
+    def draw_all(self, plan: Plan, out: pathlib.Path, worker: Worker) -> list[pathlib.Path]:
+        """The shards of all pictures, in order; this worker's own are finished on return.
+
+        A finished shard is never drawn again, nor is a picture of an unfinished one.
+
+        Raises:
+          UserError: the last seeds are beyond what a picture can have, a shard holds other pictures, or another process
+            is drawing it.
+          OSError: the folder cannot be written.
+        """
+        folder, size, count = out / PICTURES, self.draw.shard_size, len(plan.captions)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.pipe.check(self.request(plan.captions[-1], plan.seed(count - 1)))  # the largest seed
+        shards = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
+        own = worker.share.of(range(len(shards)))
+        todo = [number for number in own if not paths[number].exists()]
+        total = sum(len(shards[number]) for number in own)
+        done = total - sum(len(shards[number]) for number in todo)
+        with worker.bar("drawing", total=total, done=done) as bar:
+            for number in todo:
+                self._draw_shard(paths[number], shards[number], plan, worker, bar.update)
+                bar.set_description(f"{paths[number].name} of {len(shards)} shards drawn", refresh=False)
+                worker.log(bar)
+        return paths
+
+    def _draw_shard(self, path: pathlib.Path, indices: range, plan: Plan, worker: Worker, advance: Callable) -> None:
+        with GrowingShard(path) as shard:
+            names = [f"{i:09d}" for i in indices]
+            done = len(shard.names)
+            if shard.names != names[:done]:
+                raise UserError(f"expected the pictures {names} in {shard.file_name}, got {shard.names}: delete it")
+            advance(done)
+            size = captions_per_call(self)
+            for start in range(done, len(indices), size):
+                worker.beat("draw")
+                called = indices[start : start + size]
+                drawn = self.pipe.draw([self.request(plan.captions[i], plan.seed(i)) for i in called])
+                for i, (picture, *_) in zip(called, drawn, strict=True):
+                    shard.add(f"{i:09d}", picture, {"id": plan.ids[i], "key": f"{i:09d}"})
+                shard.sync()
+                advance(len(called))
+            shard.finish()
 
 
-def draw_all(pipe: Pipeline, plan: Plan, draw: Draw, out: pathlib.Path, *, worker: Worker) -> list[pathlib.Path]:
-    """The shards of all pictures, in order; this worker's own are finished on return.
-
-    A finished shard is never drawn again, nor is a picture of an unfinished one.
-
-    Raises:
-      UserError: the last seeds are beyond what a picture can have, a shard holds other pictures, or somebody else is
-        drawing it.
-      OSError: the folder cannot be written.
-    """
-    folder = out / PICTURES
-    folder.mkdir(parents=True, exist_ok=True)
-    count = len(plan.captions)
-    pipe.check(_request(plan.captions[-1], draw, plan.seed(count - 1)))  # the largest seed
-    shards = [range(start, min(start + draw.shard_size, count)) for start in range(0, count, draw.shard_size)]
-    paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
-    own, size = worker.share.of(range(len(shards))), _captions_per_call(pipe, draw)
-    total = sum(len(shards[number]) for number in own)
-    done = sum(len(shards[number]) for number in own if paths[number].exists())
-    with worker.bar("drawing", total=total, done=done) as bar:
-        for number in own:
-            if paths[number].exists():
-                continue
-            with GrowingShard(paths[number]) as shard:
-                missing = _missing(shard, shards[number])
-                bar.update(len(shards[number]) - len(missing))
-                for start in range(0, len(missing), size):
-                    worker.beat("draw")
-                    indices = missing[start : start + size]
-                    requests = [_request(plan.captions[i], draw, plan.seed(i)) for i in indices]
-                    drawn = [pictures[0] for pictures in pipe.draw(requests)]
-                    more = [{"id": plan.ids[i], "key": f"{i:09d}"} for i in indices]
-                    shard.add(list(zip([f"{i:09d}" for i in indices], drawn, more, strict=True)))
-                    bar.update(len(indices))
-                shard.finish()
-            bar.set_description(f"{paths[number].name} of {len(shards)} shards drawn", refresh=False)
-            worker.log(bar)
-    return paths
-
-
-def _missing(shard: GrowingShard, indices: range) -> range:
-    """What is not in a shard yet.
-
-    Raises:
-      UserError: other pictures are in it.
-    """
-    done = [f"{i:09d}" for i in indices[: len(shard.names)]]
-    if shard.names != done:
-        path = growing(shard.path)
-        raise UserError(f"expected the pictures {done} in {path}, got {shard.names}: delete that file")
-    return indices[len(done) :]
-
-
-def _captions_per_call(pipe: Pipeline, draw: Draw) -> int:
+def captions_per_call(drawing: Drawing) -> int:
     """As many as fill a batch, so that little is lost if the process is killed."""
-    return pipe.captions_per_batch(_request("", draw, draw.seed))
-
-
-def _request(caption: str, draw: Draw, seed: int) -> Request:
-    options = {"temperature": draw.temperature, "top_k": draw.top_k, "top_p": draw.top_p}
-    return Request(caption, best_of=draw.best_of, seed=seed, guidance=draw.guidance, options=options)
+    return drawing.pipe.captions_per_batch(drawing.request("", drawing.draw.seed))

@@ -10,6 +10,7 @@ import io
 import json
 import pathlib
 import zipfile
+from collections.abc import Iterator
 from concurrent import futures
 
 import numpy as np
@@ -19,7 +20,7 @@ from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.distances import check_features
-from dalle_jax.evaluate.features import Extractor, FeatureSet, Row, counted, hash_of
+from dalle_jax.evaluate.features import Extractor, FeatureSet, Row, counted, hash_of, picture_at
 from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.evaluate.workers import Worker
 
@@ -83,14 +84,37 @@ class PictureSet:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parts:
+    """Files with the features of a set, in its order; others may still be making some of them."""
+
+    pictures: PictureSet
+    paths: list[pathlib.Path]
+    worker: Worker
+
+    def load(self) -> FeatureSet:
+        """All features, once every worker has made its own.
+
+        Raises:
+          UserError: fewer pictures than were asked for, or none.
+        """
+        found = FeatureSet.joined(list(self))
+        self.pictures.check(found)
+        return found
+
+    def __iter__(self) -> Iterator[FeatureSet]:
+        self.worker.wait(self.paths)
+        return map(load, self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
 class FeatureCache:
-    """Makes and loads features of sets, in parts below `folder`."""
+    """Makes features of sets, in parts below `folder`."""
 
     folder: pathlib.Path
     worker: Worker
 
-    def make(self, extractor: Extractor, pictures: PictureSet, preprocess: Preprocess) -> list[pathlib.Path]:
-        """Files with the features of a set, in its order; this worker's own exist on return.
+    def make(self, extractor: Extractor, pictures: PictureSet, preprocess: Preprocess) -> Parts:
+        """The features of a set; this worker's parts of them exist on return.
 
         A part that exists is used again if the pictures are still the same.
 
@@ -99,7 +123,8 @@ class FeatureCache:
           OSError: the folder cannot be written.
         """
         source, worker = pictures.source, self.worker
-        made_of = [source.name, _digest(pictures.rows), extractor.network, extractor.digest, extractor.batch]
+        rows_digest = hashlib.sha256(pictures.rows.astype(np.int64).tobytes()).hexdigest()
+        made_of = [source.name, rows_digest, extractor.network, extractor.digest, extractor.batch]
         name = hashlib.sha256(json.dumps([*made_of, preprocess.to_words()]).encode()).hexdigest()[:16]
         pieces = [pictures.rows[start : start + PART] for start in range(0, len(pictures.rows), PART)]
         paths = [self.folder / f"{name}-{number:05d}.npz" for number in range(len(pieces))]
@@ -120,25 +145,17 @@ class FeatureCache:
                 check_features(found.features_XF)  # before hours go by
                 files.write(paths[number], _packed(found))
                 worker.log(bar)
-        return paths
-
-    def load(self, paths: list[pathlib.Path], pictures: PictureSet) -> FeatureSet:
-        """All features, once every worker has made its own.
-
-        Raises:
-          UserError: fewer pictures than were asked for, or none.
-        """
-        self.worker.wait(paths)
-        found = FeatureSet.joined([load(path) for path in paths])
-        pictures.check(found)
-        return found
+        return Parts(pictures, paths, worker)
 
 
 def load(path: pathlib.Path) -> FeatureSet:
     """What is in a part."""
     with np.load(path, allow_pickle=False) as file:
         about = json.loads(str(file["about"]))
-        rows = [Row(*values, size=(height, width)) for *values, (height, width) in about["rows"]]
+        rows = [
+            Row(key, index, caption, sha256, (height, width))
+            for key, index, caption, sha256, (height, width) in about["rows"]
+        ]
         return FeatureSet(file["features"], file["logits"], rows, about["dropped"])
 
 
@@ -157,12 +174,8 @@ def _is_current(path: pathlib.Path, source: Source) -> bool:
         return False
 
     def hash_now(row: Row) -> str:
-        record = source[row.index]
+        record = picture_at(source, row.index)
         return "" if isinstance(record, Dropped) else hash_of(record.image)
 
     with futures.ThreadPoolExecutor() as pool:
         return list(pool.map(hash_now, found.rows)) == [row.hash for row in found.rows]
-
-
-def _digest(rows: np.ndarray) -> str:
-    return hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()

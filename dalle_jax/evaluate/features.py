@@ -19,7 +19,7 @@ from dalle_jax import model_dir, sharding
 from dalle_jax.checkpoint import digest
 from dalle_jax.convert.inception import load_published
 from dalle_jax.data.decode import BadImage, decode_image
-from dalle_jax.data.record import Dropped, Source
+from dalle_jax.data.record import Dropped, Encoded, Record, Source
 from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.mesh import local_mesh
 from dalle_jax.models import Model, Params, inception
@@ -163,6 +163,13 @@ def counted(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
 
 
+def picture_at(source: Source, index: int) -> Record | Dropped:
+    """source[index], of a source that was opened for its pictures."""
+    record = source[index]
+    assert not isinstance(record, Encoded), source.name
+    return record
+
+
 def hash_of(image: bytes | np.ndarray) -> str:
     """sha256 (hex) of a stored picture, or of the shape and pixels of one that is made."""
     if isinstance(image, bytes):
@@ -171,7 +178,7 @@ def hash_of(image: bytes | np.ndarray) -> str:
 
 
 def _read(source: Source, index: int, prepared: Callable) -> tuple[Row, np.ndarray] | Dropped:
-    record = source[index]
+    record = picture_at(source, index)
     if isinstance(record, Dropped):
         return record
     try:
@@ -183,7 +190,7 @@ def _read(source: Source, index: int, prepared: Callable) -> tuple[Row, np.ndarr
     return Row(record.key, index, caption, hash_of(record.image), (height, width)), prepared(image_uint8)
 
 
-def _read_ahead(pool: futures.Executor, work: Callable, indices: Sequence[int], size: int) -> Iterator[list]:
+def _read_ahead(pool: futures.Executor, work: Callable, indices, size: int) -> Iterator[list]:
     """work(index) of all indices in their order, `size` at a time, the next batch under way while one is used."""
     waiting: collections.deque = collections.deque()
     for start in range(0, len(indices), size):

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from dalle_jax.data.decode import decode_image
-from dalle_jax.data.record import Source
-from dalle_jax.evaluate.features import FeatureSet
+from dalle_jax.data.record import Dropped, Source
+from dalle_jax.evaluate.features import FeatureSet, picture_at
 from dalle_jax.pictures.sheet import contact_sheet
 
 LISTED = 200  # closest pairs in a report
@@ -80,7 +80,9 @@ def save_sheet(path: pathlib.Path, reference: FeatureSet, found: Nearest, source
     pictures, captions = [], []
     for i in np.argsort(-found.cosine_X, kind="stable")[:SHOWN]:
         for source, row in zip(sources, (reference.rows[i].index, int(found.index_X[i])), strict=True):
-            thumbnail = Image.fromarray(decode_image(source[row].image))
+            record = picture_at(source, row)
+            assert not isinstance(record, Dropped)  # it was decoded before
+            thumbnail = Image.fromarray(decode_image(record.image))
             thumbnail.thumbnail((SIDE, SIDE))
             pictures.append(np.asarray(thumbnail))
         captions += [f"{found.cosine_X[i]:.4f} {reference.rows[i].key}", found.keys[i]]

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from dalle_jax.data.sources.tar_members import BLOCK, members
 from dalle_jax.errors import UserError
@@ -35,27 +35,33 @@ class GrowingShard:
         self.names, whole = _whole_pictures(self._file.fileno())
         self._file.truncate(whole)
 
-    def add(self, pictures: Sequence[tuple[str, Picture, dict]]) -> None:
-        """Append pictures, each with its name and what else its .json says, and wait for the disk."""
-        for name, picture, more in pictures:
-            png = io.BytesIO()
-            picture.save(png, format="PNG")
-            about = {"caption": picture.caption, "seed": picture.seed, "score": picture.score, **more}
-            data = png.getvalue(), picture.caption.encode(), json.dumps(about, sort_keys=True).encode()
-            for part, content in zip(PARTS, data, strict=True):
-                header = tarfile.TarInfo(f"{name}.{part}")
-                header.size = len(content)
-                padding = b"\0" * (-len(content) % BLOCK)
-                self._file.write(header.tobuf(tarfile.USTAR_FORMAT) + content + padding)
-            self.names.append(name)
+    @property
+    def file_name(self) -> pathlib.Path:
+        """Where it grows."""
+        return self._aside
+
+    def add(self, name: str, picture: Picture, more: Mapping[str, str]) -> None:
+        """Append a picture. more: what its .json says besides caption, seed and score."""
+        png = io.BytesIO()
+        picture.save(png, format="PNG")
+        about = {"caption": picture.caption, "seed": picture.seed, "score": picture.score, **more}
+        data = png.getvalue(), picture.caption.encode(), json.dumps(about, sort_keys=True).encode()
+        for part, content in zip(PARTS, data, strict=True):
+            header = tarfile.TarInfo(f"{name}.{part}")
+            header.size = len(content)
+            padding = b"\0" * (-len(content) % BLOCK)
+            self._file.write(header.tobuf(tarfile.USTAR_FORMAT) + content + padding)
+        self.names.append(name)
+
+    def sync(self) -> None:
+        """Wait until what was added is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
         """End the archive and give it its name."""
         self._file.write(END)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.sync()
         os.replace(self._aside, self.path)
 
     def __enter__(self) -> "GrowingShard":

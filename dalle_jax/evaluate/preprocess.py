@@ -44,8 +44,9 @@ class Preprocess:
     def for_clip(self, image_uint8: np.ndarray, size: int) -> np.ndarray:
         """CLIP's: the shorter side to `size` by Pillow's bicubic, then the middle square; uint8 [size, size, 3]."""
         image_uint8 = np.ascontiguousarray(self.framed(image_uint8))
-        height, width, top, left = clip_window(*image_uint8.shape[:2], size)
-        resized = Image.fromarray(image_uint8).resize((width, height), Image.Resampling.BICUBIC)
+        height, width = image_uint8.shape[:2]
+        new_height, new_width, top, left = clip_window(height, width, size)
+        resized = Image.fromarray(image_uint8).resize((new_width, new_height), Image.Resampling.BICUBIC)
         return np.asarray(resized)[top : top + size, left : left + size]
 
     def to_words(self) -> dict[str, str]:
@@ -77,7 +78,8 @@ def pytorch(image_uint8: np.ndarray) -> np.ndarray:
     (rows, rows_up, down), (columns, columns_up, across) = (_neighbors(n, 0.5) for n in image_uint8.shape[:2])
     image_unit = pixels.to_unit(image_uint8)
     stretched = _blended(image_unit[rows], image_unit[rows_up], down[:, None, None])  # whole rows are copied fast
-    image = _blended(*(np.take(stretched, places, axis=1) for places in (columns, columns_up)), across[:, None])
+    left, right = (np.take(stretched, places, axis=1) for places in (columns, columns_up))
+    image = _blended(left, right, across[:, None])
     image *= 2
     image -= 1
     return image

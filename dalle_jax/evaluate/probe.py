@@ -23,7 +23,7 @@ NOTE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class InMemory:
     """Pictures uint8 [H, W, 3] with a caption each, as a source."""
 
@@ -52,7 +52,7 @@ class Probe:
         clip: Reranker | None = None,
     ):
         """rows: of the reference. side: pixels of the pictures that are scored; the reference is brought to it."""
-        self._clip, self._preprocess = clip, Preprocess(crop="center", side=side)
+        self._preprocess = Preprocess(crop="center", side=side)
         networks = {"fid": inception, "clip_fid": None if clip is None else ClipExtractor(clip)}
         self._networks = {name: network for name, network in networks.items() if network is not None}
         self._reference = {
@@ -72,8 +72,8 @@ class Probe:
             found = self._features(network, InMemory(pictures, captions))
             statistics = distances.mean_and_covariance(found.features_XF)
             scores[name] = distances.fid(*statistics, *self._reference[name])
-            if name == "clip_fid":
-                more, _ = caption_scores(self._clip, found, candidates=CANDIDATES, seed=0)
+            if isinstance(network, ClipExtractor):
+                more, _ = caption_scores(network.clip, found, candidates=CANDIDATES, seed=0)
                 scores |= {key: more[key] for key in ("clip_score", "r_precision") if key in more}
         return scores
 

@@ -5,7 +5,7 @@ ones, and a report gives them back. Knows which values are possible; does nothin
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dalle_jax.errors import UserError, check_number
@@ -230,6 +230,6 @@ class Evaluation:
             raise UserError(f"expected the values of an evaluation in {where}, got one where {error}") from error
 
 
-def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+def _check_choice(name: str, value: str | None, choices: Collection[str | None]) -> None:
     if value not in choices:
         raise UserError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")

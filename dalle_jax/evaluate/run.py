@@ -13,14 +13,13 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import distances, drawing, feature_cache, overlap, report, statistics
-from dalle_jax.evaluate.clip import ClipExtractor, caption_scores
-from dalle_jax.evaluate.drawing import Plan
-from dalle_jax.evaluate.feature_cache import FeatureCache, PictureSet, open_pictures
+from dalle_jax.evaluate import distances, drawing, overlap, report, statistics
+from dalle_jax.evaluate.clip import caption_scores
+from dalle_jax.evaluate.drawing import Drawing, Plan
+from dalle_jax.evaluate.feature_cache import FeatureCache, Parts, PictureSet, open_pictures
 from dalle_jax.evaluate.features import FeatureSet, counted
-from dalle_jax.evaluate.inputs import Inputs, digest_of, open_inputs
+from dalle_jax.evaluate.inputs import Inputs, digest_of, made_of, open_inputs
 from dalle_jax.evaluate.protocol import Evaluation
 from dalle_jax.evaluate.statistics import Statistics
 from dalle_jax.evaluate.workers import Worker
@@ -43,7 +42,7 @@ def evaluate(
     Raises:
       UserError: something given is wrong or too little, or is not what `evaluation.expected` says.
     """
-    out, start = pathlib.Path(out), time.monotonic()
+    start = time.monotonic()
     if save_statistics and len(evaluation.measure.blur) > 1:
         raise UserError(f"expected one radius of blur to save statistics of, got {evaluation.measure.blur}: name one")
     if evaluation.draw is None and (out / drawing.PLAN).exists():
@@ -51,7 +50,9 @@ def evaluate(
     try:
         out.mkdir(parents=True, exist_ok=True)
         inputs = open_inputs(evaluation, model=model)
-        plan = None if inputs.pipe is None else _plan(inputs, out, worker)
+        plan = inputs.pictures.plan(out, worker) if isinstance(inputs.pictures, Drawing) else None
+        if plan is not None and evaluation.expected is not None:
+            evaluation.expected.check("drawn.captions_sha256", plan.digest)
         if worker.first:
             (out / report.REPORT).unlink(missing_ok=True)
         worker.meet()
@@ -70,60 +71,49 @@ def evaluate(
     return made
 
 
-def _plan(inputs: Inputs, out: pathlib.Path, worker: Worker) -> Plan:
-    """The captions that are drawn."""
-    evaluation = inputs.evaluation
-    settings = {"checkpoint": inputs.pipe.digest, "ranked_by": inputs.ranked_by, "source": evaluation.source}
-    draw = dataclasses.replace(evaluation.draw, clip=None)  # `ranked_by` says which
-    plan = drawing.plan(out, open_source(evaluation.source), draw, settings, worker=worker)
-    if evaluation.expected is not None:
-        evaluation.expected.check("drawn.captions_sha256", plan.digest)
-    return plan
-
-
 def run(
     inputs: Inputs, plan: Plan | None, *, out: pathlib.Path, worker: Worker, save_statistics: str | None = None
 ) -> dict[str, Any] | None:
-    """The report of an evaluation, or None on all workers but the first."""
+    """The report of an evaluation, or None on all workers but the first. plan: the captions that are drawn."""
     measure, cache = inputs.evaluation.measure, FeatureCache(out / FEATURES, worker)
     reference_parts = _reference_parts(inputs, cache)
-    near_duplicates, overlap_summary = _overlap(inputs, cache, out)
-    pictures = inputs.pictures
-    if plan is not None:
-        worker.wait(drawing.draw_all(inputs.pipe, plan, inputs.evaluation.draw, out, worker=worker))
-        pictures = _drawn_pictures(inputs, plan, out)
-    parts = _picture_parts(inputs, pictures, cache)
-    clip_parts = None
-    if inputs.clip is not None:
-        clip_parts = cache.make(ClipExtractor(inputs.clip), pictures, inputs.preprocess(pictures))
+    excluded, overlap_summary = _overlap(inputs, cache, out)
+    pictures = _pictures(inputs, plan, out, worker)
+    parts = [cache.make(inputs.extractor, pictures, inputs.preprocess(pictures, radius)) for radius in measure.blur]
+    class_parts = parts
+    if inputs.scorer is not None:
+        prepared = [inputs.preprocess(pictures, radius, resize=measure.score_resize) for radius in measure.blur]
+        class_parts = [cache.make(inputs.scorer, pictures, preprocess) for preprocess in prepared]
+    clip_parts = None if inputs.clip is None else cache.make(inputs.clip, pictures, inputs.preprocess(pictures))
     if not worker.first:
         return None
     rows, notes, summary = [], list(inputs.notes), {}
     for number, radius in enumerate(measure.blur):
         worker.beat("score")
-        found = _load(parts[number], pictures, cache)
-        reference = None
-        if inputs.reference is not None:
-            reference = cache.load(reference_parts[number], inputs.reference).without(near_duplicates)
-        stored = inputs.stored or _statistics_of(inputs, reference, radius)
+        found = parts[number].load()
+        logits_XV = found.logits_XV if inputs.scorer is None else class_parts[number].load().logits_XV
+        if isinstance(inputs.reference, Statistics):
+            stored, reference = inputs.reference, None
+        else:
+            reference = reference_parts[number].load().without(excluded)
+            mean_F, covariance_FF = distances.mean_and_covariance(reference.features_XF)
+            about = made_of(inputs.evaluation, inputs.extractor, radius)
+            stored = Statistics(mean_F, covariance_FF, len(reference), about)
         if save_statistics:
             statistics.save(save_statistics, stored)
+        reference_YF = None if reference is None else reference.features_XF
         scores, warnings = distances.compare(
-            found.features_XF,
-            found.logits_XV,
-            stored,
-            None if reference is None else reference.features_XF,
-            splits=measure.splits,
-            seed=measure.seed,
+            found.features_XF, logits_XV, stored, reference_YF, splits=measure.splits, seed=measure.seed
         )
         rows.append({"radius": radius, **scores})
         notes += [note for note in warnings if note not in notes]
         if number == 0:
             summary = _summary(inputs, plan, pictures, found, reference)
             notes += _warnings(inputs, plan, found, reference)
-    if clip_parts is not None:
-        found = cache.load(clip_parts, pictures)
-        scores, warnings = caption_scores(inputs.clip, found, candidates=measure.candidates, seed=measure.seed)
+    if inputs.clip is not None and clip_parts is not None:
+        scores, warnings = caption_scores(
+            inputs.clip.clip, clip_parts.load(), candidates=measure.candidates, seed=measure.seed
+        )
         rows[0] |= scores
         notes += warnings
     made = {
@@ -131,11 +121,8 @@ def run(
         "scores": {name: value for name, value in rows[0].items() if name != "radius"},
         "blur": rows,
         "notes": notes,
-        "network": inputs.extractor.network,
-        "weights": inputs.extractor.digest,
-        "resize": inputs.made_of(0.0)["resize"],
         **summary,
-        **({} if overlap_summary is None else {"overlap": overlap_summary}),
+        **overlap_summary,
         "evaluation": inputs.evaluation.to_json(),
         "versions": report.versions(),
     }
@@ -143,49 +130,56 @@ def run(
     return made if expected is None else report.compared(made, expected)
 
 
-def _reference_parts(inputs: Inputs, cache: FeatureCache) -> list[list[pathlib.Path]]:
-    """Files with the reference's features by radius of blur; every picture of it is read at the first."""
-    if inputs.reference is None:
+def _reference_parts(inputs: Inputs, cache: FeatureCache) -> list[Parts]:
+    """The reference's features by radius of blur, none of stored statistics; every picture is read at the first."""
+    evaluation, reference, made = inputs.evaluation, inputs.reference, []
+    if isinstance(reference, Statistics):
         return []
-    made = []
-    for radius in inputs.evaluation.measure.blur:
-        made.append(cache.make(inputs.extractor, inputs.reference, inputs.preprocess(inputs.reference, radius)))
-        if cache.worker.first and len(made) == 1:
-            _check_reference(inputs.evaluation, cache.load(made[0], inputs.reference), inputs.reference.source.name)
+    for radius in evaluation.measure.blur:
+        made.append(cache.make(inputs.extractor, reference, inputs.preprocess(reference, radius)))
+        if len(made) > 1 or not cache.worker.first:
+            continue
+        found, exactly = made[0].load(), evaluation.reference_exactly
+        if exactly is not None and len(found) != exactly:
+            lost = counted(found.dropped) or "none dropped"
+            raise UserError(
+                f"expected {exactly} pictures in {reference.source.name} for {evaluation.protocol}, got {len(found)} "
+                f"({lost}): complete it, or take what is there by --config.reference_exactly={len(found)}"
+            )
+        if evaluation.expected is not None:
+            evaluation.expected.check("reference.sha256", found.digest)
     return made
 
 
-def _check_reference(evaluation: Evaluation, found: FeatureSet, name: str) -> None:
-    exactly = evaluation.reference_exactly
-    if exactly is not None and len(found) != exactly:
-        lost = counted(found.dropped) or "none dropped"
-        raise UserError(
-            f"expected {exactly} pictures in {name} for {evaluation.protocol}, got {len(found)} ({lost}): complete it, "
-            f"or take what is there by --config.reference_exactly={len(found)}"
-        )
-    if evaluation.expected is not None:
-        evaluation.expected.check("reference.sha256", found.digest)
+def _overlap(inputs: Inputs, cache: FeatureCache, out: pathlib.Path) -> tuple[Collection[int], dict[str, Any]]:
+    """Rows to exclude from the reference, and the overlap section of the report."""
+    clip, training, reference, asked = inputs.clip, inputs.training, inputs.reference, inputs.evaluation.overlap
+    if clip is None or training is None or isinstance(reference, Statistics):
+        return (), {}
+    whole = dataclasses.replace(reference, crop="none")  # as in training
+    reference_parts, training_parts = (cache.make(clip, one, inputs.preprocess(one)) for one in (whole, training))
+    if not cache.worker.first:
+        return (), {}
+    found = reference_parts.load()
+    nearest = overlap.nearest(found, training_parts)
+    if not nearest.seen:
+        raise UserError(f"expected pictures in {training.source.name}, got none that can be read: see `dalle-jax data`")
+    summary, duplicates = overlap.summary(found, nearest, least=asked.least)
+    overlap.save_sheet(out / overlap.SHEET, found, nearest, (reference.source, training.source))
+    summary = {"source": asked.source, "clip": clip.digest, **summary, "removed": asked.remove}
+    return (duplicates if asked.remove else ()), {"overlap": summary}
 
 
-def _picture_parts(inputs: Inputs, pictures: PictureSet, cache: FeatureCache) -> list[tuple[list, list | None]]:
-    """Files with the pictures' features by radius of blur, and with their classes by the other network, if any."""
-    measure = inputs.evaluation.measure
-    parts = [cache.make(inputs.extractor, pictures, inputs.preprocess(pictures, radius)) for radius in measure.blur]
-    if inputs.scorer is None:
-        return [(files, None) for files in parts]
-    scored = [
-        cache.make(inputs.scorer, pictures, inputs.preprocess(pictures, radius, resize=measure.score_resize))
-        for radius in measure.blur
-    ]
-    return list(zip(parts, scored, strict=True))
-
-
-def _drawn_pictures(inputs: Inputs, plan: Plan, out: pathlib.Path) -> PictureSet:
-    """Every picture of the plan.
+def _pictures(inputs: Inputs, plan: Plan | None, out: pathlib.Path, worker: Worker) -> PictureSet:
+    """The pictures that are judged, drawn first if need be.
 
     Raises:
-      UserError: the shards hold more or fewer.
+      UserError: the shards of drawn pictures hold more or fewer than the plan.
     """
+    if isinstance(inputs.pictures, PictureSet):
+        return inputs.pictures
+    assert plan is not None
+    worker.wait(inputs.pictures.draw_all(plan, out, worker))
     source = open_pictures(f"wds:{glob.escape(str(out / drawing.PICTURES))}/*.tar")
     count, measure = len(plan.captions), inputs.evaluation.measure
     if len(source) != count:
@@ -193,53 +187,23 @@ def _drawn_pictures(inputs: Inputs, plan: Plan, out: pathlib.Path) -> PictureSet
     return PictureSet.choose("pictures", source, crop=measure.crop, count=count, seed=measure.seed)
 
 
-def _load(parts: tuple[list, list | None], pictures: PictureSet, cache: FeatureCache) -> FeatureSet:
-    found = cache.load(parts[0], pictures)
-    if parts[1] is None:
-        return found
-    return dataclasses.replace(found, logits_XV=cache.load(parts[1], pictures).logits_XV)
-
-
-def _overlap(inputs: Inputs, cache: FeatureCache, out: pathlib.Path) -> tuple[Collection[int], dict[str, Any] | None]:
-    """Rows to exclude from the reference, and the overlap section of the report."""
-    if inputs.training is None:
-        return (), None
-    judge, whole = ClipExtractor(inputs.clip), dataclasses.replace(inputs.reference, crop="none")  # as in training
-    reference_parts = cache.make(judge, whole, inputs.preprocess(whole))
-    training_parts = cache.make(judge, inputs.training, inputs.preprocess(inputs.training))
-    if not cache.worker.first:
-        return (), None
-    cache.worker.wait(training_parts)
-    reference = cache.load(reference_parts, whole)
-    nearest = overlap.nearest(reference, map(feature_cache.load, training_parts))
-    if not nearest.seen:
-        raise UserError(f"expected pictures in {inputs.training.source.name}, got none that can be read")
-    asked = inputs.evaluation.overlap
-    summary, duplicates = overlap.summary(reference, nearest, least=asked.least)
-    sources = inputs.reference.source, inputs.training.source
-    overlap.save_sheet(out / overlap.SHEET, reference, nearest, sources)
-    summary = {"source": asked.source, "clip": inputs.clip.digest, **summary, "removed": asked.remove}
-    return (duplicates if asked.remove else ()), summary
-
-
-def _statistics_of(inputs: Inputs, reference: FeatureSet, radius: float) -> Statistics:
-    mean_F, covariance_FF = distances.mean_and_covariance(reference.features_XF)
-    return Statistics(mean_F, covariance_FF, len(reference), inputs.made_of(radius))
-
-
 def _summary(
     inputs: Inputs, plan: Plan | None, pictures: PictureSet, found: FeatureSet, reference: FeatureSet | None
 ) -> dict[str, Any]:
     """What was compared, with the digests by which a repetition finds what has changed."""
-    evaluation, stored = inputs.evaluation, inputs.stored
-    spec = evaluation.pictures or pictures.source.name
-    summary: dict[str, Any] = {"pictures": report.described(spec, found, pictures.crop)}
-    if reference is not None:
-        where = evaluation.reference or evaluation.source
+    evaluation = inputs.evaluation
+    summary: dict[str, Any] = {
+        "network": inputs.extractor.network,
+        "weights": inputs.extractor.digest,
+        "resize": made_of(evaluation, inputs.extractor, 0.0)["resize"],
+        "pictures": report.described(evaluation.pictures or pictures.source.name, found, pictures.crop),
+    }
+    if isinstance(inputs.reference, Statistics):
+        about = {"source": evaluation.reference, "count": inputs.reference.count, **inputs.reference.about}
+        summary["reference"] = {**about, "sha256": digest_of(inputs.reference)}
+    elif reference is not None:
+        where = evaluation.reference or evaluation.source or ""
         summary["reference"] = report.described(where, reference, inputs.reference.crop)
-    else:
-        about = {"source": evaluation.reference, "count": stored.count, **stored.about}
-        summary["reference"] = {**about, "sha256": digest_of(stored)}
     if inputs.scorer is not None:
         resize = evaluation.measure.score_resize or evaluation.measure.resize
         summary["scored_by"] = {"network": inputs.scorer.network, "digest": inputs.scorer.digest, "resize": resize}
@@ -247,8 +211,8 @@ def _summary(
         summary["clip"] = {"path": evaluation.clip, "digest": inputs.clip.digest}
     if plan is not None:
         summary["drawn"] = {
-            "checkpoint": inputs.pipe.digest,
-            "ranked_by": inputs.ranked_by,
+            "checkpoint": inputs.digests["drawn.checkpoint"],
+            "ranked_by": inputs.digests["drawn.ranked_by"],
             "captions_sha256": plan.digest,
             "records": plan.records,
             "records_dropped": plan.dropped,
@@ -271,7 +235,7 @@ def _warnings(inputs: Inputs, plan: Plan | None, found: FeatureSet, reference: F
             warnings.append(f"{name} of {sizes} different sizes, each squeezed to a square")
     if plan is not None and plan.dropped:
         warnings.append(f"records left out, which give no caption to draw: {counted(plan.dropped)}")
-    if inputs.clip is not None and inputs.ranked_by == inputs.clip.digest:
+    if inputs.clip is not None and inputs.digests["drawn.ranked_by"] == inputs.clip.digest:
         warnings.append("the CLIP that judges has also chosen the pictures: its scores favor them")
     if inputs.evaluation.measure.features == "clip":
         warnings.append(report.NO_INCEPTION)

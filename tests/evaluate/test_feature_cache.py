@@ -42,21 +42,21 @@ def test_features_that_are_there_are_not_made_again_unless_the_pictures_changed(
     def make():
         return cache.make(counting, pictures, Preprocess())
 
-    files = make()
-    assert len(files) == 3 and counting.rows == list(range(IMAGES))
+    parts = make()
+    assert len(parts.paths) == 3 and counting.rows == list(range(IMAGES))
     said = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in said] == [f"set by counting: {n} of 12 pictures" for n in (5, 10, 12)]
     assert said[-1].endswith(" pictures/s, 00:00 left")
-    assert make() == files and len(counting.rows) == IMAGES
+    assert make().paths == parts.paths and len(counting.rows) == IMAGES
     shutil.copy(
         place / "val2014" / "COCO_val2014_000000000007.jpg", place / "val2014" / "COCO_val2014_000000000014.jpg"
     )
-    files[2].write_bytes(files[2].read_bytes()[:-40])
-    assert make() == files and counting.rows[IMAGES:] == [5, 6, 7, 8, 9, 10, 11]
+    parts.paths[2].write_bytes(parts.paths[2].read_bytes()[:-40])
+    assert make().paths == parts.paths and counting.rows[IMAGES:] == [5, 6, 7, 8, 9, 10, 11]
     assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
         "set by counting: 10 of 12 pictures", "set by counting: 12 of 12 pictures",
     ]  # fmt: skip
-    found = cache.load(files, pictures)
+    found = parts.load()
     assert [row.index for row in found.rows] == list(range(IMAGES)) and found.features_XF.shape == (IMAGES, 3)
 
 

@@ -19,6 +19,7 @@ from dalle_jax.cli.evaluate import evaluate
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import drawing, feature_cache, picture_shards
+from dalle_jax.evaluate.drawing import Drawing
 from dalle_jax.evaluate.protocol import Evaluation
 from dalle_jax.evaluate.report import PUBLISHED_WARNING
 from dalle_jax.evaluate.report import table as table_of
@@ -46,7 +47,7 @@ def small_parts(tmp_path_factory):
     """Parts of five rows and calls of three captions, so that a dozen pictures have several of both."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_cache, "PART", 5)
-        patch.setattr(drawing, "_captions_per_call", lambda pipe, draw: 3)
+        patch.setattr(drawing, "captions_per_call", lambda drawing: 3)
         patch.setenv("DALLE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -149,9 +150,9 @@ def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words,
         drawn.extend(request.seed for request in requests)
         return draw(self, requests, **more)
 
-    def killed_in_the_third(self, pictures):
-        add(self, pictures)
-        if self.path.name == "00001.tar":
+    def killed_in_the_third(self, name, picture, more):
+        add(self, name, picture, more)
+        if self.path.name == "00001.tar" and len(self.names) == 3:
             whole = self._file.tell()
             self._file.write((finished / "pictures" / "00001.tar").read_bytes()[whole : whole + 700])
             self._file.flush()
@@ -217,14 +218,14 @@ def test_two_processes_give_the_bits_of_one(straight, model, words, tmp_path):
         worker = Worker(Share(index, 2), meet=lambda: together.wait(60))
         made[index] = evaluate(evaluation, model=str(model), out=tmp_path, worker=worker)
 
-    draw_all = drawing.draw_all
+    draw_all = Drawing.draw_all
 
-    def counted(*args, worker, **more):
+    def counted(self, plan, out, worker):
         drawn[worker.share.index] = len(worker.share.of(range(3)))
-        return draw_all(*args, worker=worker, **more)
+        return draw_all(self, plan, out, worker)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "draw_all", counted)
+        patch.setattr(Drawing, "draw_all", counted)
         threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
         [thread.start() for thread in threads]
         [thread.join(120) for thread in threads]

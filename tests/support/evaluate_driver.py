@@ -1,4 +1,4 @@
-"""One of the processes that evaluate in `test_protocols.py`: FOLDER PORT N I WORD ..., with small batches and parts."""
+"""One process of those in tests/evaluate/test_protocols.py: FOLDER PORT N I WORD ..., with small batches and parts."""
 
 import sys
 import time
@@ -10,15 +10,15 @@ PART, TOGETHER, BATCH = 5, 3, 1  # as the tests have them
 
 
 def main(port: str, count: str, rank: str, *words: str) -> int:
-    add = picture_shards.GrowingShard.add
+    sync = picture_shards.GrowingShard.sync
 
-    def slowly(self, pictures):
-        add(self, pictures)
+    def slowly(self):
+        sync(self)
         time.sleep(0.5)  # for whoever wants to kill this
 
-    picture_shards.GrowingShard.add = slowly
+    picture_shards.GrowingShard.sync = slowly
     feature_cache.PART, features.BATCH = PART, BATCH
-    drawing._captions_per_call = lambda pipe, draw: TOGETHER
+    drawing.captions_per_call = lambda drawing: TOGETHER
     where = ["--coordinator", f"localhost:{port}", "--num-processes", count, "--process-id", rank]
     return cli.main(["evaluate", *words, *where])
 
