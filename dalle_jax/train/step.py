@@ -86,7 +86,7 @@ class TrainStep:
         return jax.jit(self._new_state, out_shardings=_places(self.abstract))(key)
 
     @functools.cached_property
-    def update(self) -> Callable[[State, Any, Batch, jax.Array], tuple[State, Metrics]]:
+    def update(self) -> jax.stages.Wrapped:
         """The jitted `update(state, frozen, batch, key) -> (state, metrics)`; the old state is donated.
 
         The metrics are the task's, averaged over microbatches, and `loss`, `grad_norm` (before clipping), `skipped`
