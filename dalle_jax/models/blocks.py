@@ -164,7 +164,7 @@ class Rows:
     def product(self, block, name, x):
         """The sum with the bias in the wider of both dtypes, the result in that of x."""
         y = linear(x, block[name], LAYER[name].inputs, LAYER[name].axes)
-        return (y + block[f"{name}_bias"]).astype(y.dtype)
+        return (y + jax.lax.broadcast_to_rank(block[f"{name}_bias"], y.ndim)).astype(y.dtype)
 
     def heads(self, qkv):
         return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]

@@ -101,7 +101,8 @@ def encode_captions(model: Model, params: Params, text_BT):
 
 def normalised(image_uint8, config: CLIPConfig):
     """uint8 [..., 3] -> float32, what the image tower reads."""
-    return (pixels.to_unit(image_uint8) - jnp.array(config.mean)) / jnp.array(config.std)
+    mean, std = (jax.lax.broadcast_to_rank(jnp.array(c), image_uint8.ndim) for c in (config.mean, config.std))
+    return (pixels.to_unit(image_uint8) - mean) / std
 
 
 class CLIP(nnx.Module):
@@ -150,7 +151,7 @@ class ImageTower(nnx.Module):
         ).astype(dtype)
         x_BPD = patch_BPD @ self.patch[...].astype(dtype)
         first_B1D = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (len(x_BPD), 1, x_BPD.shape[-1]))
-        x_BSD = jnp.concatenate([first_B1D, x_BPD], axis=1) + self.position[...].astype(dtype)
+        x_BSD = jnp.concatenate([first_B1D, x_BPD], axis=1) + self.position[...].astype(dtype)[None]
         x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
         x_BSD = layer_norm(x_BSD, self.norm_before_gain[...], self.norm_before_bias[...])
         x_BSD = _run(self.blocks, x_BSD, blockwise.attend_all, config)
@@ -173,7 +174,7 @@ class TextTower(nnx.Module):
 
     def __call__(self, text_BT):
         config, dtype = self.config, compute_dtype(self.config.precision)
-        x_BTD = constrain(self.embedding[...], ("vocab", "embed_activation"))[text_BT] + self.position[...]
+        x_BTD = constrain(self.embedding[...], ("vocab", "embed_activation"))[text_BT] + self.position[...][None]
         x_BTD = constrain(x_BTD.astype(dtype), ("batch", "sequence", "embed_activation"))
         x_BTD = _run(self.blocks, x_BTD, blockwise.attend_text, config)
         end_B = jnp.argmax(text_BT == config.layout.end_of_text, axis=1)

@@ -59,7 +59,7 @@ def layer_weights(config: TransformerConfig, block: Params, *, weights: str = "m
         bias = block[f"{name}_bias"]
         if name in NORM_BEFORE:
             bias = bias + matrix @ block[f"{NORM_BEFORE[name]}_bias"]
-            matrix = matrix * block[f"{NORM_BEFORE[name]}_gain"]
+            matrix = matrix * jax.lax.broadcast_to_rank(block[f"{NORM_BEFORE[name]}_gain"], matrix.ndim)
         else:
             matrix, bias = _centered(matrix), _centered(bias)
         stored |= {name: _stored(matrix, compute_dtype(config.precision), weights), f"{name}_bias": bias}
@@ -72,7 +72,7 @@ def end_weights(config: TransformerConfig, params: Params) -> dict[str, Any]:
     centered = {name: params[name] - params[name].mean(-1, keepdims=True) for name in tables}
     head = params["image_head"].T
     head_bias = head @ params["norm_bias"]
-    head = (head * params["norm_gain"]).astype(stream_dtype(config.precision))
+    head = (head * params["norm_gain"][None]).astype(stream_dtype(config.precision))
     return centered | {"head": head, "head_bias": head_bias}
 
 
@@ -95,7 +95,8 @@ class Columns:
 
     def product(self, block, name, x):
         if isinstance(x, _Normed):
-            y = _product(block[name], x.x, self.dtype) * x.scale
+            y = _product(block[name], x.x, self.dtype)
+            y = y * jax.lax.broadcast_to_rank(x.scale, y.ndim)
         else:
             y = _product(block[name], x, self.dtype)
         return y + block[f"{name}_bias"][..., None]
@@ -113,7 +114,7 @@ class Columns:
 def prefill(config: TransformerConfig, layers, ends, text_PT):
     """Keys and values of the text, once per caption: a list, one {'k', 'v'} of [P, N, T, H] a layer."""
     captions, text_len = text_PT.shape
-    x_PTD = ends["text_embedding"][text_PT] + ends["text_position"]
+    x_PTD = ends["text_embedding"][text_PT] + ends["text_position"][None]
     stores = []
 
     def attend(*qkv):
@@ -143,8 +144,8 @@ def decode(config: TransformerConfig, layers, ends, stores, cache, previous_B, p
     """
     x_BD = (
         ends["image_embedding"][previous_B]
-        + ends["row_position"][position // config.grid]
-        + ends["column_position"][position % config.grid]
+        + ends["row_position"][position // config.grid][None]
+        + ends["column_position"][position % config.grid][None]
     )
     x_DB = constrain(x_BD.T, ("embed_activation", "batch"))
     new_cache = []
@@ -160,7 +161,7 @@ def decode(config: TransformerConfig, layers, ends, stores, cache, previous_B, p
         x_DB = layer(block, x_DB, attend=attend_here, ops=Columns(compute_dtype(config.precision)))
         x_DB = constrain(x_DB, ("embed_activation", "batch"))
     logits_VB = _product(ends["head"], x_DB, ends["head"].dtype)
-    return logits_VB * _inverse_rms(x_DB) + ends["head_bias"][:, None], new_cache
+    return logits_VB * _inverse_rms(x_DB)[None] + ends["head_bias"][:, None], new_cache
 
 
 def _centered(x):

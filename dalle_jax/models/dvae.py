@@ -136,11 +136,11 @@ class Conv(nnx.Module):
         # backend (jax 0.10.2), and a network this small needs its storage cut, not its products.
         x_BHWC, weight = x_BHWC.astype(self.dtype), constrain(self.weight[...].astype(self.dtype), (None,) * 4)
         y_BHWC = ops.conv(x_BHWC, weight, precision)
-        return y_BHWC + self.bias[...].astype(self.dtype)
+        return y_BHWC + self.bias[...].astype(self.dtype)[None, None, None]
 
     def look_up(self, ids_BHW):
         """The result for one-hot inputs; for a 1x1 kernel only."""
-        return self.weight[0, 0][ids_BHW] + self.bias[...]
+        return self.weight[0, 0][ids_BHW] + self.bias[...][None, None, None]
 
 
 class Block(nnx.Module):

@@ -175,7 +175,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x_BHWC):
         scale_C = self.gain[...] * jax.lax.rsqrt(self.variance[...] + EPSILON)
-        weight = self.weight[...] * scale_C
+        weight = self.weight[...] * scale_C[None, None, None]
         exact = jax.lax.Precision.HIGHEST  # an accelerator must not round to bfloat16 or TF32
         # Without any padding XLA takes up to three times as long on CPU, so there is a row and a column more.
         padding = "SAME" if self.padding == "SAME" else ((0, 1), (0, 1))
@@ -183,7 +183,7 @@ class Conv(nnx.Module):
         if self.padding == "VALID":
             height, width = ((x_BHWC.shape[i] - weight.shape[i - 1]) // self.stride + 1 for i in (1, 2))
             y_BHWC = y_BHWC[:, :height, :width]
-        return jax.nn.relu(y_BHWC + (self.bias[...] - self.mean[...] * scale_C))
+        return jax.nn.relu(y_BHWC + (self.bias[...] - self.mean[...] * scale_C)[None, None, None])
 
 
 class Mixed(nnx.Module):
@@ -229,7 +229,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x_BF):
         y_BV = jnp.matmul(x_BF, self.weight[...], precision=jax.lax.Precision.HIGHEST)
-        return y_BV + self.bias[...] if self.biased else y_BV
+        return y_BV + self.bias[...][None] if self.biased else y_BV
 
 
 def _side_by_side(step):

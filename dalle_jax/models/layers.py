@@ -63,6 +63,7 @@ def layer_norm(x, gain, bias, *, epsilon: float = EPSILON):
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
+    gain, bias = (jax.lax.broadcast_to_rank(vector, x.ndim) for vector in (gain, bias))
     return ((x32 - mean) * jax.lax.rsqrt(variance + epsilon) * gain + bias).astype(x.dtype)
 
 

@@ -135,13 +135,13 @@ class Transformer(nnx.Module):
         )
 
     def _embed_text(self, text_BT):
-        return _look_up(self.text_embedding, text_BT, "vocab") + self.text_position[...]
+        return _look_up(self.text_embedding, text_BT, "vocab") + self.text_position[...][None]
 
     def _embed_image(self, image_BI):
         layout = self.config.layout
         previous = jnp.pad(image_BI[:, :-1], [(0, 0), (1, 0)], constant_values=layout.start_of_image)
         position_ID = (self.row_position[...][:, None] + self.column_position[...][None]).reshape(-1, self.config.width)
-        return _look_up(self.image_embedding, previous, "image_input") + position_ID
+        return _look_up(self.image_embedding, previous, "image_input") + position_ID[None]
 
 
 def _init_std(config: TransformerConfig) -> InitStd:

@@ -91,7 +91,7 @@ def test_no_text_state_depends_on_a_later_token():
 
     @jax.jit
     def states(ids):
-        x = params["text"]["embedding"][ids] + params["text"]["position"]
+        x = params["text"]["embedding"][ids] + params["text"]["position"][None]
         return scan_layers(stacked, x, attends=[attend_text] * TINY.text_layers, remat="none")[0]
 
     before = np.asarray(states(text))

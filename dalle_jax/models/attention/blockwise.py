@@ -49,7 +49,7 @@ def attend_all(q_BSNH, k_BSNH, v_BSNH):
 def _attend_densely(q_BSNH, k_BSNH, v_BSNH, allowed_SS):
     scores = jnp.einsum("bqnh,bknh->bnqk", scale_queries(q_BSNH), k_BSNH, preferred_element_type=jnp.float32)
     if allowed_SS is not None:
-        scores = jnp.where(allowed_SS, scores, MASKED)
+        scores = jnp.where(allowed_SS[None, None], scores, MASKED)
     return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores).astype(v_BSNH.dtype), v_BSNH)
 
 
@@ -58,7 +58,7 @@ def _attend_blocks(q_BRQNH, k_BTNH, v_BTNH, k_BRKNH, v_BRKNH, mask_RQK):
     q_BRQNH = scale_queries(q_BRQNH)
     text = jnp.einsum("brqnh,bknh->bnrqk", q_BRQNH, k_BTNH, preferred_element_type=jnp.float32)
     local = jnp.einsum("brqnh,brknh->bnrqk", q_BRQNH, k_BRKNH, preferred_element_type=jnp.float32)
-    local = jnp.where(mask_RQK, local, MASKED)
+    local = jnp.where(mask_RQK[None, None], local, MASKED)
     weights_text, weights_local, total_BNRQ = _joint_softmax(text, local)
     out = jnp.einsum("bnrqk,bknh->brqnh", weights_text.astype(v_BTNH.dtype), v_BTNH)
     out += jnp.einsum("bnrqk,brknh->brqnh", weights_local.astype(v_BTNH.dtype), v_BRKNH)

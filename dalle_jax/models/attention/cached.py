@@ -38,7 +38,7 @@ def attend(q_BNH, k_BNH, v_BNH, text, cache, kind: str, *, position, grid: int):
     q_BNH = scale_queries(q_BNH)
     from_text = jnp.einsum("pnmh,pnkh->pnmk", by_caption(q_BNH), text["k"], preferred_element_type=jnp.float32)
     local = jnp.einsum("bnh,bnkh->bnk", q_BNH, views["k"], preferred_element_type=jnp.float32)
-    local = jnp.where(visible_K, local, MASKED)
+    local = jnp.where(visible_K[None, None], local, MASKED)
     top_BN = jnp.maximum(by_image(from_text.max(-1, initial=MASKED)), local.max(-1))
     weights_text = jnp.exp(from_text - by_caption(top_BN)[..., None])
     weights_local = jnp.exp(local - top_BN[..., None])
