@@ -14,7 +14,7 @@ import numpy as np
 KINDS = ("row", "column", "conv", "full")
 PATTERNS = ("paper", "full")
 PERIOD = ("row", "column", "row", "row")
-CONV_SIDE = 11  # the last layer's kernel, appendix B.1
+CONV_SIZE = 11  # the last layer's kernel, appendix B.1
 
 
 def layer_kinds(num_layers: int, pattern: str = "paper") -> tuple[str, ...]:
@@ -48,7 +48,7 @@ def image_offsets(kind: str, *, grid: int) -> tuple[int, ...]:
     if kind == "column":
         return tuple(range(0, grid * grid, grid))
     if kind == "conv":
-        half = CONV_SIDE // 2
+        half = CONV_SIZE // 2
         window = {dr * grid + dc for dr in range(half + 1) for dc in range(-half, half + 1)}
         return tuple(sorted(offset for offset in window if 0 <= offset < grid * grid))
     return tuple(range(grid * grid))

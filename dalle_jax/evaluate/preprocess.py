@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from dalle_jax import pixels
 from dalle_jax.data.transforms import center_crop, clip_window
-from dalle_jax.models.inception import SIDE
+from dalle_jax.models.inception import SIZE
 
 # Of the channels over ImageNet, as torchvision has them.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -38,7 +38,7 @@ class Preprocess:
         return blurred(image_uint8, self.blur)
 
     def for_inception(self, image_uint8: np.ndarray) -> np.ndarray:
-        """float32 [SIDE, SIDE, 3] in [-1, 1]."""
+        """float32 [SIZE, SIZE, 3] in [-1, 1]."""
         return RESIZES[self.resize](self.framed(image_uint8))
 
     def for_clip(self, image_uint8: np.ndarray, size: int) -> np.ndarray:
@@ -94,12 +94,12 @@ def _blended(one: np.ndarray, other: np.ndarray, share: np.ndarray) -> np.ndarra
 
 
 def _neighbors(length: int, offset: float):
-    """Lower and upper neighbor int64 [SIDE], share of the upper one float32 [SIDE]; positions in float32, as there.
+    """Lower and upper neighbor int64 [SIZE], share of the upper one float32 [SIZE]; positions in float32, as there.
 
     offset: where in a pixel its value lies, 0.5 for its center and 0 for its corner.
     """
-    half, scale = np.float32(offset), np.float32(length) / np.float32(SIDE)
-    place = ((np.arange(SIDE, dtype=np.float32) + half) * scale - half).clip(0)
+    half, scale = np.float32(offset), np.float32(length) / np.float32(SIZE)
+    place = ((np.arange(SIZE, dtype=np.float32) + half) * scale - half).clip(0)
     first = np.minimum(np.floor(place).astype(np.int64), length - 1)
     return first, np.minimum(first + 1, length - 1), place - first.astype(np.float32)
 
@@ -117,7 +117,7 @@ def tf1(image_uint8: np.ndarray) -> np.ndarray:
 def clean(image_uint8: np.ndarray) -> np.ndarray:
     """clean-fid: Pillow's bicubic, smoothed, in floating point, cut to [0, 255]; (x - 128) / 128."""
     channels = [
-        Image.fromarray(image_uint8[..., i].astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        Image.fromarray(image_uint8[..., i].astype(np.float32)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         for i in range(3)
     ]
     return (np.stack([np.asarray(channel) for channel in channels], axis=-1).clip(0, 255) - 128) / 128
@@ -138,10 +138,10 @@ def dm_gan_score(image_uint8: np.ndarray) -> np.ndarray:
 
 
 def _squeezed(image_uint8: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(image_uint8).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(image_uint8).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
-# All of them: uint8 [H, W, 3] -> float32 [SIDE, SIDE, 3] in [-1, 1]; an image that is no square is squeezed.
+# All of them: uint8 [H, W, 3] -> float32 [SIZE, SIZE, 3] in [-1, 1]; an image that is no square is squeezed.
 RESIZES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "pytorch": pytorch,
     "clean": clean,

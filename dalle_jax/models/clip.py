@@ -1,7 +1,7 @@
 """CLIP, the reranker (Radford et al. 2021): a vision transformer and a causal text transformer that meet in one space.
 
 Both towers are made of `blocks.py`; each ends in a linear projection and unit length, so that the dot product of an
-image's and a caption's vector is their cosine. Sizes, initial values and the normalisation of pixels are the released
+image's and a caption's vector is their cosine. Sizes, initial values and the normalization of pixels are the released
 models'. No loss, no tokenizer, no I/O.
 
 Dimensions: B batch, H height, W width, P patches, S sequence, T text, D width, E embedding.
@@ -23,8 +23,8 @@ from dalle_jax.models.blocks import Blocks, InitStd, check_remat, scan_layers
 from dalle_jax.models.layers import Model, Params, compute_dtype, layer_norm, param, refuse_branch_scales
 from dalle_jax.sharding import constrain
 
-FIRST_LOG_SCALE = math.log(1 / 0.07)  # section 2.5, as is the limit
-LARGEST_LOG_SCALE = math.log(100.0)
+INITIAL_LOG_SCALE = math.log(1 / 0.07)  # section 2.5, as is the limit
+MAX_LOG_SCALE = math.log(100.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def model(config: CLIPConfig) -> Model:
 
 def encode_images(model: Model, params: Params, image_uint8):
     """uint8 [B, H, W, 3] of the model's `image_size` -> unit vectors float32 [B, E]."""
-    return model.apply(params, normalised(image_uint8, model.config), method="encode_image")
+    return model.apply(params, normalize(image_uint8, model.config), method="encode_image")
 
 
 def encode_captions(model: Model, params: Params, text_BT):
@@ -99,7 +99,7 @@ def encode_captions(model: Model, params: Params, text_BT):
     return model.apply(params, text_BT, method="encode_text")
 
 
-def normalised(image_uint8, config: CLIPConfig):
+def normalize(image_uint8, config: CLIPConfig):
     """uint8 [..., 3] -> float32, what the image tower reads."""
     mean, std = (jax.lax.broadcast_to_rank(jnp.array(c), image_uint8.ndim) for c in (config.mean, config.std))
     return (pixels.to_unit(image_uint8) - mean) / std
@@ -112,15 +112,15 @@ class CLIP(nnx.Module):
         self.config = config
         self.image = ImageTower(config, rngs)
         self.text = TextTower(config, rngs)
-        self.log_scale = param(rngs, (1,), axes=(None,), fill=FIRST_LOG_SCALE)
+        self.log_scale = param(rngs, (1,), axes=(None,), fill=INITIAL_LOG_SCALE)
 
     def __call__(self, pixel_BHWC, text_BT):
         """Unit vectors of pictures and captions, float32 [B, E] each, and the scale of their cosines, at most 100."""
-        scale = jnp.exp(at_most(self.log_scale[...][0], LARGEST_LOG_SCALE))
+        scale = jnp.exp(at_most(self.log_scale[...][0], MAX_LOG_SCALE))
         return self.encode_image(pixel_BHWC), self.encode_text(text_BT), scale
 
     def encode_image(self, pixel_BHWC):
-        """Normalised pixels (`normalised`) of the config's image_size -> unit vectors float32 [B, E]."""
+        """Normalized pixels (`normalize`) of the config's image_size -> unit vectors float32 [B, E]."""
         return _unit(self.image(pixel_BHWC))
 
     def encode_text(self, text_BT):

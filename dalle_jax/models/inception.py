@@ -19,11 +19,11 @@ from flax import nnx
 from dalle_jax.models.layers import Model, param
 from dalle_jax.models.ops import plain_conv
 
-SIDE = 299  # pixels
+SIZE = 299  # pixels
 FEATURES = 2_048  # pool3
 EPSILON = 1e-3  # of the batch norms, in both published networks
 CLASSES = {"fid": 1_008, "torchvision": 1_000}
-SMALLEST_SIDE = 75  # pixels; below, the last grid has no position
+MIN_SIZE = 75  # pixels; below, the last grid has no position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +149,9 @@ class Inception(nnx.Module):
         self.logits = Linear((config.features, config.classes), rngs, biased=config.pools != "fid")
 
     def __call__(self, x_BHWC):
-        """float32 [B, H, W, 3] in [-1, 1] -> pool3 [B, F] and logits [B, V], float32. Published numbers use SIDE."""
-        if x_BHWC.ndim != 4 or x_BHWC.shape[-1] != 3 or min(x_BHWC.shape[1:3]) < SMALLEST_SIDE:
-            raise ValueError(f"expected images [B, H, W, 3] of {SMALLEST_SIDE} pixels or more, got {x_BHWC.shape}")
+        """float32 [B, H, W, 3] in [-1, 1] -> pool3 [B, F] and logits [B, V], float32. Published numbers use SIZE."""
+        if x_BHWC.ndim != 4 or x_BHWC.shape[-1] != 3 or min(x_BHWC.shape[1:3]) < MIN_SIZE:
+            raise ValueError(f"expected images [B, H, W, 3] of {MIN_SIZE} pixels or more, got {x_BHWC.shape}")
         x_BHWC = self.conv_2b(self.conv_2a(self.conv_1a(x_BHWC.astype(jnp.float32))))
         x_BHWC = self.conv_4a(self.conv_3b(_halving_max(x_BHWC)))
         x_BHWC = _halving_max(x_BHWC)

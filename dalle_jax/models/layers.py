@@ -59,7 +59,7 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: tuple[str | None, ...
 
 
 def layer_norm(x, gain, bias, *, epsilon: float = EPSILON):
-    """Layer normalisation over the last axis; statistics in float32, result in x's dtype."""
+    """Layer normalization over the last axis; statistics in float32, result in x's dtype."""
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     variance = jnp.square(x32 - mean).mean(-1, keepdims=True)

@@ -8,10 +8,10 @@ from dalle_jax import model_dir
 from dalle_jax.evaluate import features
 from dalle_jax.models import clip
 from dalle_jax.text import load_tokenizer
-from tests.models.test_clip import TINY
 from tests.support import tiny_model
 from tests.support.evaluation import make_coco, write_inception
 from tests.support.parameters import random_parameters
+from tests.support.tiny_clip import TINY
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from tests.support import ROOT
 from tests.support.evaluation import noise_image, run
 from tests.support.inception_weights import import_torchvision
 
-SIDE = preprocess.SIDE
+SIDE = preprocess.SIZE
 PHOTOS = ROOT / "../shared/data/photos"
 
 

@@ -1,7 +1,6 @@
 """CLIP: what its text tower sees, its loss by the paper's pseudo-code, equality of its ways of computing, training."""
 
 import dataclasses
-import functools
 import json
 
 import chex
@@ -18,7 +17,6 @@ from dalle_jax.models import build, clip
 from dalle_jax.models.attention.blockwise import attend_text
 from dalle_jax.models.blocks import scan_layers
 from dalle_jax.models.clip import CLIPConfig
-from dalle_jax.models.layers import Model
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import run
@@ -27,48 +25,16 @@ from dalle_jax.train.objectives import clip as clip_task
 from dalle_jax.train.optimizer import matrices
 from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from dalle_jax.train.step import TrainStep
-from tests.support.parameters import random_parameters
-
-TINY = CLIPConfig(
-    embed=8,
-    image_size=8,
-    patch=4,
-    image_layers=2,
-    image_width=16,
-    image_heads=2,
-    text_len=6,
-    text_vocab=11,
-    text_layers=2,
-    text_width=16,
-    text_heads=2,
-    scan=False,
+from tests.support.tiny_clip import (
+    ONE_LAYER,
+    TINY,
+    apply,
+    encode_captions,
+    encode_images,
+    random_batch,
+    random_params,
+    tiny_config,
 )
-
-
-apply = jax.jit(Model.apply, static_argnums=0, static_argnames="method")
-encode_images, encode_captions = (jax.jit(f, static_argnums=0) for f in (clip.encode_images, clip.encode_captions))
-
-
-@functools.cache
-def random_params(config):
-    """As arrays of JAX, which traced ids can index. Nobody here changes them."""
-    return jax.tree.map(jnp.asarray, random_parameters(clip.model(config), deviation=0.25))
-
-
-def random_batch(config, batch=4, seed=0):
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, config.layout.caption_len + 1, batch)
-    text = np.stack([config.layout.caption_ids(rng.integers(config.text_vocab, size=n)) for n in lengths])
-    return rng.integers(0, 256, (batch, config.image_size, config.image_size, 3), np.uint8), text
-
-
-def tiny_config(*words, batch_size=8):
-    sizes = {f"model.{key}": value for key, value in dataclasses.asdict(TINY).items() if key not in ("mean", "std")}
-    values = sizes | {"batch_size": batch_size, "data.image_size": TINY.image_size}
-    return configs.load("configs/clip.py:demo", [*(f"--config.{key}={value}" for key, value in values.items()), *words])
-
-
-ONE_LAYER = ("--config.model.image_layers=1", "--config.model.text_layers=1")  # compiles in half of the time
 
 
 @pytest.mark.parametrize(("variant", "parameters"), [("b32", 151_277_313), ("b16", 149_620_737), ("l14", 427_616_513)])
@@ -112,13 +78,13 @@ def test_only_what_comes_before_the_end_mark_counts():
     assert np.abs(features[0] - features[2]).max() > 1e-3
 
 
-def test_vectors_are_of_unit_length_and_pixels_are_normalised():
+def test_vectors_are_of_unit_length_and_pixels_are_normalized():
     model, params, (image, text) = clip.model(TINY), random_params(TINY), random_batch(TINY)
     for vectors in (encode_images(model, params, image), encode_captions(model, params, text)):
         assert vectors.shape == (4, 8) and vectors.dtype == jnp.float32
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1.0, atol=1e-6)
     mean = np.array(TINY.mean) * 255
-    np.testing.assert_allclose(clip.normalised(np.broadcast_to(mean, (1, 2, 2, 3)), TINY), 0.0, atol=1e-6)
+    np.testing.assert_allclose(clip.normalize(np.broadcast_to(mean, (1, 2, 2, 3)), TINY), 0.0, atol=1e-6)
 
 
 def by_pseudo_code(image_BE, text_BE, scale):
@@ -159,7 +125,7 @@ def test_accuracies_count_nearest_partners():
 def test_the_scale_is_clipped_at_100_and_can_come_back():
     model, batch = clip.model(TINY), random_batch(TINY)
     params = random_params(TINY) | {"log_scale": jnp.array([9.0])}
-    assert float(apply(model, params, clip.normalised(batch[0], TINY), batch[1])[2]) == pytest.approx(100.0)
+    assert float(apply(model, params, clip.normalize(batch[0], TINY), batch[1])[2]) == pytest.approx(100.0)
     slope = jax.grad(lambda x, sign: sign * clip.at_most(x, 2.0))
     assert [float(slope(x, sign)) for x in (1.0, 3.0) for sign in (1.0, -1.0)] == [1.0, -1.0, 1.0, 0.0]
 

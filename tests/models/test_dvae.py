@@ -138,7 +138,7 @@ def test_initialisation_is_normal_with_unit_gain():
     assert all(leaf.any() == (leaf.ndim == 4) for leaf in jax.tree.leaves(params))  # biases are zero
 
 
-def test_normalised_features_do_not_grow_with_the_contrast():
+def test_normalized_features_do_not_grow_with_the_contrast():
     model = build("dvae", TINY | {"logits_norm": 2.0})
     params = init(model)
     x = some_images().astype(np.float32) / 255

@@ -15,7 +15,7 @@ from tests.support import GOLDEN
 from tests.support.inception_weights import import_torchvision, state_dict
 
 GOLDEN_FILE = GOLDEN / "inception.npz"
-SIDE = 123  # the last grid is 2 x 2, where all kinds of pools differ
+SIZE = 123  # the last grid is 2 x 2, where all kinds of pools differ
 TOLERANCE = 1e-4  # relative to the largest value: float32 through 48 layers, another order of summation
 
 
@@ -73,7 +73,7 @@ def ours(request):
 
 def test_golden_numbers(ours):
     pools, model, params, features = ours
-    got = features(params, scaled(pictures(SIDE)))
+    got = features(params, scaled(pictures(SIZE)))
     with np.load(GOLDEN_FILE) as golden:
         want = golden[f"{pools}:pool3"], golden[f"{pools}:logits"]
     assert want[0].shape == (2, 2_048) and want[1].shape == (2, inception.CLASSES[pools])
@@ -90,7 +90,7 @@ def test_every_name_of_the_pools_matters():
 
 def test_pytorch_and_jax_agree_at_the_published_size(ours):
     pools, model, params, features = ours
-    x_BHWC = scaled(pictures(inception.SIDE, 1))
+    x_BHWC = scaled(pictures(inception.SIZE, 1))
     want = reference(pools, state_dict(pools), x_BHWC)
     assert_near(map(np.asarray, features(params, x_BHWC)), as_ours(pools, *want))
 
@@ -98,7 +98,7 @@ def test_pytorch_and_jax_agree_at_the_published_size(ours):
 def test_the_golden_file_is_what_pytorch_gives():
     with np.load(GOLDEN_FILE) as golden:
         for pools in inception.CLASSES:
-            want = reference(pools, state_dict(pools), scaled(pictures(SIDE)))
+            want = reference(pools, state_dict(pools), scaled(pictures(SIZE)))
             assert_near((golden[f"{pools}:pool3"], golden[f"{pools}:logits"]), want)
 
 
@@ -130,7 +130,7 @@ def test_a_narrow_network_has_every_name():
 if __name__ == "__main__":
     arrays = {}
     for pools in inception.CLASSES:
-        pool3, logits = reference(pools, state_dict(pools), scaled(pictures(SIDE)))
+        pool3, logits = reference(pools, state_dict(pools), scaled(pictures(SIZE)))
         arrays |= {f"{pools}:pool3": pool3, f"{pools}:logits": logits}
     np.savez_compressed(GOLDEN_FILE, **arrays)
     print(GOLDEN_FILE, GOLDEN_FILE.stat().st_size, "bytes")

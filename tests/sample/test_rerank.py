@@ -14,7 +14,7 @@ from dalle_jax.models import clip
 from dalle_jax.sample import rerank
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.text.bpe import BPETokenizer
-from tests.models.test_clip import TINY, apply, encode_images
+from tests.support.tiny_clip import TINY, apply, encode_images
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

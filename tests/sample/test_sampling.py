@@ -13,8 +13,8 @@ from dalle_jax.models import decoding, transformer
 from dalle_jax.models.attention.cached import _cache_view
 from dalle_jax.sample.engine import Engine, image_keys
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
-from tests.models.test_transformer import TINY, apply, random_batch, random_params
 from tests.support.abstract_engine import AbstractEngine, weight_bytes
+from tests.support.tiny_transformer import TINY, apply, random_batch, random_params
 
 ONE = make_mesh({}, devices=jax.devices()[:1])
 

@@ -12,7 +12,7 @@ from dalle_jax.mesh import make_mesh
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from dalle_jax.train.step import TrainStep
-from tests.models.test_clip import ONE_LAYER, TINY, random_batch, tiny_config
+from tests.support.tiny_clip import ONE_LAYER, TINY, random_batch, tiny_config
 
 BATCH, UPDATES = 8, 2
 

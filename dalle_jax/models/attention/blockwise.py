@@ -66,7 +66,7 @@ def _attend_blocks(q_BRQNH, k_BTNH, v_BTNH, k_BRKNH, v_BRKNH, mask_RQK):
 
 
 def _joint_softmax(text, local):
-    """Unnormalised float32 weights of both parts, and the one sum that normalises them."""
+    """Unnormalized float32 weights of both parts, and the one sum that normalizes them."""
     top = jnp.maximum(text.max(-1, initial=MASKED), local.max(-1))
     top = jax.lax.stop_gradient(top)[..., None]
     weights_text, weights_local = jnp.exp(text - top), jnp.exp(local - top)

@@ -13,7 +13,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.models.attention import blockwise
 
 ATTENTION = ("xla", "pallas", "splash")
-OLDEST_GPU = (8, 0)
+MIN_CAPABILITY = (8, 0)
 
 
 def check_shapes(name: str, *, length: int, head_size: int) -> None:
@@ -31,7 +31,7 @@ def check_machine(name: str, *, machine: str, platform: str, capability: tuple[i
     """
     runs = {
         "xla": True,
-        "pallas": platform == "gpu" and (capability is None or capability >= OLDEST_GPU),
+        "pallas": platform == "gpu" and (capability is None or capability >= MIN_CAPABILITY),
         "splash": platform == "tpu",
     }
     if not runs[name]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.models import Model, build
-from dalle_jax.models.clip import normalised
+from dalle_jax.models.clip import normalize
 from dalle_jax.sharding import constrain
 from dalle_jax.train.objectives.task import Task
 
@@ -44,6 +44,6 @@ def contrastive_loss(image_BE, text_BE, scale):
 
 def _loss(model: Model, params, frozen, batch, *, key, step):
     del frozen, key, step  # nothing random, nothing scheduled
-    image_BE, text_BE, scale = model.apply(params, normalised(batch["image"], model.config), batch["text"])
+    image_BE, text_BE, scale = model.apply(params, normalize(batch["image"], model.config), batch["text"])
     loss, image_right, text_right = contrastive_loss(image_BE, text_BE, scale)
     return loss, {"image_to_text_accuracy": image_right, "text_to_image_accuracy": text_right, "scale": scale}
