@@ -3,8 +3,6 @@
 Both towers are made of `blocks.py`; each ends in a linear projection and unit length, so that the dot product of an
 image's and a caption's vector is their cosine. Sizes, initial values and the normalization of pixels are the released
 models'. No loss, no tokenizer, no I/O.
-
-Dimensions: B batch, H height, W width, P patches, S sequence, T text, D width, E embedding.
 """
 
 import dataclasses
@@ -146,12 +144,12 @@ class ImageTower(nnx.Module):
 
     def __call__(self, pixel_BHWC):
         config, dtype = self.config, compute_dtype(self.config.precision)
-        patch_BPD = einops.rearrange(
+        patch_BSF = einops.rearrange(
             pixel_BHWC, "b (y h) (x w) c -> b (y x) (h w c)", h=config.patch, w=config.patch
         ).astype(dtype)
-        x_BPD = patch_BPD @ self.patch[...].astype(dtype)
-        first_B1D = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (len(x_BPD), 1, x_BPD.shape[-1]))
-        x_BSD = jnp.concatenate([first_B1D, x_BPD], axis=1) + self.position[...].astype(dtype)[None]
+        x_BSD = patch_BSF @ self.patch[...].astype(dtype)
+        first_B1D = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (len(x_BSD), 1, x_BSD.shape[-1]))
+        x_BSD = jnp.concatenate([first_B1D, x_BSD], axis=1) + self.position[...].astype(dtype)[None]
         x_BSD = constrain(x_BSD, ("batch", "sequence", "embed_activation"))
         x_BSD = layer_norm(x_BSD, self.norm_before_gain[...], self.norm_before_bias[...])
         x_BSD = _run(self.blocks, x_BSD, blockwise.attend_all, config)

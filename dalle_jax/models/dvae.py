@@ -1,9 +1,7 @@
 """The discrete VAE's two networks (Ramesh et al. 2021, section 2.1, appendix A.1, and the released code).
 
-Convolutional ResNets without normalization: `encode` gives logits over the codes at each grid position, `decode`
+Convolutional ResNets without normalization: `encode` gives logits over the codebook at each grid position, `decode`
 gives the parameters of a pixel distribution. Knows nothing of noise, likelihoods or schedules.
-
-Array names end in their dimensions: B batch, H height, W width, C channels, G grid side, V codes.
 """
 
 import dataclasses

@@ -5,8 +5,6 @@ every published FID goes back to, and 'torchvision', which the DM-GAN code used.
 takes a maximum instead of the average in the very last block, an old mistake that scores now depend on; its logits
 leave their bias out, as the code of the Inception score does (Salimans et al. 2016). Batch norms use their stored
 statistics; there is no training here, no dropout and no auxiliary classifier. float32 throughout.
-
-Array names end in their dimensions: B batch, H height, W width, C channels, F features, V classes.
 """
 
 import dataclasses

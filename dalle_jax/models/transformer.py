@@ -4,8 +4,6 @@ Pre-activation blocks as in Child et al. 2019, whose configuration the paper inh
 before attention and before the MLP, approximate GELU, zero-initialised output heads. Parameters of all layers are
 stacked; layers run as a scan over the pattern's period or as a plain loop. No loss, no sampling, no I/O; the same model
 from a cache, one position at a time, is `decoding.py`.
-
-Dimensions: B batch, S sequence, T text, I image, L layers, D width, N heads, H head width.
 """
 
 import dataclasses
@@ -155,7 +153,7 @@ def _init_std(config: TransformerConfig) -> InitStd:
 
 
 def _look_up(table, ids_BS, rows: str):
-    """Rows of a table. Its width is gathered first: the mesh axis that cuts it cuts the batch of the result."""
+    """Rows of a table, whose width is gathered first: the mesh axis that cuts it cuts the batch of the result."""
     x_BSD = constrain(table[...], (rows, "embed_activation"))[ids_BS]
     return constrain(x_BSD, ("batch", "sequence", "embed_activation"))
 

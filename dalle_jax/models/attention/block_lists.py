@@ -1,9 +1,7 @@
-"""Which blocks of a mask hold anything: what a kernel that works block by block visits, and what it leaves out.
+"""The blocks of a mask that are not empty: what a kernel that works block by block visits, and what it leaves out.
 
-Made of any bool mask when a program is traced. Numpy only; knows nothing of attention kinds or kernels.
-
-Dimensions: S positions, R blocks of queries, L steps of the longest list, D different partial blocks, Q queries and K
-keys of a block.
+Made of any bool mask when a program is traced. Numpy only; knows nothing of attention kinds or kernels. Here Z are the
+entries of the longest list.
 """
 
 import dataclasses
@@ -15,9 +13,9 @@ import numpy as np
 class BlockLists:
     """For each block of rows of a mask the blocks of columns that are not empty.
 
-    counts: int32 [R, 2], the steps that need no mask, and all of them. columns: int32 [R, L], the block of each step,
-      those that need no mask first, in ascending order both, then zeros. partial: int32 [R, L], where a step needs a
-      mask its index in masks, else 0. masks: int8 [D, Q, K], every different block that is neither full nor empty.
+    counts: int32 [R, 2], the steps that need no mask, and all of them. columns: int32 [R, Z], the block of each step,
+      those that need no mask first, in ascending order both, then zeros. partial: int32 [R, Z], where a step needs a
+      mask its index in masks, else 0. masks: int8 [count, Q, K], every different block that is neither full nor empty.
     """
 
     counts: np.ndarray

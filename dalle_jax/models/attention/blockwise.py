@@ -42,7 +42,7 @@ def attend_text(q_BTNH, k_BTNH, v_BTNH):
 
 
 def attend_all(q_BSNH, k_BSNH, v_BSNH):
-    """Attention of everything to everything."""
+    """Attention of every position to every position."""
     return _attend_densely(q_BSNH, k_BSNH, v_BSNH, None)
 
 

@@ -1,8 +1,8 @@
-"""Which code computes attention of a whole sequence, and where it runs: `TransformerConfig.attention`.
+"""The choice of code for attention over whole sequences, `TransformerConfig.attention`, and where each runs.
 
-    xla      plain array code in blocks, on every machine (`attention.py`); what the others must equal and beat
-    pallas   fused kernels for GPUs of compute capability 8.0 and later (`fused_gpu.py`)
-    splash   fused kernels for TPUs (`fused_tpu.py`)
+    xla      plain array code in blocks, on every machine (`blockwise.py`); the others must equal and beat it
+    pallas   fused kernels for GPUs of compute capability 8.0 and later (`pallas.py`)
+    splash   fused kernels for TPUs (`splash.py`)
 
 A choice changes the order of sums and what they cost, never what is computed.
 """
@@ -42,12 +42,12 @@ def check_machine(name: str, *, machine: str, platform: str, capability: tuple[i
 
 
 def attend(name: str):
-    """The function of that name, with the arguments of `attention.attend`."""
+    """The function of that name, with the arguments of `blockwise.attend`."""
     return _module(name).attend
 
 
 def _module(name: str) -> ModuleType:
-    """Imported for those who ask: both kernels stand on experimental parts of JAX, which a version may lack."""
+    """Imported on request: both kernels stand on experimental parts of JAX, which a version may lack."""
     if name == "pallas":
         from dalle_jax.models.attention import pallas
 

@@ -8,8 +8,6 @@ from `attention_pattern.allowed` alone. In Pallas for Triton, which needs comput
 
 A column layer's image states are visited in transposed order, column by column, so that its keys lie in few blocks
 too. Nothing is transposed in memory: a kernel reads one head of single positions anyway.
-
-Dimensions: B batch, S sequence, N heads, H head width, Q queries and K keys of a block.
 """
 
 import dataclasses
@@ -59,7 +57,7 @@ def attend(
     stages: int = STAGES,
     interpret: bool = False,
 ):
-    """Equal to `attention.attend`. Softmax and sums in float32, result in q's dtype.
+    """Equal to `blockwise.attend`. Softmax and sums in float32, result in q's dtype.
 
     block: a power of 2, at least 16. block, warps and stages change speed alone. interpret: run the kernels as array
     code, on any machine and slowly, for tests.
@@ -73,7 +71,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is known of a call when it is traced."""
+    """The static arguments of a call."""
 
     kind: str
     text_len: int

@@ -3,15 +3,13 @@
 Splash attention is a block-sparse flash attention, forward and backward, that skips the empty blocks of a mask known
 when it is traced. It wants sequences of whole lanes of 128, and column layers on transposed image states, as their
 keys would lie in every block otherwise.
-
-Dimensions: B batch, S sequence, N heads, H head width.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from dalle_jax import attention_pattern
 from dalle_jax.sharding import per_device
@@ -32,7 +30,7 @@ def check(*, length: int, head_size: int) -> None:
 
 
 def attend(q_BSNH, k_BSNH, v_BSNH, kind: str, *, text_len: int, grid: int, interpret: bool = False):
-    """Equal to `attention.attend`. Softmax and sums in float32, result in q's dtype.
+    """Equal to `blockwise.attend`. Softmax and sums in float32, result in q's dtype.
 
     interpret: run the kernels as array code, on any machine and slowly, for tests.
 
@@ -40,19 +38,23 @@ def attend(q_BSNH, k_BSNH, v_BSNH, kind: str, *, text_len: int, grid: int, inter
       ValueError: shapes that `check` refuses.
     """
     check(length=q_BSNH.shape[1], head_size=q_BSNH.shape[-1])
-    turn = functools.partial(_transposed, text_len=text_len, grid=grid) if kind == "column" else lambda x: x
     mask = attention_pattern.allowed(kind, text_len=text_len, grid=grid)
     order = attention_pattern.compact_order(kind, text_len=text_len, grid=grid)
     attend_pieces = functools.partial(_attend, mask[order][:, order], interpret)
-    states = (turn(q_BSNH * q_BSNH.shape[-1] ** -0.5), turn(k_BSNH), turn(v_BSNH))
-    return turn(per_device(attend_pieces, *states, names=(STATES,) * 3, results=(STATES,))[0])
+
+    def toggle(x_BSNH):
+        """The image column by column for column layers, and back again."""
+        return _transposed(x_BSNH, text_len=text_len, grid=grid) if kind == "column" else x_BSNH
+
+    states = (toggle(q_BSNH * q_BSNH.shape[-1] ** -0.5), toggle(k_BSNH), toggle(v_BSNH))
+    return toggle(per_device(attend_pieces, *states, names=(STATES,) * 3, results=(STATES,))[0])
 
 
 def _attend(mask_SS, interpret: bool, *states):
-    head = splash.NumpyMask(mask_SS)
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([head] * states[0].shape[2]),
-        block_sizes=splash.BlockSizes(
+    head = splash_attention.NumpyMask(mask_SS)
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([head] * states[0].shape[2]),
+        block_sizes=splash_attention.BlockSizes(
             block_q=BLOCK,
             block_kv=BLOCK,
             block_q_dkv=BLOCK,
