@@ -101,9 +101,7 @@ def run(
         ledger=ledger,
         checkpoints=checkpoints,
         report=Report(step.task, config, workdir, start=start, progress=progress),
-        evaluator=Evaluator(
-            step, workdir, frozen, key=look_key, validation=validation, max_batches=config.validation_batches
-        ),
+        evaluator=Evaluator(step, workdir, frozen, look_key, validation, max_batches=config.validation_batches),
         rollback=Rollback(config.rollback_after, patience=config.log_every, forgiven=step.scale_patience),
         trace=tracing.Trace(workdir / tracing.FOLDER, profile, warn=to_terminal),
         check_replicas=make_check(step.abstract, mesh=step.mesh),

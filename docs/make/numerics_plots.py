@@ -129,7 +129,7 @@ def rounding(out: pathlib.Path) -> Figure:
         by_format = {form.name: formats.decode(formats.encode(x, form, key), form), "bfloat16": narrow}
         exponents = np.log2(np.abs(found[moment]))
         left.hist(exponents, bins=np.arange(-72, 6), color="C0")
-        limits = {form.name: (np.log2(form.smallest_normal), np.log2(form.largest)), "float16": (FLOAT16_NORMAL, 16)}
+        limits = {form.name: (1 - formats.BIAS, 4), "float16": (FLOAT16_NORMAL, 16)}
         for (name, (low, high)), colour in zip(limits.items(), ("C2", "C3"), strict=True):
             for edge in (low, high):
                 left.axvline(edge, color=colour, label=f"range of {name}" if edge == low else None)
@@ -146,7 +146,7 @@ def rounding(out: pathlib.Path) -> Figure:
             )
         print(
             f"{which} moment: {len(x):,} numbers from 2^{exponents.min():.0f} to 2^{exponents.max():.0f}, below the "
-            f"smallest normal number of {form.name} {np.mean(np.abs(found[moment]) < form.smallest_normal):.2%}, of "
+            f"smallest normal number of {form.name} {np.mean(exponents < 1 - formats.BIAS):.2%}, of "
             f"float16 {np.mean(exponents < FLOAT16_NORMAL):.2%}, below its smallest of all "
             f"{np.mean(exponents < FLOAT16_SMALLEST):.2%}"
         )

@@ -37,14 +37,6 @@ class Format:
         return _EXPONENTS << self.significand
 
     @property
-    def largest(self) -> float:
-        return (2.0 - 2.0**-self.significand) * 2.0 ** (_EXPONENTS - 1 - BIAS)
-
-    @property
-    def smallest_normal(self) -> float:
-        return 2.0 ** (1 - BIAS)
-
-    @property
     def smallest(self) -> float:
         return 2.0 ** (1 - BIAS - self.significand)
 
