@@ -7,13 +7,16 @@ are judged.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from PIL import Image
 
 from dalle_jax import config as configs
 from dalle_jax import model_dir, sharding
@@ -21,11 +24,13 @@ from dalle_jax.cli.hooks import sample_hook
 from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source, scenes
 from dalle_jax.data.sources.scene_checker import accuracy, shows
-from dalle_jax.errors import UserError, say
+from dalle_jax.data.sources.scenes import Scene
+from dalle_jax.errors import UserError, check_number, say
 from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.mesh import make_mesh
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import CLIP, Pipeline
+from dalle_jax.sample.request import MAX_CANDIDATES, Request
 from dalle_jax.text import load_tokenizer
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train.ema import Ema
@@ -48,6 +53,7 @@ TUNING_CAPTIONS = 192  # of each set, at each temperature: with 64 the choice is
 BEST_OF_TEMPERATURE = 1.0  # candidates should differ: the paper's
 RANKED_SET = "two_unseen_combination"
 TOKENIZER_CAPTIONS = 5_000
+COLUMNS = 8  # of the sheets
 REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
 
 REST_SECONDS = 60.0  # timing an update and drawing everything after the transformer, on a CPU half as fast as usual
@@ -57,18 +63,24 @@ MORE_THAN_UPDATES = 1.08  # the time of a training by that of its updates alone:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("demo"), metavar="DIR")
     parser.add_argument(
-        "--minutes", type=float, default=8.75, help="time to plan for, up to the first samples (default 8.75)"
+        "--workdir",
+        type=pathlib.Path,
+        default=pathlib.Path("demo"),
+        metavar="DIR",
+        help="folder for everything that is made; the same one goes on where it was stopped (default: demo)",
     )
-    parser.add_argument("--captions", type=int, default=200, help="captions judged of each kind (default 200)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--minutes", type=float, default=8.75, metavar="M", help="time up to the first samples (default: 8.75)"
+    )
+    parser.add_argument("--captions", type=int, default=200, metavar="N", help="captions judged per set (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all trainings (default: 0)")
     parser.add_argument(
         "--best-of",
         type=int,
         default=32,
         metavar="N",
-        help="train a CLIP and let it choose among N candidates (default 32); 0: no CLIP, two and a half minutes less",
+        help="train a CLIP that chooses among N candidates; 0 for none, two and a half minutes less (default: 32)",
     )
     parser.add_argument("--json", action="store_true", help="print the report instead of a summary")
 
@@ -81,11 +93,18 @@ class Interrupted(Exception):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes DIR/report.json, DIR/samples.png and the workdirs DIR/dvae and DIR/transformer; unless `--best-of` is 0
+    """Write DIR/report.json, DIR/samples.png and the workdirs DIR/dvae and DIR/transformer; unless `--best-of` is 0
     also DIR/best.png and DIR/clip.
 
     Returns 0, or 128 + the signal that interrupted it; the same command then goes on.
+
+    Raises:
+      UserError: a number out of its range, or a workdir that cannot be written.
     """
+    check_number("--minutes", args.minutes, above=0, max=10_000)
+    check_number("--captions", args.captions, min=2, max=100_000)
+    check_number("--seed", args.seed, min=0, max=2**32 - 1)
+    check_number("--best-of", args.best_of, min=0, max=MAX_CANDIDATES)
     try:
         report = run(
             args.workdir, minutes=args.minutes, num_captions=args.captions, seed=args.seed, best_of=args.best_of
@@ -98,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
     best = f", best of {args.best_of} {report['best_of']['two_object_unseen_accuracy']:.0%}" if args.best_of else ""
     print(
         f"right at first sample: one object {report['one_object_accuracy']:.0%}, "
-        f"of a colour and shape never seen together {report['one_object_unseen_accuracy']:.0%}, "
+        f"of a color and shape never seen together {report['one_object_unseen_accuracy']:.0%}, "
         f"two objects in an unseen combination {report['two_object_unseen_accuracy']:.0%}{best}; "
         f"{report['seconds']:.0f} s: {args.workdir / 'samples.png'}"
     )
@@ -130,10 +149,15 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
     say(f"4/{stages} pictures for captions it never saw")
     pipe = Pipeline.load(workdir / "transformer")
     temperature = choose_temperature(pipe)
-    report, drawn = judge(pipe, temperature, num_captions)
-    sheet(drawn).save(workdir / "samples.png")
-    report |= {
-        "dvae": judge_dvae(pipe, num_captions),
+    drawn = {
+        name: draw(pipe, scenes.captions(name, "report", num_captions), temperature=temperature, seed=REPORT_SEED)
+        for name in REPORT_KEYS.values()
+    }
+    sheet([drawn[name].part(0, 2 * COLUMNS) for name in TUNED_ON]).save(workdir / "samples.png")
+    report = {
+        "temperature": temperature,
+        **{key: drawn[name].accuracy for key, name in REPORT_KEYS.items()},
+        "dvae": judge_image_tokenizer(pipe, num_captions),
         "captions_each": num_captions,
         "seed": seed,
         "steps": {"dvae": dvae_config.steps, "transformer": config.steps},
@@ -159,7 +183,9 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
         report["best_of"], best = judge_best(pipe, best_of, num_captions)
         report["by_clip_features"] = judge_by_clip(pipe, drawn, num_captions)
         report["steps"]["clip"], report["parameters"]["clip"] = clip_config.steps, pipe.reranker.model.num_params
-        best_sheet(drawn[RANKED_SET], best, best_of=best_of).save(workdir / "best.png")
+        rows = (("first: ", drawn[RANKED_SET]), (f"best of {best_of}: ", best))
+        parts = [images.part(i, i + COLUMNS, title=title) for i in (0, COLUMNS) for title, images in rows]
+        sheet(parts).save(workdir / "best.png")
     report["seconds"] = time.monotonic() - began
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
@@ -240,89 +266,95 @@ def time_update(config) -> float:
     return float(np.median(seconds[2:]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """An image for each caption of a set, with the scene that the caption describes."""
+
+    captions: Sequence[str]
+    described: Sequence[Scene]
+    images: Sequence[np.ndarray]
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images that show their scene."""
+        return accuracy(self.images, self.described)
+
+    def part(self, start: int, stop: int, *, title: str = "") -> "Drawn":
+        """Images start .. stop - 1, their captions with a title before them."""
+        captions = [title + caption for caption in self.captions[start:stop]]
+        return Drawn(captions, self.described[start:stop], self.images[start:stop])
+
+
+def draw(
+    pipe: Pipeline,
+    asked: Sequence[tuple[str, Scene]],
+    *,
+    temperature: float,
+    seed: int,
+    spacing: int = 1,
+    best_of: int | None = None,
+) -> Drawn:
+    """The first candidate for each caption, or with best_of CLIP's choice. spacing: of the seeds of two captions."""
+    captions, described = zip(*asked, strict=True)
+    options = {"temperature": temperature}
+    requests = [
+        Request(caption, best_of=best_of, seed=seed + spacing * i, options=options)
+        for i, caption in enumerate(captions)
+    ]
+    return Drawn(captions, described, [np.asarray(row[0]) for row in pipe.draw(requests)])
+
+
 def choose_temperature(pipe: Pipeline) -> float:
     """The temperature with the best mean accuracy on the tuning captions."""
     scores = {}
     for temperature in TEMPERATURES:
-        drawn = [draw(pipe, name, "tune", TUNING_CAPTIONS, temperature=temperature, seed=0) for name in TUNED_ON]
-        scores[temperature] = float(np.mean([accuracy(pictures, told) for _, told, pictures in drawn]))
+        sets = [scenes.captions(name, "tune", TUNING_CAPTIONS) for name in TUNED_ON]
+        drawn = [draw(pipe, asked, temperature=temperature, seed=0) for asked in sets]
+        scores[temperature] = float(np.mean([images.accuracy for images in drawn]))
     say("    temperature: right on tuning captions " + ", ".join(f"{t}: {s:.0%}" for t, s in scores.items()))
-    return max(scores, key=scores.get)
+    return max(scores, key=lambda temperature: scores[temperature])
 
 
-def draw(pipe: Pipeline, set_name: str, part: str, n: int, *, temperature: float, seed: int):
-    """First samples of n captions: captions, the scenes they tell of, and uint8 pictures."""
-    captions, told = zip(*scenes.captions(set_name, part, n), strict=True)
-    pictures = pipe(list(captions), temperature=temperature, seed=[seed + i for i in range(n)])
-    return captions, told, [np.asarray(row[0]) for row in pictures]
-
-
-def judge(pipe: Pipeline, temperature: float, num_captions: int):
-    """Accuracy on each of the report's sets, and what was drawn."""
-    report, drawn = {"temperature": temperature}, {}
-    for key, name in REPORT_KEYS.items():
-        captions, told, pictures = draw(pipe, name, "report", num_captions, temperature=temperature, seed=REPORT_SEED)
-        report[key] = accuracy(pictures, told)
-        drawn[name] = captions, told, pictures
-    return report, drawn
-
-
-def judge_best(pipe: Pipeline, best_of: int, num_captions: int):
-    """First candidate and CLIP's choice of `best_of` on two-object captions, as accuracies, and the chosen pictures."""
-    captions, told = zip(*scenes.captions(RANKED_SET, "report", num_captions), strict=True)
-    seeds = [REPORT_SEED + best_of * i for i in range(num_captions)]
-    how = {"temperature": BEST_OF_TEMPERATURE, "seed": seeds}
-    first = [np.asarray(row[0]) for row in pipe(list(captions), **how)]
-    best = [np.asarray(row[0]) for row in pipe(list(captions), best_of=best_of, **how)]
+def judge_best(pipe: Pipeline, best_of: int, num_captions: int) -> tuple[dict, Drawn]:
+    """Accuracies of the first candidate and of CLIP's choice of `best_of` on two-object captions, and that choice."""
+    asked = scenes.captions(RANKED_SET, "report", num_captions)
+    settings = {"temperature": BEST_OF_TEMPERATURE, "seed": REPORT_SEED, "spacing": best_of}
+    first, best = draw(pipe, asked, **settings), draw(pipe, asked, **settings, best_of=best_of)
     return {
         "candidates": best_of,
         "temperature": BEST_OF_TEMPERATURE,
-        "first_candidate_accuracy": accuracy(first, told),
-        "two_object_unseen_accuracy": accuracy(best, told),
+        "first_candidate_accuracy": first.accuracy,
+        "two_object_unseen_accuracy": best.accuracy,
     }, best
 
 
-def judge_by_clip(pipe: Pipeline, drawn, num_captions: int) -> dict:
-    """FID and CLIP score of the first samples against true pictures of the same captions, which training never has."""
-    names = REPORT_KEYS.values()
-    captions, pictures = ([item for name in names for item in drawn[name][part]] for part in (0, 2))
-    real = [scenes.true_pictures(name, "report", num_captions, image_size=pipe.image_size) for name in names]
-    return by_clip(pipe.reranker, pictures, captions, np.concatenate(real))
+def judge_by_clip(pipe: Pipeline, drawn: Mapping[str, Drawn], num_captions: int) -> dict:
+    """FID and CLIP score of the first samples against true images of the same captions, which training never has."""
+    captions = [caption for images in drawn.values() for caption in images.captions]
+    images = [image for images in drawn.values() for image in images.images]
+    real = [scenes.true_pictures(name, "report", num_captions, image_size=pipe.image_size) for name in drawn]
+    return by_clip(pipe.reranker, images, captions, np.concatenate(real))
 
 
-def judge_dvae(pipe: Pipeline, num_pictures: int) -> dict[str, float]:
-    """How many true pictures still show their caption after encoding and decoding, and the share of codes in use."""
-    result, used = {}, set()
-    for key, name in (("seen_accuracy", "one_seen"), ("unseen_accuracy", "one_unseen"), ("two", TUNED_ON[-1])):
-        pictures = scenes.true_pictures(name, "report", num_pictures, image_size=pipe.image_size)
-        told = [scene for _, scene in scenes.captions(name, "report", num_pictures)]
-        image_tokens = [pipe.generator.encode(picture) for picture in pictures]
-        used.update(*(map(int, tokens) for tokens in image_tokens))
-        result[key] = accuracy([pipe.generator.decode(tokens) for tokens in image_tokens], told)
-    return {
-        "seen_accuracy": result["seen_accuracy"],
-        "unseen_accuracy": result["unseen_accuracy"],
-        "two_object_unseen_accuracy": result["two"],
-        "codes_used_share": len(used) / pipe.generator.model.config.image_vocab,
-    }
+def judge_image_tokenizer(pipe: Pipeline, num_images: int) -> dict[str, float]:
+    """Share of true images that still show their caption after encoding and decoding, and of the codebook in use."""
+    generator, scores, used = pipe.generator, {}, set()
+    for key, name in (
+        ("seen_accuracy", "one_seen"),
+        ("unseen_accuracy", "one_unseen"),
+        ("two_object_unseen_accuracy", RANKED_SET),
+    ):
+        images = scenes.true_pictures(name, "report", num_images, image_size=pipe.image_size)
+        described = [scene for _, scene in scenes.captions(name, "report", num_images)]
+        tokens_BI = np.stack([generator.encode(image) for image in images])
+        used.update(map(int, tokens_BI.flat))
+        scores[key] = accuracy(list(generator.decode(tokens_BI)), described)
+    return {**scores, "codes_used_share": len(used) / generator.model.config.image_vocab}
 
 
-def sheet(drawn, *, columns: int = 8, rows_each: int = 2):
-    """The first pictures of the three main sets, framed green or red as the checker judges them."""
-    chosen = [(c, t, p) for name in TUNED_ON for c, t, p in list(zip(*drawn[name], strict=True))[: columns * rows_each]]
-    captions, told, pictures = zip(*chosen, strict=True)
-    marks = [shows(picture, scene).ok for picture, scene in zip(pictures, told, strict=True)]
-    return contact_sheet(pictures, captions, columns=columns, marks=marks)
-
-
-def best_sheet(drawn, best, *, best_of: int, columns: int = 8, rows: int = 2):
-    """Rows of first samples, each above CLIP's choices for the same captions."""
-    captions, told, first = drawn
-    pictures, scenes_told, words = [], [], []
-    for start in range(0, columns * rows, columns):
-        for title, row in (("first", first), (f"best of {best_of}", best)):
-            pictures += row[start : start + columns]
-            scenes_told += told[start : start + columns]
-            words += [f"{title}: {caption}" for caption in captions[start : start + columns]]
-    marks = [shows(picture, scene).ok for picture, scene in zip(pictures, scenes_told, strict=True)]
-    return contact_sheet(pictures, words, columns=columns, marks=marks)
+def sheet(parts: Sequence[Drawn]) -> Image.Image:
+    """Rows of images, framed green or red as the checker judges them."""
+    columns = [[item for part in parts for item in getattr(part, name)] for name in ("captions", "described", "images")]
+    captions, described, images = columns
+    marks = [shows(image, scene).ok for image, scene in zip(images, described, strict=True)]
+    return contact_sheet(images, captions, columns=COLUMNS, marks=marks)

@@ -108,6 +108,9 @@ class Autoregressive:
         mesh = placement.mesh(self.model.config.heads)
         self.engine = Engine(self.model, transformer.params, mesh=mesh, weights=placement.weights)
         self._weights = placement.weights
+        self.image_size = self.image_tokenizer.config.image_size
+        self.batch_multiple = self.engine.batch_multiple
+        self.decode_batch = DECODED * self.batch_multiple
         self._image_params = jax.device_put(image_tokenizer.params, sharding.replicated(mesh))
         self._batch_sharding = sharding.batch_sharding(mesh)
         self._layout = self.model.config.layout
@@ -135,7 +138,7 @@ class Autoregressive:
         digest = hashlib.sha256()
         for tree in (transformer.params, image_tokenizer.params):
             for leaf in jax.tree.leaves(tree):
-                digest.update(np.ascontiguousarray(leaf))
+                digest.update(np.ascontiguousarray(leaf).data)
         digest.update(tokenizer.digest.encode())
         return cls(
             transformer,
@@ -145,18 +148,6 @@ class Autoregressive:
             can_guide=transformer.config.get("data", {}).get("caption_dropout", 0) > 0,
             placement=placement,
         )
-
-    @property
-    def image_size(self) -> int:
-        return self.image_tokenizer.config.image_size
-
-    @property
-    def batch_multiple(self) -> int:
-        return self.engine.batch_multiple
-
-    @property
-    def decode_batch(self) -> int:
-        return DECODED * self.batch_multiple
 
     def check(self, request: Request) -> None:
         if request.guidance != 1 and not self.can_guide:
@@ -176,13 +167,14 @@ class Autoregressive:
         return range(self._kept_rows(request), self._layout.grid)
 
     def start(self, requests: Sequence[Request], seeds_PM: np.ndarray) -> Batch:
-        settings = [{"guidance": request.guidance} | request.values(self.options) for request in requests]
+        values = [request.values(self.options) for request in requests]
         tokens = {id(r.image): self.encode(r.image) for r in requests if r.image is not None}
         blank = np.zeros(self._layout.image_len, np.int32)
         return self.engine.begin(
             np.stack([self._layout.caption_ids(self.tokenizer.encode(request.caption)) for request in requests]),
             image_keys(seeds_PM),
-            **{name: [of[name] for of in settings] for name in ("temperature", "top_k", "top_p", "guidance")},
+            guidance=[request.guidance for request in requests],
+            **{name: [value[name] for value in values] for name in ("temperature", "top_k", "top_p")},
             given_PI=np.stack([tokens.get(id(request.image), blank) for request in requests]),
             given_rows=[self._kept_rows(request) for request in requests],
         )

@@ -1,5 +1,7 @@
 """The candidates of one request that are worth keeping while more of them are drawn."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -12,7 +14,7 @@ class Candidates:
 
     def __init__(self, n: int, *, ranked: bool):
         self._n, self._ranked, self.seen = n, ranked, 0
-        self._best: list[tuple[float | None, int, np.ndarray]] = []  # score, seed, draft
+        self._best: list[tuple[Any, int, np.ndarray]] = []  # score or None, seed, draft
 
     def add(self, seeds, drafts, scores=None) -> None:
         """More candidates: their seeds, their drafts [M, ...] and, when ranking, their scores."""

@@ -158,11 +158,9 @@ class Engine:
         noise of a row, logits. Weights are not counted."""
         config, streams = self.config, 2 if guided else 1
         images = prompts * candidates
-        text = jax.eval_shape(
-            lambda w, t: decoding.prefill(config, *w, t),
-            self._weights,
-            jax.ShapeDtypeStruct((prompts * streams, config.text_len), jnp.int32),
-        )
+        layers, ends = self._weights
+        text_PT = jax.ShapeDtypeStruct((prompts * streams, config.text_len), jnp.int32)
+        text = jax.eval_shape(functools.partial(decoding.prefill, config), layers, ends, text_PT)
         stores = jax.eval_shape(lambda: decoding.empty_cache(config, images * streams))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((text, stores)))
         repeated = self.mesh.size // self.batch_multiple  # of what is not cut along heads
@@ -204,11 +202,11 @@ def _of_begin(program: Program) -> Program:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _begin(program: Program, weights, text_PT, keys_B, tokens_IB, settings):
-    config = program.config
+    config, (layers, ends) = program.config, weights
     with sharding.use(program.mesh):
         images = keys_B.size * (2 if program.guided else 1)
         return {
-            "stores": decoding.prefill(config, *weights, text_PT),
+            "stores": decoding.prefill(config, layers, ends, text_PT),
             "cache": decoding.empty_cache(config, images),
             "tokens": tokens_IB,
             "previous": jnp.full(keys_B.shape, config.layout.start_of_image, jnp.int32),
@@ -219,7 +217,7 @@ def _begin(program: Program, weights, text_PT, keys_B, tokens_IB, settings):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance(program: Program, weights, arrays, first_row, last_row):
-    config, guided = program.config, program.guided
+    config, guided, (layers, ends) = program.config, program.guided, weights
     settings, keys_B, vocab = arrays["settings"], arrays["keys"], config.image_vocab
 
     def choose(logits_VB, noise_BV):
@@ -241,7 +239,7 @@ def _advance(program: Program, weights, arrays, first_row, last_row):
             previous_B, cache = carry
             position, noise_BV, given_B = inputs
             twice = jnp.tile(previous_B, 2 if guided else 1)
-            logits, cache = decoding.decode(config, *weights, arrays["stores"], cache, twice, position)
+            logits, cache = decoding.decode(config, layers, ends, arrays["stores"], cache, twice, position)
             drawn_B = jnp.where(position < settings["given"], given_B, choose(logits, noise_BV))
             return (drawn_B, cache), drawn_B
 

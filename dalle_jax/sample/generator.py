@@ -38,7 +38,7 @@ class Generator(Protocol):
 
     digest: str
     image_size: int
-    options: Sequence[Option]
+    options: tuple[Option, ...]
     batch_multiple: int
     decode_batch: int
 

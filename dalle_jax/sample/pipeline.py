@@ -10,6 +10,7 @@ from captions is a `Generator`; nothing here knows its model.
 import functools
 import pathlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,7 +85,7 @@ class Pipeline:
         guidance: float = 1.0,
         image: Image.Image | np.ndarray | None = None,
         on_progress: OnProgress | None = None,
-        **options: float | None,
+        **options: Any,
     ) -> list[Picture] | list[list[Picture]]:
         """Draw n images for each caption.
 
@@ -102,7 +103,7 @@ class Pipeline:
             words := [captions] if isinstance(captions, str) else [*captions]
         ):
             raise UserError(f"captions must be a text or a list of at least one text, got {captions!r}")
-        seeds = list(seed) if isinstance(seed, Sequence) or np.ndim(seed) else [seed] * len(words)
+        seeds: list[Any] = list(np.asarray(seed, object)) if np.ndim(seed) else [seed] * len(words)
         if len(seeds) != len(words):
             raise UserError(f"seed must be one, or one per caption, got {len(seeds)} for {len(words)} captions")
         requests = [
@@ -196,11 +197,15 @@ class _Drawing:
             for request, slot in zip(requests, slots, strict=True)
         ]
         state = self._generator.start(requests, np.asarray(np.asarray(seeds_PM, np.int64) % MAX_SEEDS, np.uint32))
-        steps = self._generator.steps(requests[0]).stop
-        if self._on_progress is None:
-            drafts = self._generator.drafts(self._generator.advance(state, 0, steps))
-        else:
-            drafts = self._draw_watched(plan, state, steps)
+        steps, drafts = self._generator.steps(requests[0]).stop, np.empty((0, 0))
+        stride = steps if self._on_progress is None else 1
+        for step in range(stride, steps + 1, stride):
+            state = self._generator.advance(state, step - stride, step)
+            drafts = self._generator.drafts(state)
+            for slot, slot_drafts in zip(plan.slots, drafts, strict=False):
+                self._report(slot, slot_drafts[: slot.count], step=step, steps=steps)
+            if self._nobody_waits(plan):
+                return
         for slot, slot_drafts in zip(plan.slots, drafts, strict=False):
             if slot.request not in self._ended:
                 self._keep(slot, slot_drafts[: slot.count])
@@ -210,14 +215,14 @@ class _Drawing:
         if index in self._ended:
             return []
         request, candidates = self._requests[index], self._candidates[index]
-        ranked = request.best_of is not None
         settings = {
             "guidance": float(request.guidance),
             "best_of": request.best_of,
             **self._generator.settings(request),
             "checkpoint": self._generator.digest,
-            **({"clip": self._reranker.digest} if ranked and self._reranker else {}),
         }
+        if request.best_of is not None and self._reranker is not None:
+            settings["clip"] = self._reranker.digest
         images = self._generator.finish(candidates.drafts(), request, candidates.seeds())
         return [
             Picture.from_array(image, caption=request.caption, seed=seed, score=score, settings=settings)
@@ -227,20 +232,9 @@ class _Drawing:
     def _nobody_waits(self, plan: batches.Plan) -> bool:
         return all(slot.request in self._ended for slot in plan.slots)
 
-    def _draw_watched(self, plan: batches.Plan, state, steps: int) -> np.ndarray:
-        """The drafts of a batch, with a report of each request after each step, until nobody waits."""
-        drafts = None
-        for step in range(1, steps + 1):
-            state = self._generator.advance(state, step - 1, step)
-            drafts = self._generator.drafts(state)
-            for slot, slot_drafts in zip(plan.slots, drafts, strict=False):
-                if slot.request not in self._ended:
-                    self._report(slot, slot_drafts[: slot.count], step=step, steps=steps)
-            if self._nobody_waits(plan):
-                break
-        return drafts
-
     def _report(self, slot: batches.Slot, drafts, *, step: int, steps: int) -> None:
+        if self._on_progress is None or slot.request in self._ended:
+            return
         request, seen = self._requests[slot.request], self._candidates[slot.request].seen
         share = (seen + slot.count * step / steps) / request.candidates
         images = functools.partial(self._images, drafts[: request.n], step)
@@ -254,7 +248,7 @@ class _Drawing:
     def _keep(self, slot: batches.Slot, drafts) -> None:
         request, candidates = self._requests[slot.request], self._candidates[slot.request]
         seeds = request.seed + slot.first + np.arange(slot.count)
-        if request.best_of is None:
+        if request.best_of is None or self._reranker is None:
             candidates.add(seeds, drafts)
             return
         size, last = self._generator.decode_batch, self._generator.steps(request).stop

@@ -113,11 +113,10 @@ class Request:
         """Images drawn, of which n are returned."""
         return self.n if self.best_of is None else self.best_of
 
-    def values(self, options: Iterable[Option]) -> dict[str, int | float | None]:
+    def values(self, options: Iterable[Option]) -> dict[str, Any]:
         """The values of the generator's options, defaults filled in."""
-        values = {option.name: self.options.get(option.name, option.default) for option in options}
-        kinds = {option.name: option.kind for option in options}
-        return {name: None if value is None else kinds[name](value) for name, value in values.items()}
+        values = {option: self.options.get(option.name, option.default) for option in options}
+        return {option.name: None if value is None else option.kind(value) for option, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,9 +119,9 @@ def resize_and_crop(images_uint8, size: int):
 
     Bicubic, with the kernel widened where images shrink, as Pillow does it.
     """
-    batch, *before, channels = images_uint8.shape
-    height, width, top, left = clip_window(*before, size)
-    if [height, width] != before:
+    batch, old_height, old_width, channels = images_uint8.shape
+    height, width, top, left = clip_window(old_height, old_width, size)
+    if (height, width) != (old_height, old_width):
         resized = jax.image.resize(images_uint8.astype(jnp.float32), (batch, height, width, channels), "bicubic")
         images_uint8 = resized.round().clip(0, 255).astype(jnp.uint8)
     return images_uint8[:, top : top + size, left : left + size]

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,6 +20,7 @@ from starlette.routing import Route
 
 from dalle_jax.data.decode import to_pixels
 from dalle_jax.data.transforms import center_crop
+from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.request import MAX_CANDIDATES
 from dalle_jax.serve import metrics, page, parsing, responses, schema, uploads
@@ -106,12 +108,13 @@ class _Api:
         made = responses.whole(image_request, images, files, pipe=pipe, model=self._model, url_of=url_of)
         return JSONResponse(made, headers={"Cache-Control": "no-store"})
 
-    async def _wait(self, request: Request, job: Job) -> list:
+    async def _wait(self, request: Request, job: Job) -> list[Picture]:
         """The images of a job; cancels it when the client goes away or the deadline passes."""
         gone = asyncio.ensure_future(parsing.disconnected(request))
         try:
             left = job.deadline - time.monotonic()
-            await asyncio.wait({job.done, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future] = {job.done, gone}
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if not job.done.done():
                 raise ClientDisconnect if gone.done() else too_late()
             if job.done.exception() is not None:
@@ -156,7 +159,12 @@ def _edit(
     mask, param = None, "mask"
     if "mask" in files:
         mask = uploads.read_image(files["mask"], param="mask")
-    elif masked and image.mode == "RGBA" and values.get("keep_rows") is None and image.getextrema()[3][0] < 255:
+    elif (
+        masked
+        and image.mode == "RGBA"
+        and values.get("keep_rows") is None
+        and image.getchannel("A").tobytes().strip(b"\xff")
+    ):
         mask, param = image, "image"
     if mask is not None:
         kept = uploads.kept_rows(mask, size=image.size, grid=pipe.generator.describe()["grid"], param=param)
@@ -196,6 +204,12 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
         yield
         await asyncio.to_thread(batcher.close)
 
+    handlers: dict[Any, Any] = {
+        ApiError: on_error,
+        HTTPException: on_http_error,
+        ClientDisconnect: on_disconnect,
+        Exception: on_defect,
+    }
     app = Starlette(
         routes=[
             Route("/", api.index),
@@ -209,12 +223,7 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
             Route(FILES + "{name}", api.picture),
         ],
         middleware=[Middleware(Guard, token=token, metrics=batcher.metrics)],
-        exception_handlers={
-            ApiError: on_error,
-            HTTPException: on_http_error,
-            ClientDisconnect: on_disconnect,
-            Exception: on_defect,
-        },
+        exception_handlers=handlers,
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # a path has one spelling

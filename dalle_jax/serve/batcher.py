@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.batches import Capacity
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.request import Preview, Request
@@ -46,7 +47,7 @@ class Job:
         self.arrived = time.monotonic()
         self.cancelled = False
         self.steps_shown = 0
-        self.done: asyncio.Future[list[Image.Image]] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[list[Picture]] = asyncio.get_running_loop().create_future()
         self.previews: collections.deque[tuple[Preview, list[Image.Image]]] = collections.deque(maxlen=MAX_UNSENT)
         self.news = asyncio.Event()
 
@@ -54,7 +55,7 @@ class Job:
         self.previews.append((preview, images))
         self.news.set()
 
-    def finish(self, outcome: list[Image.Image] | Exception) -> None:
+    def finish(self, outcome: list[Picture] | Exception) -> None:
         if not self.done.done():
             if isinstance(outcome, Exception):
                 self.done.set_exception(outcome)
@@ -188,7 +189,7 @@ class Batcher:
         self._pipe = pipe
         self._on_ready(None)
         while (batch := self._next_batch()) is not None:
-            self._draw(batch)
+            self._draw(pipe, batch)
 
     def _next_batch(self) -> list[Job] | None:
         """The jobs to draw next, removed from the queue; None when the server closes and none is left."""
@@ -231,7 +232,7 @@ class Batcher:
         """The maximum number of images in a batch with this job."""
         return self.capacity(guided=job.image_request.request.guidance != 1).images
 
-    def _draw(self, batch: list[Job]) -> None:
+    def _draw(self, pipe: Pipeline, batch: list[Job]) -> None:
         start = time.monotonic()
         images = sum(job.image_request.candidates for job in batch)
 
@@ -245,7 +246,7 @@ class Batcher:
         self.metrics.batch_requests.observe(len(batch))
         self.metrics.batch_fill.observe(min(1.0, images / self._max_images(batch[0])))
         try:
-            results = self._pipe.draw([job.image_request.request for job in batch], on_progress=on_progress)
+            results = pipe.draw([job.image_request.request for job in batch], on_progress=on_progress)
             for job, drawn in zip(batch, results, strict=True):
                 if len(drawn) != job.image_request.request.n and not job.cancelled:
                     raise RuntimeError(
@@ -258,7 +259,7 @@ class Batcher:
             if len(batch) > 1:  # one request must not take its neighbors down
                 for job in batch:
                     if not job.cancelled:
-                        self._draw([job])
+                        self._draw(pipe, [job])
             else:
                 self._call(batch[0].finish, error)
             return

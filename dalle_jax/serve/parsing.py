@@ -12,7 +12,7 @@ from dalle_jax.serve import schema
 from dalle_jax.serve.errors import ApiError, invalid
 
 MAX_JSON_BYTES = 256 * 2**10
-MAX_FORM_BYTES = 8 * 2**20  # a picture and its mask; OpenAI takes 4 MB each
+MAX_FORM_BYTES = 8 * 2**20  # an image and its mask; OpenAI takes 4 MB each
 MAX_FIELDS = 64
 MAX_SECONDS = 30  # for a body to arrive
 

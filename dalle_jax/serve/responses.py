@@ -5,11 +5,12 @@ import base64
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from PIL import Image
 
+from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.serve.batcher import Job
 from dalle_jax.serve.errors import ApiError, failed, too_late
@@ -25,7 +26,7 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-async def encode(images: list[Image.Image]) -> list[bytes]:
+async def encode(images: Sequence[Image.Image]) -> list[bytes]:
     """PNG files, made in a thread beside the event loop."""
     return await asyncio.to_thread(lambda: [png(image) for image in images])
 
@@ -45,7 +46,7 @@ def usage(image_request: ImageRequest) -> dict[str, Any]:
 
 def whole(
     image_request: ImageRequest,
-    images: list[Image.Image],
+    images: list[Picture],
     files: list[bytes],
     *,
     pipe: Pipeline,
@@ -72,8 +73,8 @@ async def events(
 ) -> AsyncIterator[str]:
     """The stream of one job. Whoever stops reading it cancels the job.
 
-    Every image has events of its own, which `index` tells apart; the last event of a stream that failed has OpenAI's
-    error object, and its code goes to `count`.
+    `index` says which image an event is about. A stream that failed ends with OpenAI's error object, whose code goes to
+    `count`.
     """
     image_request, sent = job.image_request, 0
     try:
@@ -95,8 +96,8 @@ async def events(
             except TimeoutError:
                 yield ": waiting\n\n"
             job.news.clear()
-        images, tokens = job.done.result(), usage(image_request)
-        for index, (image, file) in enumerate(zip(images, await encode(images), strict=True)):
+        finished, tokens = job.done.result(), usage(image_request)
+        for index, (image, file) in enumerate(zip(finished, await encode(finished), strict=True)):
             extra = {"index": index, "seed": image.seed, "score": image.score, "usage": tokens}
             yield _event(image_request, "completed", file, pipe, **extra)
     except Exception as error:

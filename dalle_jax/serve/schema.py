@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,10 @@ _OPENAI_FIELDS: dict[str, Kind] = {
     "output_format": ("png",),
 }
 _NOUNS = {str: "a text", bool: "true or false", int: "an integer", float: "a number"}
-_IN_FORMS = {  # how a form writes the values of a kind
-    bool: "true|false",
-    int: "-?[0-9]{1,20}",
-    float: r"-?(?=\.?[0-9])[0-9]{0,20}\.?[0-9]{0,20}([eE][+-]?[0-9]{1,3})?",
+_IN_FORMS: dict[Kind, tuple[str, Callable[[str], Any]]] = {  # how a form writes the values of a kind
+    bool: ("true|false", "true".__eq__),
+    int: ("-?[0-9]{1,20}", int),
+    float: (r"-?(?=\.?[0-9])[0-9]{0,20}\.?[0-9]{0,20}([eE][+-]?[0-9]{1,3})?", float),
 }
 
 
@@ -76,7 +76,7 @@ def shorten(value: Any) -> str:
 
 def options(pipe: Pipeline) -> list[Option]:
     """The settings of a request, with the bounds of this server and this model."""
-    changes = {"n": {"max": MAX_N}, "seed": {"default": None, "unset": "a new one"}}
+    changes: dict[str, dict[str, Any]] = {"n": {"max": MAX_N}, "seed": {"default": None, "unset": "a new one"}}
     common = [dataclasses.replace(option, **changes.get(option.name, {})) for option in COMMON]
     return [*common, *pipe.generator.options]
 
@@ -86,7 +86,7 @@ def fields(pipe: Pipeline, kind: str) -> dict[str, Kind]:
     return _OPENAI_FIELDS | {o.name: o.kind for o in options(pipe) if kind == EDIT or not o.completes}
 
 
-def is_possible(pipe: Pipeline, **settings: float) -> bool:
+def is_possible(pipe: Pipeline, **settings: Any) -> bool:
     """Whether the pipeline can draw with these common settings."""
     return pipe.can_draw(Request("", **settings))
 
@@ -127,9 +127,8 @@ def parse_form(items: list[tuple[str, str]], known: Mapping[str, Kind]) -> dict[
     for name, text in items:
         if name in values:
             raise invalid(shorten(name)[1:-1], f"the field {shorten(name)} comes twice: send it once")
-        kind = known.get(name)
-        fits = kind in _IN_FORMS and re.fullmatch(_IN_FORMS[kind], text)
-        values[name] = text if not fits else text == "true" if kind is bool else kind(text)
+        pattern, convert = _IN_FORMS.get(known.get(name, str), ("", str))
+        values[name] = convert(text) if re.fullmatch(pattern, text) else text
     return values
 
 

@@ -19,7 +19,7 @@ def read_image(data: bytes, *, param: str) -> Image.Image:
       ApiError: it is not one, or is too large.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if max(image.size) > MAX_SIZE:
             raise invalid(param, f"{param} must be at most {MAX_SIZE} pixels wide and high, got {image.size}")
         image = ImageOps.exif_transpose(image)

@@ -15,7 +15,6 @@ from dalle_jax.cli import main
 from dalle_jax.cli.sample import file_names, read_image
 from dalle_jax.errors import UserError
 from dalle_jax.pictures.picture import Picture
-from dalle_jax.sample import autoregressive
 from dalle_jax.sample.batches import bucket, plan
 from dalle_jax.sample.candidates import Candidates
 from dalle_jax.sample.request import Request
@@ -119,7 +118,7 @@ def test_best_of_returns_the_best_of_all_candidates_in_order(pipe, small_batches
 def test_candidates_of_one_batch_are_decoded_and_ranked_a_few_at_a_time(pipe, monkeypatch):
     at_once = pipe(CAPTION, n=2, best_of=6, seed=3)
     pipe.reranker.given.clear()
-    monkeypatch.setattr(autoregressive, "DECODED", 2)
+    monkeypatch.setattr(pipe.generator, "decode_batch", 2)
     few = pipe(CAPTION, n=2, best_of=6, seed=3)
     assert pipe.reranker.given == [2, 2, 2]
     np.testing.assert_array_equal(pixels_of(few), pixels_of(at_once))

@@ -8,7 +8,7 @@ import pytest
 
 import dalle_jax
 from dalle_jax import model_dir
-from dalle_jax.cli import main
+from dalle_jax.cli import main, sample
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from tests.support.parameters import random_parameters
@@ -70,3 +70,21 @@ def test_missing_and_foreign_parts_are_named(model_folder, tmp_path, capsys):
         assert main.main(words) == 2
         error = capsys.readouterr().err.strip()
         assert told in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["a star", " "], "expected words in each CAPTION, got ' '"),
+        (["a star", "-n", "0"], "n to be a whole number"),
+        (["a star", "-n", "2", "--best-of", "1"], "best_of must be at least n = 2"),
+        (["a star", "--temperature", "nan"], "temperature to be a number"),
+        (["a star", "--top-p", "2"], "top_p to be a number"),
+        (["a star", "--keep-rows", "1"], "keep_rows needs an image"),
+    ],
+)
+def test_a_command_is_checked_before_the_model_is_loaded(words, says, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "load", lambda args: pytest.fail("loaded"))
+    assert main.main(["sample", "nowhere", *words]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
