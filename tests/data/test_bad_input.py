@@ -52,9 +52,12 @@ OUTCOMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DALLE_JAX_CACHE", str(tmp_path / "cache"))
+@pytest.fixture
+def all_broken(tmp_path):
+    """The source of all broken shards."""
+    for number, (data, _, _) in enumerate(CASES.values()):
+        (tmp_path / f"{number:02d}.tar").write_bytes(data)
+    return f"wds:{tmp_path}/*.tar"
 
 
 def outcome(source):
@@ -112,30 +115,6 @@ def test_a_bomb_is_refused_before_it_is_decoded():
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("cut", [0, 1, 2, 20, 100, 300, 1000])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_cut_images_have_a_reason(kind, cut):
-    whole = encoded(kind=kind)
-    assert decode_image(whole).shape == (32, 48, 3)
-    with pytest.raises(BadImage) as error:
-        decode_image(whole[:cut])
-    expected = {"zero bytes"} if not cut else {"not an image", "truncated image", "broken image"}
-    assert error.value.reason in expected
-
-
-def test_random_damage_never_raises_anything_else():
-    rng = np.random.default_rng(0)
-    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        whole = np.frombuffer(encoded(kind=kind), np.uint8)
-        for _ in range(40):
-            damaged = whole.copy()
-            damaged[rng.integers(0, min(len(whole), 600), 8)] = rng.integers(0, 256, 8)
-            try:
-                assert decode_image(damaged.tobytes(), max_pixels=1_000_000).shape[2] == 3
-            except BadImage as bad:
-                assert bad.reason in record.REASONS
-
-
 def test_random_damage_to_a_shard_never_raises(tmp_path):
     rng = np.random.default_rng(1)
     whole = np.frombuffer(tar([*sample("a"), *sample("b"), *sample("c")]), np.uint8)
@@ -147,12 +126,10 @@ def test_random_damage_to_a_shard_never_raises(tmp_path):
     assert good and dropped
 
 
-def test_report_of_all_broken_shards(tmp_path, capsys):
+def test_report_of_all_broken_shards(all_broken, tmp_path, capsys):
     """One JSON object on stdout: all the good records, all the reasons; exit status 0."""
-    for number, (data, _, _) in enumerate(CASES.values()):
-        (tmp_path / f"{number:02d}.tar").write_bytes(data)
     listed = tmp_path / "dropped.jsonl"
-    words = ["data", f"wds:{tmp_path}/*.tar", "--json", "--max-pixels", "10000000", "--dropped", str(listed)]
+    words = ["data", all_broken, "--json", "--max-pixels", "10000000", "--dropped", str(listed)]
     assert command(words) == 0
     report = json.loads(capsys.readouterr().out)
     good, dropped = expected_total()
@@ -174,19 +151,9 @@ def _examples(report):
     ]
 
 
-def test_report_exit_status_when_nothing_is_good(tmp_path, capsys):
-    (tmp_path / "0.tar").write_bytes(b"")
-    assert command(["data", f"wds:{tmp_path}/0.tar", "--json"]) == 2
-    assert json.loads(capsys.readouterr().out) | {"records": 1, "good": 0, "dropped": {"empty shard": 1}}
-    assert command(["data", f"wds:{tmp_path}/0.tar"]) == 2
-
-
-def test_training_batches_survive_and_stop_at_the_share(tmp_path):
+def test_training_batches_survive_and_stop_at_the_share(all_broken):
     """The pipeline counts what the report counts, and stops with the table above the allowed share."""
-    for number, (data, _, _) in enumerate(CASES.values()):
-        (tmp_path / f"{number:02d}.tar").write_bytes(data)
-    source = open_source(f"wds:{tmp_path}/*.tar")
-    good, dropped = expected_total()
+    source, (good, dropped) = open_source(all_broken), expected_total()
     share = dropped.total() / (good + dropped.total())
 
     def batches(allowed):

@@ -32,9 +32,9 @@ def test_too_short(limits, short, enough):
     assert check((enough,), 10, 10, Filters(**limits)) is None
 
 
-@pytest.mark.parametrize(
-    "caption",
-    [
+# Filter -> reason to drop a caption, or None -> captions.
+CAPTIONS = {
+    ("drop_boilerplate", filters.BOILERPLATE): [
         "Photographed on 12 May 2008",
         "photographed on May 12th, 2008",
         "Picture taken on Sunday, 12th of May 2008 at 10:23 am",
@@ -54,14 +54,7 @@ def test_too_short(limits, short, enough):
         "photo",
         "1984",
     ],
-)
-def test_boilerplate_is_dropped(caption):
-    assert check((caption,), 10, 10, Filters(drop_boilerplate=True)) == filters.BOILERPLATE
-
-
-@pytest.mark.parametrize(
-    "caption",
-    [
+    ("drop_boilerplate", None): [
         GOOD,
         "a dog photographed on 12 May 2008",
         "march of the penguins",
@@ -76,14 +69,7 @@ def test_boilerplate_is_dropped(caption):
         "🙂",
         "사진",
     ],
-)
-def test_descriptions_are_no_boilerplate(caption):
-    assert check((caption,), 10, 10, Filters(drop_boilerplate=True)) is None
-
-
-@pytest.mark.parametrize(
-    "caption",
-    [
+    ("english_only", filters.NOT_ENGLISH): [
         "두 마리의 개가 눈밭에서 놀고 있다",
         "雪の中で遊ぶ二匹の茶色い犬",
         "две коричневые собаки играют в снегу",
@@ -92,14 +78,7 @@ def test_descriptions_are_no_boilerplate(caption):
         "dos perros marrones juegan en la nieve delante de la casa",
         "كلبان بنيان يلعبان في الثلج",
     ],
-)
-def test_other_languages_are_dropped(caption):
-    assert check((caption,), 10, 10, Filters(english_only=True)) == filters.NOT_ENGLISH
-
-
-@pytest.mark.parametrize(
-    "caption",
-    [
+    ("english_only", None): [
         GOOD,
         "a kaaba, emojitwo style",
         "man (bro, adult), emojitwo style",
@@ -109,9 +88,15 @@ def test_other_languages_are_dropped(caption):
         "a bouquet",
         "fog",
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "reason", "caption"), [(*case, caption) for case, captions in CAPTIONS.items() for caption in captions]
 )
-def test_short_english_captions_stay(caption):
-    assert check((caption,), 10, 10, Filters(english_only=True)) is None
+def test_captions_are_dropped_or_stay(option, reason, caption):
+    """Dates, file names and the like are boilerplate, descriptions with them are not; short English captions stay."""
+    assert check((caption,), 10, 10, Filters(**{option: True})) == reason
 
 
 def test_aspect_ratio_limits_are_inside():
@@ -134,10 +119,8 @@ def test_one_good_caption_keeps_the_record():
 
 
 def test_every_reason_is_listed():
-    named = {
-        getattr(filters, name) for name in ("TOO_SHORT", "NOT_ENGLISH", "BOILERPLATE", "ASPECT_RATIO", "TOO_SMALL")
-    }
-    assert named == set(filters.REASONS)
+    names = ("TOO_SHORT", "NOT_ENGLISH", "BOILERPLATE", "ASPECT_RATIO", "TOO_SMALL")
+    assert {getattr(filters, name) for name in names} == set(filters.REASONS)
 
 
 @pytest.mark.parametrize(

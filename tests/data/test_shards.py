@@ -9,12 +9,12 @@ from dalle_jax.data.pipeline import DataConfig, Prepare
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError
-from tests.data.test_pipeline import LAYOUT, Numbers, batches, numbers_of, take, tokenizer  # noqa: F401  (a fixture)
+from tests.support.numbers_source import LAYOUT, Numbers, assert_same, batches, numbers_of, take
 
 CONFIG = DataConfig(image_size=8, augment="transformer", bpe_dropout=0.1, threads=2, max_bad_share=0.5)
 
 
-def readers(source, tokenizer, count, *, shards, batch_size=8, seed=7, config=CONFIG):  # noqa: F811
+def readers(source, tokenizer, count, *, shards, batch_size=8, seed=7, config=CONFIG):
     """All readers of a job; `gather` of each asks all of them, as in a real one."""
     made = []
 
@@ -36,14 +36,7 @@ def global_batches(made, count):
     ]
 
 
-def assert_same(first, second):
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys() == {"image", "text"}
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
-
-
-def test_one_shard_is_plain_batches(tokenizer):  # noqa: F811
+def test_one_shard_is_plain_batches(tokenizer):
     source = Numbers(23, faults=(2, 5))
     (sharded,) = readers(source, tokenizer, 1, shards=None, batch_size=4)
     plain = batches(source, tokenizer, config=CONFIG)
@@ -53,13 +46,13 @@ def test_one_shard_is_plain_batches(tokenizer):  # noqa: F811
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_batches_do_not_depend_on_who_reads_the_shards(tokenizer, count):  # noqa: F811
+def test_batches_do_not_depend_on_who_reads_the_shards(tokenizer, count):
     source = Numbers(29, faults=(2, 5, 11))
     wanted = global_batches(readers(source, tokenizer, 4, shards=4), 12)
     assert_same(global_batches(readers(source, tokenizer, count, shards=4), 12), wanted)
 
 
-def test_every_record_once_per_epoch(tokenizer):  # noqa: F811
+def test_every_record_once_per_epoch(tokenizer):
     seen = [numbers_of(batch, tokenizer) for batch in global_batches(readers(Numbers(24), tokenizer, 2, shards=4), 6)]
     for epoch in (seen[:3], seen[3:]):
         assert sorted(sum(epoch, [])) == list(range(24))
@@ -67,7 +60,7 @@ def test_every_record_once_per_epoch(tokenizer):  # noqa: F811
 
 
 @pytest.mark.parametrize("later", [1, 2, 4])
-def test_another_number_of_readers_goes_on_at_the_same_records(tokenizer, later):  # noqa: F811
+def test_another_number_of_readers_goes_on_at_the_same_records(tokenizer, later):
     source = Numbers(29, faults=(2, 5, 11))
     first = readers(source, tokenizer, 4, shards=None)
     global_batches(first, 5)
@@ -85,7 +78,7 @@ def test_another_number_of_readers_goes_on_at_the_same_records(tokenizer, later)
     assert resumed[0].get_state() == first[0].get_state()
 
 
-def test_numbers_that_do_not_fit_are_refused_with_those_that_do(tokenizer):  # noqa: F811
+def test_numbers_that_do_not_fit_are_refused_with_those_that_do(tokenizer):
     source = Numbers(40)
     state = readers(source, tokenizer, 4, shards=None, batch_size=24)[0].get_state()
     (three, *_) = readers(source, tokenizer, 3, shards=None, batch_size=24)
@@ -101,7 +94,7 @@ def test_numbers_that_do_not_fit_are_refused_with_those_that_do(tokenizer):  # n
         other.set_state(state)
 
 
-def test_a_shard_of_few_records_may_hold_nothing_but_broken_ones(tokenizer):  # noqa: F811
+def test_a_shard_of_few_records_may_hold_nothing_but_broken_ones(tokenizer):
     """The share of broken records is judged over as many records as one process would judge it over."""
     source = Numbers(16, faults=(3,))
     config = DataConfig(image_size=8, threads=0, max_bad_share=0.3)
