@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train on this machine, or go on with a training: one process with all devices,
+# Train on this machine, or resume a training: one process with all devices,
 #   launch/local.sh configs/transformer.py:demo runs/transformer \
 #       --config.dvae=runs/dvae --config.tokenizer=runs/tokenizer
-# or N processes, each with one GPU or the CPU, which is a pod in small:
+# or N processes, each with one GPU or the CPU, a pod in miniature:
 #   PROCESSES=2 launch/local.sh configs/dvae.py:demo runs/dvae
 set -euo pipefail
-# JAX takes memory as it needs it, so that a data process or a second run finds some left.
+# JAX takes memory as it needs it, and leaves the rest to data processes or a second run.
 export XLA_PYTHON_CLIENT_PREALLOCATE="${XLA_PYTHON_CLIENT_PREALLOCATE:-false}"
 
 processes="${PROCESSES:-1}"
@@ -14,8 +14,8 @@ if ((processes == 1)); then
   exec "${train[@]}"
 fi
 
-# Each process in a group of its own: Ctrl-C reaches this script alone, which sends each of them one SIGTERM. A second
-# signal would kill it.
+# Each process runs in its own process group: Ctrl-C reaches only this script, which sends each of them one SIGTERM. A
+# second signal would kill them.
 set -m
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT HUP

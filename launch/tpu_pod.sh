@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU slice got through a queued resource, or go on with a training. From the root of the checkout:
+# Train on a Cloud TPU slice, requested as a queued resource, or resume a training. From the root of the checkout:
 #   export TPU=dalle ZONE=us-east5-a TYPE=v5p TOPOLOGY=8x8x16 RUNTIME=v2-alpha-tpuv5 BUCKET=my-bucket
 #   launch/tpu_pod.sh create --spot         # ask for the slice; further words go to gcloud
 #   launch/tpu_pod.sh status                # until it says ACTIVE
@@ -7,10 +7,10 @@
 #   launch/tpu_pod.sh run configs/transformer.py:12b bucket/runs/12b \
 #       --config.checkpoint_dir=gs://my-bucket/runs/12b/checkpoints --config.data.train='wds:bucket/pairs/*.tar' \
 #       --config.dvae=bucket/runs/dvae --config.tokenizer=bucket/runs/tokenizer
-#   launch/tpu_pod.sh logs                  # follow worker 0; WORKER=7 another one
+#   launch/tpu_pod.sh logs                  # follow worker 0, or with WORKER=7 another one
 #   launch/tpu_pod.sh stop                  # SIGTERM, save, end
-#   launch/tpu_pod.sh delete                # give the slice back; before create, too, where it was preempted
-# `run` with the same workdir goes on with the training, on this slice or a new one.
+#   launch/tpu_pod.sh delete                # give the slice back; also before create, if it was preempted
+# `run` with the same workdir resumes the training, on this slice or a new one.
 set -euo pipefail
 
 on_workers() { # WHICH COMMAND
@@ -27,7 +27,7 @@ status)
   gcloud compute tpus queued-resources describe "$TPU" --zone "$ZONE" --format "value(state.state)"
   ;;
 install)
-  # The image's own Python may be older than the 3.11 that the package asks for.
+  # The image's Python may be older than the 3.11 that the package requires.
   git archive --output dalle-jax.tar HEAD
   gcloud compute tpus tpu-vm scp dalle-jax.tar "$TPU:" --zone "$ZONE" --worker all
   on_workers all "set -e; mkdir -p dalle-jax bucket; tar xf dalle-jax.tar -C dalle-jax
@@ -36,8 +36,8 @@ install)
     python3.11 -m venv dalle-jax/.venv; dalle-jax/.venv/bin/pip install -q -e 'dalle-jax[tpu]'"
   ;;
 run)
-  # systemd keeps the run when ssh ends, stops it with one SIGTERM and five minutes to save, and starts it again after
-  # every end but success, a stop and 2 (what the user asked for is impossible), fifty times a day at most.
+  # systemd keeps the run when ssh ends, stops it with one SIGTERM and five minutes to save, and restarts it unless it
+  # succeeded, was stopped or ended with 2 (an error of the user), at most fifty times a day.
   properties=(Restart=on-failure RestartPreventExitStatus=2 RestartSec=15 StartLimitIntervalSec=86400
     StartLimitBurst=50 KillMode=mixed TimeoutStopSec=300 Environment=DALLE_JAX_CACHE=bucket/cache)
   # shellcheck disable=SC2016 # the worker's shells expand these

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs launch/slurm.sbatch under a real SLURM: a cluster of one node that this script starts on this machine and ends
+# Run launch/slurm.sbatch under a real SLURM: a cluster of one node that this script starts on this machine and stops
 # again, with two tasks and no GPU. A run is stopped by SIGTERM, requeued, cancelled, submitted again and trained to its
-# end, and must then hold the same parameters and training state, to the bit, as one that was never stopped.
+# end. It must then hold the same parameters and training state, to the bit, as one that was never stopped.
 # Needs root, dalle-jax on the PATH and Debian's SLURM: apt-get install slurm-wlm munge. Six minutes on two idle cores.
-#   sudo tests/slurm_check.sh
+#   sudo tests/launch/slurm_check.sh
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 ((EUID == 0)) || { echo "expected root, which starts SLURM's daemons, got user $EUID: use sudo" >&2 && exit 2; }
 
 place=$(mktemp -d)

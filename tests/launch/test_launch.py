@@ -1,7 +1,7 @@
 """The launchers: correct shell, JobSets that the published schema allows, flags that XLA knows, commands that parse.
 
-The scripts run here with stand-ins for dalle-jax, srun, scontrol and gcloud, which write down what they are given. What
-a real SLURM does with launch/slurm.sbatch is the matter of tests/launch/slurm_check.sh.
+The scripts run here with stand-ins for dalle-jax, srun, scontrol and gcloud, which record their arguments. What a real
+SLURM does with launch/slurm.sbatch is tested by tests/launch/slurm_check.sh.
 """
 
 import importlib.util
