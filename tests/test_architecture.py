@@ -137,6 +137,12 @@ def test_imports_go_down_only(path):
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_map_in_contributing_is_the_levels():
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("| units, lowest first |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(\w+)/?`", line.split("|")[1]) for line in text.splitlines()[2:]]
+    assert [set(row) for row in rows] == [set(level) for level in LEVELS]
+
+
 def test_the_import_check_finds_what_it_should():
     def check(unit, code):
         return bool(wrong_imports(unit, ast.parse(code)))

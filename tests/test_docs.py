@@ -1,17 +1,57 @@
-"""The examples of the documentation run, in order, with a tiny random model in place of a trained one."""
+"""The examples of the documentation run with a tiny random model; what pages link to and name is there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 import dalle_jax
+from dalle_jax import config as configs
+from dalle_jax.cli import main
 from tests.support import ROOT
 from tests.support.tiny_model import BrightIsBest
 
 DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/results/*.md")]
+
+
+def page_name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every `dalle-jax` command of a page, from code blocks and lines indented by four."""
+    joined = text.replace("\\\n", " ")
+    lines = re.findall(r"^(?:    |)(?:\$ )?(dalle-jax [^\n]*)$", joined, re.MULTILINE)
+    return [shlex.split(line, comments=True)[1:] for line in lines if "..." not in line]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=page_name)
+def test_files_that_are_named_exist(path):
+    text = path.read_text()
+    named = re.findall(r"\b((?:tests|docs/make|launch|configs|\.ci)/[\w/.-]*\w)", text)
+    named += [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (benchmarks\.[\w.]+)", text)]
+    named += [f"dalle_jax/{name}" for name in re.findall(r"`(?:dalle_jax/)?(\w+/[\w/]+\.py)`", text)]
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / name.removeprefix("dalle_jax/")).exists(), name
+
+
+@pytest.mark.parametrize("path", [page for page in PAGES if "dalle-jax" in page.read_text()], ids=page_name)
+def test_commands_parse(path):
+    for words in commands(path.read_text()):
+        args = main.parse(words)
+        if words[0] in ("train", "preflight"):
+            configs.load(args.config, args.overrides)
 
 
 def python_of(name: str) -> str:
