@@ -251,7 +251,7 @@ def test_constraints_satisfy_the_metadata():
 
 def _satisfies_the_metadata(tested):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for name in ("test", "clip", "convert") for line in project["optional-dependencies"][name]]
+    extras = [line for name in ("test", "clip", "convert", "docs") for line in project["optional-dependencies"][name]]
     for line in project["dependencies"] + extras:
         name, _, bound = line.lower().partition(">=")
         number = [[int(part) for part in version.split(".")] for version in (tested[name], bound)]
