@@ -1,4 +1,4 @@
-"""`dalle-jax data SOURCE`: what a source holds, what training would drop and why, and ten examples on one sheet.
+"""`dalle-jax data SOURCE`: the contents of a source, what training would drop and why, and ten examples on one sheet.
 
 Every record is read, decoded and filtered as the pipeline does it, without cropping or training anything.
 """
@@ -115,11 +115,11 @@ def main(args: argparse.Namespace) -> int:
 def survey(
     source: Source, rows: Sequence[int], *, config: DataConfig, tokenizer: Tokenizer | None
 ) -> list[Usable | Dropped]:
-    """What becomes of each row, in order; decoded by `config.threads` threads, with a bar on stderr."""
-    look_at = functools.partial(look, config=config, tokenizer=tokenizer)
+    """The outcome of each row, in order; decoded by `config.threads` threads, with a bar on stderr."""
+    check = functools.partial(check_record, config=config, tokenizer=tokenizer)
 
-    def look_at_block(block: Sequence[int]) -> list[Usable | Dropped]:
-        return [look_at(source[row]) for row in block]
+    def check_block(block: Sequence[int]) -> list[Usable | Dropped]:
+        return [check(source[row]) for row in block]
 
     found: list[Usable | Dropped] = []
     blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
@@ -127,14 +127,16 @@ def survey(
         futures.ThreadPoolExecutor(config.threads) as pool,
         tqdm.tqdm(total=len(rows), unit=" records", disable=None, file=sys.stderr) as bar,
     ):
-        for outcomes in pool.map(look_at_block, blocks):
+        for outcomes in pool.map(check_block, blocks):
             found += outcomes
             bar.update(len(outcomes))
     return found
 
 
-def look(record: Record | Encoded | Dropped, *, config: DataConfig, tokenizer: Tokenizer | None) -> Usable | Dropped:
-    """What training would make of one record."""
+def check_record(
+    record: Record | Encoded | Dropped, *, config: DataConfig, tokenizer: Tokenizer | None
+) -> Usable | Dropped:
+    """The outcome of one record in training."""
     if isinstance(record, Dropped):
         return record
     assert isinstance(record, Record)  # `open_source` refuses image tokens here

@@ -27,7 +27,7 @@ def _option(default, words: str):
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """What to drop; the defaults drop nothing."""
+    """Limits below which records are dropped; the defaults drop nothing."""
 
     min_caption_characters: int = _option(0, "drop captions of fewer characters")
     min_caption_words: int = _option(0, "drop captions of fewer words")

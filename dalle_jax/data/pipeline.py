@@ -30,7 +30,7 @@ MAX_SIDE, MAX_THREADS, MAX_PREFETCH = 1 << 14, 1024, 1024  # more would be a sli
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(filters.Filters):
-    """How records become examples."""
+    """The settings that turn records into examples."""
 
     image_size: int = 256  # pixels per side
     augment: str = "center"  # 'dvae' (listing 1), 'transformer' (listing 2), 'clip' or 'center' (nothing random)
@@ -77,9 +77,9 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """What becomes of a record. All randomness comes from the generator; used by every thread at once.
+    """Turns a record into an example, or into the reason to drop it. Used by every thread at once.
 
-    layout, tokenizer: None where captions are not used.
+    layout, tokenizer: None if captions are not used.
 
     Raises:
       UserError: a tokenizer of another kind, or with more entries than the layout's text vocabulary.
@@ -253,7 +253,7 @@ class Batches:
         self._examples.close()
 
     def table(self) -> str:
-        """What was dropped so far, one line a reason, most frequent first."""
+        """A table of the records dropped so far, one line per reason, the most frequent first."""
         lines = [f"{self.good} good records, {self.dropped.total()} dropped:"]
         for reason, count in self.dropped.most_common():
             lines.append(f"  {count:8d}  {reason}  (e.g. {', '.join(self.examples[reason])})")

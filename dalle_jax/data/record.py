@@ -71,7 +71,7 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """One slot without a record. reason: a name of `REASONS`, of a filter, or of `decode.BadImage`."""
+    """A slot without a record. reason: a name of `REASONS`, of a filter, or of `decode.BadImage`."""
 
     key: str
     reason: str

@@ -1,4 +1,4 @@
-"""Which part of a job one of several workers does: processes that read data, machines that encode or evaluate."""
+"""The part of a job that one of several workers does: processes that read data, machines that encode or evaluate."""
 
 import dataclasses
 from typing import Protocol, TypeVar

@@ -149,7 +149,7 @@ def _pipeline(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]):
     try:
         import tokenizers
     except ImportError as error:
-        raise UserError(f"CLIP's own BPE takes the package tokenizers, {_INSTALL}") from error
+        raise UserError(f"CLIP's BPE takes the package tokenizers, {_INSTALL}") from error
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True)
     as_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = tokenizers.Tokenizer(

@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from dalle_jax.data.sources import scenes, shapes
-from dalle_jax.data.sources.scene_checker import accuracy, look, shows
+from dalle_jax.data.sources.scene_checker import accuracy, detect, shows
 from dalle_jax.data.sources.scenes import Object, Scene
 
 SEVERAL = 400  # scenes of each evaluation set and of the training split
@@ -73,7 +73,7 @@ def test_shuffled_captions_pass_at_chance_level(objects, shifts):
 
 
 def altered(scene):
-    """Captions that are wrong in one word, or tell the objects the wrong way round."""
+    """Captions that are wrong in one word, or name the objects in the wrong order."""
     for i, o in enumerate(scene.objects):
         others = [dataclasses.replace(o, color=c) for c in scenes.COLORS if c != o.color]
         others += [dataclasses.replace(o, shape=s) for s in scenes.SHAPES if s != o.shape]
@@ -206,7 +206,7 @@ def test_the_softness_and_noise_of_a_decoder_are_forgiven(image_size, least):
 
 def test_the_objects_are_measured_where_they_are():
     for image, _, placed in pictures(64, 100):
-        objects, dirt = look(image)
+        objects, dirt = detect(image)
         assert dirt == 0 and len(objects) == len(placed)
         for item in placed:
             sink = shapes.CENTER_OF_MASS[item.object.shape] * item.radius

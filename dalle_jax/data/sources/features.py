@@ -37,7 +37,7 @@ MAX_VOCAB = 1 << 16  # image tokens that uint16 can name
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the tokens of a folder were made; equal settings make equal folders."""
+    """The settings that made the tokens of a folder; equal ones make equal folders."""
 
     dvae_sha256: str  # `digest.of_model` of the image tokenizer, whatever its kind
     image_size: int  # pixels per side of a crop

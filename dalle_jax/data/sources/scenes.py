@@ -361,12 +361,12 @@ def _captions(set_name: str, part: str) -> tuple[tuple[str, Scene], ...]:
     scene_of, weights = {}, {}
     for scene in _pool(set_name):
         for sizes, swap in itertools.product(_ONE_SIZES if one else _TWO_SIZES, (False,) if one else (False, True)):
-            said = _describe(scene, sizes, swap=swap)
+            described = _describe(scene, sizes, swap=swap)
             for wording in range(len(ONE_OBJECT_WORDINGS if one else TWO_OBJECT_WORDINGS)):
-                text = caption(said, wording=wording)
+                text = caption(described, wording=wording)
                 decided_by = text if one else caption(scene)
                 if (_stable(f"part: {decided_by}") % 3 == 0) == (part == "tune"):
-                    scene_of[text] = said
+                    scene_of[text] = described
                     weights[text] = weights.get(text, 0) + 1
     # A weighted shuffle (the smallest of exponential waiting times first): sizes are named as often as in training.
     waiting = _generator(f"{set_name} {part}", 0).exponential(size=len(scene_of)) / np.array(list(weights.values()))
