@@ -43,6 +43,9 @@ def test_files_that_are_named_exist(path):
     named = re.findall(r"\b((?:tests|docs/make|launch|configs|\.ci)/[\w/.-]*\w)", text)
     named += [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (benchmarks\.[\w.]+)", text)]
     named += [f"dalle_jax/{name}" for name in re.findall(r"`(?:dalle_jax/)?(\w+/[\w/]+\.py)`", text)]
+    for file, words in re.findall(r"pytest (?:-\S+ )*(tests/[\w/]+\.py) -k \"?([\w ]+)", text.replace("\n", " ")):
+        tests = re.findall(r"def test_(\w+)", (ROOT / file).read_text())
+        assert all(any(word in test for test in tests) for word in words.split(" or ")), words
     for name in set(named) - {name for name in named if "NAME" in name}:
         assert (ROOT / name).exists() or (ROOT / name.removeprefix("dalle_jax/")).exists(), name
 

@@ -194,6 +194,10 @@ def test_flops_of_12b():
     config = TransformerConfig()
     assert flops.transformer(config) == pytest.approx(9.416e13, rel=0.001)
     assert flops.recomputed(config) == flops.transformer_layers(config)
+    attention, total = flops.TRAINING_PASSES * flops.attention(config), flops.transformer(config)
+    all_pairs = 3 * 4 * config.num_layers * config.heads * config.head_size * config.layout.length**2
+    assert attention / total == pytest.approx(0.011, abs=5e-4)  # as docs/performance.md says
+    assert (all_pairs - attention) / total == pytest.approx(0.043, abs=5e-4)
 
 
 def test_traced_flops_see_loops_products_and_convolutions():
