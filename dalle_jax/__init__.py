@@ -3,7 +3,7 @@
 `dalle_jax.Pipeline.load(DIR)("a red circle", n=4, seed=0)` samples from Python; the `dalle-jax` command does the rest.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Pipeline", "__version__"]
 
 
