@@ -59,7 +59,7 @@ _decode = jax.jit(decode_images, static_argnums=0)
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How devices hold a model; the fields are the arguments of `Pipeline.load`."""
+    """Devices of a model and its precision on them; the fields are the arguments of `Pipeline.load`."""
 
     devices: Sequence[jax.Device] | None = None
     tensor: int = 1

@@ -1,4 +1,4 @@
-"""Which candidates are drawn together: requests cut into batches of few shapes, as large as the memory allows.
+"""Batches: the candidates of requests cut into few shapes, as large as the memory allows.
 
 A batch has P prompts with M candidates each; a request takes one slot of P for every M of its candidates. Both come
 from a few bucket sizes, so that few programs are compiled; slots that no request needs are drawn and dropped.

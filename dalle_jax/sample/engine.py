@@ -30,7 +30,7 @@ from dalle_jax.sample.logits import draw, filter_logits, guide, noise
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compiled program is specialized for.
+    """The static arguments of the compiled programs.
 
     guided: every image has a twin. filtered: some image has a top_k or top_p.
     """

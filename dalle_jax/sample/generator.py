@@ -70,7 +70,7 @@ class Generator(Protocol):
         """uint8 [B, image_size, image_size, 3]: the images of complete drafts [B, ...] of a request."""
 
     def settings(self, request: Request) -> dict[str, Any]:
-        """How the images of a request are made, as JSON values."""
+        """The settings that the images of a request are made with, as JSON values."""
 
     def usage(self, request: Request) -> Usage:
         """The tokens that the request reads and draws."""

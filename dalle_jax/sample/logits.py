@@ -23,25 +23,25 @@ def filter_logits(logits, *, temperature, top_k=None, top_p=None):
     one per row, and may be traced; top_k of V or more and top_p of 1 or more change nothing. The most likely token
     always stays.
     """
-    logits = logits.astype(jnp.float32) / jnp.expand_dims(jnp.asarray(temperature, jnp.float32), -1)
+
+    def column(value, dtype=None):
+        return jnp.broadcast_to(jnp.asarray(value, dtype), logits.shape[:-1])[..., None]
+
+    logits = logits.astype(jnp.float32) / column(temperature, jnp.float32)
     if top_k is None and top_p is None:
         return logits
     # By rank, not by comparing with the k-th value: a compiler may round the same number differently in two places.
     order = jnp.argsort(-logits, axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)
     keep = rank == 0
-    place = jnp.arange(logits.shape[-1])
-
-    def each(value):
-        return jnp.expand_dims(jnp.asarray(value), -1)
-
-    within_k = place < each(logits.shape[-1] if top_k is None else top_k)
+    place = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+    within_k = place < column(logits.shape[-1] if top_k is None else top_k)
     if top_p is None:
-        return jnp.where(keep | (rank < each(top_k)), logits, REMOVED)
+        return jnp.where(keep | (rank < column(top_k)), logits, REMOVED)
     descending = jnp.where(within_k, jnp.take_along_axis(logits, order, axis=-1), REMOVED)
     probability = jax.nn.softmax(descending)
     before = jnp.cumsum(probability, axis=-1) - probability
-    kept = jnp.sum(within_k & ((before < each(top_p)) | (each(top_p) >= 1)), axis=-1, keepdims=True)
+    kept = jnp.sum(within_k & ((before < column(top_p)) | (column(top_p) >= 1)), axis=-1, keepdims=True)
     return jnp.where(keep | (rank < kept), logits, REMOVED)
 
 

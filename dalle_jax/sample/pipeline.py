@@ -142,7 +142,7 @@ class Pipeline:
         return self._candidates_per_slot(request), self.generator.batch_key(request)
 
     def captions_per_batch(self, request: Request) -> int:
-        """How many requests like this one fill a batch."""
+        """The number of requests like this one that fill a batch."""
         images, _ = self.capacity(guided=request.guidance != 1)
         return max(1, images // self._candidates_per_slot(request))
 
