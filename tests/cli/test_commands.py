@@ -12,7 +12,7 @@ from dalle_jax.cli.main import main as command
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.train import compilation_cache
-from tests.support.broken_shards import CASES, expected_total, sample, tar
+from tests.support.broken_shards import CASES, expected_total, pack, sample
 
 GOOD, DROPPED = expected_total()
 SOUND, BATCH = 12, 8
@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
         (folder / f"{number:02d}.tar").write_bytes(data)
     captions = [" ".join(rng.choice(WORDS, 4)) for _ in range(SOUND)]
     members = [member for i, text in enumerate(captions) for member in sample(f"sound{i}", txt=text.encode())]
-    (folder / "sound.tar").write_bytes(tar(members))
+    (folder / "sound.tar").write_bytes(pack(members))
     return f"wds:{folder}/*.tar"
 
 

@@ -8,14 +8,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dalle_jax.cli.main import main as command
+from dalle_jax.cli.main import main
 from dalle_jax.data import filters, pipeline, record
 from dalle_jax.data.decode import BadImage, decode_image
 from dalle_jax.data.record import Dropped
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from tests.support import ROOT
-from tests.support.broken_shards import CAPTION, CASES, encoded, expected_total, huge_png, sample, tar
+from tests.support.broken_shards import CAPTION, CASES, encoded, expected_total, huge_png, pack, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -91,14 +91,14 @@ def test_captions_stay_with_their_pictures(tmp_path):
         ("a.jpg", encoded(1)), ("a.txt", b"first"), ("a.jpg", encoded(2)), ("a.txt", b"second"),
         ("b.jpg", encoded(3)), ("b.jpg", encoded(4)), ("b.txt", b"of the second b"),
     ]  # fmt: skip
-    (tmp_path / "0.tar").write_bytes(tar(members))
+    (tmp_path / "0.tar").write_bytes(pack(members))
     source = open_source(f"wds:{tmp_path}/0.tar")
     records = [source[i] for i in range(len(source)) if not isinstance(source[i], Dropped)]
     assert [(r.image, r.captions) for r in records] == [(encoded(1), ("first",))]
 
 
 def test_pictures_without_captions_are_enough_for_a_dvae(tmp_path):
-    (tmp_path / "0.tar").write_bytes(tar([("a.jpg", encoded()), *sample("b", txt=b"\xff"), ("c.txt", CAPTION)]))
+    (tmp_path / "0.tar").write_bytes(pack([("a.jpg", encoded()), *sample("b", txt=b"\xff"), ("c.txt", CAPTION)]))
     source = open_source(f"wds:{tmp_path}/0.tar", captions_required=False)
     assert [source[0].captions, source[1].captions, source[2].reason] == [(), (), "no image"]
 
@@ -117,7 +117,7 @@ def test_a_bomb_is_refused_before_it_is_decoded():
 
 def test_random_damage_to_a_shard_never_raises(tmp_path):
     rng = np.random.default_rng(1)
-    whole = np.frombuffer(tar([*sample("a"), *sample("b"), *sample("c")]), np.uint8)
+    whole = np.frombuffer(pack([*sample("a"), *sample("b"), *sample("c")]), np.uint8)
     for number in range(60):
         damaged = whole.copy()
         damaged[rng.integers(0, len(whole), 40)] = rng.integers(0, 256, 40)
@@ -130,7 +130,7 @@ def test_report_of_all_broken_shards(all_broken, tmp_path, capsys):
     """One JSON object on stdout: all the good records, all the reasons; exit status 0."""
     listed = tmp_path / "dropped.jsonl"
     words = ["data", all_broken, "--json", "--max-pixels", "10000000", "--dropped", str(listed)]
-    assert command(words) == 0
+    assert main(words) == 0
     report = json.loads(capsys.readouterr().out)
     good, dropped = expected_total()
     assert (report["good"], report["dropped"]) == (good, dropped)
@@ -238,7 +238,7 @@ def test_shared_broken_coco_json():
 def test_shared_files_through_the_report_and_the_batches(spec, good, capsys):
     """No good record is lost on either way, and both count the same reasons."""
     spec = spec.format(SHARED)
-    assert command(["data", spec, "--json"]) == 0
+    assert main(["data", spec, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     if good is None:
         good = sum(kept for kept, _ in OUTCOMES.values())

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.cli.main import main as command
+from dalle_jax.cli.main import main
 from dalle_jax.data.decode import decode_image
 from dalle_jax.data.record import Dropped, Record, Source
-from dalle_jax.data.sources import cache, open_source
-from dalle_jax.data.sources import tar as shards
+from dalle_jax.data.sources import cache, open_source, tar
 from dalle_jax.errors import UserError
-from tests.support.broken_shards import CAPTION, encoded, sample, tar
+from tests.support.broken_shards import CAPTION, encoded, pack, sample
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def two_shards(tmp_path):
         members = [
             m for i in range(6) for m in sample(f"{shard}{i}", jpg=encoded(10 * shard + i), txt=b"caption %d" % i)
         ]
-        (tmp_path / f"{shard:06d}.tar").write_bytes(tar(members))
+        (tmp_path / f"{shard:06d}.tar").write_bytes(pack(members))
     return tmp_path
 
 
@@ -56,14 +55,14 @@ def test_shards_give_records_in_file_order(two_shards):
 
 def test_text_comes_before_json_and_each_line_is_a_caption(tmp_path):
     fields = json.dumps({"caption": "in json"}).encode()
-    (tmp_path / "0.tar").write_bytes(tar(sample("a", json=fields, txt=b"one\n\n two \r\nthree")))
+    (tmp_path / "0.tar").write_bytes(pack(sample("a", json=fields, txt=b"one\n\n two \r\nthree")))
     assert open_source(f"wds:{tmp_path}/0.tar")[0].captions == ("one", "two", "three")
 
 
 def test_several_pictures_in_a_sample(tmp_path):
     members = [("a.seg.png", encoded(1, kind="PNG")), ("a.jpg", encoded(2)), ("a.txt", CAPTION)]
     members += [("b.v2.jpg", encoded(3)), ("b.v2.txt", b"of v2"), ("b.txt", b"of b")]
-    (tmp_path / "0.tar").write_bytes(tar(members))
+    (tmp_path / "0.tar").write_bytes(pack(members))
     first, second = everything(open_source(f"wds:{tmp_path}/0.tar"))
     assert (first.image, first.captions) == (encoded(2), (CAPTION.decode(),))
     assert (second.image, second.captions) == (encoded(3), ("of v2",))
@@ -71,14 +70,14 @@ def test_several_pictures_in_a_sample(tmp_path):
 
 def test_the_index_is_read_once_and_follows_the_file(two_shards, monkeypatch):
     scanned = []
-    scan = shards.scan
-    monkeypatch.setattr(shards, "scan", lambda path: scanned.append(os.path.basename(path)) or scan(path))
+    scan = tar.scan
+    monkeypatch.setattr(tar, "scan", lambda path: scanned.append(os.path.basename(path)) or scan(path))
     spec = f"wds:{two_shards}/*.tar"
     before = everything(open_source(spec))
     assert sorted(scanned) == ["000000.tar", "000001.tar"]
     assert everything(open_source(spec)) == before and len(scanned) == 2
 
-    (two_shards / "000001.tar").write_bytes(tar(sample("new")))
+    (two_shards / "000001.tar").write_bytes(pack(sample("new")))
     assert [record.key for record in everything(open_source(spec))[6:]] == ["000001.tar/new"]
     assert scanned[2:] == ["000001.tar"], "the shard that did not change is not read again"
 
@@ -103,7 +102,7 @@ def test_cache_folder_variables(monkeypatch, tmp_path):
 def test_a_million_records_open_in_under_a_second():
     """The promise of the index: arrays only. Measured 0.14 s on two busy cores."""
     count = 1_000_000
-    index = shards.Index(
+    index = tar.Index(
         shard=np.zeros(count, np.int32),
         fault=np.zeros(count, np.uint8),
         caption_kind=np.ones(count, np.uint8),
@@ -114,14 +113,14 @@ def test_a_million_records_open_in_under_a_second():
     )
     cache.arrays("million", lambda: vars(index), names=tuple(vars(index)))
     started = time.perf_counter()
-    loaded = shards.Index(**cache.arrays("million", dict, names=tuple(vars(index))))
+    loaded = tar.Index(**cache.arrays("million", dict, names=tuple(vars(index))))
     assert loaded.key(len(loaded) - 1) == "000999999"
     assert time.perf_counter() - started < 1.0
 
 
 def test_sources_are_picklable_and_thread_safe(two_shards, monkeypatch):
     """More shards than open files are allowed, read by many threads at once, from a pickled copy."""
-    monkeypatch.setattr(shards, "OPEN_FILES", 1)
+    monkeypatch.setattr(tar, "OPEN_FILES", 1)
     source = open_source(f"wds:{two_shards}/*.tar")
     expected = everything(source)
     copy = pickle.loads(pickle.dumps(source))
@@ -266,7 +265,7 @@ def test_a_wrong_place_is_one_sentence(spec, words, tmp_path, capsys):
     with pytest.raises(UserError, match=words) as error:
         open_source(spec)
     assert "\n" not in str(error.value)
-    assert command(["data", spec]) == 2
+    assert main(["data", spec]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -280,31 +279,31 @@ def test_a_broken_metadata_file_is_named(tmp_path):
 
 
 def test_braces(tmp_path):
-    assert shards.expand_braces("{08..10}-{a,b}.tar") == [f"{n}-{c}.tar" for n in ("08", "09", "10") for c in "ab"]
-    assert shards.expand_braces("plain.tar") == ["plain.tar"]
+    assert tar.expand_braces("{08..10}-{a,b}.tar") == [f"{n}-{c}.tar" for n in ("08", "09", "10") for c in "ab"]
+    assert tar.expand_braces("plain.tar") == ["plain.tar"]
     write(tmp_path, odd=b"")
-    (tmp_path / "a[1].tar").write_bytes(tar(sample("a")))
-    assert shards.shard_paths(f"{tmp_path}/a[1].tar") == [f"{tmp_path}/a[1].tar"]  # a file name first
+    (tmp_path / "a[1].tar").write_bytes(pack(sample("a")))
+    assert tar.shard_paths(f"{tmp_path}/a[1].tar") == [f"{tmp_path}/a[1].tar"]  # a file name first
 
 
 def test_report_as_text_and_picture(two_shards, capsys):
     picture = two_shards / "examples.png"
-    assert command(["data", f"wds:{two_shards}/*.tar", "--picture", str(picture), "--max-aspect-ratio", "2"]) == 0
+    assert main(["data", f"wds:{two_shards}/*.tar", "--picture", str(picture), "--max-aspect-ratio", "2"]) == 0
     text = capsys.readouterr().out
     assert "good     12" in text and "48 .. 48" in text and "12, 1.00 a record, 2 .. 2" in text
     with Image.open(picture) as image:
         assert image.width > 1000  # five columns
-    assert command(["data", f"wds:{two_shards}/*.tar", "--json", "--max-aspect-ratio", "1.4"]) == 2
+    assert main(["data", f"wds:{two_shards}/*.tar", "--json", "--max-aspect-ratio", "1.4"]) == 2
     report = json.loads(capsys.readouterr().out)
     assert (report["good"], report["dropped"], report["picture"]) == (0, {"aspect ratio": 12}, None)
     for wrong in (["--picture", f"{two_shards}/nope/x.png"], ["--limit", "-5"], ["--min-image-side", "-1"]):
         capsys.readouterr()
-        assert command(["data", f"wds:{two_shards}/*.tar", *wrong]) == 2
+        assert main(["data", f"wds:{two_shards}/*.tar", *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_report_of_a_part(two_shards, capsys):
-    assert command(["data", f"wds:{two_shards}/*.tar", "--json", "--limit", "5"]) == 0
+    assert main(["data", f"wds:{two_shards}/*.tar", "--json", "--limit", "5"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["records"], report["source_records"], report["good"]) == (5, 12, 5)
     assert report["caption_length"]["max"] == 2 and report["caption_length_unit"] == "words"

@@ -25,7 +25,7 @@ def encoded(seed: int = 0, *, kind: str = "JPEG", size: tuple[int, int] = (48, 3
     return out.getvalue()
 
 
-def tar(members, *, kind=tarfile.GNU_FORMAT) -> bytes:
+def pack(members, *, kind=tarfile.GNU_FORMAT) -> bytes:
     """(name, bytes) or TarInfo -> a tar file."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=kind) as archive:
@@ -74,72 +74,84 @@ def _damage(data: bytes, name: bytes, *, with_bytes: bytes = b"!!!") -> bytes:
 
 
 _THREE = [*sample("a"), *sample("b"), *sample("c")]
-_LAST_PICTURE = tar(_THREE).index(b"c.jpg")  # offset of its header
+_LAST_PICTURE = pack(_THREE).index(b"c.jpg")  # offset of its header
 _PICTURE = encoded()
 
 CASES: dict[str, tuple[bytes, list[str], dict[str, int]]] = {
-    "sound": (tar(_THREE), ["a", "b", "c"], {}),
+    "sound": (pack(_THREE), ["a", "b", "c"], {}),
     "picture cut": (
-        tar([*sample("a", jpg=_PICTURE[: len(_PICTURE) // 2]), *sample("b")]),
+        pack([*sample("a", jpg=_PICTURE[: len(_PICTURE) // 2]), *sample("b")]),
         ["b"],
         {"truncated image": 1},
     ),
-    "picture of no bytes": (tar([*sample("a", jpg=b""), *sample("b")]), ["b"], {"zero bytes": 1}),
-    "html for a picture": (tar([*sample("a", jpg=b"<html>404</html>"), *sample("b")]), ["b"], {"not an image": 1}),
+    "picture of no bytes": (pack([*sample("a", jpg=b""), *sample("b")]), ["b"], {"zero bytes": 1}),
+    "html for a picture": (
+        pack([*sample("a", jpg=b"<html>404</html>"), *sample("b")]),
+        ["b"],
+        {"not an image": 1},
+    ),
     "bomb": (
-        tar([*sample("a", jpg=huge_png(100_000, 100_000)), *sample("b", jpg=huge_png(12_000, 10_000)), *sample("c")]),
+        pack([*sample("a", jpg=huge_png(100_000, 100_000)), *sample("b", jpg=huge_png(12_000, 10_000)), *sample("c")]),
         ["c"],
         {"decompression bomb": 2},
     ),
-    "no caption": (tar([("a.jpg", _PICTURE), *sample("b")]), ["b"], {"no caption": 1}),
-    "caption in the json": (tar([("a.jpg", _PICTURE), ("a.json", _json(caption="in json"))]), ["a"], {}),
-    "captions in the json": (tar([("a.jpg", _PICTURE), ("a.json", _json(captions=["one", "two"]))]), ["a"], {}),
-    "bad json beside a text": (tar(sample("a", json=b'{"capt')), ["a"], {}),
-    "bad json alone": (tar([("a.jpg", _PICTURE), ("a.json", b'{"capt'), *sample("b")]), ["b"], {"bad json": 1}),
-    "nested json": (tar([("a.jpg", _PICTURE), ("a.json", b"[" * 100_000)]), [], {"bad json": 1}),
-    "lone surrogate": (tar([("a.jpg", _PICTURE), ("a.json", b'{"caption": "\\ud800"}')]), [], {"not utf-8": 1}),
-    "number for a caption": (tar([("a.jpg", _PICTURE), ("a.json", _json(caption=42))]), [], {"no caption": 1}),
-    "no picture": (tar([("a.txt", CAPTION), *sample("b")]), ["b"], {"no image": 1}),
+    "no caption": (pack([("a.jpg", _PICTURE), *sample("b")]), ["b"], {"no caption": 1}),
+    "caption in the json": (pack([("a.jpg", _PICTURE), ("a.json", _json(caption="in json"))]), ["a"], {}),
+    "captions in the json": (pack([("a.jpg", _PICTURE), ("a.json", _json(captions=["one", "two"]))]), ["a"], {}),
+    "bad json beside a text": (pack(sample("a", json=b'{"capt')), ["a"], {}),
+    "bad json alone": (pack([("a.jpg", _PICTURE), ("a.json", b'{"capt'), *sample("b")]), ["b"], {"bad json": 1}),
+    "nested json": (pack([("a.jpg", _PICTURE), ("a.json", b"[" * 100_000)]), [], {"bad json": 1}),
+    "lone surrogate": (pack([("a.jpg", _PICTURE), ("a.json", b'{"caption": "\\ud800"}')]), [], {"not utf-8": 1}),
+    "number for a caption": (pack([("a.jpg", _PICTURE), ("a.json", _json(caption=42))]), [], {"no caption": 1}),
+    "no picture": (pack([("a.txt", CAPTION), *sample("b")]), ["b"], {"no image": 1}),
     "blank captions": (
-        tar([*sample("a", txt=b""), *sample("b", txt=b" \n\t"), *sample("c", txt=b"None"), *sample("d")]),
+        pack([*sample("a", txt=b""), *sample("b", txt=b" \n\t"), *sample("c", txt=b"None"), *sample("d")]),
         ["d"],
         {"empty caption": 3},
     ),
     "not utf-8": (
-        tar([*sample("a", txt="schöner".encode("latin-1")), *sample("b", txt=b"\xef\xbb\xbfwith a mark")]),
+        pack([*sample("a", txt="schöner".encode("latin-1")), *sample("b", txt=b"\xef\xbb\xbfwith a mark")]),
         ["b"],
         {"not utf-8": 1},
     ),
-    "huge caption": (tar(sample("a", txt=b"word " * 60_000)), ["a"], {}),
-    "cut in a member": (tar(_THREE)[: _LAST_PICTURE + 512 + 100], ["a", "b"], {"truncated tar": 1}),
-    "cut in a header": (tar(_THREE)[: _LAST_PICTURE + 300], ["a", "b"], {"truncated tar": 1}),
-    "no end mark": (tar(_THREE).rstrip(b"\0") + bytes(512 - len(tar(_THREE).rstrip(b"\0")) % 512), ["a", "b", "c"], {}),
-    "bad header of a picture": (_damage(tar(_THREE), b"b.jpg"), ["a", "c"], {"bad tar header": 1, "no image": 1}),
+    "huge caption": (pack(sample("a", txt=b"word " * 60_000)), ["a"], {}),
+    "cut in a member": (pack(_THREE)[: _LAST_PICTURE + 512 + 100], ["a", "b"], {"truncated tar": 1}),
+    "cut in a header": (pack(_THREE)[: _LAST_PICTURE + 300], ["a", "b"], {"truncated tar": 1}),
+    "no end mark": (
+        pack(_THREE).rstrip(b"\0") + bytes(512 - len(pack(_THREE).rstrip(b"\0")) % 512),
+        ["a", "b", "c"],
+        {},
+    ),
+    "bad header of a picture": (_damage(pack(_THREE), b"b.jpg"), ["a", "c"], {"bad tar header": 1, "no image": 1}),
     "bad header inside a sample": (
-        _damage(tar([*sample("a", json=b"{}"), *sample("b")]), b"a.json"),
+        _damage(pack([*sample("a", json=b"{}"), *sample("b")]), b"a.json"),
         ["a", "b"],
         {"bad tar header": 1},
     ),
     "header of zeros": (
-        _damage(tar(_THREE), b"b.jpg", with_bytes=bytes(512)),
+        _damage(pack(_THREE), b"b.jpg", with_bytes=bytes(512)),
         ["a", "c"],
         {"bad tar header": 1, "no image": 1},
     ),
-    "two archives in one": (tar(sample("a")) + tar(sample("b")), ["a", "b"], {}),
-    "garbage after the end": (tar(sample("a")) + b"garbage!" * 200, ["a"], {}),
-    "empty archive": (tar([]), [], {"empty shard": 1}),
+    "two archives in one": (pack(sample("a")) + pack(sample("b")), ["a", "b"], {}),
+    "garbage after the end": (pack(sample("a")) + b"garbage!" * 200, ["a"], {}),
+    "empty archive": (pack([]), [], {"empty shard": 1}),
     "empty file": (b"", [], {"empty shard": 1}),
     "garbage": (np.random.default_rng(0).bytes(10_240), [], {"not a tar file": 1}),
-    "gzip": (gzip.compress(tar(_THREE)), ["a", "b", "c"], {}),
-    "gzip cut": (gzip.compress(tar(_THREE))[:-900], ["a", "b"], {"truncated tar": 1}),
-    "same key again": (tar([*sample("a"), *sample("a"), *sample("b"), *sample("a")]), ["a", "b"], {"duplicate key": 2}),
+    "gzip": (gzip.compress(pack(_THREE)), ["a", "b", "c"], {}),
+    "gzip cut": (gzip.compress(pack(_THREE))[:-900], ["a", "b"], {"truncated tar": 1}),
+    "same key again": (
+        pack([*sample("a"), *sample("a"), *sample("b"), *sample("a")]),
+        ["a", "b"],
+        {"duplicate key": 2},
+    ),
     "members apart": (
-        tar([("a.jpg", _PICTURE), ("b.jpg", encoded(1)), ("a.txt", b"of a"), ("b.txt", b"of b")]),
+        pack([("a.jpg", _PICTURE), ("b.jpg", encoded(1)), ("a.txt", b"of a"), ("b.txt", b"of b")]),
         [],
         {"members apart": 2},
     ),
     "links": (
-        tar(
+        pack(
             [
                 link("a.jpg", "/etc/hostname", tarfile.SYMTYPE),
                 ("a.txt", CAPTION),
@@ -152,7 +164,7 @@ CASES: dict[str, tuple[bytes, list[str], dict[str, int]]] = {
         {"link": 2},
     ),
     "odd names": (
-        tar(
+        pack(
             [
                 *sample("../escape"),
                 *sample("/abs/olute"),
@@ -168,9 +180,9 @@ CASES: dict[str, tuple[bytes, list[str], dict[str, int]]] = {
         ["../escape", "/abs/olute", "sub.dir/photo", "사진 1", "x" * 180],
         {},
     ),
-    "pax names": (tar(sample("y" * 180), kind=tarfile.PAX_FORMAT), ["y" * 180], {}),
-    "upper case": (tar([("A.JPG", _PICTURE), ("A.TXT", CAPTION)]), ["A"], {}),
-    "png named jpg": (tar(sample("a", jpg=encoded(kind="PNG"))), ["a"], {}),
+    "pax names": (pack(sample("y" * 180), kind=tarfile.PAX_FORMAT), ["y" * 180], {}),
+    "upper case": (pack([("A.JPG", _PICTURE), ("A.TXT", CAPTION)]), ["A"], {}),
+    "png named jpg": (pack(sample("a", jpg=encoded(kind="PNG"))), ["a"], {}),
 }
 
 
