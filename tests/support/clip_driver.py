@@ -1,28 +1,27 @@
 """One of two processes that train a tiny CLIP for `test_many_processes.py`: FOLDER PORT N I."""
 
-import json
-import pathlib
 import sys
 
 import jax
-import numpy as np
 
 from dalle_jax import distributed, sharding
 from dalle_jax.mesh import make_mesh
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from dalle_jax.train.step import TrainStep
+from tests.support import processes
 from tests.support.tiny_clip import ONE_LAYER, TINY, random_batch, tiny_config
 
 BATCH, UPDATES = 8, 2
 
 
-def train(mesh):
+def train():
     """Metrics of each update on this process's part of the batches, and the parameters after them, whole.
 
     Adam's epsilon is large, because it would blow the rounding of gradients that are zero (of the keys' biases) up to
     the step size.
     """
+    mesh = make_mesh({"fsdp": -1}, devices=jax.devices()[: jax.process_count()])
     words = ("optimizer.name=adamw", "optimizer.eps=1e-3", "optimizer.schedule.warmup_steps=0")
     config = tiny_config(*(f"--config.{word}" for word in words), *ONE_LAYER, batch_size=BATCH)
     task = build_task(config)
@@ -39,15 +38,6 @@ def train(mesh):
     return measured, distributed.whole(state["params"])
 
 
-def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
-    distributed.initialize(
-        coordinator=f"localhost:{port}", num_processes=count, process_id=rank, start_seconds=60, hang_seconds=60
-    )
-    measured, params = train(make_mesh({"fsdp": count}))
-    (folder / f"{rank}.json").write_text(json.dumps(measured))
-    np.savez(folder / f"{rank}.npz", *jax.tree.leaves(params))
-
-
 if __name__ == "__main__":
-    place, number, all_, own = sys.argv[1:]
-    main(pathlib.Path(place), number, int(all_), int(own))
+    folder, rank, _ = processes.join(*sys.argv[1:])
+    processes.write(folder, rank, *train())

@@ -11,7 +11,7 @@ import time
 from dalle_jax import distributed
 from dalle_jax.checkpoint import reader
 from dalle_jax.mesh import make_mesh
-from tests.support import line_task
+from tests.support import line_task, processes
 
 LIMITS = {  # update -> process and the longest file that it can write from there on: checkpoints are due at 4, 8 ... 20
     7: (1, 64),  # a part of a checkpoint, in the background
@@ -21,11 +21,7 @@ LIMITS = {  # update -> process and the longest file that it can write from ther
 }
 
 
-def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
-    distributed.initialize(
-        coordinator=f"localhost:{port}", num_processes=count, process_id=rank, start_seconds=60, hang_seconds=60
-    )
-
+def main(folder: pathlib.Path, rank: int) -> None:
     def full(n, state):
         who, size = LIMITS.get(n, (None, 0))
         if who == rank:
@@ -48,5 +44,4 @@ def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    place, number, all_, own = sys.argv[1:]
-    main(pathlib.Path(place), number, int(all_), int(own))
+    main(*processes.join(*sys.argv[1:])[:2])

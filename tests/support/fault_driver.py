@@ -8,6 +8,7 @@ import time
 
 from dalle_jax import distributed
 from dalle_jax.errors import EXIT_USER_ERROR, UserError
+from tests.support import processes
 
 HANG_SECONDS = 4.0
 
@@ -43,11 +44,11 @@ def work(folder: pathlib.Path, count: int, rank: int, what: str, who: int) -> No
             time.sleep(0.02)
 
 
-def main(folder: str, port: str, count: str, rank: str, what: str, who: str) -> int:
+def main(*arguments: str) -> int:
+    *_, count, _, what, who = arguments
     try:
-        distributed.initialize(coordinator=f"localhost:{port}", num_processes=int(count), process_id=int(rank),
-                               start_seconds=3 if what == "alone" else 60, hang_seconds=60)  # fmt: skip
-        work(pathlib.Path(folder), int(count), int(rank), what, int(who))
+        folder, rank, _ = processes.join(*arguments, start_seconds=3 if what == "alone" else 60)
+        work(folder, int(count), rank, what, int(who))
     except UserError as error:
         print(f"dalle-jax: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -1,16 +1,13 @@
-"""One of two processes of four devices that train with compressed gradients for `test_many_processes.py`:
-FOLDER PORT N I."""
+"""One of two processes that train with compressed gradients for `test_many_processes.py`: FOLDER PORT N I."""
 
-import json
-import pathlib
 import sys
 
 import jax
-import numpy as np
 
 from dalle_jax import distributed, sharding
 from dalle_jax.mesh import make_mesh
 from dalle_jax.train.optimizer.powersgd import Compression
+from tests.support import processes
 from tests.support.line_task import Numbers, line_step
 
 SIZES, UPDATES = {"replica": 2, "fsdp": 4}, 4
@@ -32,15 +29,6 @@ def train():
     return measured, distributed.whole({name: state[name] for name in ("params", "error")})
 
 
-def main(folder: pathlib.Path, port: str, count: int, rank: int) -> None:
-    distributed.initialize(
-        coordinator=f"localhost:{port}", num_processes=count, process_id=rank, start_seconds=60, hang_seconds=60
-    )
-    measured, arrays = train()
-    (folder / f"{rank}.json").write_text(json.dumps(measured))
-    np.savez(folder / f"{rank}.npz", *jax.tree.leaves(arrays))
-
-
 if __name__ == "__main__":
-    place, number, all_, own = sys.argv[1:]
-    main(pathlib.Path(place), number, int(all_), int(own))
+    folder, rank, _ = processes.join(*sys.argv[1:])
+    processes.write(folder, rank, *train())

@@ -1,11 +1,17 @@
-"""Starts and ends the processes of a job on this machine, for tests."""
+"""Several processes of a job on this machine: tests start and end them, drivers join the others."""
 
+import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
+
+from dalle_jax import distributed
 from tests.support import ROOT
 
 
@@ -38,3 +44,26 @@ def statuses(started, *, seconds=240):
     finally:
         for process in started:
             process.kill()
+
+
+def join(folder, port, count, rank, *words, start_seconds=60):
+    """In a driver, with the words of its command line: join the others. Returns FOLDER, rank and further words."""
+    distributed.initialize(
+        coordinator=f"localhost:{port}",
+        num_processes=int(count),
+        process_id=int(rank),
+        start_seconds=start_seconds,
+        hang_seconds=60,
+    )
+    return pathlib.Path(folder), int(rank), words
+
+
+def write(folder, rank, measured, arrays):
+    """What a driver's training measured, and the arrays after it, for `read`."""
+    (folder / f"{rank}.json").write_text(json.dumps(measured))
+    np.savez(folder / f"{rank}.npz", *jax.tree.leaves(arrays))
+
+
+def read(folder, rank):
+    with np.load(folder / f"{rank}.npz") as saved:
+        return json.loads((folder / f"{rank}.json").read_text()), list(saved.values())
