@@ -1,21 +1,25 @@
 """`dalle-jax serve` under load: batches, bounds, deadlines, clients that leave, tokens."""
 
 import asyncio
-import concurrent.futures
+import io
 import json
 import socket
 import time
 import urllib.request
 
+import numpy as np
 import openai
 import pytest
+from PIL import Image
 
+from benchmarks.reliability import serve
 from dalle_jax.serve import parsing, responses
 from dalle_jax.serve.image_store import LIFE_SECONDS, ImageStore
 from tests.support.stand_in_server import (
     GENERATIONS,
     GRID,
     JSON,
+    SIDE,
     NoisePipeline,
     in_background,
     metric,
@@ -42,30 +46,31 @@ def waiting(server):
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_draws_the_same_alone_and_in_company():
-    wishes = [
-        {"prompt": f"star {i % 5}", "n": 1 + i % 3, "seed": i, "response_format": "b64_json"}
-        | ({"top_k": 3} if i % 2 else {})
-        | ({"best_of": 4} if i % 3 == 0 else {})
-        for i in range(24)
-    ]
-    pipe = NoisePipeline(step_seconds=0.002)
-    with serving(pipe, max_batch=12, wait_seconds=0.05) as server:
-        alone = [post(server, wish)[2]["data"] for wish in wishes]
-        quiet = len(pipe.batches)
-        with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            together = [answer[2]["data"] for answer in pool.map(lambda wish: post(server, wish), wishes)]
-        assert together == alone
-        batches = pipe.batches[quiet:]
-        assert sum(map(len, batches)) == len(wishes) and len(batches) < len(wishes) / 2
-        for batch in batches:
-            assert len({request.options.get("top_k") for request in batch}) == 1  # one batch_key per batch
-            assert len(batch) == 1 or sum(request.best_of or request.n for request in batch) <= 12
-        assert metric(server, "dalle_jax_images_total") == 2 * sum(wish["n"] for wish in wishes)
-        assert metric(server, "dalle_jax_batch_requests_sum") == 2 * len(wishes)
+def test_200_mixed_requests_on_a_short_queue():
+    """The load of `benchmarks.reliability.serve`: nothing is lost, and an image does not depend on its company."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)).save(file, "PNG")
+    pipe = NoisePipeline(step_seconds=0.005)
+    with serving(pipe, queue=24, max_batch=32) as server:
+        client = serve.Client(server.port, image=file.getvalue())
+        (model,) = json.loads(client.get("/v1/models"))["data"]
+        bodies = serve.wishes(200, first_seed=7, model=model)
+        went = serve.load(client, bodies, clients=48)
+        assert went["lost"] == [] and went["refused"] > 0
+        assert went["images"] == sum(body["n"] for body in bodies)
+        assert went["candidates"] == sum(body.get("best_of", body["n"]) for body in bodies)
+        assert went["batches"] < 100 and 0.3 < went["fill"] <= 1
+        assert 0 < went["p50"] <= went["p95"] <= went["seconds"]
+        for batch in pipe.batches:
+            assert len({pipe.batch_key(request) for request in batch}) == 1
+            assert len(batch) == 1 or sum(request.candidates for request in batch) <= 32
+        alone = [client.ask(body).files for body in bodies[::9]]
+        assert alone == [answer.files for answer in went["answers"][::9]]
+    header, _, row = serve.rows({"first": went}, requests=200)
+    assert "| 0 of 200 |" in row and row.count("|") == header.count("|")
 
 
-def test_one_bad_request_does_not_take_its_neighbours_down():
+def test_one_bad_request_does_not_take_its_neighbors_down():
     pipe = NoisePipeline()
     with serving(pipe, wait_seconds=0.3) as server:
         answers = [in_background(server, {"prompt": prompt}) for prompt in ("a star", "poison", "a cross")]
@@ -81,15 +86,13 @@ def test_one_bad_request_does_not_take_its_neighbours_down():
         assert post(server, None, "/health", {}, "GET")[0] == 200
 
 
-def test_a_full_batch_does_not_wait_and_a_lone_request_waits_no_longer_than_told():
+def test_a_full_batch_does_not_wait_and_a_lone_request_waits_no_longer_than_it_must():
     pipe = NoisePipeline()
     with serving(pipe, max_batch=4, wait_seconds=5) as server:
         start = time.monotonic()
         answers = [in_background(server, {"prompt": "a star", "n": 2}) for _ in range(2)]
         assert [answer.result()[0] for answer in answers] == [200, 200]
-        assert (
-            time.monotonic() - start < 4 and len(pipe.batches) == 1 + 1
-        )  # the first is the server's own, at the start
+        assert time.monotonic() - start < 4 and len(pipe.batches) == 1 + 1  # the first is drawn at the start
     with serving(pipe, wait_seconds=0.4) as server:
         start = time.monotonic()
         assert post(server, {"prompt": "a star"})[0] == 200
@@ -97,17 +100,17 @@ def test_a_full_batch_does_not_wait_and_a_lone_request_waits_no_longer_than_told
 
 
 @pytest.mark.parametrize(
-    ("max_batch", "knobs", "sizes"),
+    ("max_batch", "settings", "sizes"),
     [(None, {}, [16, 8]), (None, {"guidance": 2.0}, [8, 8, 8]), (12, {"guidance": 2.0}, [12, 12])],
 )
-def test_batches_are_as_large_as_what_fits_unless_told_otherwise(max_batch, knobs, sizes):
+def test_batches_are_as_large_as_what_fits_unless_max_batch_says_otherwise(max_batch, settings, sizes):
     """A guided picture takes twice the room, so fewer of them share a batch."""
     pipe = NoisePipeline()
     with serving(pipe, max_batch=max_batch, queue=64) as server:
         pipe.hold()
-        answers = [in_background(server, {"prompt": "a star", **knobs})]
+        answers = [in_background(server, {"prompt": "a star", **settings})]
         until(lambda: len(pipe.batches) == 2)
-        answers += [in_background(server, {"prompt": "a star", "n": 2, **knobs}) for _ in range(12)]
+        answers += [in_background(server, {"prompt": "a star", "n": 2, **settings}) for _ in range(12)]
         until(lambda: waiting(server)() == 12)
         before = metric(server, "dalle_jax_batch_fill_sum")
         pipe.release()
