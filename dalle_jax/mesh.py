@@ -36,8 +36,8 @@ def make_mesh(
     inside an island (`island_size`), so that `replica` -1, `fsdp` -1 is the hybrid layout and `replica` 1, `fsdp` -1
     full sharding. A slow network is crossed by replica first, then by fsdp; tensor stays inside an island if it can.
 
-    unfit: what is wrong with a layout for the model and batch at hand (`demand`), None if nothing. Such layouts are
-      neither chosen nor accepted.
+    unfit: the reason why a layout does not fit the model and batch (`demand`), or None. Unfit layouts are neither
+      chosen nor accepted.
 
     Raises:
       UserError: an unknown axis, sizes that do not multiply to the number of devices, or an unfit layout; with the
@@ -67,7 +67,7 @@ def choose(
     for shape in matching:
         if unfit(shape) is None:
             return shape
-    if matching:  # what is wrong with the sizes that were asked for, whatever the others become
+    if matching:  # the reason against the sizes that were asked for, whatever the others become
         reason = unfit(tuple(1 if size == CHOOSE else size for size in wanted)) or unfit(matching[0])
     else:
         reason = f"the sizes must multiply to {count}, along islands of {island}"
@@ -140,8 +140,8 @@ def _slice(device: jax.Device) -> int:
 
 
 def _layouts(count: int, island: int) -> list[Shape]:
-    """All sizes that multiply to this number of devices and lie along the islands, the best first: the least tensor
-    parallelism, then the most of an island, then the least of what exceeds it."""
+    """All sizes that multiply to this number of devices and lie along the islands, the best first: the smallest tensor,
+    then the largest part of an island, then the smallest fsdp beyond it."""
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     shapes = [(count // f // t, f, t) for f in divisors for t in divisors if count % (f * t) == 0]
     along = [shape for shape in shapes if _along_islands(shape, island)]
@@ -176,7 +176,7 @@ def _arranged(shape: Shape, devices: tuple[jax.Device, ...]) -> np.ndarray:
 
 
 def _distance(wanted: Sequence[int], shape: Shape) -> float:
-    """How far a layout is from what was asked for, in doublings; large sizes of replica are the cheapest to change."""
+    """The distance of a layout from what was asked for, in doublings; large sizes of replica are cheapest to change."""
     asked = [abs(math.log2(size / w)) for w, size in zip(wanted, shape, strict=True) if w != CHOOSE]
     return sum(asked) + 1e-3 * shape[2]
 

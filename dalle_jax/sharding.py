@@ -35,7 +35,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "heads": (TENSOR,),
     "head": (),
     "vocab": (TENSOR,),
-    "image_input": (),  # rows of the image embedding: the codes and one more, so nothing divides them
+    "image_input": (),  # rows of the image embedding: the image tokens and one more, so nothing divides them
     "position": (),
     "in": (FSDP,),  # channels of a convolution
     "out": (TENSOR,),
@@ -147,12 +147,12 @@ def sum_by_parts(product: Callable[..., jax.Array], *factors: jax.Array, axes: t
     parts = math.prod(mesh.shape[axis] for axis in axes)
     copies = tuple(axis for axis in _axes("batch") if axis not in axes)
 
-    def own_part(*pieces):
+    def device_part(*pieces):
         part = jax.lax.psum_scatter(product(*pieces, parts), axes, tiled=True)
         return jax.lax.psum(part, copies) if copies else part
 
     rows, part = PartitionSpec(_axes("batch")), PartitionSpec(axes)
-    return jax.shard_map(own_part, mesh=mesh, in_specs=(rows,) * len(factors), out_specs=part)(*factors)
+    return jax.shard_map(device_part, mesh=mesh, in_specs=(rows,) * len(factors), out_specs=part)(*factors)
 
 
 def per_device(
@@ -170,9 +170,12 @@ def per_device(
     if mesh.empty:
         return function(*arrays)
     cuts: dict[str | None, Any] = {}
-    for array, own in zip(arrays, names, strict=True):
-        cuts |= zip(own, spec(array.shape, own, mesh), strict=True)
-    specs = lambda many: tuple(PartitionSpec(*(cuts[name] for name in own)) for own in many)  # noqa: E731
+    for array, named in zip(arrays, names, strict=True):
+        cuts |= zip(named, spec(array.shape, named, mesh), strict=True)
+
+    def specs(many):
+        return tuple(PartitionSpec(*(cuts[name] for name in named)) for named in many)
+
     local = jax.shard_map(function, mesh=mesh, in_specs=specs(names), out_specs=specs(results), check_vma=False)
     return local(*arrays)
 
@@ -202,13 +205,13 @@ def batch_ways(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in TABLE["batch"]]))
 
 
-def batch_reader(
+def batch_share(
     mesh: Mesh,
     *,
     process: int | None = None,
     owner: Callable[[jax.Device], int] = operator.attrgetter("process_index"),
 ) -> tuple[int, int]:
-    """Which part of a batch a process (default: this one) reads, and how many such parts there are.
+    """The part of a batch that a process (default: this one) reads, and the number of such parts.
 
     Processes whose devices hold the same rows of a batch, as with a tensor axis across processes, read the same part.
     owner: the process of a device.
@@ -220,14 +223,14 @@ def batch_reader(
     rows: dict[int, set[int]] = {}
     for device, (cut,) in place.devices_indices_map((batch_ways(mesh),)).items():
         rows.setdefault(owner(device), set()).add(cut.start or 0)
-    parts = sorted({tuple(sorted(own)) for own in rows.values()})
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != batch_ways(mesh):
         raise UserError(
             f"expected a mesh whose {batch_ways(mesh)} pieces of a batch {len(rows)} processes can share evenly, got "
             f"{dict(mesh.shape)}: choose a tensor size that divides the devices of a process, or the other way round"
         )
-    own = rows[jax.process_index() if process is None else process]
-    return parts.index(tuple(sorted(own))), len(parts)
+    read = rows[jax.process_index() if process is None else process]
+    return parts.index(tuple(sorted(read))), len(parts)
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

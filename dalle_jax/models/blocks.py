@@ -25,8 +25,8 @@ ATTENTION, MLP = BRANCHES = ("attention", "mlp")  # the residual branches of a l
 _NOTHING = jax.checkpoint_policies.nothing_saveable
 _PRODUCTS = jax.checkpoint_policies.save_only_these_names("product")  # with qkv and up
 
-# What the backward pass computes again instead of keeping, from least to most: name -> part of a layer and what
-# survives in it. "attend" is the scores and the softmax, the others are the two residual branches.
+# Parts of a layer that the backward pass computes again instead of keeping, fewest first: name -> part and what is
+# kept of it. "attend" is the scores and the softmax, the others are the two residual branches.
 REMAT = {
     "none": {},
     "attention": {"attend": _NOTHING},
@@ -88,10 +88,10 @@ class Blocks(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, *, layers: int, width: int, heads: int, head_size: int, std: InitStd):
         sizes = {"embed": width, "qkv": 3, "heads": heads, "head": head_size, "mlp": 4 * width}
-        for name, own in LAYER.items():
-            start = {"std": getattr(std, name)} if own.inputs else {"fill": own.fill}
-            shape = layers, *(sizes[axis] for axis in own.axes)
-            setattr(self, name, param(rngs, shape, axes=("layers", *own.axes), **start))
+        for name, entry in LAYER.items():
+            start = {"std": getattr(std, name)} if entry.inputs else {"fill": entry.fill}
+            shape = layers, *(sizes[axis] for axis in entry.axes)
+            setattr(self, name, param(rngs, shape, axes=("layers", *entry.axes), **start))
 
     def cast(self, dtype, *, vectors=None, scales=None):
         """All layers' parameters as `layer` reads them from rows.
@@ -103,15 +103,17 @@ class Blocks(nnx.Module):
         vectors = dtype if vectors is None else vectors
 
         def one(name, array):
-            own = LAYER[name]
-            target = array.dtype if own.norm else dtype if own.inputs else vectors
-            return array.astype(target) if scales is None else cast_param(array, scales[:, _index(own.branch)], target)
+            entry = LAYER[name]
+            target = array.dtype if entry.norm else dtype if entry.inputs else vectors
+            if scales is None:
+                return array.astype(target)
+            return cast_param(array, scales[:, _index(entry.branch)], target)
 
         return {n: one(n, a) for n, a in arrays.items()} | ({} if scales is None else {"scales": scales})
 
 
 class Ops(Protocol):
-    """How a layer's steps are computed: for rows or columns, in training or sampling."""
+    """The operations of a layer, for rows in training or columns in sampling."""
 
     def norm(self, block, name: str, x):
         """The norm `name` of the stream, in whatever form `product` takes."""

@@ -113,7 +113,7 @@ class CLIP(nnx.Module):
         self.log_scale = param(rngs, (1,), axes=(None,), fill=INITIAL_LOG_SCALE)
 
     def __call__(self, pixel_BHWC, text_BT):
-        """Unit vectors of pictures and captions, float32 [B, E] each, and the scale of their cosines, at most 100."""
+        """Unit vectors of images and captions, float32 [B, E] each, and the scale of their cosines, at most 100."""
         scale = jnp.exp(at_most(self.log_scale[...][0], MAX_LOG_SCALE))
         return self.encode_image(pixel_BHWC), self.encode_text(text_BT), scale
 

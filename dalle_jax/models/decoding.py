@@ -32,7 +32,11 @@ AS_STORED = Layout(major_to_minor=(0, 1, 2, 3))
 NORM_BEFORE = {"qkv": "norm1", "up": "norm2"}  # the matrices that read the stream; the others write to it
 
 # Logical names of the dimensions of everything `layer_weights` and `end_weights` give.
-LAYER_AXES = {n: (*own.axes[own.inputs :], *own.axes[: min(own.inputs, 1)]) for n, own in LAYER.items() if not own.norm}
+LAYER_AXES = {
+    n: (*entry.axes[entry.inputs :], *entry.axes[: min(entry.inputs, 1)])
+    for n, entry in LAYER.items()
+    if not entry.norm
+}
 END_AXES = {
     "text_embedding": (None, "embed"),
     "text_position": ("position", "embed"),
@@ -51,11 +55,11 @@ def layer_weights(config: TransformerConfig, block: Params, *, weights: str = "m
     back in the compute dtype. Biases are float32. Several dimensions of inputs become one.
     """
     stored = {}
-    for name, own in LAYER.items():
-        if not own.inputs:
+    for name, entry in LAYER.items():
+        if not entry.inputs:
             continue
-        matrix = jnp.moveaxis(block[name], range(own.inputs), range(-own.inputs, 0))
-        matrix = matrix.reshape(*matrix.shape[: -own.inputs], -1)
+        matrix = jnp.moveaxis(block[name], range(entry.inputs), range(-entry.inputs, 0))
+        matrix = matrix.reshape(*matrix.shape[: -entry.inputs], -1)
         bias = block[f"{name}_bias"]
         if name in NORM_BEFORE:
             bias = bias + matrix @ block[f"{NORM_BEFORE[name]}_bias"]
@@ -67,7 +71,7 @@ def layer_weights(config: TransformerConfig, block: Params, *, weights: str = "m
 
 
 def end_weights(config: TransformerConfig, params: Params) -> dict[str, Any]:
-    """What comes before and after the layers: embeddings (float32) and the image head."""
+    """The weights before and after the layers: embeddings (float32) and the image head."""
     tables = ("text_embedding", "text_position", "image_embedding", "row_position", "column_position")
     centered = {name: params[name] - params[name].mean(-1, keepdims=True) for name in tables}
     head = params["image_head"].T
@@ -90,7 +94,7 @@ class Columns:
         self.dtype = dtype
 
     def norm(self, block, name, x):
-        """What `layer_weights` did not fold: the columns have mean zero, so one number each."""
+        """The rest of a norm that `layer_weights` cannot fold: columns have mean zero, so one number each."""
         return _Normed(x, _inverse_rms(x))
 
     def product(self, block, name, x):

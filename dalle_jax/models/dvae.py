@@ -6,6 +6,7 @@ gives the parameters of a pixel distribution. Knows nothing of noise, likelihood
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ OUTPUTS = 6  # per pixel: three means, then three log scales (appendix A.3)
 class DVAEConfig:
     """Sizes of the networks. The defaults are the paper's; everything after `precision` is not in the paper.
 
-    image_size: pixels per side. vocab: codes. width: channels of the encoder's first group, doubled in each later
-    group. stem: channels after the decoder's first convolution, in effect the size of a code's embedding.
-    stem_kernel: side of the encoder's first convolution. precision: 'fp32', 'bf16' or 'fp16-global', see
-    `layers.compute_dtype`.
+    image_size: pixels per side. vocab: entries of the codebook. width: channels of the encoder's first group,
+    doubled in each later group. stem: channels after the decoder's first convolution, in effect the size of an image
+    token's embedding. stem_kernel: size of the encoder's first convolution. precision: 'fp32', 'bf16' or 'fp16-global',
+    see `layers.compute_dtype`.
 
     patch: pixels per side that are folded into channels before the first and unfolded after the last convolution, so
     that a small model works on few positions; 1 is the paper's network. logits_norm: root mean square that the features
@@ -54,8 +55,8 @@ class DVAEConfig:
             raise ValueError(f"stem_kernel must be odd, got {self.stem_kernel}")
         if self.image_size % self.stride:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch * 2^(groups-1) = {self.stride}")
-        if self.logits_norm < 0:
-            raise ValueError(f"logits_norm must not be negative, got {self.logits_norm}")
+        if not 0 <= self.logits_norm < math.inf:
+            raise ValueError(f"logits_norm must be a number of at least 0, got {self.logits_norm}")
         compute_dtype(self.precision)
         refuse_branch_scales(self.precision, "dVAE")
 
@@ -77,20 +78,20 @@ class DVAEConfig:
 
 @functools.cache
 def model(config: DVAEConfig) -> Model:
-    """The definition as pure functions, the same one for the same config; methods `encode`, `decode`, `decode_ids`."""
+    """The dVAE as pure functions, the same one for the same config; methods `encode`, `decode`, `decode_tokens`."""
     return Model(config, lambda rngs: DVAE(config, rngs))
 
 
 def encode_images(model: Model, params: Params, image_uint8):
-    """uint8 [B, H, W, 3] -> int32 codes [B, G * G] in raster order: the most likely code, no noise (footnote 6)."""
+    """uint8 [B, H, W, 3] -> the most likely image tokens int32 [B, G * G] in raster order; no noise (footnote 6)."""
     logits = model.apply(params, pixels.to_laplace(pixels.to_unit(image_uint8)), method="encode")
     return jnp.argmax(logits, axis=-1).astype(jnp.int32).reshape(image_uint8.shape[0], -1)
 
 
-def decode_images(model: Model, params: Params, ids_BI):
-    """Codes [B, G * G] in raster order -> uint8 [B, H, W, 3]."""
+def decode_images(model: Model, params: Params, tokens_BI):
+    """Image tokens [B, G * G] in raster order -> uint8 [B, H, W, 3]."""
     grid = model.config.grid
-    return pixels.to_uint8(to_unit(model.apply(params, ids_BI.reshape(-1, grid, grid), method="decode_ids")))
+    return pixels.to_uint8(to_unit(model.apply(params, tokens_BI.reshape(-1, grid, grid), method="decode_tokens")))
 
 
 def to_unit(pixel_BHWC):
@@ -106,16 +107,16 @@ class DVAE(nnx.Module):
         self.decoder = Decoder(config, rngs)
 
     def encode(self, x_BHWC):
-        """Images in the logit-Laplace range [B, H, W, 3] -> float32 logits over the codes [B, G, G, V]."""
+        """Images in the logit-Laplace range [B, H, W, 3] -> float32 logits over the codebook [B, G, G, V]."""
         return self.encoder(x_BHWC)
 
     def decode(self, z_BGGV):
-        """Codes as distributions (one-hot or relaxed) [B, G, G, V] -> float32 [B, H, W, 6]: mu, then ln b."""
+        """Image tokens as distributions (one-hot or relaxed) [B, G, G, V] -> float32 [B, H, W, 6]: mu, then ln b."""
         return self.decoder.pixels(self.decoder.stem(z_BGGV))
 
-    def decode_ids(self, ids_BGG):
-        """`decode` of the one-hot of these codes, by table look-up."""
-        return self.decoder.pixels(self.decoder.stem.look_up(ids_BGG))
+    def decode_tokens(self, tokens_BGG):
+        """`decode` of the one-hot vectors of image tokens, by table look-up."""
+        return self.decoder.pixels(self.decoder.stem.look_up(tokens_BGG))
 
 
 class Conv(nnx.Module):
@@ -136,9 +137,9 @@ class Conv(nnx.Module):
         y_BHWC = ops.conv(x_BHWC, weight, precision)
         return y_BHWC + self.bias[...].astype(self.dtype)[None, None, None]
 
-    def look_up(self, ids_BHW):
+    def look_up(self, tokens_BGG):
         """The result for one-hot inputs; for a 1x1 kernel only."""
-        return self.weight[0, 0][ids_BHW] + self.bias[...][None, None, None]
+        return self.weight[0, 0][tokens_BGG] + self.bias[...][None, None, None]
 
 
 class Block(nnx.Module):
@@ -166,7 +167,7 @@ class Tower(nnx.Module):
     """Groups of blocks with a change of resolution after every group but the last."""
 
     def __init__(self, widths: tuple[int, ...], kernels, resize, config: DVAEConfig, rngs, *, dtype):
-        # widths[0] channels come in, group g puts out widths[g]
+        # widths[0] channels come in, group g gives widths[g + 1]
         self.resize = resize
         self.shape = (config.groups, config.blocks_per_group)
         for group in range(config.groups):

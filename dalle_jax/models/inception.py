@@ -130,7 +130,9 @@ class Inception(nnx.Module):
     """Parameters: {'conv_1a': ..., ..., 'mixed_7c': ..., 'logits': {'weight', 'bias'}}."""
 
     def __init__(self, config: InceptionConfig, rngs: nnx.Rngs):
-        width = lambda channels: channels // config.narrow  # noqa: E731
+        def width(channels):
+            return channels // config.narrow
+
         self.conv_1a = Conv((3, 3), (3, width(32)), rngs, stride=2, padding="VALID")
         self.conv_2a = Conv((3, 3), (width(32), width(32)), rngs, padding="VALID")
         self.conv_2b = Conv((3, 3), (width(32), width(64)), rngs)
@@ -266,11 +268,11 @@ def _same_max(x_BHWC):
 
 
 def _mean(x_BHWC):
-    """Average over those positions of the window that are inside the picture."""
+    """Average over those positions of the window that are inside the image."""
     inside = jnp.ones((1, *x_BHWC.shape[1:3], 1), jnp.float32)
     return _window(_padded(x_BHWC, 0.0), _sum) / _window(_padded(inside, 0.0), _sum)
 
 
 def _mean_with_padding(x_BHWC):
-    """Average over nine positions; those outside the picture are zeros."""
+    """Average over nine positions; those outside the image are zeros."""
     return _window(_padded(x_BHWC, 0.0), _sum) / 9

@@ -38,7 +38,7 @@ def stream_dtype(precision: str):
 
 
 def refuse_branch_scales(precision: str, model: str) -> None:
-    """Raises ValueError for 'fp16-paper' where a model has no residual branches that could have their own scales."""
+    """Raises ValueError for 'fp16-paper' where a model has no residual branches to scale apart."""
     if precision == "fp16-paper":
         raise ValueError(
             f"precision fp16-paper scales the residual branches of the transformer, got a {model}: use fp16-global"
@@ -92,16 +92,18 @@ class Model:
     @functools.cached_property
     def axes(self) -> Params:
         """The same nested dict with a tuple of logical axis names at each leaf."""
-        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-        named = jax.tree.map(lambda v: v.axes, nnx.to_pure_dict(self._split[1], lambda v: v), is_leaf=is_variable)
-        return named
+
+        def is_variable(leaf):
+            return isinstance(leaf, nnx.Variable)
+
+        return jax.tree.map(lambda v: v.axes, nnx.to_pure_dict(self._split[1], lambda v: v), is_leaf=is_variable)
 
     @property
     def num_params(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract))
 
     def init(self, key) -> Params:
-        """Fresh parameters from a jax.random.key. Pure: jit it with out_shardings to build them in place."""
+        """Initial parameters from a jax.random.key. Pure: jit it with out_shardings to build them in place."""
         return nnx.to_pure_dict(nnx.split(self.make(nnx.Rngs(params=key)))[1])
 
     def apply(self, params: Params, *args, method: str = "__call__", **kwargs):

@@ -38,7 +38,7 @@ cast_in.defvjp(_cast_in_forward, _cast_in_backward)
 
 @jax.custom_vjp
 def cast_out(y, scale):
-    """What a branch adds to the float32 stream. scale: float32 scalar."""
+    """A branch's output, to be added to the float32 stream. scale: float32 scalar."""
     del scale
     return y.astype(jnp.float32)
 

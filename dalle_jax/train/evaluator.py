@@ -39,7 +39,7 @@ class Evaluator:
         if self.validation is None:
             return
         mesh = self.step.mesh
-        ways = sharding.batch_ways(mesh) // sharding.batch_reader(mesh)[1]
+        ways = sharding.batch_ways(mesh) // sharding.batch_share(mesh)[1]
         for index, batch in enumerate(self.validation()):
             size = len(next(iter(batch.values()))) // ways * ways
             if index == self.max_batches or not size:

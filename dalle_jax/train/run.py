@@ -224,7 +224,7 @@ def _data(config: ml_collections.ConfigDict, mesh, *, layout, tokenizer, dvae_sh
         raise UserError("a run needs data: name its source as --config.data.train=SOURCE, e.g. folder:DIR")
     data = data_config(config)
     prepare = Prepare(data, layout, tokenizer)
-    share = Share(*sharding.batch_reader(mesh))
+    share = Share(*sharding.batch_share(mesh))
 
     def open_source(spec: str, asked_by: str, augment: str) -> Source:
         needs_pictures = config.name != "transformer"

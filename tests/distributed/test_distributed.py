@@ -244,13 +244,13 @@ def test_a_phase_may_take_longer_the_first_two_times_and_at_the_start():
 def test_processes_that_hold_the_same_rows_read_the_same_part(sizes, owners, parts, monkeypatch):
     mesh = make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)), devices=jax.devices()[:4])
     for rank, part in parts.items():
-        assert sharding.batch_reader(mesh, process=rank, owner=lambda device: owners[device.id]) == part
+        assert sharding.batch_share(mesh, process=rank, owner=lambda device: owners[device.id]) == part
 
 
 def test_processes_that_hold_unlike_parts_are_refused():
     mesh = make_mesh({"fsdp": 4}, devices=jax.devices()[:4])
     with pytest.raises(UserError, match="pieces of a batch 2 processes can share evenly"):
-        sharding.batch_reader(mesh, process=0, owner=lambda device: int(device.id > 0))
+        sharding.batch_share(mesh, process=0, owner=lambda device: int(device.id > 0))
 
 
 def test_a_disk_that_is_full_for_one_process_costs_a_checkpoint_and_not_the_job(tmp_path):

@@ -79,7 +79,7 @@ def test_looking_a_code_up_is_decoding_its_one_hot(tiny, precision):
     params = tiny[1]
     model = build("dvae", TINY | {"precision": precision})
     ids = np.random.default_rng(0).integers(0, 12, (2, 8, 8))
-    found = run(model, params, ids, method="decode_ids")
+    found = run(model, params, ids, method="decode_tokens")
     dense = run(model, params, jax.nn.one_hot(ids, 12), method="decode")
     assert found.dtype == dense.dtype == jnp.float32
     np.testing.assert_allclose(found, dense, atol=1e-6)
@@ -124,7 +124,7 @@ def test_folding_pixels_keeps_every_position_in_its_place():
     ids = np.zeros((1, 4, 4), int)
     other = ids.copy()
     other[0, 1, 3] = 5
-    moved = run(model, params, other, method="decode_ids") - run(model, params, ids, method="decode_ids")
+    moved = run(model, params, other, method="decode_tokens") - run(model, params, ids, method="decode_tokens")
     where = np.argwhere(np.abs(moved[0]).max(-1))
     assert where.min(0).tolist() == [4, 12] and where.max(0).tolist() == [7, 15]
 

@@ -148,7 +148,7 @@ def test_draws_follow_the_filtered_distribution():
         want = numpy_filter(logits[row].astype(np.float64), *values)
         np.testing.assert_allclose(jax.nn.softmax(filtered[row]), want, atol=1e-6)
         assert ((filtered[row] == -np.inf) == (want == 0)).all()
-        share = np.bincount(draw(filtered[row], noise_XV), minlength=20) / count
+        share = np.bincount(draw(filtered[row][None], noise_XV), minlength=20) / count
         assert share[want == 0].sum() == 0
         np.testing.assert_allclose(share, want, atol=5 * 0.5 / np.sqrt(count))  # five standard errors of a share
     for one in ({}, {"top_k": 20}, {"top_p": 1.0}):

@@ -28,7 +28,7 @@ def train():
     built = build_optimizer(Optimizer(**config.optimizer), steps=UPDATES, axes=task.model.axes)
     step = TrainStep(task, built, mesh)
     state = step.init(jax.random.key(0))
-    part, parts = sharding.batch_reader(mesh)
+    part, parts = sharding.batch_share(mesh)
     measured = []
     for seed in range(UPDATES):
         image, text = (x.reshape(parts, -1, *x.shape[1:])[part] for x in random_batch(TINY, batch=BATCH, seed=seed))

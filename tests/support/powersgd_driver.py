@@ -19,7 +19,7 @@ def train():
     mesh = make_mesh(SIZES)
     step = line_step(mesh, compression=Compression(4, "paper"))
     state = step.init(jax.random.key(0))
-    part, parts = sharding.batch_reader(mesh)
+    part, parts = sharding.batch_share(mesh)
     batches, measured = Numbers(), []
     for _ in range(UPDATES):
         own = {name: x.reshape(parts, -1, *x.shape[1:])[part] for name, x in next(batches).items()}

@@ -25,12 +25,12 @@ class BlockLists:
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """As a kernel takes them, in the order of the fields."""
+        """The fields in their order, as a kernel takes them."""
         return self.counts, self.columns, self.partial, self.masks
 
     @property
     def steps(self) -> int:
-        """Blocks that are visited, all rows together."""
+        """Number of visited blocks, all rows together."""
         return int(self.counts[:, 1].sum())
 
 
@@ -38,11 +38,11 @@ def block_lists(mask_SS: np.ndarray, *, size: int) -> BlockLists:
     """The lists of blocks of `size` x `size`.
 
     Raises:
-      ValueError: a side of the mask that is no multiple of size, or a row of blocks without any allowed pair.
+      ValueError: a size of the mask that is no multiple of size, or a row of blocks without any allowed pair.
     """
-    if any(side % size for side in mask_SS.shape):
-        raise ValueError(f"expected a mask whose sides are multiples of {size}, got {mask_SS.shape}")
-    rows, columns = (side // size for side in mask_SS.shape)
+    if any(length % size for length in mask_SS.shape):
+        raise ValueError(f"expected a mask whose sizes are multiples of {size}, got {mask_SS.shape}")
+    rows, columns = (length // size for length in mask_SS.shape)
     blocks = mask_SS.reshape(rows, size, columns, size).swapaxes(1, 2)
     full, some = blocks.all((2, 3)), blocks.any((2, 3))
     if not some.any(1).all():

@@ -54,7 +54,7 @@ def _attend_densely(q_BSNH, k_BSNH, v_BSNH, allowed_SS):
 
 
 def _attend_blocks(q_BRQNH, k_BTNH, v_BTNH, k_BRKNH, v_BRKNH, mask_RQK):
-    """One softmax over all text keys and the block's own keys, without joining the two score arrays."""
+    """One softmax over all text keys and the block's keys, without joining the two score arrays."""
     q_BRQNH = scale_queries(q_BRQNH)
     text = jnp.einsum("brqnh,bknh->bnrqk", q_BRQNH, k_BTNH, preferred_element_type=jnp.float32)
     local = jnp.einsum("brqnh,brknh->bnrqk", q_BRQNH, k_BRKNH, preferred_element_type=jnp.float32)
@@ -101,7 +101,7 @@ def _from_blocks(x_BRQNH, *, columns: bool):
 
 
 def _with_previous(x_BRQNH, keys: int):
-    """Each block's keys: the last `keys` of the block before it, then its own; zeros before the first block."""
+    """Each block's keys: the last `keys` of the block before it, then its keys; zeros before the first."""
     if not keys:
         return x_BRQNH
     previous = jnp.pad(x_BRQNH[:, :-1, -keys:], [(0, 0), (1, 0)] + [(0, 0)] * 3)
@@ -109,7 +109,7 @@ def _with_previous(x_BRQNH, keys: int):
 
 
 def _row_mask(kind: str, grid: int, rows: int, before: int) -> np.ndarray:
-    """bool [R, Q, K] of blocks of rows, cut out of the pattern's own mask."""
+    """bool [R, Q, K] of blocks of rows, cut out of the pattern's mask."""
     allowed = np.pad(attention_pattern.allowed_image(kind, grid=grid), [(0, 0), (before * grid, 0)])
     size = rows * grid
     return np.stack([allowed[i : i + size, i : i + size + before * grid] for i in range(0, grid * grid, size)])

@@ -49,10 +49,10 @@ def attend(q_BNH, k_BNH, v_BNH, text, cache, kind: str, *, position, grid: int):
 
 
 def _view_and_update(stored, new, slot, start, size: int):
-    """What this position reads of a store [B, N, slots, H], with `new` [B, N, 1, H] in its slot, and the new store.
+    """The part of a store [B, N, slots, H] that this position reads, `new` [B, N, 1, H] included, and the new store.
 
-    Of a part, what is written is read out of the view, so that XLA's CPU backend cannot write before it has read:
-    free to choose, it copies the whole store first, twice.
+    What is written to the store is read from the part, so that XLA's CPU backend cannot write before it has read: free
+    to choose, it copies the whole store first, twice.
     """
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=2)
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)

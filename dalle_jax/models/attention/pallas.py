@@ -82,7 +82,7 @@ class _Plan:
     interpret: bool
 
     def lists(self, *, by_keys: bool) -> BlockLists:
-        """Of key blocks for each query block, or by_keys of query blocks for each key block; masks are [K, Q] then."""
+        """Lists of key blocks for each query block; by_keys: of query blocks for each key block, with masks [K, Q]."""
         mask = attention_pattern.allowed(self.kind, text_len=self.text_len, grid=self.grid)
         order = attention_pattern.compact_order(self.kind, text_len=self.text_len, grid=self.grid)
         mask = mask[np.ix_(order, order)]

@@ -1,4 +1,4 @@
-"""Attention of a whole sequence as fused TPU kernels: JAX's splash attention under the pattern's own masks.
+"""Attention of a whole sequence as fused TPU kernels: JAX's splash attention under the pattern's masks.
 
 Splash attention is a block-sparse flash attention, forward and backward, that skips the empty blocks of a mask known
 when it is traced. It wants sequences of whole lanes of 128, and column layers on transposed image states, as their

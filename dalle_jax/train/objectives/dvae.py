@@ -138,7 +138,7 @@ def _loss(model: Model, objective: Objective, params: Params, frozen: Params, ba
         loss = loss + objective.balance * _imbalance(logits_BGGV, x_BHWC)
 
     ids_BGG = jnp.argmax(logits_BGGV, axis=-1)
-    hard_BHWC = model.apply(jax.lax.stop_gradient(params), ids_BGG[::HARD_STRIDE], method="decode_ids")
+    hard_BHWC = model.apply(jax.lax.stop_gradient(params), ids_BGG[::HARD_STRIDE], method="decode_tokens")
     vocab = logits_BGGV.shape[-1]
     used_share, perplexity = code_usage(ids_BGG, vocab)
     return loss, {
