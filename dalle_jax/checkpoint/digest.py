@@ -34,7 +34,7 @@ def write_manifest(folder: epath.Path, *, leave_out: Collection[str] = ()) -> No
 
 
 def damage(folder: epath.Path, *, share: slice = slice(None)) -> str | None:
-    """What is wrong with the files of `folder` by its manifest, in a few words; None if nothing, or no manifest.
+    """The damage to the files of `folder` by its manifest, in a few words; None if there is none, or no manifest.
 
     share: which of the files to check, ordered by size, so that several processes share the reading.
     """

@@ -120,7 +120,7 @@ class Checkpoints:
             start()
 
     def _copied(self, state: Any) -> Any:
-        """What may be written while the next step overwrites the state.
+        """The state, or a copy of it, that may be written while the next step overwrites the state.
 
         Orbax copies from the device to the host before `save` returns. Where the device is the host it copies nothing
         and writes from the arrays themselves: the next step could not overwrite them and would allocate all of them
@@ -172,7 +172,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Wait until everything is on disk."""
         self._finish()
         self._background.shutdown()
         if self._manager:
@@ -212,7 +212,7 @@ class Checkpoints:
             self._tidy(step)
 
     def _outcome(self, step: int, reason: str) -> str:
-        """What there is after a save that failed, in a few words."""
+        """The warning after a save that failed: what could not be written, and what there is."""
         failed = f"the checkpoint of step {step} could not be written ({reason}): training goes on"
         try:
             steps = reader.steps_in(self._folder)
@@ -248,7 +248,7 @@ class Checkpoints:
                 digest.write_manifest(path, leave_out=[reader.COMMITTED])
 
     def _damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint's files: each process reads a share of them, all get the same answer."""
+        """The damage to a checkpoint's files. Each process reads a share of them, all get the same answer."""
         found = digest.damage(self._folder / str(step), share=slice(jax.process_index(), None, jax.process_count()))
         return next((problem for problem in distributed.gather_json(found) if problem), None)
 
@@ -298,6 +298,6 @@ def _agreed(error: Exception | None) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    """What the system said, which libraries bury in paths."""
+    """The system's words in an error, which libraries bury in paths."""
     known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
     return next((text for text in known if text in str(error)), None) or first_line(error)

@@ -1,4 +1,4 @@
-"""Finding and reading the checkpoints of a run; `manager.py` writes them, both with Orbax.
+"""Finding and reading the checkpoints of a run, which `manager.py` writes; both with Orbax.
 
     WORKDIR/checkpoints/STEP/{state,data,sha256.json}   training state and position in the data
 
@@ -90,7 +90,7 @@ def data_position(path: epath.Path) -> dict[str, Any]:
 
 
 def describe(path: epath.Path) -> dict[str, Any]:
-    """What there is to say of a complete checkpoint: step, bytes, written (ISO, UTC), damage (None: undamaged)."""
+    """A complete checkpoint as a dict: step, bytes, written (ISO, UTC), damage (None: undamaged)."""
     when = json.loads((path / COMMITTED).read_text())["commit_timestamp_nsecs"] / 1e9
     return {
         "step": int(path.name),
@@ -126,7 +126,7 @@ def read(path: epath.Path, key: str) -> Any:
 
 
 def unreadable(path: epath.Path, error: Exception) -> UserError:
-    """The error that says what Orbax said of a checkpoint."""
+    """The error for a checkpoint that Orbax cannot read."""
     return UserError(
         f"expected a checkpoint in {path}, but it cannot be read ({first_line(error)}): delete that folder to use the "
         "checkpoint before it"

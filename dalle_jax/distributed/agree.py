@@ -1,4 +1,4 @@
-"""What all processes of a job know at the same point: gathered values, whole arrays, the step at which to stop."""
+"""Agreement between the processes of a job: gathered values, whole arrays, the step at which to stop."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""How the processes of a job find each other: flags, environment variables, SLURM or the machine itself."""
+"""Finding the other processes of a job: from flags, environment variables, SLURM or the machine itself."""
 
 import argparse
 import glob

@@ -1,4 +1,4 @@
-"""Finds the process that died or hangs, names it, and ends the job."""
+"""The watchdog of a job: finds the process that died or hangs, names it, and ends all of them."""
 
 import atexit
 import collections
@@ -53,7 +53,7 @@ class Watchdog:
     def __init__(
         self, timeout_seconds: float, *, first_seconds: float | None = None, start_seconds: float | None = None
     ):
-        """timeout_seconds: more than twice the longest update. first_seconds: at least as long, the default.
+        """timeout_seconds: more than twice the longest step. first_seconds: at least as long, the default.
 
         start_seconds: of the phase 'start', in which the processes connect; default first_seconds.
         """
@@ -75,7 +75,7 @@ class Watchdog:
         self.beat(0, "start")
 
     def beat(self, step: int, phase: str) -> None:
-        """Say that `phase` of update `step` begins here. Costs a microsecond: another thread publishes it."""
+        """Say that this phase of this step begins here. Costs a microsecond: another thread publishes it."""
         self._times_in[phase] += 1
         self._beats += 1
         allowed = self._first if self._times_in[phase] <= 2 else self._timeout
@@ -161,7 +161,7 @@ class Watchdog:
                 self._end(*verdict)
 
     def _closed(self, rank: int) -> None:
-        """In process 0, when the connection of a process has closed."""
+        """End the job if a process whose connection has closed did not end well. Called in process 0."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._read()
         if not self._ended.is_set() and not self._peers[rank].done:
@@ -179,7 +179,7 @@ class Watchdog:
                 self._end(EXIT_RESTART, found)
 
     def _find(self, now: float) -> str | None:
-        """What is wrong with a peer, None if nothing is."""
+        """The peer that is the reason why the job cannot go on, in words; None if there is none."""
         peers = [peer for peer in self._peers.values() if not peer.done]
         for peer in peers:
             # Before its first beat a process may still be on its way here.
@@ -222,7 +222,7 @@ class Watchdog:
 
 @dataclasses.dataclass
 class _Peer:
-    """What is known of a process: its last record, and when it came (`heard`)."""
+    """A process as another one knows it: its last record, and when that came (`heard`)."""
 
     rank: int
     heard: float
@@ -240,7 +240,7 @@ class _Peer:
             vars(self).update(record, heard=now)
 
     def seconds(self, now: float) -> float:
-        """Since its last beat."""
+        """Seconds since its last beat."""
         return self.age + now - self.heard
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""How many floating-point operations a step takes, by counting rules that do not depend on how it is compiled.
+"""Floating-point operations of a step, by counting rules that do not depend on how it is compiled.
 
 A multiply-add counts two. Counted are matrix products and convolutions; norms, activations, softmax and the optimizer
 are not (together under 1 % at the paper's sizes). The transformer's attention counts the pairs of query and key that
@@ -24,7 +24,7 @@ TRAINING_PASSES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one training example computes, forward and backward.
+    """The computation of one training example, forward and backward.
 
     tokens: its positions. model_flops: by the rules above. executed_flops: with recomputation and the frozen image
     tokenizer. scores: attention scores of all layers that lie in memory as arrays, 0 with a fused kernel.

@@ -27,7 +27,7 @@ SCORE_COPIES = 2  # of a layer's scores in float32, and what a layer without rem
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """How one compiler lays out the scan over layers.
+    """The memory of the scan over layers, as one compiler lays it out.
 
     saved_copies: how often what the scan saves is there. parameter_copies: copies of the parameters in the compute
     dtype. whole_layers: layers whose weights are there uncut. prefetches: with the launchers' flags, a scan over cut

@@ -1,5 +1,6 @@
-"""How long a step takes, as a roofline: the slowest of four resources, each at the share of its peak that good programs
-reach, everything else hidden behind it.
+"""The time of a step, by a roofline: that of the slowest of four resources, the others hidden behind it.
+
+Each resource runs at the share of its peak that good programs reach:
 
     compute    matrix products and convolutions, with what rematerialization and the frozen image tokenizer add
     memory     gathered weights, activations, attention scores and the optimizer's arrays, read and written
@@ -74,7 +75,7 @@ def estimate(job: Job, found: Sequence[Collective]) -> Estimate:
 
 
 def expected(job: Job) -> list[Collective]:
-    """What a step must exchange because of its mesh, to rank layouts before any of them is compiled.
+    """The exchanges that a mesh makes necessary in a step, to rank layouts before any of them is compiled.
 
     For each microbatch weights are gathered forward and backward, gradients are reduced along fsdp and then along
     replica (compressed ones once a step). A tensor axis sums two results of each layer, forward, backward and where

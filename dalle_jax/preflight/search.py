@@ -124,7 +124,7 @@ def _combinations(job: Job, keys: int) -> list[tuple[dict[str, Any], Job]]:
 
 
 def _options(job: Job) -> Iterator[list[dict[str, Any]]]:
-    """Groups of changes of one thing each."""
+    """Groups of changes; the changes of a group are values of the same setting."""
     config, cut = job.config, math.prod(job.mesh.devices.shape[1:])
     yield [{"accumulate": config.accumulate * 2**i} for i in range(1, 11) if job.sequences % 2**i == 0]
     yield [{"model.remat": remat} for remat in _remats(job) if config.model.remat != remat]
