@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 from dalle_jax import config, distributed, errors
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources import HELP
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 from dalle_jax.evaluate import report
 from dalle_jax.evaluate.preprocess import CROPS, RESIZES
 from dalle_jax.evaluate.protocol import PLACES, Evaluation, Metrics, Processes
@@ -109,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
     if "repeats" not in made:
         return 0
     sentence, same = report.repetition(made)
-    print(sentence, file=sys.stderr)
+    say(sentence)
     return 0 if same else EXIT_FAILED
 
 
