@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _read_options(args: argparse.Namespace) -> tuple[Evaluation, Processes]:
-    """What to evaluate, by a protocol, by a report or by flags; and how long processes wait for one another."""
+    """The evaluation, by a protocol, by a report or by flags, and the time limits of its processes."""
     if args.from_:
         raise UserError(f"--from is now --config: write --config {args.from_}")
     if not args.config:
@@ -166,9 +166,9 @@ def _from_report(args: argparse.Namespace) -> Evaluation:
                 f"expected only new places ({', '.join(PLACES)}) of what {path} used, got {word!r}: a report repeats "
                 "the rest"
             )
-        moved = dataclasses.replace(holder, **{key: value})
-        changed: dict[str, Any] = {part: moved}
-        evaluation = dataclasses.replace(evaluation, **changed) if part else moved
+        holder = dataclasses.replace(holder, **{key: value})
+        changed: dict[str, Any] = {part: holder}
+        evaluation = dataclasses.replace(evaluation, **changed) if part else holder
     return evaluation
 
 

@@ -1,6 +1,6 @@
-"""What every importer does: read published arrays, rename and nest them, check them and write a model directory.
+"""The steps of every importer: read published arrays, rename and nest them, check them, write a model directory.
 
-Files are safetensors or PyTorch's own; torch is imported only for the latter. Knows nothing of any model.
+Files are safetensors or PyTorch's; torch is imported only for the latter. Knows nothing of any model.
 """
 
 import dataclasses

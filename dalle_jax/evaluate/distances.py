@@ -68,7 +68,7 @@ def compare(
 def mean_and_covariance(features_XF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean float64 [F] and covariance float64 [F, F], with X - 1 in the denominator.
 
-    Blocks of fixed size are summed about their own means and joined in their order (Chan et al. 1979), so that the
+    Blocks of fixed size are summed about their means and joined in their order (Chan et al. 1979), so that the
     result depends on nothing but the vectors.
 
     Raises:
@@ -88,7 +88,7 @@ def mean_and_covariance(features_XF: np.ndarray) -> tuple[np.ndarray, np.ndarray
         mean_F = mean_F + apart_F * (len(block_XF) / total)
         between_FF = np.outer(apart_F, apart_F)
         between_FF *= count * len(block_XF) / total
-        # numpy hands a product with its own transpose to syrk: half the work, and exactly symmetric.
+        # numpy hands the product of a matrix with its transpose to syrk: half the work, and exactly symmetric.
         scatter_FF = between_FF + scatter_FF + block_XF.T @ block_XF
         count = total
     return mean_F, scatter_FF / (count - 1)
@@ -262,9 +262,9 @@ def clip_score(images_XE: np.ndarray, captions_XE: np.ndarray) -> float:
 
 
 def r_precision(images_XE: np.ndarray, captions_XE: np.ndarray, *, candidates: int = 100, seed: int = 0) -> float:
-    """Share of the pictures whose own caption is nearer than `candidates` - 1 others drawn by the seed.
+    """Share of the pictures whose caption is nearer than `candidates` - 1 others drawn by the seed.
 
-    Captions that are equal in their vectors to the own one are not wrong answers and are not drawn. A tie is a miss.
+    Captions with the same vector as the right one are not wrong answers and are not drawn. A tie is a miss.
 
     Raises:
       UserError: not one caption a picture, fewer different captions than candidates, vectors not finite or 0.
@@ -273,14 +273,14 @@ def r_precision(images_XE: np.ndarray, captions_XE: np.ndarray, *, candidates: i
     if len(images_XE) != len(captions_XE):
         raise UserError(f"expected one caption a picture, got {len(captions_XE)} and {len(images_XE)}")
     images_XE, captions_XE = _unit(images_XE), _unit(captions_XE)
-    unique_YE, own_X = np.unique(captions_XE, axis=0, return_inverse=True)
+    unique_YE, right_X = np.unique(captions_XE, axis=0, return_inverse=True)
     if candidates < 2 or len(unique_YE) < candidates:
         raise UserError(f"expected at least {max(candidates, 2)} different captions, got {len(unique_YE)}: give more")
     rng, hits = np.random.default_rng(seed), 0
-    for image_E, own in zip(images_XE, own_X.ravel(), strict=True):
+    for image_E, right in zip(images_XE, right_X.ravel(), strict=True):
         others = rng.choice(len(unique_YE) - 1, candidates - 1, replace=False)
-        others += others >= own
-        hits += image_E @ unique_YE[own] > (unique_YE[others] @ image_E).max()
+        others += others >= right
+        hits += image_E @ unique_YE[right] > (unique_YE[others] @ image_E).max()
     return hits / len(images_XE)
 
 

@@ -151,7 +151,7 @@ class Drawing:
         return found
 
     def draw_all(self, plan: Plan, out: pathlib.Path, worker: Worker) -> list[pathlib.Path]:
-        """The shards of all pictures, in order; this worker's own are finished on return.
+        """The shards of all pictures, in order; this worker's are finished on return.
 
         A finished shard is never drawn again, nor is a picture of an unfinished one.
 
@@ -165,9 +165,9 @@ class Drawing:
         self.pipe.check(self.request(plan.captions[-1], plan.seed(count - 1)))  # the largest seed
         shards = [range(start, min(start + size, count)) for start in range(0, count, size)]
         paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
-        own = worker.share.of(range(len(shards)))
-        todo = [number for number in own if not paths[number].exists()]
-        total = sum(len(shards[number]) for number in own)
+        mine = worker.share.of(range(len(shards)))
+        todo = [number for number in mine if not paths[number].exists()]
+        total = sum(len(shards[number]) for number in mine)
         done = total - sum(len(shards[number]) for number in todo)
         with worker.bar("drawing", total=total, done=done) as bar:
             for number in todo:

@@ -92,7 +92,7 @@ class Parts:
     worker: Worker
 
     def load(self) -> FeatureSet:
-        """All features, once every worker has made its own.
+        """All features, once every worker has made its parts.
 
         Raises:
           UserError: fewer pictures than were asked for, or none.
@@ -114,7 +114,7 @@ class FeatureCache:
     worker: Worker
 
     def make(self, extractor: Extractor, pictures: PictureSet, preprocess: Preprocess) -> Parts:
-        """The features of a set; this worker's parts of them exist on return.
+        """The features of a set; this worker's parts exist on return.
 
         A part that exists is used again if the pictures are still the same.
 
@@ -149,7 +149,7 @@ class FeatureCache:
 
 
 def load(path: pathlib.Path) -> FeatureSet:
-    """What is in a part."""
+    """The features in the file of a part."""
     with np.load(path, allow_pickle=False) as file:
         about = json.loads(str(file["about"]))
         rows = [
@@ -167,7 +167,7 @@ def _packed(found: FeatureSet) -> bytes:
 
 
 def _is_current(path: pathlib.Path, source: Source) -> bool:
-    """Whether a part exists and was made of the pictures that the source has now."""
+    """True if a part exists and was made of the pictures that the source has now."""
     try:
         found = load(path)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):

@@ -116,11 +116,11 @@ class Extractor:
         return cls(inception.model(config), params)
 
     def prepared(self, image_uint8: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-        """What the network reads of an image uint8 [H, W, 3]."""
+        """The network's input for an image uint8 [H, W, 3]."""
         return preprocess.for_inception(image_uint8)
 
     def __call__(self, x_XHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features [X, F] and logits [X, V] of what `prepared` makes of images."""
+        """Features [X, F] and logits [X, V] of prepared images."""
 
         def features(x_BHWC):
             return _features(self.model, self._params, jax.device_put(x_BHWC, self._place))

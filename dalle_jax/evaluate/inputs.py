@@ -17,7 +17,7 @@ from dalle_jax.sample.rerank import Reranker
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What `open_inputs` opened.
+    """Everything that `open_inputs` opened.
 
     extractor: the network of the features. scorer: the one of the Inception score, None for the same. clip: None
     without one. reference: its statistics or its pictures. training: pictures to look for in the reference, if any.
@@ -50,7 +50,7 @@ class Inputs:
         return found
 
     def preprocess(self, pictures: PictureSet, radius: float = 0.0, *, resize: str | None = None) -> Preprocess:
-        """How a set is brought to a network. resize: default: that of the features."""
+        """The way a set is brought to a network. resize: default: that of the features."""
         measure = self.evaluation.measure
         return Preprocess(resize=resize or measure.resize, crop=pictures.crop, side=measure.side, blur=radius)
 
@@ -139,7 +139,7 @@ def _reference(evaluation: Evaluation, extractor: Extractor, notes: list[str]) -
 
 
 def made_of(evaluation: Evaluation, extractor: Extractor, radius: float) -> dict[str, str]:
-    """What statistics of the reference say of themselves."""
+    """The network and preprocessing of the reference, in the words of a statistics file."""
     measure = evaluation.measure
     resize = CLIP_RESIZE if measure.features == "clip" else measure.resize
     preprocess = Preprocess(resize=resize, crop=measure.crops[1], side=measure.side, blur=radius)

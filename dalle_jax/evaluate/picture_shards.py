@@ -96,7 +96,7 @@ def _whole_pictures(descriptor: int) -> tuple[list[str], int]:
         name, _, part = member.path.rpartition(".")
         begun.append((name, part))
         end = member.offset + -(-member.size // BLOCK) * BLOCK
-        if member.fault or end > size or begun != [(name, known) for known in PARTS[: len(begun)]]:
+        if member.fault or end > size or begun != [(name, wanted) for wanted in PARTS[: len(begun)]]:
             break
         if len(begun) == len(PARTS):
             names, whole, begun = [*names, name], end, []

@@ -23,7 +23,7 @@ CLIP_RESIZE = "clip"  # the name of CLIP's only resize
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How images are brought to a network: crop, side, blur and resize, as `protocol.Metrics` explains them."""
+    """The way images are brought to a network: crop, side, blur and resize, explained in `protocol.Metrics`."""
 
     resize: str = "pytorch"
     crop: str = "none"
@@ -50,7 +50,7 @@ class Preprocess:
         return np.asarray(resized)[top : top + size, left : left + size]
 
     def to_words(self) -> dict[str, str]:
-        """The values as a statistics file says them."""
+        """The values as a statistics file has them."""
         side = self.side if self.side and self.crop != "none" else 0
         return {"resize": self.resize, "crop": self.crop, "side": str(side), "blur": f"{self.blur:g}"}
 

@@ -1,7 +1,7 @@
-"""What an evaluation is: every value that a score depends on, in a few dataclasses that a report can hold.
+"""The values that the scores of an evaluation depend on, in a few dataclasses that a report can hold.
 
 `configs/evaluate.py` names the published protocols in these words, the flags of `dalle-jax evaluate` fill in the same
-ones, and a report gives them back. Knows which values are possible; does nothing with them.
+ones, and a report gives them back. Knows which values are possible, and does nothing with them.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ PLACES = ("source", "reference", "pictures", "weights", "score_weights", "clip",
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """How two sets of pictures are compared, whoever made them.
+    """The way two sets of pictures are compared, whoever made them.
 
     features: 'inception', the network of published scores, or 'clip', whose numbers compare with each other only.
     pools: which Inception it has to be, as `models.inception` names it; None takes either.
@@ -69,13 +69,13 @@ class Metrics:
 
     @property
     def crops(self) -> tuple[str, str]:
-        """Of the pictures and of the reference."""
+        """The crop of the pictures, and that of the reference."""
         return self.crop, self.crop if self.reference_crop is None else self.reference_crop
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Which captions are drawn, and how: one picture each.
+    """The captions that are drawn, one picture each, and the way they are drawn.
 
     count: captions chosen by the seed without one twice; None takes all of them. unique: of equal captions only the
     first counts. best_of: candidates of which CLIP chooses one, None for no ranking. seed: of the choice, and of the
@@ -105,8 +105,10 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How long the processes of a job wait for one another at the start, and how long one may be silent, where
-    programs are compiled and elsewhere, in seconds (`distributed.Watchdog`)."""
+    """Time limits of a job with several processes, in seconds (`distributed.Watchdog`).
+
+    start_seconds: until all have started. compile_seconds, hang_seconds: silence of one while it compiles, and after.
+    """
 
     start_seconds: int = 300
     hang_seconds: int = 600
@@ -148,10 +150,10 @@ DIGESTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What an evaluation that repeats a report has to find again.
+    """The digests that an evaluation has to find again when it repeats a report.
 
-    report: path of it. digests: sha256 by the names of DIGESTS, None for what it did not use. scores, versions: its
-    own, to compare with.
+    report: its path. digests: sha256 by the names of DIGESTS, None for what it did not use. scores, versions: those of
+    the report, to compare with.
     """
 
     report: str

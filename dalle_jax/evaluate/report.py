@@ -15,6 +15,8 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 import dalle_jax
 from dalle_jax import files
 from dalle_jax.config import differences, flatten
@@ -80,9 +82,7 @@ COCO_PROTOCOLS = ("dalle-coco-30k", "dm-gan-coco-30k", "coco-30k-pytorch", "coco
 
 
 def versions() -> dict[str, str]:
-    """What computed: this package, its libraries, Python and the device."""
-    import jax
-
+    """Versions of this package, its libraries and Python, and the device."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     device = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
     return {"dalle-jax": dalle_jax.__version__, **found, "python": platform.python_version(), "device": device}
@@ -180,7 +180,8 @@ def table(report: Mapping[str, Any]) -> str:
     lines += [NO_INCEPTION, ""] if measure["features"] == "clip" else []
     crop = measure["crop"] + (f", the reference {measure['reference_crop']}" if measure["reference_crop"] else "")
     lines += [
-        f"{pictures['count']} pictures ({pictures['source']}) against {reference['count']} ({reference['source']}), "
+        f"{pictures['count']} pictures ({pictures['source']}) against {reference['count'] or 'an unknown number'} "
+        f"({reference['source']}), "
         f"{report['network']} {report['weights'][:12]}, resize {report['resize']}, crop {crop}.",
         "",
         *_more(report),

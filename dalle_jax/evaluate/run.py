@@ -190,7 +190,7 @@ def _pictures(inputs: Inputs, plan: Plan | None, out: pathlib.Path, worker: Work
 def _summary(
     inputs: Inputs, plan: Plan | None, pictures: PictureSet, found: FeatureSet, reference: FeatureSet | None
 ) -> dict[str, Any]:
-    """What was compared, with the digests by which a repetition finds what has changed."""
+    """The sections of the report on what was compared, with digests by which a repetition finds what has changed."""
     evaluation = inputs.evaluation
     summary: dict[str, Any] = {
         "network": inputs.extractor.network,
@@ -222,7 +222,7 @@ def _summary(
 
 
 def _warnings(inputs: Inputs, plan: Plan | None, found: FeatureSet, reference: FeatureSet | None) -> list[str]:
-    """What is possible but doubtful."""
+    """Notes on what is possible but doubtful."""
     warnings = []
     sets = zip(("pictures", "reference pictures"), (found, reference), inputs.evaluation.measure.crops, strict=True)
     for name, one, crop in sets:

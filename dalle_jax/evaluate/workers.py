@@ -30,7 +30,7 @@ class Worker:
     """This process.
 
     share: its part of the work. beat: called with what begins, see `distributed.Watchdog`. meet: returns when all have
-    called it; only where they come at about the same time. show: whether progress is shown on stderr.
+    called it, which they must at about the same time. show: whether progress is shown on stderr.
     """
 
     share: Share = Share()
@@ -40,7 +40,7 @@ class Worker:
 
     @property
     def first(self) -> bool:
-        """Whether this process puts the parts together and writes the report."""
+        """True for the process that puts the parts together and writes the report."""
         return self.share.index == 0
 
     def wait(self, paths: Sequence[pathlib.Path]) -> None:

@@ -19,6 +19,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.models import clip
 from tests.support import GOLDEN
 from tests.support.clip_vocabulary import generated, write_merge_list, write_vocab
+from tests.support.parameters import assert_every_weight_matters
 
 GOLDEN_FILE = GOLDEN / "hf_clip.npz"
 VOCAB = 20  # entries, then the two marks
@@ -140,15 +141,7 @@ def test_the_golden_features_depend_on_every_weight(golden):
     model = clip.model(config)
 
     features = jax.jit(lambda p: model.apply(p, arrays["pixels"], arrays["text"]))
-    leaves, tree = jax.tree.flatten(params)
-    before = features(params)
-    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
-        noise = np.random.default_rng(index).standard_normal(leaf.shape)
-        changed = list(leaves)
-        changed[index] = leaf + (max(0.5 * leaf.std(), 0.1) * noise).astype(np.float32)
-        after = features(jax.tree.unflatten(tree, changed))
-        moved = max(np.abs(a - b).max() for a, b in zip(after, before, strict=True))
-        assert moved > 10 * TOLERANCE, path
+    assert_every_weight_matters(features, params, 10 * TOLERANCE, min_change=0.1)
 
 
 def test_openai_names_are_the_same_model(golden):

@@ -17,6 +17,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.models import dvae
 from dalle_jax.models.layers import Model
 from tests.support import GOLDEN
+from tests.support.parameters import assert_every_weight_matters
 
 GOLDEN_FILE = GOLDEN / "openai_dvae.npz"
 SIZES = {"n_hid": 8, "vocab_size": 24}
@@ -118,14 +119,7 @@ def test_the_golden_numbers_depend_on_every_weight(golden):
     def both(params):
         return model.apply(params, x, method="encode"), model.apply(params, codes, method="decode")
 
-    leaves, tree = jax.tree.flatten(params)
-    whole = both(params)
-    for index, leaf in enumerate(leaves):
-        changed = list(leaves)
-        noise = np.random.default_rng(index).standard_normal(leaf.shape)
-        changed[index] = (leaf + 0.5 * leaf.std() * noise).astype(np.float32)
-        moved = zip(both(jax.tree.unflatten(tree, changed)), whole, strict=True)
-        assert max(np.abs(part - want).max() / np.abs(want).max() for part, want in moved) > 10 * TOLERANCE
+    assert_every_weight_matters(both, params, 10 * TOLERANCE)
 
 
 def test_pytorch_and_jax_agree():

@@ -1,8 +1,7 @@
 """Distances: closed forms, invariances, the published formulas and the numbers of pytorch-fid and torch-fidelity.
 
-GOLDEN was printed by `python -m tests.evaluate.test_distances` with both packages installed, its other numbers by ours
-when they were written; it may change only with `relu_features`. Where KID is compared, torch-fidelity computes in
-single precision. The same comparison at 2,048 features runs live with `pytest -m slow`.
+The FIDs of GOLDEN are pytorch-fid's and its KID is torch-fidelity's, as `python -m tests.evaluate.test_fid_packages`
+prints them; its other numbers are ours as they were first written. It may change only with `relu_features`.
 """
 
 import numpy as np
@@ -13,7 +12,6 @@ from dalle_jax.errors import UserError
 from dalle_jax.evaluate import distances, statistics
 from dalle_jax.evaluate.distances import mean_and_covariance
 from tests.support.evaluation import relu_features
-from tests.support.inception_weights import import_torchvision
 
 GOLDEN = {
     "fid": 1.8294722616714978,  # pytorch-fid
@@ -204,50 +202,3 @@ def test_bad_statistics_files_are_refused(arrays, message, tmp_path):
     for name in ("b.npz", "none.npz"):
         with pytest.raises(UserError, match=name):
             statistics.load(tmp_path / name)
-
-
-def theirs(one, other) -> dict[str, float]:
-    """FID by both packages; KID by torch-fidelity, of one subset, which is the whole set."""
-    why = "the comparison takes PyTorch, pytorch-fid and torch-fidelity: pip install torch pytorch-fid torch-fidelity"
-    torch = import_torchvision(why)
-    pytest.importorskip("torch_fidelity", reason=why)
-    pytest.importorskip("pytorch_fid", reason=why)
-    from pytorch_fid.fid_score import calculate_frechet_distance
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-
-    tensors = [torch.from_numpy(features) for features in (one, other)]
-    double = [features.astype(np.float64) for features in (one, other)]
-    parts = [part for x in double for part in (x.mean(0), np.cov(x, rowvar=False))]
-    count = min(len(one), len(other))
-    sets = map(fid_features_to_statistics, tensors)
-    return {
-        "fid": float(calculate_frechet_distance(*parts)),
-        "fid of torch-fidelity": fid_statistics_to_metric(*sets, verbose=False)["frechet_inception_distance"],
-        "kid": kid_features_to_metric(*tensors, kid_subsets=1, kid_subset_size=count, verbose=False)[
-            "kernel_inception_distance_mean"
-        ],
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2_048, 1_000])  # the covariance of 1,000 vectors of 2,048 features is singular
-def test_both_packages_agree_at_the_published_size(count):
-    one, other = pair(count, 2_048)
-    want, got = theirs(one, other), fid_of(one, other)
-    assert got == pytest.approx(want["fid"], abs=1e-3)
-    assert got == pytest.approx(want["fid of torch-fidelity"], abs=1e-3)
-    assert distances.kid(one, other, subsets=1, subset_size=count)[0] == pytest.approx(want["kid"], abs=1e-5)
-
-
-def test_both_packages_agree():
-    for count in (300, 50):
-        one, other = pair(count)
-        want, got = theirs(one, other), fid_of(one, other)
-        assert got == pytest.approx(want["fid"], abs=1e-5)
-        assert got == pytest.approx(want["fid of torch-fidelity"], abs=1e-4)  # its mean is of single precision
-        assert distances.kid(one, other, subsets=1, subset_size=count)[0] == pytest.approx(want["kid"], abs=1e-5)
-
-
-if __name__ == "__main__":
-    print(scores(), theirs(*pair()), theirs(*pair(50)))

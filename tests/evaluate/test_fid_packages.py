@@ -147,29 +147,61 @@ def test_the_resize_of_clean_fid():
         np.testing.assert_array_equal(preprocess.clean(image), want)
 
 
+def pair(count: int, features: int = 64):
+    return relu_features(1, count, features), relu_features(2, count, features, shift=0.1)
+
+
+def theirs(one, other) -> dict[str, float]:
+    """FID by both packages; KID by torch-fidelity in single precision, of one subset, which is the whole set."""
+    torch = import_torchvision(WHY.format("pytorch-fid torch-fidelity"))
+    pytest.importorskip("torch_fidelity", reason=WHY.format("torch-fidelity"))
+    pytest.importorskip("pytorch_fid", reason=WHY.format("pytorch-fid"))
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    tensors = [torch.from_numpy(features) for features in (one, other)]
+    parts = [part for x in (one, other) for part in (x.astype(float).mean(0), np.cov(x.astype(float), rowvar=False))]
+    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, tensors), verbose=False)
+    kid = kid_features_to_metric(*tensors, kid_subsets=1, kid_subset_size=len(one), verbose=False)
+    return {
+        "fid": float(calculate_frechet_distance(*parts)),
+        "fid of torch-fidelity": fid["frechet_inception_distance"],
+        "kid": kid["kernel_inception_distance_mean"],
+    }
+
+
+SLOW = [pytest.param(count, 2_048, 1e-3, marks=pytest.mark.slow) for count in (2_048, 1_000)]
+
+
+@pytest.mark.parametrize(("count", "features", "tolerance"), [(300, 64, 1e-5), (50, 64, 1e-5), *SLOW])
+def test_both_packages_agree_on_the_same_vectors(count, features, tolerance):
+    """Also of fewer vectors than features, whose covariance is singular."""
+    one, other = pair(count, features)
+    want, got = theirs(one, other), distances.fid(*mean_and_covariance(one), *mean_and_covariance(other))
+    assert got == pytest.approx(want["fid"], abs=tolerance)
+    assert got == pytest.approx(want["fid of torch-fidelity"], abs=max(tolerance, 1e-4))  # its mean is of float32
+    assert distances.kid(one, other, subsets=1, subset_size=count)[0] == pytest.approx(want["kid"], abs=1e-5)
+
+
 def test_the_scores_of_torch_fidelity_on_the_same_vectors():
     torch = import_torchvision(WHY.format("torch-fidelity"))
     pytest.importorskip("torch_fidelity", reason=WHY.format("torch-fidelity"))
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     one, other = relu_features(1, 400, 64), relu_features(2, 300, 64, shift=0.1)  # sets of two sizes
     tensors = [torch.from_numpy(x) for x in (one, other)]
-    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, tensors), verbose=False)
-    got = distances.fid(*mean_and_covariance(one), *mean_and_covariance(other))
-    assert got == pytest.approx(fid["frechet_inception_distance"], abs=1e-4)
     for splits in (1, 7):  # 7 parts of 400 are not equal
         score = isc_features_to_metric(3 * tensors[0], splits=splits, shuffle=False)
         assert distances.inception_score(3 * one, splits=splits) == pytest.approx(
             (score["inception_score_mean"], score["inception_score_std"]), rel=1e-6, abs=1e-9
         )
-    kid = kid_features_to_metric(*(t[:300] for t in tensors), kid_subsets=1, kid_subset_size=300, verbose=False)
-    assert distances.kid(one[:300], other, subsets=1, subset_size=300)[0] == pytest.approx(
-        kid["kernel_inception_distance_mean"], abs=1e-5
-    )
     for neighbors in (1, 3, 5):
         prc = prc_features_to_metric(*tensors, prc_neighborhood=neighbors, verbose=False)
         want = prc["precision"], prc["recall"]
         assert distances.precision_recall(one, other, neighbors=neighbors) == pytest.approx(want, abs=1e-6)
+
+
+if __name__ == "__main__":
+    print(theirs(*pair(300)), theirs(*pair(50)))

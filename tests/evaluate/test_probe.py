@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dalle_jax import config as configs
-from dalle_jax import model_dir
+from dalle_jax import config, model_dir
 from dalle_jax.cli import hooks
 from dalle_jax.data.sources import scenes
 from dalle_jax.errors import UserError
@@ -42,9 +41,9 @@ def test_the_hook_scores_samples_of_held_out_captions(model, weights):
     words = [
         "every=5", f"clip={model / 'clip'}", f"weights={weights}", "count=3", "reference_count=4",
     ]  # fmt: skip
-    config = configs.load("configs/transformer.py:demo", [f"--config.evaluate.{word}" for word in words])
-    assert [every for every, _ in hooks.hooks_of(config, model)] == [2_000, 5]
-    every, score = hooks.evaluate_hook(config, model)
+    demo = config.load("configs/transformer.py:demo", [f"--config.evaluate.{word}" for word in words])
+    assert [every for every, _ in hooks.hooks_of(demo, model)] == [2_000, 5]
+    every, score = hooks.evaluate_hook(demo, model)
     average = jax.device_put(model_dir.read_params(model))
     state = {"ema": average, "params": average}
     scores = score(5, state)
@@ -60,7 +59,7 @@ def test_the_hook_scores_samples_of_held_out_captions(model, weights):
 def test_a_hook_without_a_network_is_refused_at_the_start(word, message, tmp_path):
     words = ["--config.evaluate.every=5", f"--config.evaluate.{word}"]
     with pytest.raises(UserError, match=message):
-        hooks.hooks_of(configs.load("configs/transformer.py:demo", words), tmp_path)
+        hooks.hooks_of(config.load("configs/transformer.py:demo", words), tmp_path)
 
 
 def test_what_a_hook_measures_is_in_the_metrics(tmp_path):

@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import config as configs
-from dalle_jax import model_dir
-from dalle_jax.cli import evaluate as main
-from dalle_jax.cli.evaluate import evaluate
+from dalle_jax import config, model_dir
+from dalle_jax.cli.evaluate import OTHER_KEYS, evaluate
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import drawing, feature_cache, picture_shards
 from dalle_jax.evaluate.drawing import Drawing
 from dalle_jax.evaluate.protocol import Evaluation
-from dalle_jax.evaluate.report import PUBLISHED_WARNING
-from dalle_jax.evaluate.report import table as table_of
+from dalle_jax.evaluate.report import PUBLISHED_WARNING, table
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.sample.pipeline import Pipeline
 from tests.support import processes
@@ -66,13 +63,8 @@ def shards(out):
 
 def test_the_job_leaves_shards_a_report_a_table_and_a_curve(straight, model, coco):
     out, report = straight
-    assert sorted(path.name for path in out.iterdir()) == [
-        "blur.png",
-        "pictures",
-        "plan.json",
-        "report.json",
-        "report.md",
-    ]
+    kept = {"blur.png", "pictures", "plan.json", "report.json", "report.md"}
+    assert {path.name for path in out.iterdir()} == kept
     assert list(shards(out)) == ["00000.tar", "00001.tar", "00002.tar"]
     assert report["protocol"] == "dalle-coco-30k" and report["resize"] == "dm-gan"
     assert report["pictures"]["count"] == DRAWN and report["reference"]["count"] == IMAGES
@@ -84,13 +76,13 @@ def test_the_job_leaves_shards_a_report_a_table_and_a_curve(straight, model, coc
     assert "clip_score" not in report["blur"][1]
     assert any("has also chosen the pictures" in note for note in report["notes"])
 
-    table = (out / "report.md").read_text()
-    assert PUBLISHED_WARNING in table and "| DALL-E | 27.5 | 28 | 45.5 | 83.5 | 85 | 17.9 |" in table
-    assert f"| 2 | {report['blur'][1]['fid']:.4f} |" in table
-    assert f"the best of 2 each by CLIP {report['drawn']['ranked_by'][:12]}, seed 0." in table
-    assert "not dalle-coco-30k as it is: draw.best_of 2 instead of 512; draw.count 10 instead of 30000; " in table
+    page = (out / "report.md").read_text()
+    assert PUBLISHED_WARNING in page and "| DALL-E | 27.5 | 28 | 45.5 | 83.5 | 85 | 17.9 |" in page
+    assert f"| 2 | {report['blur'][1]['fid']:.4f} |" in page
+    assert f"the best of 2 each by CLIP {report['drawn']['ranked_by'][:12]}, seed 0." in page
+    assert "not dalle-coco-30k as it is: draw.best_of 2 instead of 512; draw.count 10 instead of 30000; " in page
     alone = {**report, "drawn": {**report["drawn"], "ranked_by": None}}
-    assert f"Drawn by checkpoint {report['drawn']['checkpoint'][:12]}, seed 0." in table_of(alone)
+    assert f"Drawn by checkpoint {report['drawn']['checkpoint'][:12]}, seed 0." in table(alone)
     free = ("source", "weights", "clip", "shard_size")
     assert not any(name in " ".join(report["evaluation"]["departures"]) for name in free)
     assert Image.open(out / "blur.png").width > 500
@@ -175,9 +167,9 @@ def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, word
     out, report = straight
     again = ("--config", out / "report.json", "--out", tmp_path / "again", "--json")
     assert run(model, *again) == 0
-    told, err = capsys.readouterr()
+    printed, err = capsys.readouterr()
     assert "every score is the same" in err
-    repeated = json.loads(told)
+    repeated = json.loads(printed)
     assert repeated["blur"] == report["blur"] and repeated["repeats"]["differences"] == {}
 
     refused = {
@@ -201,17 +193,16 @@ def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, word
     assert "expected the captions of the source of" in capsys.readouterr().err
     dvae = tmp_path / "transformer"
     shutil.copytree(model, dvae)
-    found = model_dir.load(dvae / "dvae")
-    config, params = found.config, found.params
-    model_dir.save(dvae / "dvae", config, jax.tree.map(lambda x: 2 * x, params))
+    trained = model_dir.load(dvae / "dvae")
+    model_dir.save(dvae / "dvae", trained.config, jax.tree.map(lambda x: 2 * x, trained.params))
     assert run(dvae, *again, "--out", tmp_path / "other") == 2
     assert "expected the checkpoint that draws of" in capsys.readouterr().err
 
 
 def test_two_processes_give_the_bits_of_one(straight, model, words, tmp_path):
     """Two workers in one folder, here in threads: what they share is the folder alone."""
-    values = configs.load(words[1], words[2:]).to_dict()
-    evaluation = Evaluation.from_json({k: v for k, v in values.items() if k not in main.OTHER_KEYS}, where="here")
+    values = config.load(words[1], words[2:]).to_dict()
+    evaluation = Evaluation.from_json({k: v for k, v in values.items() if k not in OTHER_KEYS}, where="here")
     made, drawn, together = {}, {0: 0, 1: 0}, threading.Barrier(2)
 
     def work(index):
@@ -272,19 +263,19 @@ def test_given_pictures_score_as_drawn_ones_and_near_duplicates_are_found_and_re
     more = (f"--config.overlap.source=folder:{training}", "--config.overlap.least=0.99999")
     words = [word for word in words if "blur" not in word]  # a second tuple would be joined to the first
     common = ("--pictures", f"wds:{out}/pictures/*.tar", *words, *more, "--json", "--config.measure.blur=(0.0,)")
-    assert run(*common, "--out", tmp_path / "told") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["blur"][0] == report["blur"][0] and "drawn" not in told
-    assert told["pictures"]["sha256"] == report["pictures"]["sha256"]
-    closest = told["overlap"]["closest"][:3]
-    assert told["overlap"]["duplicates"] == 3 and told["overlap"]["share"] == 3 / IMAGES
+    assert run(*common, "--out", tmp_path / "found") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["blur"][0] == report["blur"][0] and "drawn" not in found
+    assert found["pictures"]["sha256"] == report["pictures"]["sha256"]
+    closest = found["overlap"]["closest"][:3]
+    assert found["overlap"]["duplicates"] == 3 and found["overlap"]["share"] == 3 / IMAGES
     assert {(pair["reference"][-6:-4], pair["training"]) for pair in closest} == {
         ("09", "2.jpg"), ("12", "5.jpg"), ("16", "9.jpg"),
     }  # fmt: skip
-    assert told["reference"]["count"] == IMAGES and told["scores"]["fid"] == report["scores"]["fid"]
-    assert Image.open(tmp_path / "told" / "overlap.png").width > 500
-    table = (tmp_path / "told" / "report.md").read_text()
-    assert f"3 pictures of the reference (25.0%) have one of folder:{training} at a cosine of 0.99999" in table
+    assert found["reference"]["count"] == IMAGES and found["scores"]["fid"] == report["scores"]["fid"]
+    assert Image.open(tmp_path / "found" / "overlap.png").width > 500
+    page = (tmp_path / "found" / "report.md").read_text()
+    assert f"3 pictures of the reference (25.0%) have one of folder:{training} at a cosine of 0.99999" in page
     assert run(*common, "--out", tmp_path / "removed", "--config.overlap.remove=True") == 0
     removed = json.loads(capsys.readouterr().out)
     assert removed["reference"]["count"] == sum(removed["reference"]["sizes"].values()) == IMAGES - 3
