@@ -15,9 +15,9 @@ class Metrics:
 
     def __init__(self):
         self._registry = CollectorRegistry()
-        counter, gauge, histogram = (
-            functools.partial(kind, registry=self._registry) for kind in (Counter, Gauge, Histogram)
-        )
+        counter = functools.partial(Counter, registry=self._registry)
+        gauge = functools.partial(Gauge, registry=self._registry)
+        histogram = functools.partial(Histogram, registry=self._registry)
         seconds = functools.partial(histogram, buckets=_SECONDS)
         self.requests = counter("dalle_jax_requests", "HTTP requests answered", ["endpoint", "status"])
         self.request_seconds = seconds(
