@@ -138,9 +138,10 @@ class _Api:
             "digest": pipe.digest,
             "image_size": pipe.image_size,
             **pipe.generator.describe(),
+            "steps": pipe.generator.steps(schema.PLAIN).stop,
             "max_candidates": MAX_CANDIDATES,
-            "ranking": schema.is_possible(pipe, best_of=1),
-            "guidance": schema.is_possible(pipe, guidance=2.0),
+            "ranking": pipe.can_draw(schema.RANKED),
+            "guidance": pipe.can_draw(schema.GUIDED),
             "options": [dataclasses.asdict(option) | {"kind": option.kind.__name__} for option in schema.options(pipe)],
         }
 
@@ -154,7 +155,10 @@ def _edit(
     """
     if "image" not in files:
         raise invalid("image", "image is required: send the image as a file", code="missing_required_parameter")
-    values = schema.parse_form(fields, schema.fields(pipe, schema.EDIT))
+    known = schema.fields(pipe, schema.EDIT)
+    values, rows = schema.parse_form(fields, known), pipe.generator.describe().get("grid")
+    if "keep_rows" not in known or rows is None:
+        raise invalid("image", "this model draws from captions only: ask for a generation", code="unknown_parameter")
     image = uploads.read_image(files["image"], param="image")
     mask, param = None, "mask"
     if "mask" in files:
@@ -167,7 +171,7 @@ def _edit(
     ):
         mask, param = image, "image"
     if mask is not None:
-        kept = uploads.kept_rows(mask, size=image.size, grid=pipe.generator.describe()["grid"], param=param)
+        kept = uploads.kept_rows(mask, size=image.size, grid=rows, param=param)
         if values.get("keep_rows") not in (None, kept):
             raise invalid("keep_rows", f"keep_rows must be {kept}, which the mask says, or left out")
         values = {**values, "keep_rows": kept}

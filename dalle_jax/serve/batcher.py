@@ -19,10 +19,10 @@ from PIL import Image
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.batches import Capacity
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.sample.request import Preview, Request
+from dalle_jax.sample.request import Preview
 from dalle_jax.serve.errors import ApiError
 from dalle_jax.serve.metrics import Metrics
-from dalle_jax.serve.schema import ImageRequest
+from dalle_jax.serve.schema import GUIDED, PLAIN, ImageRequest
 
 LOADING, READY, FAILING = "loading", "ready", "failing"
 MAX_UNSENT = 8  # previews kept for a client that reads slowly; older ones are dropped
@@ -137,9 +137,9 @@ class Batcher:
     def summary(self) -> list[str]:
         """Sentences that say how many images are drawn together, and why."""
         lines: dict[int, str] = {}
-        for guidance, words in ((1.0, ""), (2.0, " with guidance")):
-            if self.pipe.can_draw(Request("", guidance=guidance)):
-                images, reason = self.capacity(guided=guidance != 1)
+        for request, words in ((PLAIN, ""), (GUIDED, " with guidance")):
+            if self.pipe.can_draw(request):
+                images, reason = self.capacity(guided=request is GUIDED)
                 lines.setdefault(images, f"draws up to {images} images{words} together: {reason}")
         return list(lines.values())
 
@@ -178,8 +178,8 @@ class Batcher:
     def _work(self) -> None:
         try:
             pipe = self._load()
-            pipe.draw([Request("")])  # compiles the usual programs, and shows that the model draws
-            for request in (Request(""), Request("", guidance=2.0)):  # the capacity is measured at the first use
+            pipe.draw([PLAIN])  # compiles the usual programs, and shows that the model draws
+            for request in (PLAIN, GUIDED):  # the capacity is measured at the first use
                 if pipe.can_draw(request):
                     pipe.batch_key(request)
         except Exception as error:

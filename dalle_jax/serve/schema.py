@@ -22,6 +22,7 @@ from dalle_jax.serve.errors import ApiError, invalid
 MAX_N = 10  # CreateImageRequest of OpenAI's specification
 MAX_NUMBER = 10**12  # beyond the bounds of every parameter
 COMMON_NAMES = {option.name for option in COMMON}
+PLAIN, RANKED, GUIDED = Request(""), Request("", best_of=1), Request("", guidance=2.0)  # to ask what is possible
 GENERATION, EDIT = "image_generation", "image_edit"  # first words of the names of streamed events
 
 Kind = type | tuple[str, ...]  # of a field: str, bool, int, float, or the words that it may be
@@ -84,11 +85,6 @@ def options(pipe: Pipeline) -> list[Option]:
 def fields(pipe: Pipeline, kind: str) -> dict[str, Kind]:
     """The parameters of an endpoint and what each may be."""
     return _OPENAI_FIELDS | {o.name: o.kind for o in options(pipe) if kind == EDIT or not o.completes}
-
-
-def is_possible(pipe: Pipeline, **settings: Any) -> bool:
-    """Whether the pipeline can draw with these common settings."""
-    return pipe.can_draw(Request("", **settings))
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
