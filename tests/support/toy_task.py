@@ -31,7 +31,8 @@ class Toy(nnx.Module):
     def __call__(self, text_BT):
         x = self.table[...][text_BT]
         for gain, matrix in zip(self.gain[...], self.matrix[...], strict=True):
-            x = sharding.constrain(x + jnp.tanh((x * gain) @ matrix), ("batch", "sequence", "embed_activation"))
+            branch = jnp.tanh((x * gain[None, None]) @ matrix)
+            x = sharding.constrain(x + branch, ("batch", "sequence", "embed_activation"))
         return x @ self.head[...]
 
 

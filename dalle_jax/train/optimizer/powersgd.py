@@ -290,7 +290,8 @@ class PowerSGD:
             q = jax.random.normal(key_q, (columns, pieces.rank)) / columns**0.5
             p = self._mean(_product("src,ck->srk", matrix, q))
             size = jnp.sqrt(jnp.square(p).mean((1, 2), keepdims=True))
-            p = jnp.where(size > 0, p / jnp.where(size > 0, size, 1.0), 0.0) + EPSILON * jnp.eye(rows, pieces.rank)
+            p = jnp.where(size > 0, p / jnp.where(size > 0, size, 1.0), 0.0)
+            p += EPSILON * jnp.eye(rows, pieces.rank)[None]
             p = _read(_written(jnp.linalg.qr(p)[0], self._format), self._format)
             q = self._mean(_product("src,srk->sck", matrix, p))
             gradient[n] = _product("srk,sck->src", p, q)[:, None]
