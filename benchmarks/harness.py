@@ -44,7 +44,10 @@ def parser(doc: str, *, rounds: int | None = None, out: str | None = None, peer:
 
 
 def two_cpus(cpus: int = 2) -> None:
-    """Bind this process and its children to that many processors, and JAX to them; call it before JAX is imported."""
+    """Bind this process and its children to that many processors, and JAX to them; call it before JAX computes."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_PLATFORMS"] = "cpu"
     host_memory.keep_freed()
     if hasattr(os, "sched_setaffinity"):

@@ -12,18 +12,34 @@ A training step is loss, gradients and AdamW on given image tokens; ours also ke
 captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Width and blocks of our decoder are
 chosen so that both do about the same arithmetic, which every run counts and reports. The peer's default filter keeps
 half of text and image vocabulary together, which at this shape is nearly all image tokens. Emu3 stops at image tokens,
-without pixels. `sample_products` is no sampler: it does the matrix products of the image tokens alone, as fast as XLA
-does them in float32, and so bounds the ratio. Both sides keep freed memory (`harness.KEEP_FREED`).
+without pixels. Both sides keep freed memory (`harness.KEEP_FREED`).
 """
 
+import functools
 import statistics
 import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
 from benchmarks import harness
 from benchmarks.peers.peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
 from benchmarks.peers.process import PeerProcess, Works
+from dalle_jax import sharding
+from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT, Layout
+from dalle_jax.mesh import make_mesh
+from dalle_jax.models import build
+from dalle_jax.models.dvae import decode_images
+from dalle_jax.preflight import flops
+from dalle_jax.sample.engine import Engine, image_keys
+from dalle_jax.train.ema import Ema
+from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.objectives.transformer import token_losses
+from dalle_jax.train.step import TrainStep
 
-OURS = ("train_paper", "train_full", "sample_paper", "sample_full", "sample_products")
+OURS = ("train_paper", "train_full", "sample_paper", "sample_full")
 EACH = {"train": BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2), "sample": BATCH}  # tokens, images
 # name -> title, script, its works, those that take minutes, and rows of the table: our work, theirs, the ratio to reach
 # or None if it is only reported.
@@ -39,7 +55,6 @@ PEERS = {
             ("train_full", "train_dense", None),
             ("sample_paper", "sample_dense_cached", 8.0),
             ("sample_full", "sample_dense_cached", None),
-            ("sample_products", "sample_dense_cached", None),
             ("sample_paper", "sample_dense_shipped", 50.0),
             ("sample_paper", "sample_sparse_shipped", None),
         ),
@@ -63,35 +78,18 @@ PEERS = {
 
 def build_work(work: str):
     """The function that does one of OURS once."""
-    if work == "sample_products":
-        return products()
     verb, pattern = work.split("_")
     return (trainer if verb == "train" else sampler)(pattern)
 
 
 def transformer(pattern: str):
-    from dalle_jax.models import build
-
     sizes = {key: value for key, value in SHAPE.items() if key not in ("layers", "image_size")}
-    return build(
-        "transformer",
-        {
-            **sizes,
-            "num_layers": SHAPE["layers"],
-            "pattern": pattern,
-            "remat": "none",
-            "scan": False,
-            "precision": "fp32",
-        },
-    )
+    sizes |= {"num_layers": SHAPE["layers"], "pattern": pattern, "remat": "none", "scan": False, "precision": "fp32"}
+    return build("transformer", sizes)
 
 
 def captions():
     """int32 [BATCH, text_len]: as many random tokens as there is room for."""
-    import numpy as np
-
-    from dalle_jax.layout import Layout
-
     layout = Layout(SHAPE["text_len"], SHAPE["text_vocab"], SHAPE["grid"], SHAPE["image_vocab"])
     tokens = np.random.default_rng(0).integers(layout.text_vocab, size=(BATCH, layout.caption_len))
     return np.stack([layout.caption_ids(row) for row in tokens])
@@ -99,18 +97,6 @@ def captions():
 
 def trainer(pattern: str):
     """A function that does one training step, as the training loop calls it."""
-    import jax
-    import numpy as np
-    import optax
-
-    from dalle_jax import sharding
-    from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT
-    from dalle_jax.mesh import make_mesh
-    from dalle_jax.train.ema import Ema
-    from dalle_jax.train.objectives.task import Task
-    from dalle_jax.train.objectives.transformer import token_losses
-    from dalle_jax.train.step import TrainStep
-
     model = transformer(pattern)
 
     def loss(params, frozen, batch, *, key, step):
@@ -136,22 +122,12 @@ def trainer(pattern: str):
 
 def dvae_model():
     """The dVAE whose decoder makes our pixels."""
-    from dalle_jax.models import build
-
     sizes = {"image_size": SHAPE["image_size"], "vocab": SHAPE["image_vocab"]}
     return build("dvae", {**sizes, "width": 16, "blocks_per_group": 1, "stem": 64})
 
 
 def decoder_multiply_adds() -> int:
     """Of our dVAE's decoder, one image."""
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-
-    from dalle_jax.models.dvae import decode_images
-    from dalle_jax.preflight import flops
-
     dvae = dvae_model()
     ids_BI = jax.ShapeDtypeStruct((1, SHAPE["grid"] ** 2), jnp.int32)
     return flops.traced(functools.partial(decode_images, dvae), dvae.abstract, ids_BI) // 2
@@ -170,12 +146,6 @@ def arithmetic(about: dict) -> str:
 
 def sampler(pattern: str):
     """A function that draws one batch of pictures, pixels included."""
-    import jax
-    import numpy as np
-
-    from dalle_jax.models.dvae import decode_images
-    from dalle_jax.sample.engine import Engine, image_keys
-
     model = transformer(pattern)
     dvae = dvae_model()
     assert dvae.config.grid == SHAPE["grid"]
@@ -189,31 +159,6 @@ def sampler(pattern: str):
         np.asarray(to_pixels(dvae, dvae_params, ids_CMI.reshape(BATCH, -1)))
 
     return sample
-
-
-def products():
-    """A function that does the matrix products of one batch's image tokens, one after another, and nothing else."""
-    import jax
-
-    width, depth, codes = SHAPE["heads"] * SHAPE["head_size"], SHAPE["layers"], SHAPE["image_vocab"]
-    sizes = depth * [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] + [(width, codes)]
-    keys = jax.random.split(jax.random.key(0), len(sizes))
-    *hidden, head = [jax.random.normal(key, size) / size[0] ** 0.5 for key, size in zip(keys, sizes, strict=True)]
-
-    def narrowed(x_BD):
-        """As wide as the stream, and so that all of it is needed; of the same size, so that nothing overflows."""
-        parts_BPD = x_BD.reshape(BATCH, -1, width)
-        return parts_BPD.sum(1) / parts_BPD.shape[1] ** 0.5
-
-    def token(_, x_BD):
-        for i in range(0, len(hidden), 4):
-            qkv, out, up, down = hidden[i : i + 4]
-            x_BD = narrowed(x_BD @ qkv) @ out @ up @ down
-        return narrowed(x_BD @ head)
-
-    run = jax.jit(lambda x_BD: jax.lax.fori_loop(0, SHAPE["grid"] ** 2, token, x_BD))
-    x_BD = jax.random.normal(jax.random.key(1), (BATCH, width))
-    return lambda: run(x_BD).block_until_ready()
 
 
 def run_rounds(peer: PeerProcess, fast, slow, args) -> dict[str, list[float]]:

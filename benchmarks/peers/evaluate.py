@@ -108,8 +108,7 @@ def main() -> None:
             answers["our distance"].append(ours.distance())
             answers["distance"].append(peer(args.peer_python, folder, "distance"))
             answers["our features"].append(ours.features())
-            for work in ("batches", "features"):
-                answers[work].append(peer(args.peer_python, folder, work))
+            answers["features"].append(peer(args.peer_python, folder, "features"))
         apart = float(np.abs(np.load(folder / "theirs.npy") - ours.found.features_XF).max())
 
     def values(work: str, *keys: str) -> list[float]:
@@ -123,13 +122,9 @@ def main() -> None:
     ):
         sides = values("our distance", *keys), values("distance", *keys)
         rows.append(row(what, *sides, harness.ratios(sides[1], sides[0]), bar))
-    for work, how, bar in (
-        ("features", "as it is", FEATURES_BAR),
-        ("batches", "in channels-last batches of 16, which it does not do", None),
-    ):
-        sides = values("our features", "pictures_a_second"), values(work, "pictures_a_second")
-        what = f"pictures a second from {SIDE}-pixel PNG files to features, pytorch-fid {how}"
-        rows.append(row(what, *sides, harness.ratios(*sides), bar))
+    rates = [values(work, "pictures_a_second") for work in ("our features", "features")]
+    what = f"pictures a second from {SIDE}-pixel PNG files to features"
+    rows.append(row(what, *rates, harness.ratios(*rates), FEATURES_BAR))
     fids = [answers[work][0]["fid"] for work in ("our distance", "distance")]
     alone = statistics.median(values("our features", "network_alone"))
     lines = [

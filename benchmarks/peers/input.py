@@ -8,8 +8,8 @@
 training reads it (listing 2 of the paper, areas averaged exactly); theirs is `peer_loaders.py`, as their users write
 it, in a Python that has torch, webdataset and tokenizers. Both read the same files, shuffled, in one process on one
 core. `large photos` are the photos enlarged to 768 pixels on the shorter side, as JPEG of quality 90; `scaled` is
-`data.scaled_jpeg`, which decodes at a half, a quarter or an eighth where that is enough; its mean difference from exact
-crops is measured, in levels of 255. A second table says what a picture's time goes into.
+`data.scaled_jpeg`, which decodes at a half, a quarter or an eighth where that is enough. A second table says
+what a picture's time goes into.
 
 `resume`: open a source of over a million records whose offset index is cached, set the position to record 1,000,000 of
 its first epoch and take one batch.
@@ -121,20 +121,6 @@ def parts(spec: str, size: int, tokenizer: Tokenizer, count: int, *, scaled_jpeg
     return (1e3 * np.array([*np.mean(times, axis=0), pillow])).tolist()
 
 
-def difference(records: list[Record], size: int) -> float:
-    """Mean over pixels of |scaled - exact|, of levels 0 .. 255, for the same square, whose corner both can name."""
-    shortest, differences = transforms.shortest("transformer", size), []
-    for record in records:
-        exact, scaled = (decode_scaled(record.image, shortest=side)[0] for side in (0, shortest))
-        scale = round(max(exact.shape) / max(scaled.shape))
-        side = min(exact.shape[:2]) // scale
-        if side >= size:
-            squares = exact[: scale * side, : scale * side], scaled[:side, :side]
-            crops = [transforms.shrink_by_area(square, size).astype(np.float32) for square in squares]
-            differences.append(np.abs(crops[0] - crops[1]).mean())
-    return float(np.mean(differences))
-
-
 def rates(args, folder: Path) -> list[str]:
     """Every kind and size: our ways and the peers in turns."""
     photos = usable(args.photos, RECORDS["photos"])
@@ -142,7 +128,7 @@ def rates(args, folder: Path) -> list[str]:
     captions = [text for records in sets.values() for record in records for text in record.captions]
     (folder / "captions.txt").write_text("\n".join(captions))
     tokenizer = BPETokenizer.train(captions, vocab_size=VOCAB)
-    compared, spent, differences, about = [], [], [], ""
+    compared, spent, about = [], [], ""
     for kind, records in sets.items():
         places = {"tar": folder / f"{kind}.tar", "folder": folder / kind}
         places["folder"].mkdir()
@@ -176,8 +162,6 @@ def rates(args, folder: Path) -> list[str]:
                 *ours, pillow = parts(specs[form], size, tokenizer, count * BATCH, scaled_jpeg=scaled)
                 whole = 1e3 / statistics.median(own)
                 spent.append((name, *(f"{cell:.2f}" for cell in (*ours, whole - sum(ours), whole, pillow))))
-            if kind != "icons":
-                differences.append(f"{what} {difference(records, size):.2f}")
     return [
         harness.machine(f"Pillow {Image.__version__}", about),
         "",
@@ -188,8 +172,6 @@ def rates(args, folder: Path) -> list[str]:
         "Milliseconds of one picture on our side; rest: order, filters, padding, batching and memory that is cold.",
         "",
         *harness.table(f"what | {' | '.join(PARTS[:-1])} | rest | whole | {PARTS[-1]}", spent),
-        "",
-        f"Mean difference of a scaled picture from the exact one, in levels of 255: {', '.join(differences)}.",
     ]
 
 

@@ -8,7 +8,6 @@ Runs in an environment of its own, which has torch and no JAX:
 
 distance   one.npy and other.npy: statistics of both sets as its `calculate_activation_statistics` makes them, distance
 features   pictures/*.png by the network of weights.npz, with its own loop and its command's batch and workers
-batches    the same in batches of 16 in channels-last order, which is faster: what it could do, not what it does
 """
 
 import argparse
@@ -29,7 +28,7 @@ except RuntimeError:  # a build without its compiled operators, of which nothing
 import pytorch_fid.inception as inception
 from pytorch_fid import fid_score
 
-BATCH, FEW = 50, 16  # its command's default; what suits a processor
+BATCH = 50  # its command's default
 WARM_UP = 8  # pictures
 
 
@@ -46,37 +45,25 @@ def distance(folder: pathlib.Path) -> dict:
     return {"statistics": between - start, "distance": time.perf_counter() - between, "fid": fid}
 
 
-def features(folder: pathlib.Path, *, batch: int = BATCH, channels_last: bool = False) -> dict:
+def features(folder: pathlib.Path) -> dict:
     with np.load(folder / "weights.npz") as arrays:
         state = {name: torch.from_numpy(arrays[name]) for name in arrays}
     inception.load_state_dict_from_url = lambda *_, **__: state  # it would fetch the published file
     network = inception.InceptionV3()
-    if channels_last:
-        network = ChannelsLast(network)
     files = sorted((folder / "pictures").glob("*.png"))
     workers = min(len(os.sched_getaffinity(0)), 8)  # as its command has it
     seconds = []
     for taken in (files[:WARM_UP], files):
         start = time.perf_counter()
-        found = fid_score.get_activations(taken, network, batch, 2_048, "cpu", workers)
+        found = fid_score.get_activations(taken, network, BATCH, 2_048, "cpu", workers)
         seconds.append(time.perf_counter() - start)
     np.save(folder / "theirs.npy", found)
     return {"pictures_a_second": len(files) / seconds[-1]}
 
 
-class ChannelsLast(torch.nn.Module):
-    def __init__(self, network):
-        super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)
-
-    def forward(self, x_BCHW):
-        return self.network(x_BCHW.contiguous(memory_format=torch.channels_last))
-
-
 WORKS = {
     "distance": distance,
     "features": features,
-    "batches": lambda folder: features(folder, batch=FEW, channels_last=True),
 }
 
 if __name__ == "__main__":

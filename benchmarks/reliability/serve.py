@@ -5,7 +5,7 @@
 Starts the server on a free port of 127.0.0.1 with its default settings, and sends every request from one of as many
 clients as asked for, each of which sends its next when its last is answered. Requests mix captions, 1 to 4 pictures,
 ranking and guidance (where the model can), temperature, top-k, completion of a picture, streams, urls and base64. A 429
-is sent again after its Retry-After, as OpenAI's client does; a request counts as lost if it ends in anything but its
+is sent again after its Retry-After; a request counts as lost if it ends in anything but its
 pictures. The load runs twice, because the first time programs are still compiled. Then a sample of the second load is
 sent again, one at a time, and must give the same bytes.
 """
@@ -13,7 +13,6 @@ sent again, one at a time, and must give the same bytes.
 import base64
 import concurrent.futures
 import dataclasses
-import http.client
 import io
 import json
 import random
@@ -24,7 +23,9 @@ import subprocess
 import sys
 import time
 import urllib.parse
+import urllib.request
 
+import openai
 from PIL import Image
 
 from benchmarks import harness
@@ -36,7 +37,8 @@ CAPTIONS = (
     "a green cross left of a red square",
     "a large blue circle",
 )
-SECONDS = 600  # one request may take, retries included
+SECONDS = 600  # one request may take
+NAMED = ("prompt", "n", "stream", "partial_images", "response_format")  # OpenAI's; the others are extensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,64 +76,44 @@ def wishes(count: int, *, first_seed: int, model: dict) -> list[dict]:
 
 
 class Client:
-    """Speaks to the server at a port of this machine."""
+    """OpenAI's client for the server at a port of this machine; `image` is what edits send."""
 
     def __init__(self, port: int, *, image: bytes = b""):
-        self._port, self._image = port, image
+        self._address, self._image = f"http://127.0.0.1:{port}", image
+        self._openai = openai.OpenAI(base_url=f"{self._address}/v1", api_key="any", max_retries=0, timeout=SECONDS)
 
     def get(self, path: str) -> bytes:
-        return self._exchange("GET", path, None, {})[2]
+        with urllib.request.urlopen(self._address + path, timeout=SECONDS) as answer:
+            return answer.read()
 
     def ask(self, body: dict) -> Answer:
         """Sends a request until it is answered.
 
         Raises:
-          RuntimeError: the request is lost.
+          openai.OpenAIError, RuntimeError: the request is lost.
         """
-        start, refused = time.monotonic(), 0
+        start, refused, images = time.monotonic(), 0, self._openai.images
+        named = {name: body[name] for name in NAMED if name in body}
+        named["extra_body"] = {name: value for name, value in body.items() if name not in NAMED}
+        if edit := "keep_rows" in body:
+            named["image"] = "image.png", self._image
         while True:
-            status, headers, text = self._exchange("POST", *self._encoded(body))
-            if status != 429:
+            try:
+                answer = (images.edit if edit else images.generate)(**named)
                 break
-            refused += 1
-            time.sleep(float(headers["retry-after"]))
-        if status != 200:
-            raise RuntimeError(f"{status}: {text[:300]!r}")
-        files = self._files(body, text)
+            except openai.RateLimitError as busy:
+                refused += 1
+                time.sleep(float(busy.response.headers["retry-after"]))
+        if body.get("stream"):
+            files = [base64.b64decode(event.b64_json) for event in answer if event.type.endswith(".completed")]
+        else:
+            files = [
+                self.get(urllib.parse.urlsplit(one.url).path) if one.url else base64.b64decode(one.b64_json)
+                for one in answer.data
+            ]
         if len(files) != body["n"]:
             raise RuntimeError(f"{len(files)} pictures instead of {body['n']}")
-        return Answer(files, time.monotonic() - start, refused)
-
-    def _files(self, body: dict, text: bytes) -> tuple[bytes, ...]:
-        if body.get("stream"):
-            events = [json.loads(line[6:]) for line in text.decode().splitlines() if line.startswith("data: ")]
-            return tuple(
-                base64.b64decode(event["b64_json"]) for event in events if event["type"].endswith(".completed")
-            )
-        data = json.loads(text)["data"]
-        if body["response_format"] == "url":
-            return tuple(self.get(urllib.parse.urlsplit(picture["url"]).path) for picture in data)
-        return tuple(base64.b64decode(picture["b64_json"]) for picture in data)
-
-    def _encoded(self, body: dict) -> tuple[str, bytes, dict]:
-        if "keep_rows" not in body:
-            return "/v1/images/generations", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        parts = [(f'name="{name}"', str(value).encode()) for name, value in body.items()]
-        parts.append(('name="image"; filename="image.png"', self._image))
-        form = b"".join(
-            f"--edge\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode() + data + b"\r\n"
-            for head, data in parts
-        )
-        return "/v1/images/edits", form + b"--edge--\r\n", {"Content-Type": "multipart/form-data; boundary=edge"}
-
-    def _exchange(self, method: str, path: str, data: bytes | None, headers: dict):
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=SECONDS)
-        try:
-            connection.request(method, path, data, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
-        finally:
-            connection.close()
+        return Answer(tuple(files), time.monotonic() - start, refused)
 
 
 def counters(client: Client) -> dict[str, float]:
@@ -148,7 +130,7 @@ def load(client: Client, bodies: list[dict], *, clients: int) -> dict:
         for future in [pool.submit(client.ask, body) for body in bodies]:
             try:
                 answers.append(future.result())
-            except (RuntimeError, OSError, http.client.HTTPException) as error:
+            except (openai.OpenAIError, RuntimeError, OSError) as error:
                 lost.append(repr(error))
                 answers.append(None)
     seconds, after = time.monotonic() - start, counters(client)

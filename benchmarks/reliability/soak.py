@@ -79,7 +79,7 @@ def main() -> int:
     write = wanted["goodput"]["seconds"]["checkpoint"] / math.ceil(args.steps / ALONE)
     verdict = "the same" if same else "NOT THE SAME"
     spread = harness.spread(soak.restarts, ".1f", "")
-    header = "kills | state sha256 | restarts measured | R, s | middle (lowest to highest) | CPU s of one | d, s"
+    header = "kills | state sha256 | restarts measured | R, s | middle (lowest to highest) | d, s"
     row = (
         kills,
         verdict,
@@ -101,8 +101,6 @@ def main() -> int:
         "",
         *harness.table(header, [row]),
         "",
-        "CPU seconds: from the start of the process to its first new checkpoint.",
-        "",
         *harness.table("a fault every | T / (T + R + C / 2 + d T / C) | goodput | checkpoint every C", rows),
     ]
     section = f"{args.processes} process(es)"
@@ -114,7 +112,7 @@ class Soak:
     def __init__(self, args: argparse.Namespace):
         self._args, self._random, self._processes = args, random.Random(args.seed), []
         self._environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        self.restarts, self.cpu = [], []  # seconds of those that could be measured
+        self.restarts = []  # seconds of those that could be measured
 
     def start(self, name: str, *, every: int = EVERY) -> None:
         """All processes of one run, in the background."""
@@ -192,7 +190,6 @@ class Soak:
             return self._sleep(lambda: False, self._random.uniform(0, 10))
         newest = self._newest(folder)
         alive = self._sleep(lambda: self._newest(folder) > newest, LIMIT)  # it has made its way
-        self.cpu += [_cpu_seconds(process.pid) for process in self._processes[:1] if alive]
         alive = alive and self._sleep(lambda: False, self._random.uniform(0, seconds / 2))
         if kind == "in a write":
             alive = alive and self._sleep(lambda: bool(list(folder.glob("*tmp*"))), LIMIT)
@@ -216,12 +213,6 @@ def goodput(between: float, restart: float, write: float) -> tuple[float, float]
     """Seconds between checkpoints and goodput of a run with a fault every `between` seconds; terms as above."""
     every = math.sqrt(2 * write * between)
     return every, between / (between + restart + every / 2 + write * between / every)
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Of a process that runs, by Linux; its threads included."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _free_port() -> int:

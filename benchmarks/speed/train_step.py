@@ -36,19 +36,16 @@ from benchmarks import harness
 MEASURE = ("-m", "benchmarks.speed.train_step_measure")
 READY = "ready"  # what it prints when the devices are there
 OVERRIDE = "--config."
-PARTS = ("attention", "scores", "mlp", "heads", "encode", "optimizer", "rest")
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A fixed list of variants. common: changes of all. split: the variants whose parts are timed; all by default.
-    dvae: other sizes of the frozen dVAE. seconds: to time each program for. platform: JAX's name of what it is for;
-    any by default."""
+    """A fixed list of variants. common: changes of all. dvae: other sizes of the frozen dVAE. seconds: to time each
+    program for. platform: JAX's name of what it is for; any by default."""
 
     config: str
     common: Mapping[str, Any]
     variants: tuple[str, ...]
-    split: tuple[str, ...] | None = None
     dvae: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 10.0
     platform: str = ""
@@ -76,7 +73,6 @@ SUITES = {
             "batch_size=64 accumulate=4",
             "precision=fp32 batch_size=8",
         ),
-        split=("", "model.pattern=full"),
         seconds=6.0,
         platform="gpu",
     ),
@@ -94,7 +90,6 @@ SUITES = {
             "model.remat=none batch_size=4",
             "model.pattern=full",
         ),
-        split=("",),
         seconds=6.0,
         platform="gpu",
     ),
@@ -113,7 +108,6 @@ SUITES = {
             "--xla_gpu_reduce_scatter_combine_threshold_bytes=31457280",
             "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN",
         ),
-        split=(),
         seconds=6.0,
         platform="gpu",
     ),
@@ -140,7 +134,6 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=[""], metavar="'key=value ...'")
     parser.add_argument("--seconds", type=float, help="to time each program for (default 10, or the suite's)")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call (default 9)")
-    parser.add_argument("--whole", action="store_true", help="do not time the parts")
     parser.add_argument("--name", help="of the file in benchmarks/results (default: the suite's); none without")
     words = sys.argv[1:]
     common = dict(word.removeprefix(OVERRIDE).split("=", 1) for word in words if word.startswith(OVERRIDE))
@@ -150,7 +143,7 @@ def main() -> int:
     suite = SUITES[args.suite] if args.suite else Suite(args.config, {}, tuple(args.variants))
     if args.seconds:
         suite = dataclasses.replace(suite, seconds=args.seconds)
-    suite = dataclasses.replace(suite, common={**suite.common, **common}, **({"split": ()} if args.whole else {}))
+    suite = dataclasses.replace(suite, common={**suite.common, **common})
     rows = measured(suite, args.out, until=time.monotonic() + 60 * args.minutes)
     lines = table(suite, rows, harness.command(args))
     if missing := [variant for variant in suite.variants if variant not in rows]:
@@ -191,26 +184,21 @@ def measure(suite: Suite, variant: str, *, seconds: float) -> dict[str, Any]:
         "config": suite.config,
         "values": {**suite.common, **changes},
         "seconds": suite.seconds,
-        "split": suite.split is None or variant in suite.split,
         "dvae": suite.dvae,
         "platform": suite.platform,
     }
     environment = os.environ | {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()}
-    words, late = [sys.executable, *MEASURE, json.dumps(asked)], {}
+    words = [sys.executable, *MEASURE, json.dumps(asked)]
     try:
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=seconds)
-        printed, said = done.stdout, done.stderr
-    except subprocess.TimeoutExpired as cut:
-        printed, said = ((text or b"").decode(errors="replace") for text in (cut.stdout, cut.stderr))
-        late = {"cut off": True}
-    found = [line for line in printed.splitlines() if line.startswith("{") and line.endswith("}")]
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {seconds:.0f} s", "cut off": True}
+    found = [line for line in done.stdout.splitlines() if line.startswith("{") and line.endswith("}")]
     if found:
         return json.loads(found[-1])
-    if late:
-        return {"failed": f"took more than {seconds:.0f} s"} | late
-    lines = [line for line in said.strip().splitlines() if not line.startswith(" ")]
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith(" ")]
     why = (lines or [f"status {done.returncode}"])[-1][:200]
-    if READY not in printed and not flags:
+    if READY not in done.stdout and not flags:
         sys.exit(f"{title(variant)}: {why}")
     return {"failed": why}
 
@@ -227,7 +215,7 @@ def title(variant: str) -> str:
 
 
 def table(suite: Suite, rows: Mapping[str, dict], command: str) -> list[str]:
-    """Speed, memory and parts of every variant as lines of Markdown."""
+    """Speed and memory of every variant as lines of Markdown."""
     good = {variant: row for variant, row in rows.items() if "failed" not in row}
     if not good:
         return [f"{title(variant)}: {row['failed']}" for variant, row in rows.items()]
@@ -242,7 +230,7 @@ def table(suite: Suite, rows: Mapping[str, dict], command: str) -> list[str]:
     )
     if first["chip"]:
         reached = f"the data sheet of {first['chip']} says {first['peak_flops'] / 1e12:,.4g} TFLOP/s; {reached}"
-    lines = [
+    return [
         f"{first['date']}; {first['device']}, {first['host']}, load average {min(loads)} to {max(loads)} before the "
         "variants.",
         "",
@@ -261,20 +249,6 @@ def table(suite: Suite, rows: Mapping[str, dict], command: str) -> list[str]:
             [speed_row(variant, row, best) for variant, row in rows.items()],
         ),
     ]
-    split = {variant: row["seconds"] for variant, row in good.items() if "mlp" in row["seconds"]}
-    if split:
-        lines += [
-            "",
-            "Where the time goes, in seconds of a step, parts timed as programs of their own (attention: the whole",
-            "residual branch, of it the scores and weighted sums; heads: logits and loss; encode: images to tokens by",
-            "the frozen dVAE; rest: what all gradients together take beyond these). Host: a batch put on the devices.",
-            "",
-            *harness.table(
-                f"variant | {' | '.join(PARTS)} | host",
-                [(title(name), *(f"{of[part]:.4g}" for part in (*PARTS, "host"))) for name, of in split.items()],
-            ),
-        ]
-    return lines
 
 
 def speed_row(variant: str, row: Mapping[str, Any], best: Mapping[str, float]) -> list[str]:

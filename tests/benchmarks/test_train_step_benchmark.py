@@ -37,7 +37,6 @@ def test_every_variant_of_a_suite_is_a_possible_model():
             assert config.batch_size % config.accumulate == 0
             found.append((configs.to_json(config), *flags))
         assert len(set(found)) == len(found)
-        assert set(suite.split or ()) <= set(suite.variants)
 
 
 def test_the_suite_of_flags_turns_off_every_flag_of_the_launchers():
@@ -61,25 +60,24 @@ def test_flags_of_a_variant_reach_its_process_after_those_of_the_environment(tmp
     assert [row["flags"] for row in rows.values()] == ["--xla_one=1", "--xla_one=1 --xla_two=a,b --xla_three=3"]
 
 
-def test_what_a_cut_off_variant_has_measured_is_kept(tmp_path, monkeypatch):
-    """The whole without the parts; nothing, which the next call makes up; nothing in a call of its own: a failure."""
+def test_a_variant_that_was_cut_off_is_measured_by_the_next_call(tmp_path, monkeypatch):
+    """Unless it had the whole call and was too slow even then, which is a failure."""
     script = tmp_path / "measure.py"
     script.write_text(
         "import json, sys, time\n"
-        "way = json.loads(sys.argv[1])['values']['way']\n"
-        "print('ready', *(['{\"whole\": 1}'] if way == 'whole' else []), sep='\\n', flush=True)\n"
-        "time.sleep(60)\n"
+        "if json.loads(sys.argv[1])['values']['way'] == 'slow':\n"
+        "    time.sleep(60)\n"
+        "print('ready', '{\"whole\": 1}', sep='\\n')\n"
     )
     monkeypatch.setattr(train_step, "MEASURE", (script,))
-    suite = train_step.Suite("any", {}, ("way=whole", "way=never"))
-    dated = lambda row: {name: row[name] for name in row if name not in ("date", "load_before")}  # noqa: E731
+    suite = train_step.Suite("any", {}, ("way=quick", "way=slow"))
     clock = iter([0.0, 0.0, 4.9]).__next__  # began, ended; began
     monkeypatch.setattr(train_step, "time", types.SimpleNamespace(monotonic=lambda: clock()))
     rows = train_step.measured(suite, tmp_path, until=5.0)
-    assert {name: dated(row) for name, row in rows.items()} == {"way=whole": {"whole": 1}}
+    assert rows.keys() == {"way=quick"} and rows["way=quick"]["whole"] == 1
     clock = iter([0.0] * 3).__next__
     rows = train_step.measured(suite, tmp_path, until=0.1)
-    assert rows["way=never"]["failed"] == "took more than 0 s" and rows["way=whole"]["whole"] == 1
+    assert rows["way=slow"]["failed"] == "took more than 0 s" and rows["way=quick"]["whole"] == 1
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
 
 
@@ -115,13 +113,13 @@ def test_the_table_says_what_was_measured_and_what_failed():
         "copy_bytes_per_second": 5e9, "batch_size": 4, "compile_seconds": 3.0, "step_seconds": 0.5,
         "tokens_per_second": 640.0, "model_flops_per_device": 1e11, "executed_flops_per_device": 1.5e11,
         "memory_bytes": 2e9, "peak_bytes": 3e9, "roofline_seconds": {"compute": 0.15, "memory": 0.2},
-        "seconds": dict.fromkeys((*train_step.PARTS, "host"), 0.125), "date": "2026-01-02", "load_before": 0.5,
+        "host_seconds": 0.125, "date": "2026-01-02", "load_before": 0.5,
     }  # fmt: skip
     lines = train_step.table(suite, {"": row, "model.remat=none": {"failed": "RESOURCE_EXHAUSTED"}}, "the command")
     text = "\n".join(lines)
     assert "| as it is | 4 | 0.5 | 640 | 20.0% | 30.0% | 40% | 2.00 | 3.00 | 3.0 |" in text
     assert "| remat=none |  | failed: RESOURCE_EXHAUSTED" in text and "    the command\n" in text
-    assert text.count("0.125") == len(train_step.PARTS) + 1 and "batch_size=4" in text
+    assert "batch_size=4" in text
 
 
 @pytest.mark.slow
@@ -136,9 +134,6 @@ def test_a_whole_call(tmp_path, monkeypatch):
     config = build("transformer", configs.load("configs/transformer.py:demo", _words()).model).config
     assert whole["model_flops_per_device"] == flops.transformer(config)  # eight sequences on eight devices
     for row in (whole, again):
-        parts = row["seconds"]
-        gradients = parts["encode"] + parts["attention"] + parts["mlp"] + parts["heads"] + parts["rest"]
-        assert gradients > 0 and min(parts["encode"], parts["mlp"], parts["scores"], parts["heads"]) > 0
         assert row["memory_bytes"] > 0 and row["executed_flops_per_device"] > row["model_flops_per_device"]
 
 
