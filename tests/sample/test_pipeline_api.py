@@ -18,6 +18,7 @@ from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.batches import bucket, plan
 from dalle_jax.sample.candidates import Candidates
 from dalle_jax.sample.request import Request
+from tests.support.stand_in_server import NoisePipeline
 from tests.support.tiny_model import CAPTION, BrightIsBest, pixels_of
 
 
@@ -115,6 +116,19 @@ def test_candidates_of_one_batch_are_decoded_and_ranked_a_few_at_a_time(pipe, mo
     few = pipe(CAPTION, n=2, best_of=6, seed=3)
     assert pipe.reranker.given == [2, 2, 2]
     np.testing.assert_array_equal(pixels_of(few), pixels_of(at_once))
+
+
+def test_of_ranked_drafts_only_the_chosen_are_finished(monkeypatch):
+    """For any generator: here one that draws noise, of which finishing is counted."""
+    pipe, finished = NoisePipeline(), []
+    finish = pipe.generator.finish
+    monkeypatch.setattr(
+        pipe.generator, "finish", lambda drafts, *rest: finished.append(len(drafts)) or finish(drafts, *rest)
+    )
+    request = Request("a star", n=2, best_of=40, seed=3)
+    pictures = pipe.draw([request])[0]
+    assert finished == [2] and sum(pipe.reranker.given) == 40
+    np.testing.assert_array_equal(pixels_of(pictures), pixels_of(pipe.finished(request)))
 
 
 def test_eight_devices_that_share_models_in_pairs_draw_what_one_draws(model_folder, pipe):
