@@ -2,7 +2,7 @@
 
     dalle-jax tokenizer 'wds:/data/pairs/*.tar' --vocab-size 49406 --out runs/clip_tokenizer
     dalle-jax train --config configs/clip.py:b32 --config.tokenizer=runs/clip_tokenizer \
-        --config.data.train='wds:/data/pairs/*.tar' --workdir runs/clip
+        --config.run.data.train='wds:/data/pairs/*.tar' --workdir runs/clip
     dalle-jax train --config configs/clip.py:demo --config.tokenizer=tokenizer.model --workdir runs/clip
 
 b32     ViT-B/32 of Radford et al. 2021, tables 19 and 20: 12 layers x 768, patches of 32 pixels
@@ -25,33 +25,35 @@ What a device holds on 32 machines of 8 GPUs, in MB of 10^6 bytes as in configs/
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configs.base import base, watch
+from dalle_jax.configs.base import WATCHED, fields
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.clip import CLIPConfig
+from dalle_jax.train.ema import Ema
+from dalle_jax.train.optimizer.build import Optimizer
+from dalle_jax.train.optimizer.schedule import Schedule
+from dalle_jax.train.settings import Run, Sources, TrainSettings
 
 
-def _start(model: CLIPConfig, data: DataConfig) -> ConfigDict:
-    config = base("clip", model=model, data=data)
-    config.tokenizer = ""  # file, or a folder that holds tokenizer.model
-    config.optimizer.decay_tables = True  # section 2.5: all weights but gains and biases
-    return config
-
-
-def _paper(*, learning_rate: float, **sizes) -> ConfigDict:
+def _paper(*, learning_rate: float = 5e-4, **sizes) -> TrainSettings:
     """The paper's training of a vision transformer of these sizes, its tables 18 to 20."""
-    config = _start(
-        CLIPConfig(precision="bf16", remat="full", **sizes),
-        DataConfig(image_size=224, augment="clip", drop_boilerplate=True),
+    return TrainSettings(
+        name="clip",
+        model=CLIPConfig(precision="bf16", remat="full", **sizes),
+        data=DataConfig(image_size=224, augment="clip", drop_boilerplate=True),
+        batch_size=32_768,
+        optimizer=Optimizer(
+            learning_rate=learning_rate,
+            b2=0.98,
+            eps=1e-6,
+            weight_decay=0.2,
+            decay_tables=True,  # section 2.5: all weights but gains and biases
+            schedule=Schedule(name="warmup_cosine", warmup_steps=2_000),
+        ),
+        run=Run(steps=390_625, **WATCHED),
     )
-    config.steps, config.batch_size = 390_625, 32_768
-    optimizer = config.optimizer
-    optimizer.update(learning_rate=learning_rate, b2=0.98, eps=1e-6, weight_decay=0.2)
-    optimizer.schedule.update(name="warmup_cosine", warmup_steps=2_000)
-    watch(config)
-    return config
 
 
-def l14() -> ConfigDict:
+def l14() -> TrainSettings:
     return _paper(
         learning_rate=4e-4,
         embed=768,
@@ -64,9 +66,10 @@ def l14() -> ConfigDict:
     )
 
 
-def demo() -> ConfigDict:
-    config = _start(
-        CLIPConfig(
+def demo() -> TrainSettings:
+    return TrainSettings(
+        name="clip",
+        model=CLIPConfig(
             embed=64,
             image_size=64,
             patch=16,  # most objects lie in one to four patches; a quarter of the tokens that patches of 8 make
@@ -80,25 +83,31 @@ def demo() -> ConfigDict:
             text_heads=4,
             scan=False,
         ),
-        DataConfig(image_size=64, augment="center", threads=0),
+        data=DataConfig(image_size=64, augment="center", threads=0),
+        batch_size=128,
+        optimizer=Optimizer(
+            name="muon",
+            learning_rate=8e-3,
+            b2=0.96,
+            weight_decay=4.5e-2,
+            decay_tables=True,
+            clip_norm=1.0,
+            schedule=Schedule(name="warmup_linear", warmup_steps=30),
+        ),
+        ema=Ema(decay=0.98),
+        run=Run(
+            steps=600,
+            data=Sources(train="scenes:train@64", validation="scenes:val@64"),
+            validate_every=300,
+            validation_batches=4,
+            picture_every=None,
+            checkpoint_every=300,
+        ),
     )
-    config.steps, config.batch_size = 600, 128
-    optimizer = config.optimizer
-    optimizer.update(name="muon", learning_rate=8e-3, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
-    optimizer.schedule.update(name="warmup_linear", warmup_steps=30)
-    config.ema.decay = 0.98
-    config.update(validate_every=300, validation_batches=4, picture_every=0, checkpoint_every=300)
-    config.data.update(train="scenes:train@64", validation="scenes:val@64")
-    return config
 
 
-VARIANTS = {
-    "b32": lambda: _paper(learning_rate=5e-4),
-    "b16": lambda: _paper(learning_rate=5e-4, patch=16),
-    "l14": l14,
-    "demo": demo,
-}
+VARIANTS = {"b32": _paper, "b16": lambda: _paper(patch=16), "l14": l14, "demo": demo}
 
 
 def get_config(variant: str = "b32") -> ConfigDict:
-    return VARIANTS[variant]()
+    return fields(VARIANTS[variant]())

@@ -1,7 +1,7 @@
 """Stage 1, the discrete VAE. Launch:
 
-    dalle-jax train --config configs/dvae.py:paper --config.data.train='wds:/data/pairs/*.tar' --workdir runs/dvae
-    dalle-jax train --config configs/dvae.py:emoji --config.data.train='wds:emoji/train-*.tar' --workdir runs/dvae
+    dalle-jax train --config configs/dvae.py:paper --config.run.data.train='wds:/data/pairs/*.tar' --workdir runs/dvae
+    dalle-jax train --config configs/dvae.py:emoji --config.run.data.train='wds:emoji/train-*.tar' --workdir runs/dvae
     dalle-jax train --config configs/dvae.py:demo --workdir runs/dvae
 
 paper   Ramesh et al. 2021, appendix A.2: 97.6 million parameters, 256x256 pictures, 32x32 codes out of 8192
@@ -19,53 +19,58 @@ gradients, all in float32. Activations come on top.
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configs.base import base, fields, watch
+from dalle_jax.configs.base import WATCHED, fields
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.train.objectives.dvae import Cosine, Objective
+from dalle_jax.train.ema import Ema
+from dalle_jax.train.optimizer.build import Optimizer
+from dalle_jax.train.optimizer.schedule import Schedule
+from dalle_jax.train.settings import Cosine, DVAEObjective, Run, Sources, TrainSettings
 
 
-def paper() -> ConfigDict:
-    config = base(
-        "dvae",
+def paper() -> TrainSettings:
+    return TrainSettings(
+        name="dvae",
         model=DVAEConfig(precision="bf16"),
+        objective=DVAEObjective(),
         data=DataConfig(image_size=256, augment="dvae", max_aspect_ratio=2.0),
+        batch_size=512,
+        optimizer=Optimizer(
+            learning_rate=1e-4,
+            weight_decay=1e-4,
+            schedule=Schedule(name="cosine", decay_steps=1_200_000, end_learning_rate=1.25e-6),
+        ),
+        ema=Ema(decay=0.999),
+        run=Run(steps=3_000_000, **WATCHED),
     )
-    config.objective = fields(Objective())
-    config.steps, config.batch_size = 3_000_000, 512
-    optimizer = config.optimizer
-    optimizer.learning_rate, optimizer.weight_decay = 1e-4, 1e-4
-    optimizer.schedule.update(name="cosine", decay_steps=1_200_000, end_learning_rate=1.25e-6)
-    config.ema.decay = 0.999
-    watch(config)
-    return config
 
 
-def _small(
-    *, data: DataConfig, steps: int, cooling_steps: int, learning_rate: float, save_every: int, **model
-) -> ConfigDict:
+def _small(*, data: DataConfig, learning_rate: float, cooling_steps: int, run: Run, **model) -> TrainSettings:
     """64x64 flat graphics on few positions: what the paper does not use is set here, by name."""
-    config = base(
-        "dvae", model=DVAEConfig(image_size=64, stem=128, blocks_per_group=1, logits_norm=3.0, **model), data=data
-    )
-    config.objective = fields(
-        Objective(
+    return TrainSettings(
+        name="dvae",
+        model=DVAEConfig(image_size=64, stem=128, blocks_per_group=1, logits_norm=3.0, **model),
+        objective=DVAEObjective(
             beta=Cosine(0.0, 0.05, 300),
             temperature=Cosine(1.0, 0.3, cooling_steps),
             likelihood="gaussian",
             balance=0.1,
-        )
+        ),
+        data=data,
+        batch_size=32,
+        optimizer=Optimizer(
+            learning_rate=learning_rate,
+            b2=0.99,
+            weight_decay=1e-4,
+            clip_norm=1.0,
+            schedule=Schedule(name="warmup_cosine", warmup_steps=50, end_learning_rate=learning_rate / 50),
+        ),
+        ema=Ema(decay=0.99),
+        run=run,
     )
-    config.steps, config.batch_size = steps, 32
-    optimizer = config.optimizer
-    optimizer.update(learning_rate=learning_rate, b2=0.99, weight_decay=1e-4, clip_norm=1.0)
-    optimizer.schedule.update(name="warmup_cosine", warmup_steps=50, end_learning_rate=learning_rate / 50)
-    config.ema.decay = 0.99
-    config.update(validate_every=save_every, picture_every=500, checkpoint_every=save_every)
-    return config
 
 
-def emoji() -> ConfigDict:
+def emoji() -> TrainSettings:
     return _small(
         vocab=512,
         width=64,
@@ -73,32 +78,28 @@ def emoji() -> ConfigDict:
         stem_kernel=3,
         patch=4,
         data=DataConfig(image_size=64, augment="dvae"),
-        steps=1_500,
-        cooling_steps=1_200,
         learning_rate=4e-3,
-        save_every=500,
+        cooling_steps=1_200,
+        run=Run(steps=1_500, validate_every=500, picture_every=500, checkpoint_every=500),
     )
 
 
-def demo() -> ConfigDict:
-    config = _small(
+def demo() -> TrainSettings:
+    return _small(
         vocab=128,
         width=128,
         groups=1,
         stem_kernel=1,
         patch=8,
         data=DataConfig(image_size=64, augment="center", threads=1),
-        steps=1_000,
-        cooling_steps=800,
         learning_rate=6e-3,
-        save_every=1_000,
+        cooling_steps=800,
+        run=Run(steps=1_000, data=Sources(train="scenes:train@64", validation="scenes:val@64"), picture_every=500),
     )
-    config.data.update(train="scenes:train@64", validation="scenes:val@64")
-    return config
 
 
 VARIANTS = {"paper": paper, "emoji": emoji, "demo": demo}
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
-    return VARIANTS[variant]()
+    return fields(VARIANTS[variant]())

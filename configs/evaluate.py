@@ -33,7 +33,7 @@ SIDE = 256  # of the paper's pictures
 
 def _protocol(name: str, draw: Draw, measure: Metrics, **values) -> ConfigDict:
     config = fields(Evaluation(protocol=name, draw=draw, measure=measure, **values))
-    del config.departures, config.expected
+    del config.departures
     config.name, config.processes = "evaluate", fields(Processes())
     return config
 

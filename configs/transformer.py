@@ -1,11 +1,11 @@
-"""Stage 2, the transformer. Needs a trained dVAE and a tokenizer. Launch:
+"""Stage 2, the transformer. Needs a trained image tokenizer (a dVAE) and a text tokenizer. Launch:
 
-    dalle-jax train --config configs/transformer.py:12b --config.dvae=runs/dvae --config.tokenizer=tokenizer.model \
-        --config.data.train='wds:/data/pairs/*.tar' --workdir runs/transformer
-    dalle-jax train --config configs/transformer.py:emoji --config.dvae=runs/dvae --config.tokenizer=tokenizer.model \
-        --config.data.train='wds:emoji/train-*.tar' --workdir runs/transformer
-    dalle-jax train --config configs/transformer.py:demo --config.dvae=runs/dvae --config.tokenizer=tokenizer.model \
-        --workdir runs/transformer
+    dalle-jax train --config configs/transformer.py:12b --config.frozen.image_tokenizer=runs/dvae \
+        --config.tokenizer=tokenizer.model --config.run.data.train='wds:/data/pairs/*.tar' --workdir runs/transformer
+    dalle-jax train --config configs/transformer.py:emoji --config.frozen.image_tokenizer=runs/dvae \
+        --config.tokenizer=tokenizer.model --config.run.data.train='wds:emoji/train-*.tar' --workdir runs/transformer
+    dalle-jax train --config configs/transformer.py:demo --config.frozen.image_tokenizer=runs/dvae \
+        --config.tokenizer=tokenizer.model --workdir runs/transformer
 
 12b     Ramesh et al. 2021, appendix B: 64 layers x 3968, 256 text and 32x32 image tokens
 12b_v100  the same with the paper's arithmetic and layout, for 128 machines of 8 V100 with 16 GB; docs/numerics.md
@@ -32,28 +32,29 @@ moments, the moving average, gradients, all in float32. Activations come on top.
 | 400m   | 1 x 8 x 1   |      8 |    440,150,400 |    220.8 |    441.5 |    220.8 |    220.8 |  1,103.8 |
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-from dalle_jax.configs.base import base, watch
+from dalle_jax.configs.base import WATCHED, fields
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.train.ema import Ema
+from dalle_jax.train.optimizer.build import Optimizer
+from dalle_jax.train.optimizer.powersgd import Compression
+from dalle_jax.train.optimizer.schedule import Schedule
+from dalle_jax.train.settings import Evaluate, MeshSizes, Run, Sources, TrainSettings
+
+FROZEN = {"image_tokenizer": None}
 
 
-def _start(model: TransformerConfig, data: DataConfig) -> ConfigDict:
-    config = base("transformer", model=model, data=data)
-    config.dvae = ""  # workdir or exported model of stage 1
-    config.tokenizer = ""  # file, or a folder that holds tokenizer.model
-    # Every so many updates (0: never) FID by the Inception in `weights`, and scores by the CLIP in `clip`, of a picture
-    # for each of `count` held-out captions against `reference_count` held-out pictures.
-    config.evaluate = {"every": 0, "count": 64, "reference_count": 512, "weights": "", "clip": ""}
-    return config
-
-
-def _paper(**sizes) -> ConfigDict:
+def _paper(**sizes) -> TrainSettings:
     """The paper's training of a model of these sizes; 12b's where nothing is said."""
-    config = _start(
-        TransformerConfig(**sizes),
-        DataConfig(
+    return TrainSettings(
+        name="transformer",
+        model=TransformerConfig(**sizes),
+        frozen=FROZEN,
+        data=DataConfig(
             image_size=256,
             augment="transformer",
             bpe_dropout=0.1,
@@ -61,44 +62,52 @@ def _paper(**sizes) -> ConfigDict:
             drop_boilerplate=True,
             max_aspect_ratio=2.0,
         ),
+        batch_size=1_024,
+        optimizer=Optimizer(
+            learning_rate=4.5e-4,
+            b2=0.96,
+            weight_decay=4.5e-2,
+            clip_norm=4.0,
+            schedule=Schedule(name="plateau", warmup_steps=5_000),
+        ),
+        ema=Ema(decay=0.99, every=25),
+        run=Run(steps=430_000, evaluate=Evaluate(), **WATCHED),
     )
-    config.steps, config.batch_size = 430_000, 1_024
-    optimizer = config.optimizer
-    optimizer.update(learning_rate=4.5e-4, b2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
-    optimizer.schedule.update(name="plateau", warmup_steps=5_000)
-    config.ema.update(decay=0.99, every=25)
-    watch(config)
-    return config
 
 
-def _12b_v100() -> ConfigDict:
+def _12b_v100() -> TrainSettings:
     """Sections 2.4 and 2.5, appendix E."""
-    config = _paper()
-    config.precision = "fp16-paper"
-    config.optimizer.moments = "paper"
-    config.compression.update(rank=896, format="paper")
-    config.storage.offload_ema = True
-    config.mesh.update(replica=128, fsdp=8)
-    return config
-
-
-def _small(
-    *, data: DataConfig, steps: int, learning_rate: float, save_every: int, picture_every: int, **model
-) -> ConfigDict:
-    """Four layers of width 128 over an 8x8 grid, with Muon instead of the paper's AdamW: minutes on a CPU."""
-    config = _start(
-        TransformerConfig(num_layers=4, width=128, grid=8, remat="none", scan=False, precision="fp32", **model), data
+    paper = _paper(precision="fp16-paper")
+    return dataclasses.replace(
+        paper,
+        optimizer=dataclasses.replace(paper.optimizer, moments="paper"),
+        compression=Compression(rank=896, format="paper"),
+        run=dataclasses.replace(paper.run, offload_ema=True, mesh=MeshSizes(replica=128, fsdp=8)),
     )
-    config.steps, config.batch_size = steps, 16
-    optimizer = config.optimizer
-    optimizer.update(name="muon", learning_rate=learning_rate, b2=0.96, weight_decay=4.5e-2, clip_norm=1.0)
-    optimizer.schedule.update(name="warmup_linear", warmup_steps=60)
-    config.ema.decay = 0.99
-    config.update(validate_every=save_every, picture_every=picture_every, checkpoint_every=save_every)
-    return config
 
 
-def emoji() -> ConfigDict:
+def _small(*, data: DataConfig, learning_rate: float, run: Run, **model) -> TrainSettings:
+    """Four layers of width 128 over an 8x8 grid, with Muon instead of the paper's AdamW: minutes on a CPU."""
+    return TrainSettings(
+        name="transformer",
+        model=TransformerConfig(num_layers=4, width=128, grid=8, remat="none", scan=False, precision="fp32", **model),
+        frozen=FROZEN,
+        data=data,
+        batch_size=16,
+        optimizer=Optimizer(
+            name="muon",
+            learning_rate=learning_rate,
+            b2=0.96,
+            weight_decay=4.5e-2,
+            clip_norm=1.0,
+            schedule=Schedule(name="warmup_linear", warmup_steps=60),
+        ),
+        ema=Ema(decay=0.99),
+        run=run,
+    )
+
+
+def emoji() -> TrainSettings:
     return _small(
         heads=2,
         head_size=64,
@@ -106,28 +115,27 @@ def emoji() -> ConfigDict:
         text_vocab=2_048,
         image_vocab=512,
         data=DataConfig(image_size=64, augment="transformer", bpe_dropout=0.1),
-        steps=2_000,
         learning_rate=4e-3,
-        save_every=500,
-        picture_every=500,
+        run=Run(steps=2_000, evaluate=Evaluate(), validate_every=500, picture_every=500, checkpoint_every=500),
     )
 
 
-def demo() -> ConfigDict:
-    config = _small(
+def demo() -> TrainSettings:
+    return _small(
         heads=4,
         head_size=32,
         text_len=14,
         text_vocab=384,
         image_vocab=128,
         data=DataConfig(image_size=64, augment="center", threads=0),
-        steps=4_000,
         learning_rate=8e-3,
-        save_every=1_000,
-        picture_every=2_000,
+        run=Run(
+            steps=4_000,
+            data=Sources(train="scenes:train@64", validation="scenes:val@64"),
+            evaluate=Evaluate(),
+            picture_every=2_000,
+        ),
     )
-    config.data.update(train="scenes:train@64", validation="scenes:val@64")
-    return config
 
 
 VARIANTS = {
@@ -143,4 +151,4 @@ VARIANTS = {
 
 
 def get_config(variant: str = "12b") -> ConfigDict:
-    return VARIANTS[variant]()
+    return fields(VARIANTS[variant]())

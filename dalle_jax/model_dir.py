@@ -1,7 +1,8 @@
 """A folder that holds a model: what `dalle-jax export` writes, or the workdir of a run with its newest checkpoint.
 
-    DIR/config.json   params.safetensors     an exported model: parameters alone, keys joined by '/'
-    DIR/config.json   checkpoints/STEP/      a run: `checkpoint/reader.py`
+    DIR/config.json   params.safetensors           an exported model: parameters alone, keys joined by '/'
+    DIR/config.json   checkpoints/STEP/            a run: `checkpoint/reader.py`
+    DIR/frozen.json   DIR/ROLE/                    of either: the models that it needs, by role, and their sha256
 
 `load` returns its config, definition and parameters, which fit each other.
 """
@@ -11,7 +12,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ import safetensors.numpy
 from dalle_jax import files
 from dalle_jax.checkpoint import digest, reader
 from dalle_jax.errors import UserError, first_line
-from dalle_jax.models import Model, Params, build
+from dalle_jax.models import Model, Params, build, image_tokenizer
 
 CONFIG, PARAMS = "config.json", "params.safetensors"
-DVAE_SHA256 = "dvae.sha256"  # of the dVAE that a transformer was trained with
+FROZEN = "frozen.json"  # role -> sha256 of the frozen model that the folder's own was trained with
+ROLES = {"image_tokenizer": image_tokenizer.NAMES}  # what may be frozen -> names of models that can be it
+_OLD_FROZEN = {"image_tokenizer": ("dvae", "dvae.sha256")}  # folder and file of version 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +45,26 @@ class ModelDir:
 
 
 def load(
-    folder: str | os.PathLike, name: str | None = None, *, step: int | None = None, average: bool = True
+    folder: str | os.PathLike,
+    name: str | Collection[str] | None = None,
+    *,
+    step: int | None = None,
+    average: bool = True,
 ) -> ModelDir:
     """The model of a folder; of a run that of its newest complete checkpoint, or of the one of `step`.
 
-    name: the kind that is wanted, e.g. 'dvae'; None takes any. average: of a run the moving average of the parameters,
-    else the parameters themselves.
+    name: the model that is wanted, e.g. 'clip', or several to take one of; None takes any. average: of a run the moving
+    average of the parameters, else the parameters themselves.
 
     Raises:
       UserError: nothing there, no complete checkpoint yet, damaged files, impossible sizes, parameters that do not
         belong to the config, or another model.
     """
     config = read_config(folder)
-    if name is not None and config["name"] != name:
-        raise UserError(f"expected a {name} in {folder}, got a {config['name']}: give the folder of a {name}")
+    names = [name] if isinstance(name, str) else name
+    if names is not None and config["name"] not in names:
+        wanted = " or ".join(names)
+        raise UserError(f"expected a {wanted} in {folder}, got a {config['name']}: give the folder of a {wanted}")
     try:
         model = build(config["name"], config["model"])
     except (TypeError, ValueError) as error:
@@ -123,9 +132,9 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
-def checkpoint_dir(config: Mapping[str, Any]) -> str:
-    """Where the checkpoints of the run with this config.json lie; '': in its workdir."""
-    return config.get("checkpoint_dir", "")
+def checkpoint_dir(config: Mapping[str, Any]) -> str | None:
+    """Where the checkpoints of the run with this config.json lie; None: in its workdir."""
+    return config.get("run", config).get("checkpoint_dir") or None  # version 0.1 has it at the top, '' for none
 
 
 def check_params(params: Any, abstract: Any, *, where: str) -> None:
@@ -140,17 +149,47 @@ def check_params(params: Any, abstract: Any, *, where: str) -> None:
             )
 
 
-def check_dvae(folder: str | os.PathLike, sha256: str) -> None:
-    """Raises UserError if a transformer's folder says that it was trained on the codes of another dVAE than this one.
+def has_frozen(folder: str | os.PathLike, role: str) -> bool:
+    """Does a workdir or an exported model hold its copy of the frozen model of this role?"""
+    return any((place / CONFIG).exists() for place in _frozen_places(folder, role))
 
-    sha256: `digest.of_model` of the dVAE. Folders of versions that did not write it say nothing.
+
+def load_frozen(folder: str | os.PathLike, role: str) -> ModelDir:
+    """The frozen model of a role that lies in a workdir or an exported model, e.g. 'image_tokenizer'.
+
+    Raises:
+      UserError: it is missing, damaged, or another one than the model in the folder was trained with.
     """
-    path = pathlib.Path(folder) / DVAE_SHA256
-    if path.exists() and (trained_with := path.read_text().strip()) != sha256:
+    folder, places = pathlib.Path(folder), _frozen_places(folder, role)
+    found = load(next((place for place in places if (place / CONFIG).exists()), places[0]), ROLES[role])
+    old_sha256 = folder / _OLD_FROZEN[role][1]
+    if (folder / FROZEN).exists():
+        trained_with = json.loads((folder / FROZEN).read_text()).get(role)
+    else:
+        trained_with = old_sha256.read_text().strip() if old_sha256.exists() else None
+    if trained_with not in (None, found.digest):
         raise UserError(
-            f"expected the dVAE whose codes the transformer in {folder} was trained on (sha256 {trained_with[:12]}), "
-            f"got another ({sha256[:12]}): put that one back into its folder `dvae`"
+            f"expected the {role} that the model in {folder} was trained with (sha256 {trained_with[:12]}), got "
+            f"another ({found.digest[:12]}): put that one back into its folder"
         )
+    return found
+
+
+def _frozen_places(folder: str | os.PathLike, role: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """Where a frozen model lies, and where it lay in version 0.1."""
+    return pathlib.Path(folder) / role, pathlib.Path(folder) / _OLD_FROZEN[role][0]
+
+
+def save_frozen(folder: str | os.PathLike, frozen: Mapping[str, ModelDir]) -> None:
+    """Copy models that a run leaves as they are into its workdir, by role.
+
+    Raises:
+      UserError, OSError: the folder cannot be written.
+    """
+    digests = {role: found.digest for role, found in frozen.items()}
+    files.write(pathlib.Path(folder) / FROZEN, json.dumps(digests, indent=1) + "\n")
+    for role, found in frozen.items():
+        save(pathlib.Path(folder) / role, {key: found.config[key] for key in ("name", "model")}, found.params)
 
 
 def _flat(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

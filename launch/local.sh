@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on this machine, or resume a training: one process with all devices,
 #   launch/local.sh configs/transformer.py:demo runs/transformer \
-#       --config.dvae=runs/dvae --config.tokenizer=runs/tokenizer
+#       --config.frozen.image_tokenizer=runs/dvae --config.tokenizer=runs/tokenizer
 # or N processes, each with one GPU or the CPU, a pod in miniature:
 #   PROCESSES=2 launch/local.sh configs/dvae.py:demo runs/dvae
 set -euo pipefail

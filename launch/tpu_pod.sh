@@ -5,8 +5,8 @@
 #   launch/tpu_pod.sh status                # until it says ACTIVE
 #   launch/tpu_pod.sh install               # this commit and its environment onto every worker, the bucket at ~/bucket
 #   launch/tpu_pod.sh run configs/transformer.py:12b bucket/runs/12b \
-#       --config.checkpoint_dir=gs://my-bucket/runs/12b/checkpoints --config.data.train='wds:bucket/pairs/*.tar' \
-#       --config.dvae=bucket/runs/dvae --config.tokenizer=bucket/runs/tokenizer
+#       --config.run.checkpoint_dir=gs://my-bucket/runs/12b/checkpoints --config.run.data.train='wds:bucket/pairs/*.tar' \
+#       --config.frozen.image_tokenizer=bucket/runs/dvae --config.tokenizer=bucket/runs/tokenizer
 #   launch/tpu_pod.sh logs                  # follow worker 0, or with WORKER=7 another one
 #   launch/tpu_pod.sh stop                  # SIGTERM, save, end
 #   launch/tpu_pod.sh delete                # give the slice back; also before create, if it was preempted

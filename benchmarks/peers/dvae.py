@@ -38,19 +38,19 @@ def build_work(work: str):
     return {"train": trainer, "encode": encoder}[verb](way)
 
 
-def config_of(precision: str):
-    from dalle_jax import config as configs
+def settings_of(precision: str):
+    from dalle_jax.train.settings import load_settings
 
     values = {f"model.{key}": value for key, value in SHAPE.items()} | {
         "data.image_size": SHAPE["image_size"],
-        "precision": precision,
+        "model.precision": precision,
         "batch_size": BATCH,
         "optimizer.learning_rate": LEARNING_RATE,
         "objective.beta.start": BETA,
         "objective.temperature.steps": 0,
         "objective.temperature.end": 1.0,
     }
-    return configs.load("configs/dvae.py:paper", [f"--config.{key}={value}" for key, value in values.items()])
+    return load_settings("configs/dvae.py:paper").changed(values)
 
 
 def pictures():
@@ -66,15 +66,11 @@ def trainer(precision: str):
 
     from dalle_jax import sharding
     from dalle_jax.mesh import make_mesh
-    from dalle_jax.train.ema import Ema
-    from dalle_jax.train.objectives.dvae import dvae_task
-    from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-    from dalle_jax.train.step import TrainStep
+    from dalle_jax.train import run
+    from dalle_jax.train.objectives import build_task
 
-    config = config_of(precision)
-    task, mesh, key = dvae_task(config), make_mesh({}), jax.random.key(0)
-    optimizer = build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=task.model.axes)
-    training = TrainStep(task, optimizer, mesh, ema=Ema(**config.ema))
+    settings, mesh, key = settings_of(precision), make_mesh({}), jax.random.key(0)
+    training = run.step_for(settings, build_task(settings, {}), mesh)
     batch = sharding.shard_batch({"image": pictures()}, mesh)
     state = [training.init(key)]
 
@@ -94,7 +90,7 @@ def encoder(precision: str):
     from dalle_jax.models import build
     from dalle_jax.models.dvae import encode_images
 
-    model, image = build("dvae", config_of(precision).model), pictures()
+    model, image = build("dvae", settings_of(precision).model), pictures()
     params, encode = jax.jit(model.init)(jax.random.key(0)), jax.jit(functools.partial(encode_images, model))
     return lambda: jax.block_until_ready(encode(params, image))
 

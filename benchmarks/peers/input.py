@@ -18,6 +18,7 @@ its first epoch and take one batch.
 the device had nothing to do because the next batch was not there.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -210,20 +211,20 @@ def stall(args, folder: Path) -> list[str]:
     """The share of a demo training in which the device waited for data."""
     import jax
 
-    from dalle_jax import config as configs
     from dalle_jax.cli.demo import make_tokenizer
     from dalle_jax.models import build
     from dalle_jax.train.run import train
+    from dalle_jax.train.settings import load_settings
 
-    dvae = configs.load("configs/dvae.py:demo").model.to_dict()
+    dvae = dataclasses.asdict(load_settings("configs/dvae.py:demo").model)
     params = jax.device_get(jax.jit(build("dvae", dvae).init)(jax.random.key(0)))
     model_dir.save(folder / "dvae", {"name": "dvae", "model": dvae}, params)
     values = {
-        "dvae": folder / "dvae", "tokenizer": make_tokenizer(folder), "steps": STALL_STEPS, "validate_every": 0,
-        "picture_every": 0, "checkpoint_every": 0,
+        "frozen.image_tokenizer": folder / "dvae", "tokenizer": make_tokenizer(folder), "run.steps": STALL_STEPS,
+        "run.validate_every": None, "run.picture_every": None, "run.checkpoint_every": None,
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in values.items()]
-    train(configs.load("configs/transformer.py:demo", words), folder / "run", progress=False)
+    train(load_settings("configs/transformer.py:demo", words), folder / "run", progress=False)
     seconds = json.loads((folder / "run" / "goodput.json").read_text())["seconds"]
     share = seconds["data"] / (seconds["data"] + seconds["step"])
     met = "met" if share < MAX_STALL else "not met"

@@ -14,6 +14,7 @@ numbers        from the start of the command until the numbers of the first upda
 Each call makes as many rounds as fit into --seconds; rows are the middle of all rounds.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -28,19 +29,20 @@ from benchmarks import harness
 from dalle_jax import model_dir
 
 COMMON = {
-    "log_every": 1, "validate_every": 0, "picture_every": 0, "checkpoint_every": 1, "keep_checkpoints": 1,
-    "data.validation": "", "mesh.replica": 1, "mesh.fsdp": 1,
+    "run.log_every": 1, "run.validate_every": None, "run.picture_every": None, "run.checkpoint_every": 1,
+    "run.keep_checkpoints": 1,
+    "run.data.validation": None, "run.mesh.replica": 1, "run.mesh.fsdp": 1,
 }  # fmt: skip
 # name -> the dVAE's sizes, the config, what differs from it, updates to the end.
 CASES = {
-    "demo": ("configs/dvae.py:demo", {}, "configs/transformer.py:demo", {"steps": 12}),
+    "demo": ("configs/dvae.py:demo", {}, "configs/transformer.py:demo", {"run.steps": 12}),
     "24 layers, 1280 tokens": (
         "configs/dvae.py:paper",
         {"width": 16, "stem": 16},
         "configs/transformer.py:1b3",
         {
-            "steps": 4, "batch_size": 2, "precision": "fp32", "model.width": 64, "model.heads": 1,
-            "data.train": "scenes:train@256", "data.augment": "center", "data.bpe_dropout": 0.0,
+            "run.steps": 4, "batch_size": 2, "model.precision": "fp32", "model.width": 64, "model.heads": 1,
+            "run.data.train": "scenes:train@256", "data.augment": "center", "data.bpe_dropout": 0.0,
             "data.english_only": False, "data.drop_boilerplate": False, "model.text_vocab": 384,
         },
     ),
@@ -83,19 +85,19 @@ def prepared(out: pathlib.Path, name: str) -> list[str]:
     """The command of a case, after its tokenizer and random dVAE are there."""
     import jax
 
-    from dalle_jax import config as configs
     from dalle_jax.cli import demo
     from dalle_jax.models import build
+    from dalle_jax.train.settings import load_settings
 
     dvae_config, sizes, file, values = CASES[name]
     parts = out / "parts" / name.replace(" ", "-").replace(",", "")
     if not (parts / "dvae").exists():
         parts.mkdir(parents=True, exist_ok=True)
         demo.make_tokenizer(parts)
-        model = {**configs.load(dvae_config).model.to_dict(), **sizes}
+        model = {**dataclasses.asdict(load_settings(dvae_config).model), **sizes}
         params = jax.jit(build("dvae", model).init)(jax.random.key(0))
         model_dir.save(parts / "dvae", {"name": "dvae", "model": model}, params)
-    values = {**COMMON, **values, "dvae": parts / "dvae", "tokenizer": parts / "tokenizer.model"}
+    values = {**COMMON, **values, "frozen.image_tokenizer": parts / "dvae", "tokenizer": parts / "tokenizer.model"}
     overrides = [f"--config.{key}={value}" for key, value in values.items()]
     return [sys.executable, "-m", "dalle_jax.cli", "train", "--config", file, *overrides]
 

@@ -44,10 +44,11 @@ ALONE = 200  # updates between checkpoints of the straight run: one is complete 
 EXIT_RESTART = 75  # of a process whose peer was killed: the launchers start it again
 MOMENTS = ("in training", "in a write", "at any moment", "in a write")
 CONFIG = {
-    "steps": STEPS, "batch_size": 8, "log_every": 50, "validate_every": 0, "picture_every": 0,
+    "run.steps": STEPS, "batch_size": 8, "run.log_every": 50, "run.validate_every": None, "run.picture_every": None,
     "model.image_size": 32, "model.vocab": 8, "model.width": 8, "model.stem": 4,
-    "model.patch": 4, "processes.start_seconds": 30, "processes.hang_seconds": 15, "processes.compile_seconds": 60,
-    "data.image_size": 32, "data.train": "scenes:train@32", "data.validation": "", "data.threads": 1,
+    "model.patch": 4, "run.processes.start_seconds": 30, "run.processes.hang_seconds": 15,
+    "run.processes.compile_seconds": 60,
+    "data.image_size": 32, "run.data.train": "scenes:train@32", "run.data.validation": None, "data.threads": 1,
 }  # fmt: skip
 FAULTS = (3, 5, 10, 30)  # minutes between two
 LIMIT = 600  # seconds that a single start may take
@@ -116,7 +117,7 @@ class Soak:
 
     def start(self, name: str, *, every: int = EVERY) -> None:
         """All processes of one run, in the background."""
-        config = CONFIG | {"steps": self._args.steps, "checkpoint_every": every}
+        config = CONFIG | {"run.steps": self._args.steps, "run.checkpoint_every": every}
         words = [sys.executable, "-m", "dalle_jax.cli", "train", "--config", "configs/dvae.py:demo"]
         words += [f"--config.{key}={value}" for key, value in config.items()]
         words += ["--workdir", str(self._args.out / name)]

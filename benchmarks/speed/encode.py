@@ -16,16 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.mesh import make_mesh
-from dalle_jax.models import build
-from dalle_jax.models.dvae import encode_images
+from dalle_jax.model_dir import ModelDir
+from dalle_jax.models import build, image_tokenizer
 from dalle_jax.preflight import flops
-from dalle_jax.train.ema import Ema
-from dalle_jax.train.objectives.transformer import transformer_task
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-from dalle_jax.train.step import TrainStep
+from dalle_jax.train import run
+from dalle_jax.train.objectives import build_task
+from dalle_jax.train.settings import load_settings
 
 DVAE_OF = {"12b": "paper", "5b6": "paper", "2b8": "paper", "1b3": "paper", "400m": "paper"}  # others: their own name
 COUNTED, TIMED = (*DVAE_OF, "emoji", "demo"), ("emoji", "demo")
@@ -33,28 +31,27 @@ STEPS, WARM_UP = 15, 3  # of each round
 
 
 def configured(variant: str):
-    """Config of a transformer and its dVAE."""
-    dvae = configs.load(f"configs/dvae.py:{DVAE_OF.get(variant, variant)}")
-    return configs.load(f"configs/transformer.py:{variant}"), build("dvae", dvae.model)
+    """Settings of a transformer and its dVAE."""
+    dvae = load_settings(f"configs/dvae.py:{DVAE_OF.get(variant, variant)}")
+    return load_settings(f"configs/transformer.py:{variant}"), build("dvae", dvae.model)
 
 
 def count(variant: str) -> dict[str, int]:
     """FLOPs of one sequence: the transformer's own, what is computed again, and the dVAE's."""
-    config, dvae = configured(variant)
-    model, side = build("transformer", config.model).config, dvae.config.image_size
+    settings, dvae = configured(variant)
+    model, side = settings.model, dvae.config.image_size
     picture = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
-    encode = flops.traced(lambda params, image: encode_images(dvae, params, image), dvae.abstract, picture)
+    encode = flops.traced(lambda params, image: image_tokenizer.encode(dvae, params, image), dvae.abstract, picture)
     return {"transformer": flops.transformer(model), "recomputed": flops.recomputed(model), "dvae": encode}
 
 
 def measure(variant: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of one step on images and on image tokens, the middle one of each round."""
-    config, dvae = configured(variant)
-    task = transformer_task(config, dvae, jax.jit(dvae.init)(jax.random.key(1)))
+    settings, dvae = configured(variant)
+    task = build_task(settings, {"image_tokenizer": ModelDir({}, dvae, jax.jit(dvae.init)(jax.random.key(1)))})
     mesh = make_mesh({})
-    optimizer = build_optimizer(Optimizer(**config.optimizer), steps=100, axes=task.model.axes)
-    step = TrainStep(task, optimizer, mesh, ema=Ema(**config.ema))
-    rng, size, side = np.random.default_rng(0), config.batch_size, dvae.config.image_size
+    step = run.step_for(settings, task, mesh)
+    rng, size, side = np.random.default_rng(0), settings.batch_size, dvae.config.image_size
     text = np.tile(task.model.config.layout.caption_ids([]), (size, 1))
     batches = {
         "images": {"image": rng.integers(256, size=(size, side, side, 3), dtype=np.uint8)},

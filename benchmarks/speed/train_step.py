@@ -71,7 +71,7 @@ SUITES = {
             "model.remat=none batch_size=4 model.pattern=full",
             "optimizer.moments=bf16 storage.params=bf16",
             "batch_size=64 accumulate=4",
-            "precision=fp32 batch_size=8",
+            "model.precision=fp32 batch_size=8",
         ),
         seconds=6.0,
         platform="gpu",
@@ -80,7 +80,7 @@ SUITES = {
     # at least.
     "12b-layers": Suite(
         "configs/transformer.py:12b",
-        {"batch_size": 16, "model.num_layers": 9, "model.remat": "dots", "mesh.replica": 1, "mesh.fsdp": 1},
+        {"batch_size": 16, "model.num_layers": 9, "model.remat": "dots", "run.mesh.replica": 1, "run.mesh.fsdp": 1},
         (
             "",
             "model.num_layers=5",
@@ -96,7 +96,7 @@ SUITES = {
     # Each flag of launch/xla_flags.sh turned off, on all GPUs of a machine.
     "flags": Suite(
         "configs/transformer.py:1b3",
-        {"batch_size": 16, "model.remat": "dots", "mesh.replica": 1, "mesh.fsdp": -1},
+        {"batch_size": 16, "model.remat": "dots", "run.mesh.replica": 1, "run.mesh.fsdp": None},
         (
             "",
             "--xla_gpu_enable_latency_hiding_scheduler=false",
@@ -114,7 +114,7 @@ SUITES = {
     # The paper's pattern against dense causal attention of our own, all 1280 positions, narrow enough for a CPU.
     "sparse-dense": Suite(
         "configs/transformer.py:1b3",
-        {"precision": "fp32", "model.num_layers": 8, "model.width": 128, "model.heads": 2, "batch_size": 2},
+        {"model.precision": "fp32", "model.num_layers": 8, "model.width": 128, "model.heads": 2, "batch_size": 2},
         (
             "model.remat=none",
             "model.remat=none model.pattern=full",

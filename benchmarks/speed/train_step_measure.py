@@ -25,7 +25,6 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.speed import chips
 from benchmarks.speed.train_step import READY
-from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.cli import host_memory
 from dalle_jax.models import build
@@ -34,6 +33,7 @@ from dalle_jax.preflight import roofline
 from dalle_jax.preflight.hardware import Chip
 from dalle_jax.preflight.job import Job, shard_bytes
 from dalle_jax.preflight.topology import Topology
+from dalle_jax.train.settings import TrainSettings, load_settings
 
 MIN_TIMES, MAX_TIMES = 3, 50
 MATMUL_SIDE = {"cpu": 1_536}  # of the product that says what the device reaches; 8192 elsewhere
@@ -47,26 +47,26 @@ def main() -> None:
         sys.exit(f"expected JAX to find a {wanted}, got {found}: install what JAX needs for it")
     print(READY, flush=True)
     overrides = [f"--config.{key}={value}" for key, value in asked.pop("values").items()]
-    config = configs.load(asked.pop("config"), overrides)
-    print(json.dumps(measure(config, **asked)), flush=True)
+    settings = load_settings(asked.pop("config"), overrides)
+    print(json.dumps(measure(settings, **asked)), flush=True)
 
 
-def measure(config, *, seconds: float, dvae: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def measure(settings: TrainSettings, *, seconds: float, dvae: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All figures of one variant. seconds: to time it for. dvae: other sizes of the frozen dVAE."""
     devices = tuple(jax.devices())
-    precision = config.precision.partition("-")[0]
+    precision = settings.precision.partition("-")[0]
     known = chips.of_device(devices[0])
-    job = Job(config, Topology(known or Chip("unknown", "gpu", 0, {}, 0.0, 0.0), (1, len(devices))), devices)
-    if dvae and job.helper is not None:
+    job = Job(settings, Topology(known or Chip("unknown", "gpu", 0, {}, 0.0, 0.0), (1, len(devices))), devices)
+    if dvae and job.image_tokenizer is not None:
         change_dvae(job, dvae)
     update = Update(job)
     whole, peak = update.time(seconds), peak_bytes()
-    matmul, copy = matmul_flops(compute_dtype(config.precision)), copy_bandwidth()
+    matmul, copy = matmul_flops(compute_dtype(settings.precision)), copy_bandwidth()
     chip = known or Chip("measured", "gpu", 0, {precision: matmul}, copy, copy)
     rated = dataclasses.replace(job, topology=Topology(chip, (1, len(devices))))
-    vars(rated)["helper"] = job.helper
+    vars(rated)["image_tokenizer"] = job.image_tokenizer
     guess = roofline.estimate(rated, [])
-    sequences = config.batch_size / len(devices)
+    sequences = settings.batch_size / len(devices)
     least = {
         "compute": guess.seconds["compute"] * roofline.COMPUTE_SHARE,
         "memory": guess.seconds["memory"] * roofline.MEMORY_SHARE,
@@ -79,7 +79,7 @@ def measure(config, *, seconds: float, dvae: Mapping[str, Any] | None = None) ->
         "matmul_flops": matmul,
         "copy_bytes_per_second": copy,
         "parameters": job.task.model.num_params,
-        "batch_size": config.batch_size,
+        "batch_size": settings.batch_size,
         "compile_seconds": update.compile_seconds,
         "step_seconds": whole,
         "tokens_per_second": guess.tokens / whole,
@@ -107,9 +107,9 @@ class Update:
         arguments = max(held, found.argument_size_in_bytes)
         self.memory_bytes = arguments + results + found.temp_size_in_bytes + found.generated_code_size_in_bytes
         self.state = job.step.init(jax.random.key(0))
-        if job.helper is not None:
-            frozen = jax.jit(job.helper.init, out_shardings=sharding.replicated(job.mesh))
-            self.frozen = frozen(jax.random.key(1))
+        if job.image_tokenizer is not None:
+            frozen = jax.jit(job.image_tokenizer.init, out_shardings=sharding.replicated(job.mesh))
+            self.frozen = {"image_tokenizer": frozen(jax.random.key(1))}
         else:
             self.frozen = {}
         self._made = made_up(job)
@@ -145,7 +145,7 @@ class Update:
 
 def change_dvae(job: Job, sizes: Mapping[str, Any]) -> None:
     """Gives a new job a frozen dVAE of other sizes."""
-    vars(job)["helper"] = build("dvae", {**dataclasses.asdict(job.helper.config), **sizes})
+    vars(job)["image_tokenizer"] = build("dvae", {**dataclasses.asdict(job.image_tokenizer.config), **sizes})
 
 
 def made_up(job: Job) -> dict[str, np.ndarray]:

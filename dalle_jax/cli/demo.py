@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dalle_jax import config as configs
 from dalle_jax import model_dir, sharding
 from dalle_jax.cli.hooks import sample_hook
 from dalle_jax.data.pipeline import Batches, Prepare
@@ -27,17 +26,16 @@ from dalle_jax.data.sources.scene_checker import accuracy, shows
 from dalle_jax.data.sources.scenes import Scene
 from dalle_jax.errors import UserError, check_number, say
 from dalle_jax.evaluate.probe import by_clip
-from dalle_jax.mesh import make_mesh
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import CLIP, Pipeline
 from dalle_jax.sample.request import MAX_CANDIDATES, Request
 from dalle_jax.text import load_tokenizer
 from dalle_jax.text.bpe import BPETokenizer
-from dalle_jax.train.ema import Ema
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives import build_task
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-from dalle_jax.train.run import data_config, train
+from dalle_jax.train.optimizer.build import build_optimizer
+from dalle_jax.train.run import load_frozen, mesh_for, train
+from dalle_jax.train.settings import TrainSettings, load_settings
 from dalle_jax.train.step import TrainStep
 
 REPORT_KEYS = {
@@ -132,19 +130,19 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
     tokenizer_file = make_tokenizer(workdir)
 
     say(f"2/{stages} dVAE: pictures to codes and back")
-    dvae_config = configs.load("configs/dvae.py:demo", [f"--config.seed={seed}"])
-    train_stage(dvae_config, workdir / "dvae")
+    dvae_settings = load_settings("configs/dvae.py:demo", [f"--config.seed={seed}"])
+    train_stage(dvae_settings, workdir / "dvae")
 
     overrides = {"seed": seed, "tokenizer": tokenizer_file}
     left = 60 * minutes - (time.monotonic() - began) - REST_SECONDS
-    config = planned(
+    settings = planned(
         "configs/transformer.py:demo",
-        overrides | {"dvae": workdir / "dvae"},
+        overrides | {"frozen.image_tokenizer": workdir / "dvae"},
         workdir / "transformer",
         seconds=left,
     )
     say(f"3/{stages} transformer: captions and codes")
-    train_stage(config, workdir / "transformer", hooks=[sample_hook(config, workdir / "transformer")])
+    train_stage(settings, workdir / "transformer", hooks=[sample_hook(settings, workdir / "transformer")])
 
     say(f"4/{stages} pictures for captions it never saw")
     pipe = Pipeline.load(workdir / "transformer")
@@ -160,7 +158,7 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
         "dvae": judge_image_tokenizer(pipe, num_captions),
         "captions_each": num_captions,
         "seed": seed,
-        "steps": {"dvae": dvae_config.steps, "transformer": config.steps},
+        "steps": {"dvae": dvae_settings.run.steps, "transformer": settings.run.steps},
         "bits_per_image_token": metrics.read(workdir / "transformer" / "metrics.jsonl")[-1].get(
             "validation/bits_per_image_token"
         ),
@@ -175,14 +173,14 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
     }
     if best_of:
         say(f"5/{stages} CLIP: which caption belongs to which picture")
-        clip_config = planned("configs/clip.py:demo", overrides, workdir / "clip", seconds=CLIP_SECONDS)
-        train_stage(clip_config, workdir / "clip")
+        clip_settings = planned("configs/clip.py:demo", overrides, workdir / "clip", seconds=CLIP_SECONDS)
+        train_stage(clip_settings, workdir / "clip")
         add_clip(workdir / "clip", workdir / "transformer" / CLIP)
         say(f"6/{stages} the best of {best_of} candidates")
         pipe = Pipeline.load(workdir / "transformer")
         report["best_of"], best = judge_best(pipe, best_of, num_captions)
         report["by_clip_features"] = judge_by_clip(pipe, drawn, num_captions)
-        report["steps"]["clip"], report["parameters"]["clip"] = clip_config.steps, pipe.reranker.model.num_params
+        report["steps"]["clip"], report["parameters"]["clip"] = clip_settings.run.steps, pipe.reranker.model.num_params
         rows = (("first: ", drawn[RANKED_SET]), (f"best of {best_of}: ", best))
         parts = [images.part(i, i + COLUMNS, title=title) for i in (0, COLUMNS) for title, images in rows]
         sheet(parts).save(workdir / "best.png")
@@ -191,9 +189,9 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
     return report
 
 
-def train_stage(config, workdir: pathlib.Path, **options) -> None:
+def train_stage(settings: TrainSettings, workdir: pathlib.Path, **options) -> None:
     """`train`, and no next stage if somebody stopped it."""
-    result = train(config, workdir, **options)
+    result = train(settings, workdir, **options)
     if result.signal:
         raise Interrupted(result.signal)
 
@@ -204,13 +202,13 @@ def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: the workdir cannot be written.
     """
-    config = configs.load("configs/transformer.py:demo")
-    source = open_source(config.data.train)
+    settings = load_settings("configs/transformer.py:demo")
+    source = open_source(settings.run.data.train)
     captions = (source[i].captions[0] for i in range(TOKENIZER_CAPTIONS))
     file = workdir / "tokenizer.model"
     try:
         if not file.exists():
-            BPETokenizer.train(captions, vocab_size=config.model.text_vocab).save(file)
+            BPETokenizer.train(captions, vocab_size=settings.model.text_vocab).save(file)
     except OSError as error:
         raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error
     return file
@@ -223,35 +221,36 @@ def add_clip(workdir: pathlib.Path, folder: pathlib.Path) -> None:
     load_tokenizer(workdir).save(folder)
 
 
-def planned(file: str, overrides: dict, workdir: pathlib.Path, *, seconds: float):
-    """The config with as many updates as fit into this time, its own number at most; a training that has begun keeps
-    its number."""
-    words = [f"--config.{key}={value}" for key, value in overrides.items()]
-    config = configs.load(file, words)
+def planned(file: str, overrides: dict, workdir: pathlib.Path, *, seconds: float) -> TrainSettings:
+    """The settings with as many updates as fit into this time, their own number at most; a training that has begun
+    keeps its number."""
+    settings = load_settings(file, [f"--config.{key}={value}" for key, value in overrides.items()])
+    most = settings.run.steps
     if (workdir / model_dir.CONFIG).exists():
-        steps = model_dir.read_config(workdir)["steps"]
+        steps = model_dir.read_config(workdir)["run"]["steps"]
     else:
-        steps = int(np.clip(seconds / (time_update(config) * MORE_THAN_UPDATES), config.steps // 10, config.steps))
-    if steps < config.steps:
-        say(f"    this machine makes {steps} of {config.steps} updates in the time that is left")
-    return configs.load(file, [*words, f"--config.steps={steps}"])
+        steps = int(np.clip(seconds / (time_update(settings) * MORE_THAN_UPDATES), most // 10, most))
+    if steps < most:
+        say(f"    this machine makes {steps} of {most} updates in the time that is left")
+    return settings.changed({"run.steps": steps})
 
 
-def time_update(config) -> float:
+def time_update(settings: TrainSettings) -> float:
     """Seconds from one update to the next on this machine, the middle of a few after compiling.
 
     As in training, each batch is made while the update before it runs.
     """
-    task, mesh = build_task(config), make_mesh(config.mesh)
-    optimizer = build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=task.model.axes)
-    step = TrainStep(task, optimizer, mesh, ema=Ema(**config.ema))
+    task = build_task(settings, load_frozen(settings, pathlib.Path()))
+    mesh = mesh_for(settings, task)
+    optimizer = build_optimizer(settings.optimizer, steps=settings.run.steps, axes=task.model.axes)
+    step = TrainStep(task, optimizer, mesh, ema=settings.ema)
     state = step.init(jax.random.key(0))
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     batches = Batches(
-        open_source(config.data.train),
-        Prepare(data_config(config), task.model.config.layout, load_tokenizer(config.tokenizer)),
-        batch_size=config.batch_size,
-        seed=config.seed,
+        open_source(settings.run.data.train),
+        Prepare(settings.data, task.model.config.layout, load_tokenizer(settings.tokenizer)),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
         shuffle=True,
         epochs=None,
     )

@@ -28,7 +28,7 @@ from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.data.sources import HELP, TOKENS, features, open_source
 from dalle_jax.errors import UserError, check_number
 from dalle_jax.mesh import local_mesh
-from dalle_jax.models.dvae import encode_images
+from dalle_jax.models import image_tokenizer
 
 MAX_BATCH, MAX_SHARD = 1 << 16, 1 << 20  # crops of a batch, images of a shard
 
@@ -118,7 +118,7 @@ class Encoder:
 
         def tokens(params, image_uint8):
             with sharding.use(self._mesh):
-                return encode_images(tokenizer.model, params, image_uint8)
+                return image_tokenizer.encode(tokenizer.model, params, image_uint8)
 
         self._tokens = jax.jit(tokens)
 
@@ -246,7 +246,7 @@ def _line(folder: pathlib.Path, summary: dict) -> str:
     settings, dropped, now = summary["settings"], summary["dropped"], summary["now"]
     reasons = f" ({', '.join(f'{count} {reason}' for reason, count in dropped.items())})" if dropped else ""
     left = summary["shards_left_to_others"]
-    ready = f"train with --config.data.train={TOKENS}:{folder} --config.data.augment={settings['augment']}"
+    ready = f"train with --config.run.data.train={TOKENS}:{folder} --config.data.augment={settings['augment']}"
     return (
         f"{folder}: {summary['good']} of {summary['records']} pictures as {settings['augmentations']} x "
         f"{settings['grid'] ** 2} image tokens, {sum(dropped.values())} dropped{reasons}, {summary['shards']} shards "

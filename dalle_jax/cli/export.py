@@ -7,7 +7,7 @@ import shutil
 from dalle_jax import model_dir
 from dalle_jax.errors import UserError
 
-BESIDES = ("tokenizer.model", "dvae", model_dir.DVAE_SHA256, "clip")  # what a transformer needs to draw and to rank
+BESIDES = ("tokenizer.model", "clip")  # what a model reads captions with, and ranks with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,12 @@ def main(args: argparse.Namespace) -> int:
     exported = {key: found.config[key] for key in ("name", "model")}
     if dropout := found.config.get("data", {}).get("caption_dropout"):
         exported["data"] = {"caption_dropout": dropout}  # whether the model can be guided
+    frozen = {
+        role: model_dir.load_frozen(source, role) for role in model_dir.ROLES if model_dir.has_frozen(source, role)
+    }
     model_dir.save(out, exported, found.params)
+    if frozen:
+        model_dir.save_frozen(out, frozen)
     for name in BESIDES:
         if (source / name).is_dir():
             shutil.copytree(source / name, out / name)

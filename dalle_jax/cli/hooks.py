@@ -6,13 +6,11 @@ Above `train`, `sample` and `evaluate`, so that none needs to know another.
 import pathlib
 
 import jax
-import ml_collections
 import numpy as np
 
 from dalle_jax import distributed, model_dir
 from dalle_jax.data.record import Dropped
 from dalle_jax.data.sources import open_source
-from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.autoregressive import Autoregressive
@@ -20,29 +18,31 @@ from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.text import load_tokenizer
 from dalle_jax.train.loop import Hook
+from dalle_jax.train.settings import TrainSettings
 from dalle_jax.train.step import ema_params
 
 CAPTIONS = 16
 
 
-def hooks_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Hook]:
-    """What a training of this config does now and then.
+def hooks_of(settings: TrainSettings, workdir: pathlib.Path) -> list[Hook]:
+    """What a training with these settings does now and then.
 
     Raises:
-      UserError: an evaluation that lacks a network or has one that cannot be read.
+      UserError: an evaluation with a network that cannot be read.
     """
-    if config.name != "transformer":
+    asked = settings.run.evaluate
+    if asked is None:
         return []
-    return [sample_hook(config, workdir), *([evaluate_hook(config, workdir)] if config.evaluate.every else [])]
+    return [sample_hook(settings, workdir), *([evaluate_hook(settings, workdir)] if asked.every else [])]
 
 
-def sample_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hook:
-    """Every `config.picture_every` updates, samples of held-out captions as WORKDIR/pictures/STEP.png.
+def sample_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
+    """Every `run.picture_every` updates, samples of held-out captions as WORKDIR/pictures/STEP.png.
 
     Draws with the moving average of the parameters, at temperature 1 and the same seeds each time, so that the sheets
     of a run compare. The captions are the first of the validation source, or of the training source without one.
     """
-    sampler = _Sampler(config, workdir, captions=CAPTIONS)
+    sampler = _Sampler(settings, workdir, captions=CAPTIONS)
 
     def draw(step: int, state) -> None:
         pipe, captions, pictures = sampler.draw(step, state)
@@ -51,29 +51,25 @@ def sample_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hoo
         (workdir / "pictures").mkdir(exist_ok=True)
         contact_sheet(pictures, captions, columns=8).save(workdir / "pictures" / f"{step:07d}.png")
 
-    return config.picture_every or config.steps, draw
+    return settings.run.picture_every or settings.run.steps, draw
 
 
-def evaluate_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Hook:
-    """Every `config.evaluate.every` updates, the scores of `evaluate.probe` as samples/NAME in the metrics.
+def evaluate_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
+    """Every `run.evaluate.every` updates, the scores of `evaluate.probe` as samples/NAME in the metrics.
 
     One picture for each of the first `count` captions of the validation source, or of the training source without one,
     drawn as in `sample_hook`, against `reference_count` of its pictures.
 
     Raises:
-      UserError: neither Inception nor CLIP, one that cannot be read, or a source without pictures.
+      UserError: a network that cannot be read, or a source without pictures.
     """
     from dalle_jax.evaluate.features import Extractor  # most of SciPy, which every restart would pay
     from dalle_jax.evaluate.probe import Probe
 
-    asked, spec = config.evaluate, config.data.validation or config.data.train
-    if not asked.weights and not asked.clip:
-        raise UserError(
-            "expected a network for config.evaluate.every: give config.evaluate.weights, config.evaluate.clip or both"
-        )
-    sampler, parts = _Sampler(config, workdir, captions=asked.count), {}
+    asked, data = settings.run.evaluate, settings.run.data
+    sampler, parts = _Sampler(settings, workdir, captions=asked.count), {}
     if jax.process_index() == 0:  # before hours go by
-        parts["source"] = open_source(spec, captions_required=False)
+        parts["source"] = open_source(data.validation or data.train, captions_required=False)
         parts["inception"] = Extractor.load(asked.weights) if asked.weights else None
         parts["clip"] = Reranker.load(asked.clip) if asked.clip else None
 
@@ -95,8 +91,8 @@ def evaluate_hook(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> H
 class _Sampler:
     """Draws with the parameters of a training run in its first process; everything else of the model is read once."""
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, *, captions: int):
-        self._workdir, self._spec, self._count = workdir, config.data.validation or config.data.train, captions
+    def __init__(self, settings: TrainSettings, workdir: pathlib.Path, *, captions: int):
+        self._workdir, self._settings, self._count = workdir, settings, captions
         self._captions: list[str] = []
 
     def draw(self, step: int, state) -> tuple[Pipeline | None, list[str], list[np.ndarray]]:
@@ -105,12 +101,11 @@ class _Sampler:
         if jax.process_index() != 0:
             return None, [], []
         if not self._captions:
-            self._image_tokenizer = model_dir.load(self._workdir / "dvae", name="dvae")
+            self._image_tokenizer = model_dir.load_frozen(self._workdir, "image_tokenizer")
             self._tokenizer = load_tokenizer(self._workdir)
-            # Of the workdir: there a text vocabulary of 0 has become the tokenizer's size.
-            self._config = model_dir.read_config(self._workdir)
-            self._captions = _first_captions(self._spec, self._count)
-        transformer = model_dir.ModelDir(self._config, build("transformer", self._config["model"]), ema)
+            data = self._settings.run.data
+            self._captions = _first_captions(data.validation or data.train, self._count)
+        transformer = model_dir.ModelDir({}, build("transformer", self._settings.model), ema)
         generator = Autoregressive(transformer, self._image_tokenizer, self._tokenizer, digest=f"step {step}")
         pipe = Pipeline(generator)
         rows = pipe(self._captions, seed=list(range(len(self._captions))))

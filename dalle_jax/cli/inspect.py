@@ -72,7 +72,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     print(f"{found['config']['name']} in {args.workdir}")
     if found["step"] is not None:
-        print(f"update       {found['step']} of {found['config']['steps']}")
+        run = found["config"].get("run", found["config"])  # version 0.1 has its keys at the top
+        print(f"update       {found['step']} of {run['steps']}")
         print(f"data         {json.dumps(found['data'])}")
     for name in ("parameters", "average", "state"):
         if f"{name}_sha256" in found:
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     if found.get("goodput"):
         seconds = ", ".join(f"{kind} {spent:.0f} s" for kind, spent in found["goodput"]["seconds"].items())
         print(f"goodput      {found['goodput']['goodput']:.1%} over {found['goodput']['starts']} starts ({seconds})")
-    for key in ("model", "optimizer", "data", "mesh", "storage", "compression"):
+    for key in ("model", "optimizer", "data", "storage", "compression", "run"):
         if key in found["config"]:
             print(f"{key:12} {json.dumps(found['config'][key])}")
     return 0

@@ -45,11 +45,11 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("expected a process that has not imported JAX yet, got one that has: call the command instead")
     os.environ.update(environment)
 
-    from dalle_jax import config as configs
     from dalle_jax.preflight import report, search
     from dalle_jax.preflight.job import Job
+    from dalle_jax.train.settings import load_settings
 
-    job = Job(configs.load(args.config, args.overrides), pod, tuple(topology.devices(pod)))
+    job = Job(load_settings(args.config, args.overrides), pod, tuple(topology.devices(pod)))
     if args.sweep:
         results = search.sweep(job)
         print(json.dumps([_json(r) for r in results]) if args.json else report.sweep_table(results))
@@ -86,7 +86,7 @@ def _json(result) -> dict[str, Any]:
         "usable_bytes": job.topology.usable_bytes,
         "flops_per_sequence": guess.flops_per_sequence,
         "executed_flops_per_sequence": guess.executed_flops_per_sequence,
-        "flops_per_step": guess.flops_per_sequence * job.config.batch_size,
+        "flops_per_step": guess.flops_per_sequence * job.settings.batch_size,
         "collectives": [dataclasses.asdict(c) for c in result.collectives],
         "collectives_compiled": verdict.collectives is not None,  # else what the mesh makes necessary, by our model
         "seconds_per_step": {**guess.seconds, "total": guess.step_seconds},

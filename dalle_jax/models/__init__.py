@@ -1,11 +1,13 @@
-"""Model definitions. `build` is the only place that dispatches on a model's name."""
+"""Model definitions. Only this file dispatches on a model's name."""
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from dalle_jax.models import clip, dvae, inception, transformer
 from dalle_jax.models.layers import Model, Params
 
-__all__ = ["Model", "Params", "build"]
+__all__ = ["Model", "Params", "build", "make_config"]
 
 _MODELS = {
     "dvae": (dvae.DVAEConfig, dvae.model),
@@ -18,13 +20,21 @@ _MODELS = {
 _GONE = {"transformer": ("loss_parts", "matmuls")}
 
 
-def build(name: str, config: Mapping) -> Model:
-    """The model of this name with these sizes, as pure functions.
+def make_config(name: str, values: Mapping[str, Any]) -> Any:
+    """The sizes of the model of this name as its dataclass.
 
     Raises:
       ValueError: unknown name or an impossible size. TypeError: an unknown size.
     """
     if name not in _MODELS:
         raise ValueError(f"model must be one of {tuple(_MODELS)}, got {name!r}")
-    config_class, make = _MODELS[name]
-    return make(config_class(**{key: value for key, value in config.items() if key not in _GONE.get(name, ())}))
+    return _MODELS[name][0](**{key: value for key, value in values.items() if key not in _GONE.get(name, ())})
+
+
+def build(name: str, config: Any) -> Model:
+    """The model of this name as pure functions. config: its sizes, as `make_config` gives or takes them.
+
+    Raises:
+      ValueError: unknown name or an impossible size. TypeError: an unknown size.
+    """
+    return _MODELS[name][1](config if dataclasses.is_dataclass(config) else make_config(name, config))

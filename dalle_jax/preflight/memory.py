@@ -48,7 +48,7 @@ FITTED = {"tpu": Fitted(3, 1, 2, prefetches=False), "gpu": Fitted(1, 2, 1, prefe
 def by_kind(job: Job) -> dict[str, int]:
     """Bytes by kind: parameters, optimizer, ema, frozen, compression (if gradients are compressed), gradients,
     activations, temporaries."""
-    state, config = job.state, job.config
+    state, settings = job.state, job.settings
     held = {
         "parameters": shard_bytes(state["params"]),
         "optimizer": shard_bytes(state["opt_state"]),
@@ -56,10 +56,10 @@ def by_kind(job: Job) -> dict[str, int]:
         "frozen": shard_bytes(job.frozen),
         **({"compression": shard_bytes(state["error"])} if "error" in state else {}),
     }
-    item = compute_dtype(config.model.precision)(0).dtype.itemsize
+    item = compute_dtype(settings.precision)(0).dtype.itemsize
     numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state["params"]))
     compute = numbers * item  # the parameters, or their gradients, in the compute dtype
-    gradients = compute + (2 * held["parameters"] if config.accumulate > 1 else 0)
+    gradients = compute + (2 * held["parameters"] if settings.accumulate > 1 else 0)
     if results := job.work.result_bytes:  # no scan over layers: results of all products and what follows them
         activations, working = job.sequences * 2 * sum(results), job.sequences * 2 * max(results)
         return {**held, "gradients": gradients, "activations": activations, "temporaries": working}

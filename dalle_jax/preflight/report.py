@@ -14,10 +14,10 @@ def table(result: Result, change: Result | None) -> str:
     chip, mesh = job.topology.chip, job.mesh.shape
     total = sum(result.bytes.values())
     lines = [
-        f"{job.config.name} of {job.task.model.num_params:,} parameters on {job.topology}, "
+        f"{job.settings.name} of {job.task.model.num_params:,} parameters on {job.topology}, "
         f"{job.topology.count} chips in {job.topology.slice_noun}s of {job.topology.slice_size}",
         f"mesh replica {mesh['replica']} x fsdp {mesh['fsdp']} x tensor {mesh['tensor']}; batch "
-        f"{job.config.batch_size:,}, {job.sequences} a chip at once, {job.config.accumulate} microbatch(es)",
+        f"{job.settings.batch_size:,}, {job.sequences} a chip at once, {job.settings.accumulate} microbatch(es)",
         "",
         "bytes per chip, GB",
     ]
@@ -28,7 +28,7 @@ def table(result: Result, change: Result | None) -> str:
         f"  {'chip':<16}{chip.memory_bytes / GB:>9.3f}   a program may use {job.topology.usable_bytes / GB:.3f}",
         "",
         f"FLOPs per sequence {guess.flops_per_sequence:.4g}, with recomputation and the dVAE "
-        f"{guess.executed_flops_per_sequence:.4g}; per step {guess.flops_per_sequence * job.config.batch_size:.4g}",
+        f"{guess.executed_flops_per_sequence:.4g}; per step {guess.flops_per_sequence * job.settings.batch_size:.4g}",
         "",
         *_collectives(result),
         *_compression(job),

@@ -57,9 +57,9 @@ class Estimate:
 
 def estimate(job: Job, found: Sequence[Collective]) -> Estimate:
     """The roofline of a job. found: the compiled program's collectives, or `expected`."""
-    chip, config, work = job.topology.chip, job.config, job.work
-    sequences = job.sequences * config.accumulate  # of one chip and step
-    peak = chip.peak_flops[config.model.precision.partition("-")[0]]
+    chip, settings, work = job.topology.chip, job.settings, job.work
+    sequences = job.sequences * settings.accumulate  # of one chip and step
+    peak = chip.peak_flops[settings.precision.partition("-")[0]]
     seconds = {
         "compute": work.executed_flops * sequences / job.mesh.shape["tensor"] / (peak * COMPUTE_SHARE),
         "memory": _memory_traffic(job) / (chip.memory_bandwidth * MEMORY_SHARE),
@@ -70,8 +70,8 @@ def estimate(job: Job, found: Sequence[Collective]) -> Estimate:
         seconds["inside"] = inside / (chip.inside_bandwidth * LINK_SHARE)
     if outside:
         seconds["outside"] = outside / (chip.outside_bandwidth * LINK_SHARE)
-    tokens = work.tokens * config.batch_size
-    return Estimate(seconds, work.model_flops, work.executed_flops, tokens, config.steps)
+    tokens = work.tokens * settings.batch_size
+    return Estimate(seconds, work.model_flops, work.executed_flops, tokens, settings.run.steps)
 
 
 def expected(job: Job) -> list[Collective]:
@@ -82,8 +82,8 @@ def expected(job: Job) -> list[Collective]:
     they are computed again.
     """
     (replica, fsdp, tensor), slice_size = job.mesh.devices.shape, job.topology.slice_size
-    model, times = job.task.model, job.config.accumulate
-    item = compute_dtype(job.config.model.precision)(0).dtype.itemsize
+    model, times = job.task.model, job.settings.accumulate
+    item = compute_dtype(job.settings.precision)(0).dtype.itemsize
     weights = model.num_params * item // tensor
     amounts = {
         ("all-gather", "fsdp", fsdp): 2 * weights,
@@ -99,7 +99,7 @@ def expected(job: Job) -> list[Collective]:
         "fsdp": fsdp * tensor <= slice_size,
         "replica": job.topology.count == slice_size,
     }
-    counts = {"tensor": times, "fsdp": times, "replica": 1 if job.config.compression.rank else times}
+    counts = {"tensor": times, "fsdp": times, "replica": 1 if job.settings.compression.rank else times}
     return [
         Collective(kind, axis, inside=inside[axis], count=counts[axis], bytes=counts[axis] * size * (ways - 1) // ways)
         for (kind, axis, ways), size in amounts.items()
@@ -109,11 +109,11 @@ def expected(job: Job) -> list[Collective]:
 def _memory_traffic(job: Job) -> float:
     """Bytes that one chip reads and writes in a step."""
     model, work = job.task.model, job.work
-    sequences = job.sequences * job.config.accumulate / job.mesh.shape["tensor"]
+    sequences = job.sequences * job.settings.accumulate / job.mesh.shape["tensor"]
     traffic = 2 * shard_bytes(job.state) + 2 * shard_bytes(job.state["params"])  # state and gradients, in and out
     if work.result_bytes:
         return traffic + sequences * RESULT_TRIPS * sum(work.result_bytes)
     passes = 2 if model.config.remat == "none" else 3  # over the weights, each gathered and read
-    weights = passes * 2 * 2 * model.num_params / job.mesh.shape["tensor"] * job.config.accumulate
+    weights = passes * 2 * 2 * model.num_params / job.mesh.shape["tensor"] * job.settings.accumulate
     tokens = TOKEN_BYTES * model.config.num_layers * work.tokens * model.config.width
     return traffic + weights + sequences * (SCORE_BYTES * work.scores + tokens)

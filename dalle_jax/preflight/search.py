@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dalle_jax.errors import UserError, say
-from dalle_jax.mesh import CHOOSE
 from dalle_jax.models.blocks import REMAT
 from dalle_jax.preflight import memory, roofline
 from dalle_jax.preflight.collectives import Collective
@@ -68,10 +67,10 @@ def sweep(job: Job) -> list[Result]:
 
     Says on stderr what it compiles.
     """
-    config = job.config
+    settings = job.settings
     remats = [{"model.remat": r} for r in _remats(job)]
-    batches = [{"batch_size": config.batch_size * factor} for factor in (1, 2)]
-    counts = [{"accumulate": config.accumulate * 2**i} for i in range(8)]
+    batches = [{"batch_size": settings.batch_size * factor} for factor in (1, 2)]
+    counts = [{"accumulate": settings.accumulate * 2**i} for i in range(8)]
     rest = itertools.product(remats or [{}], batches, counts)
     candidates = [{**a, **b, **c, **d} for b, c, d in rest for a in _meshes(job)]
     results, compiled = [], collections.Counter()
@@ -125,21 +124,21 @@ def _combinations(job: Job, keys: int) -> list[tuple[dict[str, Any], Job]]:
 
 def _options(job: Job) -> Iterator[list[dict[str, Any]]]:
     """Groups of changes; the changes of a group are values of the same setting."""
-    config, cut = job.config, math.prod(job.mesh.devices.shape[1:])
-    yield [{"accumulate": config.accumulate * 2**i} for i in range(1, 11) if job.sequences % 2**i == 0]
-    yield [{"model.remat": remat} for remat in _remats(job) if config.model.remat != remat]
-    yield [mesh for mesh in _meshes(job) if mesh["mesh.fsdp"] * mesh["mesh.tensor"] > cut]
-    yield [{"optimizer.moments": "bf16"}] * (config.optimizer.moments == "fp32")  # the paper's have 16 bits already
-    yield [{"storage.params": "bf16"}] * (config.storage.params == "fp32")
+    settings, cut = job.settings, math.prod(job.mesh.devices.shape[1:])
+    yield [{"accumulate": settings.accumulate * 2**i} for i in range(1, 11) if job.sequences % 2**i == 0]
+    yield [{"model.remat": remat} for remat in _remats(job) if settings.model.remat != remat]
+    yield [mesh for mesh in _meshes(job) if mesh["run.mesh.fsdp"] * mesh["run.mesh.tensor"] > cut]
+    yield [{"optimizer.moments": "bf16"}] * (settings.optimizer.moments == "fp32")  # the paper's have 16 bits already
+    yield [{"storage.params": "bf16"}] * (settings.storage.params == "fp32")
 
 
 def _meshes(job: Job) -> list[dict[str, int]]:
     """Config keys of every layout that the training would accept."""
-    return [{f"mesh.{axis}": n for axis, n in zip(MESH_AXES, shape, strict=True)} for shape in job.layouts]
+    return [{f"run.mesh.{axis}": n for axis, n in zip(MESH_AXES, shape, strict=True)} for shape in job.layouts]
 
 
 def _remats(job: Job) -> list[str]:
-    return list(REMAT) if "remat" in job.config.model else []
+    return list(REMAT) if hasattr(job.settings.model, "remat") else []
 
 
 def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
@@ -147,8 +146,9 @@ def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
 
     One after the other, as each takes seconds to find.
     """
-    chosen = {"mesh.replica": CHOOSE, "mesh.fsdp": CHOOSE}  # sizes for these chips say nothing about more
-    asked = {key: size for key, size in chosen.items() if job.config.mesh[key.removeprefix("mesh.")] != size}
+    chosen = {"run.mesh.replica": None, "run.mesh.fsdp": None}  # sizes for these chips say nothing about more
+    mesh = dataclasses.asdict(job.settings.run.mesh)
+    asked = {key: None for key in chosen if mesh[key.removeprefix("run.mesh.")] is not None}
     for doubling in range(1, 6):
         shape = list(job.topology.shape)
         for _ in range(doubling):
@@ -156,7 +156,7 @@ def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
             shape[smallest] *= 2
         pod = dataclasses.replace(job.topology, shape=tuple(shape))
         try:
-            larger = Job(job.changed(chosen).config, pod, tuple(devices(pod)))
+            larger = Job(job.changed(chosen).settings, pod, tuple(devices(pod)))
             options = next(filter(None, (_combinations(larger, keys) for keys in (0, 1, 2))), [])
         except UserError:  # a slice that does not exist, or a batch that does not divide
             continue

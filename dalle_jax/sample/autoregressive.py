@@ -18,7 +18,7 @@ from dalle_jax.data.transforms import center_crop
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.model_dir import ModelDir
-from dalle_jax.models.dvae import decode_images, encode_images
+from dalle_jax.models.image_tokenizer import decode, encode
 from dalle_jax.sample import batches
 from dalle_jax.sample.engine import Batch, Engine, image_keys
 from dalle_jax.sample.generator import Usage
@@ -53,8 +53,8 @@ OPTIONS = (
 )
 
 # Compiled once per model, however many generators are made of it.
-_encode = jax.jit(encode_images, static_argnums=0)
-_decode = jax.jit(decode_images, static_argnums=0)
+_encode = jax.jit(encode, static_argnums=0)
+_decode = jax.jit(decode, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +125,14 @@ class Autoregressive:
           UserError: a part is missing, damaged, or does not belong to the others.
         """
         transformer = model_dir.load(folder, "transformer")
-        image_tokenizer = model_dir.load(folder / "dvae", "dvae")
+        image_tokenizer = model_dir.load_frozen(folder, "image_tokenizer")
         config, image_config = transformer.model.config, image_tokenizer.model.config
         if (image_config.vocab, image_config.grid) != (config.image_vocab, config.grid):
             raise UserError(
                 f"expected an image tokenizer of {config.image_vocab} tokens on a grid of {config.grid} in "
-                f"{folder / 'dvae'}, got {image_config.vocab} on {image_config.grid}: put the one back that the "
-                "transformer was trained with"
+                f"{folder}, got {image_config.vocab} on {image_config.grid}: put the one back that the transformer "
+                "was trained with"
             )
-        model_dir.check_dvae(folder, image_tokenizer.digest)
         tokenizer = load_tokenizer(folder, vocab_size=config.text_vocab)
         digest = hashlib.sha256()
         for tree in (transformer.params, image_tokenizer.params):

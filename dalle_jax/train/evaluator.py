@@ -55,8 +55,8 @@ class Evaluator:
             sizes.append(size)
         if not values:
             raise UserError(
-                f"expected at least {sharding.batch_ways(self.step.mesh)} usable records in config.data.validation, "
-                "got fewer: give a larger source or leave it empty"
+                f"expected at least {sharding.batch_ways(self.step.mesh)} usable records in "
+                "config.run.data.validation, got fewer: give a larger source or none"
             )
         values = jax.device_get(values)
         return {f"validation/{k}": float(np.average([v[k] for v in values], weights=sizes)) for k in values[0]}

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from dalle_jax import distributed, sharding
@@ -28,6 +27,7 @@ from dalle_jax.train.monitor import goodput, tracing
 from dalle_jax.train.monitor.replicas import make_check
 from dalle_jax.train.monitor.report import Report, surviving_a_full_disk, to_terminal
 from dalle_jax.train.rollback import Rollback
+from dalle_jax.train.settings import TrainSettings
 from dalle_jax.train.signals import Signals
 from dalle_jax.train.step import State, TrainStep
 
@@ -54,7 +54,7 @@ class Result:
 
 def run(
     step: TrainStep,
-    config: ml_collections.ConfigDict,
+    settings: TrainSettings,
     workdir: pathlib.Path,
     *,
     batches: ShardedBatches,
@@ -64,7 +64,7 @@ def run(
     profile: tracing.Window | None = None,
     beat: Beat = lambda step, phase: None,
 ) -> Result:
-    """Train until `config.steps`, from the newest complete checkpoint in the workdir if there is one.
+    """Train until `settings.run.steps`, from the newest complete checkpoint in the workdir if there is one.
 
     batches: endless; gets the position of the checkpoint. validation: makes a new iterator over held-out batches.
     hooks: called between updates; they must not keep the state, which the next update overwrites. progress: show a
@@ -78,12 +78,12 @@ def run(
         stay so, or devices that should hold the same numbers and do not.
     """
     ledger = goodput.Ledger(workdir)
-    init_key, update_key, look_key = jax.random.split(jax.random.key(config.seed), 3)
+    init_key, update_key, look_key = jax.random.split(jax.random.key(settings.seed), 3)
     checkpoints = Checkpoints(
         workdir,
-        keep=config.keep_checkpoints,
-        keep_every_hours=config.keep_every_hours,
-        folder=config.checkpoint_dir,
+        keep=settings.run.keep_checkpoints,
+        keep_every_hours=settings.run.keep_every_hours,
+        folder=settings.run.checkpoint_dir,
         warn=to_terminal,
     )
     beat(0, "restore")
@@ -92,7 +92,7 @@ def run(
     frozen = jax.device_put(step.task.frozen, sharding.replicated(step.mesh))
     loop = _Loop(
         step=step,
-        config=config,
+        settings=settings,
         frozen=frozen,
         key=update_key,
         batches=batches,
@@ -100,9 +100,9 @@ def run(
         beat=beat,
         ledger=ledger,
         checkpoints=checkpoints,
-        report=Report(step.task, config, workdir, start=start, progress=progress),
-        evaluator=Evaluator(step, workdir, frozen, look_key, validation, max_batches=config.validation_batches),
-        rollback=Rollback(config.rollback_after, patience=config.log_every, forgiven=step.scale_patience),
+        report=Report(step.task, settings, workdir, start=start, progress=progress),
+        evaluator=Evaluator(step, workdir, frozen, look_key, validation, max_batches=settings.run.validation_batches),
+        rollback=Rollback(settings.run.rollback_after, patience=settings.run.log_every, forgiven=step.scale_patience),
         trace=tracing.Trace(workdir / tracing.FOLDER, profile, warn=to_terminal),
         check_replicas=make_check(step.abstract, mesh=step.mesh),
         state=state,
@@ -138,7 +138,7 @@ class _Loop:
     """The parts of a run, and where it stands."""
 
     step: TrainStep
-    config: ml_collections.ConfigDict
+    settings: TrainSettings
     frozen: Any  # the task's, on the devices
     key: jax.Array
     batches: ShardedBatches
@@ -157,9 +157,9 @@ class _Loop:
     def train(self, interrupted: Signals) -> bool:
         """Make updates until the last or until a signal; True for a signal."""
         n, turn, stop, save_due = self.saved, 0, False, False
-        while n < self.config.steps and not stop:
+        while n < self.settings.run.steps and not stop:
             n, turn = n + 1, turn + 1
-            last = n == self.config.steps
+            last = n == self.settings.run.steps
             if self.trace.due(n):
                 with self.phase("profile", n):
                     self.trace.toggle()
@@ -175,8 +175,8 @@ class _Loop:
 
             self.look(n, batch, last=last)
             stop = distributed.stop_agreed(turn, bool(interrupted.signal))
-            save_due |= last or stop or _due(n, self.config.checkpoint_every)
-            if _due(n, self.config.check_replicas_every) or (self.config.check_replicas_every and save_due):
+            save_due |= last or stop or _due(n, self.settings.run.checkpoint_every)
+            if _due(n, self.settings.run.check_replicas_every) or (self.settings.run.check_replicas_every and save_due):
                 with self.phase("replicas", n):
                     self.check_replicas(self.state, n)
             if save_due:
@@ -225,10 +225,10 @@ class _Loop:
 
     def look(self, n: int, batch: Any, *, last: bool) -> None:
         """Validation, pictures and hooks, those that are due."""
-        if self.evaluator.validates and (last or _due(n, self.config.validate_every)):
+        if self.evaluator.validates and (last or _due(n, self.settings.run.validate_every)):
             with self.phase("validation", n):
                 self.report.write(n, self.evaluator.validate(self.state))
-        if last or _due(n, self.config.picture_every):
+        if last or _due(n, self.settings.run.picture_every):
             with self.phase("pictures", n):
                 self.evaluator.draw(n, self.state, batch)
                 if not last:
@@ -276,5 +276,5 @@ class _Loop:
 
 
 def _due(n: int, every: int | None) -> bool:
-    """every: in updates, None (or 0) for never."""
+    """every: in updates; None is never."""
     return n % every == 0 if every else False

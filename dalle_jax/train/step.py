@@ -22,11 +22,11 @@ import optax
 from jax.sharding import Mesh
 
 from dalle_jax import sharding
-from dalle_jax.errors import UserError
 from dalle_jax.train.ema import Ema, average, average_on_host
 from dalle_jax.train.objectives.task import Batch, Metrics, Task
 from dalle_jax.train.optimizer import loss_scale, matrices, moments, schedule
 from dalle_jax.train.optimizer.powersgd import Compression, Mean, PowerSGD
+from dalle_jax.train.settings import Storage
 
 State = dict[str, Any]
 ROUNDING = 2**31 - 1  # folded into an update's key, a number that neither a microbatch nor `powersgd.py` has
@@ -36,25 +36,12 @@ COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 
 
 @dataclasses.dataclass(frozen=True)
-class Storage:
-    """The form of the state between updates; what an update computes stays float32 or the model's `precision`."""
-
-    # Of the hidden matrices, 'fp32' or 'bf16', rounded at random after every update (`moments.py`). Their gradients are
-    # bfloat16 then too; the moving average, embeddings, heads, gains and biases stay float32.
-    params: str = "fp32"
-    # The moving average lives in the hosts' memory and passes through the device in every update, layer by layer.
-    offload_ema: bool = False
-
-    def __post_init__(self):
-        if self.params not in moments.DTYPES:
-            raise UserError(f"config.storage.params must be one of {', '.join(moments.DTYPES)}, got {self.params!r}")
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainStep:
     """The update of a task on a mesh, and the state that it changes.
 
     optimizer: as `build_optimizer` makes it; any optax optimizer does.
+    offload_ema: the moving average lives in the hosts' memory and passes through the device in every update, layer by
+      layer.
     accumulate: microbatches per batch; their gradients are averaged in float32, so the batch size must be a multiple
       of it.
     """
@@ -64,6 +51,7 @@ class TrainStep:
     mesh: Mesh
     _: dataclasses.KW_ONLY
     storage: Storage = Storage()
+    offload_ema: bool = False
     compression: Compression = Compression()
     accumulate: int = 1
     ema: Ema = Ema()
@@ -75,7 +63,7 @@ class TrainStep:
         params = sharding.shardings(self.task.model.abstract, self.task.model.axes, self.mesh)
         places = jax.tree.map(lambda _: sharding.replicated(self.mesh), shapes) | _filled(
             params=params,
-            ema=jax.tree.map(sharding.on_host, params) if self.storage.offload_ema else params,
+            ema=jax.tree.map(sharding.on_host, params) if self.offload_ema else params,
             opt_state=sharding.like_params(shapes["opt_state"], params, self.mesh),
             error=self._reducer.places,
         )
@@ -216,7 +204,7 @@ class TrainStep:
 
     def _average(self, ema: Any, params: Any, step: jax.Array) -> Any:
         decay = self.ema.decay_at(step)
-        if self.storage.offload_ema:
+        if self.offload_ema:
             return average_on_host(ema, params, decay, axes=self.task.model.axes)
         return average(ema, params, decay)
 

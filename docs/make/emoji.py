@@ -25,19 +25,19 @@ import sys
 import tarfile
 
 import jax
-import ml_collections
 import numpy as np
 
 from dalle_jax import model_dir
 from dalle_jax.checkpoint import reader
 from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source
-from dalle_jax.models.dvae import encode_images
+from dalle_jax.models import image_tokenizer
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.text import load_tokenizer
 from dalle_jax.train.objectives import build_task
-from dalle_jax.train.run import data_config
+from dalle_jax.train.run import load_frozen
+from dalle_jax.train.settings import TrainSettings
 
 SAMPLES, COLUMNS, BATCH = 32, 8, 16
 
@@ -71,8 +71,8 @@ class Run:
     """A trained workdir, ready to be measured."""
 
     def __init__(self, folder: pathlib.Path):
-        self.config = ml_collections.ConfigDict({**model_dir.read_config(folder), "dvae": str(folder / "dvae")})
-        self.task = build_task(self.config)
+        self.settings = TrainSettings.of(model_dir.read_config(folder))
+        self.task = build_task(self.settings, load_frozen(self.settings, folder))
         self.params = jax.device_put(model_dir.load(folder, name="transformer").params)
         self.frozen = jax.device_put(self.task.frozen)
         self.tokenizer = load_tokenizer(folder)
@@ -81,7 +81,7 @@ class Run:
     def batches(self, spec: str):
         return Batches(
             open_source(spec),
-            Prepare(data_config(self.config).without_randomness(), self.task.model.config.layout, self.tokenizer),
+            Prepare(self.settings.data.without_randomness(), self.task.model.config.layout, self.tokenizer),
             batch_size=BATCH,
             seed=0,
             shuffle=False,
@@ -99,8 +99,8 @@ class Run:
         return np.concatenate([np.asarray(measure(batch)) for batch in self.batches(spec)])
 
     def codes(self, spec: str, dvae) -> list[np.ndarray]:
-        encode = jax.jit(lambda f, image: encode_images(dvae, f, image))
-        return [np.asarray(encode(self.frozen, batch["image"])) for batch in self.batches(spec)]
+        encode = jax.jit(lambda f, image: image_tokenizer.encode(dvae, f, image))
+        return [np.asarray(encode(self.frozen["image_tokenizer"], batch["image"])) for batch in self.batches(spec)]
 
 
 def unigram_bits(train_codes: list[np.ndarray], held_out_codes: list[np.ndarray], vocab: int) -> float:

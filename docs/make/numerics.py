@@ -26,33 +26,33 @@ import time
 import jax
 
 from benchmarks import harness
-from dalle_jax import config as configs
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.run import train
+from dalle_jax.train.settings import load_settings
 
 STEPS, LAST = 2_000, 200
 SEEDS = (0, 1, 2)
 REFERENCE = "fp32"
-TWO = {"mesh.replica": 2, "mesh.fsdp": 1}
+TWO = {"run.mesh.replica": 2, "run.mesh.fsdp": 1}
 VARIANTS = {
     REFERENCE: {},
     "moments bf16": {"optimizer.moments": "bf16"},
     "moments paper": {"optimizer.moments": "paper"},
-    "fp16-global": {"precision": "fp16-global"},
-    "fp16-paper": {"precision": "fp16-paper"},
+    "fp16-global": {"model.precision": "fp16-global"},
+    "fp16-paper": {"model.precision": "fp16-paper"},
     "fp32 on two": TWO,
     "powersgd 16": TWO | {"compression.rank": 16, "compression.format": "paper"},
-    "powersgd 24 in 2 pieces": TWO | {"mesh.fsdp": 2, "compression.rank": 24, "compression.format": "paper"},
+    "powersgd 24 in 2 pieces": TWO | {"run.mesh.fsdp": 2, "compression.rank": 24, "compression.format": "paper"},
 }
 COMMON = {
-    "steps": STEPS,
+    "run.steps": STEPS,
     "optimizer.name": "adamw",
     "optimizer.learning_rate": 2e-3,
-    "log_every": 50,
-    "validate_every": 0,  # at the end only
-    "picture_every": 0,
-    "checkpoint_every": 500,
-    "keep_checkpoints": 1,
+    "run.log_every": 50,
+    "run.validate_every": None,  # at the end only
+    "run.picture_every": None,
+    "run.checkpoint_every": 500,
+    "run.keep_checkpoints": 1,
 }
 
 
@@ -78,10 +78,14 @@ def main() -> None:
             if time.monotonic() > deadline:
                 print("not done: the same command goes on")
                 return
-            words = COMMON | {"seed": seed, "dvae": args.demo / "dvae", "tokenizer": args.demo / "tokenizer.model"}
+            words = COMMON | {
+                "seed": seed,
+                "frozen.image_tokenizer": args.demo / "dvae",
+                "tokenizer": args.demo / "tokenizer.model",
+            }
             words |= VARIANTS[variant]
-            config = configs.load("configs/transformer.py:demo", [f"--config.{k}={v}" for k, v in words.items()])
-            result = train(config, workdir, hooks=[(10, stop_in_time)], progress=False)
+            settings = load_settings("configs/transformer.py:demo", [f"--config.{k}={v}" for k, v in words.items()])
+            result = train(settings, workdir, hooks=[(10, stop_in_time)], progress=False)
             print(f"{variant}, seed {seed}: {result.step} of {STEPS} updates, now {result.seconds:.0f} s", flush=True)
     found = {v: [losses(folder(args.out, v, seed)) for seed in SEEDS] for v in VARIANTS}
     variants = {variant: runs for variant, runs in found.items() if any(runs)}

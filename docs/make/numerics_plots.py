@@ -13,7 +13,6 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numerics
 import numpy as np
 import optax
@@ -30,9 +29,8 @@ from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import formats, loss_scale, matrices, moments
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-from dalle_jax.train.run import data_config
-from dalle_jax.train.step import TrainStep
+from dalle_jax.train.run import load_frozen, step_for
+from dalle_jax.train.settings import TrainSettings
 
 DOCS = pathlib.Path(__file__).parent.parent
 FLOAT16_NORMAL, FLOAT16_SMALLEST = -14, -24  # exponents
@@ -94,11 +92,10 @@ def losses(out: pathlib.Path) -> Figure:
     return figure
 
 
-def trained(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, Task]:
-    """Config and task of a run, with the dVAE of its workdir."""
-    config = ml_collections.ConfigDict(model_dir.read_config(workdir))
-    config.dvae = str(workdir / "dvae")
-    return config, build_task(config)
+def trained(workdir: pathlib.Path) -> tuple[TrainSettings, Task]:
+    """Settings and task of a run, with the frozen models of its workdir."""
+    settings = TrainSettings.of(model_dir.read_config(workdir))
+    return settings, build_task(settings, load_frozen(settings, workdir))
 
 
 # Moments.
@@ -106,9 +103,8 @@ def trained(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, Task]:
 
 def float32_moments(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """'mu' and 'nu' of all hidden matrices at the end of a run that kept them in float32, as flat arrays without 0."""
-    (config, task), mesh = trained(workdir), make_mesh({}, devices=jax.devices()[:1])
-    built = build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=task.model.axes)
-    _, state, _ = Checkpoints(workdir, keep=1).restore_latest(TrainStep(task, built, mesh).saved)
+    (settings, task), mesh = trained(workdir), make_mesh({}, devices=jax.devices()[:1])
+    _, state, _ = Checkpoints(workdir, keep=1).restore_latest(step_for(settings, task, mesh).saved)
     hidden = jax.tree.leaves(matrices.hidden_mask(task.model.axes))
     found = {}
     for moment in ("mu", "nu"):
@@ -164,7 +160,7 @@ def scales(out: pathlib.Path) -> Figure:
     same model's gradients, but scales that start in the middle of those largest ones and have no bounds; parameters
     do not move there."""
     workdir = numerics.folder(out, "fp16-paper", numerics.SEEDS[0])
-    config, task = trained(workdir)
+    settings, task = trained(workdir)
     rule = loss_scale.for_model(task.model, replicas=1)
     params = model_dir.load(workdir).params
 
@@ -173,9 +169,9 @@ def scales(out: pathlib.Path) -> Figure:
         loss = lambda params: task.loss(params, task.frozen, batch, key=None, step=None, scales=scale)[0]  # noqa: E731
         return rule.finite(jax.grad(loss)(params))
 
-    source = open_source(config.data.train)
-    prepare = Prepare(data_config(config), task.model.config.layout, load_tokenizer(workdir))
-    batches = Batches(source, prepare, batch_size=config.batch_size, seed=0, shuffle=True, epochs=None)
+    source = open_source(settings.run.data.train)
+    prepare = Prepare(settings.data, task.model.config.layout, load_tokenizer(workdir))
+    batches = Batches(source, prepare, batch_size=settings.batch_size, seed=0, shuffle=True, epochs=None)
     most = largest_scales(rule, functools.partial(finite, batch=next(batches)))  # [layers, branches]
     print("largest scale without an overflow, log2, by layer:", *(f"{a:.1f} {b:.1f};" for a, b in most))
     start = np.median(most)

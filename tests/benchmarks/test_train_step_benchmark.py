@@ -12,16 +12,15 @@ import jax
 import pytest
 
 from benchmarks.speed import chips, train_step, train_step_measure
-from dalle_jax import config as configs
-from dalle_jax.models import build
 from dalle_jax.preflight import flops
 from dalle_jax.preflight.hardware import Chip
 from dalle_jax.preflight.job import Job
 from dalle_jax.preflight.topology import Topology
+from dalle_jax.train.settings import load_settings
 from tests.support import ROOT
 
 TINY = {
-    "batch_size": 8, "precision": "fp32", "model.num_layers": 5, "model.width": 16, "model.heads": 2,
+    "batch_size": 8, "model.precision": "fp32", "model.num_layers": 5, "model.width": 16, "model.heads": 2,
     "model.head_size": 8, "model.text_len": 8,
 }  # fmt: skip
 
@@ -32,10 +31,10 @@ def test_every_variant_of_a_suite_is_a_possible_model():
         for variant in suite.variants:
             changes, flags = train_step.parse(variant)
             values = {**suite.common, **changes}
-            config = configs.load(suite.config, [f"--config.{key}={value}" for key, value in values.items()])
-            assert build("transformer", config.model).config.layout.length == 1280
-            assert config.batch_size % config.accumulate == 0
-            found.append((configs.to_json(config), *flags))
+            settings = load_settings(suite.config, [f"--config.{key}={value}" for key, value in values.items()])
+            assert settings.model.layout.length == 1280
+            assert settings.batch_size % settings.accumulate == 0
+            found.append((str(settings), *flags))
         assert len(set(found)) == len(found)
 
 
@@ -90,10 +89,10 @@ def test_a_machine_without_the_device_ends_the_call_and_nothing_is_noted(tmp_pat
 
 def test_a_suites_dvae_is_the_one_that_encodes():
     chip, sizes = Chip("any", "gpu", 0, {}, 0.0, 0.0), train_step.SUITES["sparse-dense"].dvae
-    job = Job(configs.load("configs/transformer.py:1b3"), Topology(chip, (1, 1)), jax.devices()[:1])
+    job = Job(load_settings("configs/transformer.py:1b3"), Topology(chip, (1, 1)), jax.devices()[:1])
     train_step_measure.change_dvae(job, sizes)
-    assert {name: getattr(job.helper.config, name) for name in sizes} == sizes
-    assert job.task.frozen == job.helper.abstract
+    assert {name: getattr(job.image_tokenizer.config, name) for name in sizes} == sizes
+    assert job.task.frozen == {"image_tokenizer": job.image_tokenizer.abstract}
 
 
 def test_names_of_devices_are_found():
@@ -131,7 +130,7 @@ def test_a_whole_call(tmp_path, monkeypatch):
     assert train_step.main() == 0
     whole, again, impossible = json.loads((tmp_path / "rows.json").read_text()).values()
     assert "heads must be at least 1" in impossible["failed"]
-    config = build("transformer", configs.load("configs/transformer.py:demo", _words()).model).config
+    config = load_settings("configs/transformer.py:demo", _words()).model
     assert whole["model_flops_per_device"] == flops.transformer(config)  # eight sequences on eight devices
     for row in (whole, again):
         assert row["memory_bytes"] > 0 and row["executed_flops_per_device"] > row["model_flops_per_device"]

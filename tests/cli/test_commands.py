@@ -65,18 +65,19 @@ def test_from_broken_shards_to_pictures(shards, tmp_path, capsys):
     assert report["caption_length_unit"] == "tokens"
 
     common = {
-        "data.train": shards, "batch_size": BATCH, "steps": STEPS, "data.max_bad_share": 0.9, "data.image_size": 16,
-        "data.max_pixels": 10_000_000, "data.threads": 2, "validate_every": 0, "picture_every": 0, "log_every": 4,
-        "mesh.fsdp": 1, "mesh.replica": -1,
+        "run.data.train": shards, "run.data.validation": None, "run.steps": STEPS, "run.validate_every": None,
+        "run.picture_every": None, "run.log_every": 4, "run.mesh.fsdp": 1, "run.mesh.replica": None,
+        "batch_size": BATCH, "data.max_bad_share": 0.9, "data.image_size": 16, "data.max_pixels": 10_000_000,
+        "data.threads": 2, "optimizer.schedule.warmup_steps": 0,
     }  # fmt: skip
     sizes = {"model.image_size": 16, "model.width": 8, "model.stem": 4, "model.vocab": 8, "model.patch": 4}
-    demo = {"data.validation": ""}
-    assert run(f"train --config configs/dvae.py:demo --workdir {dvae}", **common, **sizes, **demo) == 0
+    assert run(f"train --config configs/dvae.py:demo --workdir {dvae}", **common, **sizes) == 0
     sizes = {
         "model.num_layers": 2, "model.width": 16, "model.heads": 2, "model.head_size": 8, "model.text_len": 8,
-        "model.grid": 4, "model.image_vocab": 8, "model.text_vocab": 0, "dvae": dvae, "tokenizer": tokenizer,
+        "model.grid": 4, "model.image_vocab": 8, "model.text_vocab": None, "frozen.image_tokenizer": dvae,
+        "tokenizer": tokenizer,
     }  # fmt: skip
-    assert run(f"train --config configs/transformer.py:demo --workdir {transformer}", **common, **sizes, **demo) == 0
+    assert run(f"train --config configs/transformer.py:demo --workdir {transformer}", **common, **sizes) == 0
     seen = position(transformer, capsys)
     assert seen["good"] == STEPS * BATCH
     assert set(seen["dropped"]) == set(DROPPED)

@@ -9,7 +9,13 @@ from PIL import Image
 from dalle_jax.cli import demo, main
 from dalle_jax.data.sources import scenes
 
-FEW = ["--config.steps=3", "--config.batch_size=16", "--config.validation_batches=1", "--config.picture_every=3"]
+FEW = [
+    "--config.run.steps=3",
+    "--config.batch_size=16",
+    "--config.run.validation_batches=1",
+    "--config.run.picture_every=3",
+    "--config.optimizer.schedule.warmup_steps=0",
+]
 SHALLOW = {  # most of the test's time is the compiler's
     "configs/transformer.py:demo": ["--config.model.num_layers=2"],
     "configs/clip.py:demo": ["--config.model.image_layers=1", "--config.model.text_layers=1"],
@@ -17,13 +23,13 @@ SHALLOW = {  # most of the test's time is the compiler's
 
 
 def few(load):
-    """`configs.load` for a handful of updates of models of few layers."""
+    """`load_settings` for a handful of updates of models of few layers."""
     return lambda spec, words=(): load(spec, [*words, *FEW, *SHALLOW.get(spec, ())])
 
 
 @pytest.mark.parametrize("best_of", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo.configs, "load", few(demo.configs.load))
+    monkeypatch.setattr(demo, "load_settings", few(demo.load_settings))
     monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.5))
     monkeypatch.setattr(demo, "TUNING_CAPTIONS", 2)
@@ -51,16 +57,17 @@ def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, 
 
 
 def test_updates_follow_the_speed_of_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "time_update", lambda config: 0.25)
+    monkeypatch.setattr(demo, "time_update", lambda settings: 0.25)
     monkeypatch.setattr(demo, "MORE_THAN_UPDATES", 1.25)
 
     def plan(seconds, steps=1000):
-        return demo.planned("configs/transformer.py:demo", {"steps": steps}, tmp_path, seconds=seconds).steps
+        planned = demo.planned("configs/transformer.py:demo", {"run.steps": steps}, tmp_path, seconds=seconds)
+        return planned.run.steps
 
     assert plan(100.0) == 320
     assert plan(1e6) == 1000
     assert plan(-100.0) == 100  # a demo that cannot keep its time still trains a little
-    (tmp_path / "config.json").write_text(json.dumps({"name": "transformer", "model": {}, "steps": 77}))
+    (tmp_path / "config.json").write_text(json.dumps({"name": "transformer", "model": {}, "run": {"steps": 77}}))
     assert plan(100.0) == 77  # a training that has begun keeps its number
 
 
@@ -81,12 +88,12 @@ def test_tuning_and_report_captions_are_disjoint():
 
 def test_an_interrupted_stage_ends_the_demo(tmp_path, monkeypatch):
     """SIGTERM while the dVAE trains: exit status 143, and no transformer is begun."""
-    monkeypatch.setattr(demo.configs, "load", few(demo.configs.load))
+    monkeypatch.setattr(demo, "load_settings", few(demo.load_settings))
     monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
     begun = []
 
-    def train(config, workdir, **options):
-        begun.append(config.name)
+    def train(settings, workdir, **options):
+        begun.append(settings.name)
         return type("Result", (), {"signal": 15})
 
     monkeypatch.setattr(demo, "train", train)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import config as configs
 from dalle_jax import files, model_dir
 from dalle_jax.checkpoint import reader
 from dalle_jax.cli import main
@@ -31,15 +30,17 @@ from dalle_jax.preflight.topology import Topology
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import run
+from tests.support.demo_settings import demo_settings
 
 PICTURES, SIDE, VOCAB, GRID = 21, 16, 12, 4
 DVAE = {"image_size": SIDE, "vocab": VOCAB, "width": 8, "groups": 2, "blocks_per_group": 1, "stem": 8, "patch": 2}
 TRANSFORMER = {
-    "steps": 4, "batch_size": 8, "log_every": 2, "validate_every": 4, "picture_every": 0, "checkpoint_every": 2,
+    "run.steps": 4, "batch_size": 8, "run.log_every": 2, "run.validate_every": 4, "run.picture_every": None,
+    "run.checkpoint_every": 2,
     "model.num_layers": 2, "model.width": 16, "model.heads": 2, "model.head_size": 8, "model.text_len": 24,
-    "model.grid": GRID, "model.image_vocab": VOCAB, "model.text_vocab": 0, "data.image_size": SIDE, "data.threads": 0,
+    "model.grid": GRID, "model.image_vocab": VOCAB, "model.text_vocab": 320, "data.image_size": SIDE, "data.threads": 0,
     "data.bpe_dropout": 0.3, "data.caption_dropout": 0.2, "data.max_bad_share": 0.5,
-    "mesh.replica": -1, "mesh.fsdp": 1, "optimizer.name": "adamw",
+    "run.mesh.replica": None, "run.mesh.fsdp": 1, "optimizer.name": "adamw",
 }  # fmt: skip
 
 
@@ -130,10 +131,9 @@ def test_every_slot_is_the_sources_own(folder, dvae, center):
 
 
 def train(workdir, dvae, tokenizer, source, **values):
-    sources = {"data.train": source, "data.validation": source}
-    values = TRANSFORMER | sources | {"dvae": dvae, "tokenizer": tokenizer} | values
-    words = [f"--config.{key}={value}" for key, value in values.items()]
-    return run.train(configs.load("configs/transformer.py:demo", words), workdir, progress=False)
+    sources = {"run.data.train": source, "run.data.validation": source}
+    values = TRANSFORMER | sources | {"frozen.image_tokenizer": dvae, "tokenizer": tokenizer} | values
+    return run.train(demo_settings("transformer", values), workdir, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,10 @@ def test_parts_make_the_same_folder(folder, dvae, center, tmp_path, capsys):
     assert "3 shards are left to other parts" in capsys.readouterr().out
     assert encoded(folder, dvae, tmp_path / "t", **options, part="0/2") == 0
     line = capsys.readouterr().out
-    assert f"--config.data.train=tokens:{tmp_path / 't'} --config.data.augment=center" in line and line.count("\n") == 1
+    assert (
+        f"--config.run.data.train=tokens:{tmp_path / 't'} --config.data.augment=center" in line
+        and line.count("\n") == 1
+    )
     assert contents(tmp_path / "t") == contents(center)
 
 
@@ -257,7 +260,8 @@ def test_another_dvae_is_refused_by_encoding_training_and_sampling(
     assert encoded(folder, other, center, augment="center", shard_records=5) == 2
     assert "holds other tokens (dvae_sha256 was" in capsys.readouterr().err
     with pytest.raises(
-        UserError, match="expected the image tokenizer that made the tokens in .*, got another .* --config.dvae=DIR"
+        UserError,
+        match="expected the image tokenizer that made the tokens in .*, got another .* --config.frozen",
     ):
         train(tmp_path / "run", other, tokenizer, f"tokens:{center}")
     with pytest.raises(UserError, match="crops of kind 'transformer' in .*, as config.data.augment asks, got 'center'"):
@@ -272,25 +276,25 @@ def test_another_dvae_is_refused_by_encoding_training_and_sampling(
         with pytest.raises(UserError, match="expected the dVAE whose codes the transformer in .* was trained on"):
             Pipeline.load(place)
     with pytest.raises(UserError, match="was trained on .* put that one back"):
-        train(tmp_path / "copy", dvae, tokenizer, f"tokens:{center}", steps=6)
+        train(tmp_path / "copy", dvae, tokenizer, f"tokens:{center}", **{"run.steps": 6})
 
 
 def test_codes_are_no_pictures(crops, dvae, tokenizer, center, tmp_path, capsys):
     assert main.main(["data", f"tokens:{center}"]) == 2
     assert "expected a source of pictures, got tokens:" in capsys.readouterr().err
     with pytest.raises(UserError, match="expected crops of kind 'center' in .* as validation asks, got 'transformer'"):
-        train(tmp_path, dvae, tokenizer, f"tokens:{center}", **{"data.validation": f"tokens:{crops}"})
+        train(tmp_path, dvae, tokenizer, f"tokens:{center}", **{"run.data.validation": f"tokens:{crops}"})
     with pytest.raises(UserError, match="expected a folder that `dalle-jax encode` made, got /nowhere"):
         open_source("tokens:/nowhere", pictures_required=False)
 
 
 def test_the_dvae_stays_where_pictures_are_read():
     def reads(train, validation):
-        words = [f"--config.data.train={train}", f"--config.data.validation={validation}"]
-        return run.reads_pictures(configs.load("configs/transformer.py:demo", words))
+        values = {"run.data.train": train, "run.data.validation": validation}
+        return run.reads_images(demo_settings("transformer", values))
 
-    assert reads("folder:a", "") and reads("folder:a", "tokens:b") and reads("tokens:a", "folder:b") and reads("", "")
-    assert not reads("tokens:a", "") and not reads("tokens:a", "tokens:b")
+    assert reads("folder:a", None) and reads("folder:a", "tokens:b") and reads("tokens:a", "folder:b")
+    assert reads(None, None) and not reads("tokens:a", None) and not reads("tokens:a", "tokens:b")
 
 
 def test_damaged_shards_cost_their_records_only(center, tmp_path):
@@ -312,8 +316,8 @@ def test_damaged_shards_cost_their_records_only(center, tmp_path):
 def test_preflight_leaves_the_dvae_out_of_an_update_on_codes():
     pod = Topology(hardware.find_chip("gpu", "h100"), (1, 8))
     jobs = [
-        Job(configs.load("configs/transformer.py:demo", [f"--config.data.train={source}", *more]), pod, jax.devices())
-        for source, more in (("scenes:train@64", ()), ("tokens:x", ("--config.data.validation=",)))
+        Job(demo_settings("transformer", {"run.data.train": train, "run.data.validation": None}), pod, jax.devices())
+        for train in ("scenes:train@64", "tokens:x")
     ]
     pictures, codes = jobs
     assert set(codes.batch) == {"image_tokens", "text"} and not codes.frozen and pictures.frozen

@@ -1,5 +1,6 @@
 """`inspect` and `export`: what a run says about itself, and its parameters alone."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from dalle_jax.cli import main
 from dalle_jax.cli.inspect import inspect
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
-from tests.support.line_task import MODEL, config, line_step, train
+from tests.support.line_task import MODEL, line_settings, line_step, train
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def known_model(monkeypatch):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
-    (path / "config.json").write_text(json.dumps(config().to_dict() | {"name": "line", "model": {}}))
+    (path / "config.json").write_text(json.dumps(dataclasses.asdict(line_settings()) | {"name": "line", "model": {}}))
     (path / "tokenizer.model").write_text("as it is")
     train(path)
     return path

@@ -68,7 +68,7 @@ def test_a_coordinator_that_is_not_there_is_named_in_time_and_may_still_come(cap
     """With the status on which launchers start again: its machine may only have been slow."""
     port, began = processes.free_port(), time.monotonic()
     words = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", "1"]
-    words += ["--config.processes.start_seconds=1", "--config", "configs/dvae.py:demo", "--workdir", str(tmp_path)]
+    words += ["--config.run.processes.start_seconds=1", "--config", "configs/dvae.py:demo", "--workdir", str(tmp_path)]
     with pytest.raises(SystemExit) as ended:
         main.main(["train", *words])
     assert ended.value.code == EXIT_RESTART and time.monotonic() - began < 10

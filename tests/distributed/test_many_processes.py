@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import config as configs
 from dalle_jax import model_dir
 from dalle_jax.checkpoint import reader
 from dalle_jax.data.shards import ShardedBatches
@@ -16,13 +15,16 @@ from dalle_jax.errors import EXIT_RESTART
 from dalle_jax.train import run
 from dalle_jax.train.monitor import metrics
 from tests.support import clip_driver, powersgd_driver, processes, train_driver
+from tests.support.demo_settings import demo_settings
 
 RECORDS, BATCH, STEPS = 24, 8, 9
 # The paper's step size: a large one lets Adam blow rounding of near-zero gradients up to its own size.
 VALUES = {
-    "steps": STEPS, "batch_size": BATCH, "log_every": 1, "validate_every": 3, "picture_every": 3, "checkpoint_every": 4,
-    "keep_checkpoints": 9, "optimizer.learning_rate": 1e-4, "mesh.fsdp": 1, "mesh.replica": -1,
-    "data.image_size": train_driver.SIDE, "data.threads": 1,
+    "run.steps": STEPS, "batch_size": BATCH, "run.log_every": 1, "run.validate_every": 3, "run.picture_every": 3,
+    "run.checkpoint_every": 4, "run.keep_checkpoints": 9, "run.mesh.fsdp": 1, "run.mesh.replica": None,
+    "optimizer.learning_rate": 2e-5, "optimizer.schedule.warmup_steps": STEPS,
+    "optimizer.schedule.end_learning_rate": 0.0, "data.image_size": train_driver.SIDE, "data.threads": 1,
+    "model.image_size": train_driver.SIDE,
 }  # fmt: skip
 
 
@@ -38,7 +40,9 @@ def values(tmp_path_factory):
             pixels[0, 0] = number
             Image.fromarray(pixels).save(folder / name / f"{number:02d}.png")
     (folder / "validation" / "03.png").write_bytes(b"no picture")
-    return VALUES | {name: f"folder:{folder / name.partition('.')[2]}" for name in ("data.train", "data.validation")}
+    return VALUES | {
+        name: f"folder:{folder / name.rpartition('.')[2]}" for name in ("run.data.train", "run.data.validation")
+    }
 
 
 def words(values, **more):
@@ -51,7 +55,7 @@ def here(values, workdir, **more):
     train_driver.note_records(seen)
     run.build_task = train_driver.toy_task
     try:
-        return run.train(configs.load("configs/dvae.py:demo", words(values, **more)), workdir, progress=False), seen
+        return run.train(demo_settings("dvae", values | more), workdir, progress=False), seen
     finally:
         ShardedBatches.__next__, run.build_task = take, build
 
@@ -59,7 +63,7 @@ def here(values, workdir, **more):
 @pytest.fixture(scope="module")
 def alone(values, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    return workdir, *here(values, workdir, **{"data.lanes": 4})
+    return workdir, *here(values, workdir, **{"run.data.shards": 4})
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +129,7 @@ def test_another_number_of_processes_goes_on_at_the_same_records(count, four, al
         _, records = here(values, tmp_path / "run")
         records = [sorted(batch) for batch in records]
     else:
-        sizes = {"mesh.fsdp": 2, "mesh.replica": 2, "validate_every": 0, "picture_every": 0}
+        sizes = {"run.mesh.fsdp": 2, "run.mesh.replica": 2, "run.validate_every": None, "run.picture_every": None}
         ended = processes.statuses(
             processes.start("train_driver", tmp_path, count, tmp_path / "run", "", *words(values, **sizes), devices=2)
         )

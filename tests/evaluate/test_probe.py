@@ -1,16 +1,20 @@
 """Small evaluations: of pictures in memory, and as a hook of a training."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from dalle_jax import config, model_dir
+from dalle_jax import model_dir
 from dalle_jax.cli import hooks
 from dalle_jax.data.sources import scenes
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.train.monitor import metrics
+from dalle_jax.train.settings import Evaluate
+from tests.support.demo_settings import demo_settings
 from tests.support.line_task import train
 
 COUNT = 12
@@ -38,12 +42,13 @@ def test_real_pictures_are_at_no_distance_and_blurred_ones_are_further_than_othe
 
 
 def test_the_hook_scores_samples_of_held_out_captions(model, weights):
-    words = [
-        "every=5", f"clip={model / 'clip'}", f"weights={weights}", "count=3", "reference_count=4",
-    ]  # fmt: skip
-    demo = config.load("configs/transformer.py:demo", [f"--config.evaluate.{word}" for word in words])
-    assert [every for every, _ in hooks.hooks_of(demo, model)] == [2_000, 5]
-    every, score = hooks.evaluate_hook(demo, model)
+    evaluate = Evaluate(every=5, clip=str(model / "clip"), weights=str(weights), count=3, reference_count=4)
+    # The model that lies there, which the workdir of a training would have written.
+    values = {f"model.{key}": value for key, value in model_dir.read_config(model)["model"].items()}
+    settings = demo_settings("transformer", values)
+    settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, evaluate=evaluate))
+    assert [every for every, _ in hooks.hooks_of(settings, model)] == [2_000, 5]
+    every, score = hooks.evaluate_hook(settings, model)
     average = jax.device_put(model_dir.read_params(model))
     state = {"ema": average, "params": average}
     scores = score(5, state)
@@ -53,13 +58,11 @@ def test_the_hook_scores_samples_of_held_out_captions(model, weights):
     assert other["samples/fid"] != scores["samples/fid"]
 
 
-@pytest.mark.parametrize(
-    ("word", "message"), [("every=5", "give config.evaluate.weights"), ("clip=nowhere", "config.json")]
-)
-def test_a_hook_without_a_network_is_refused_at_the_start(word, message, tmp_path):
-    words = ["--config.evaluate.every=5", f"--config.evaluate.{word}"]
+@pytest.mark.parametrize(("clip", "message"), [(None, "give config.run.evaluate.weights"), ("nowhere", "config.json")])
+def test_a_hook_without_a_network_is_refused_at_the_start(clip, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        hooks.hooks_of(config.load("configs/transformer.py:demo", words), tmp_path)
+        settings = demo_settings("transformer", {"run.evaluate.every": 5, "run.evaluate.clip": clip})
+        hooks.hooks_of(settings, tmp_path)
 
 
 def test_what_a_hook_measures_is_in_the_metrics(tmp_path):

@@ -66,8 +66,8 @@ await() { # SECONDS WHAT COMMAND...: until the command succeeds
 is() { [[ $(state "$1" "$2") == "$3" ]]; }
 submit() { # WORKDIR WORD...: prints the job's number
   sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --time=30 \
-    --output="$place/%j.log" launch/slurm.sbatch configs/dvae.py:demo "$place/$1" --config.data.train=scenes:train@64 \
-    --config.data.validation= --config.steps=120 --config.checkpoint_every=20 --config.log_every=10 "${@:2}"
+    --output="$place/%j.log" launch/slurm.sbatch configs/dvae.py:demo "$place/$1" --config.run.data.train=scenes:train@64 \
+    --config.run.data.validation= --config.run.steps=120 --config.run.checkpoint_every=20 --config.run.log_every=10 "${@:2}"
 }
 kept() { (cd "$place/$1/checkpoints" && echo *); }
 saved() { compgen -G "$place/$1/checkpoints/$2" > /dev/null; }

@@ -236,12 +236,12 @@ def test_slurm_requeues_what_can_go_on(stand_in, status, restarts, requeued):
     stand_in("srun", f"exit {status}")
     stand_in("scontrol")
     environment = {"SLURM_RESTART_COUNT": restarts} if restarts else {}
-    done = script("launch/slurm.sbatch", CONFIG, WORKDIR, "--config.steps=3", SLURM_JOB_ID="12", **environment)
+    done = script("launch/slurm.sbatch", CONFIG, WORKDIR, "--config.run.steps=3", SLURM_JOB_ID="12", **environment)
     assert done.returncode == status, done.stderr
     assert stand_in.calls("scontrol") == ([["requeue", "12"]] if requeued else [])
     (words,) = stand_in.calls("srun")
     train = words[words.index("dalle-jax") + 1 :]
-    assert train == ["train", "--config", CONFIG, "--workdir", WORKDIR, "--config.steps=3"]
+    assert train == ["train", "--config", CONFIG, "--workdir", WORKDIR, "--config.run.steps=3"]
     parse(train)
 
 
@@ -255,21 +255,21 @@ def test_slurm_gives_time_to_save():
 
 def test_local_runs_one_process_without_a_coordinator(stand_in):
     stand_in("dalle-jax", "exit 75")
-    assert script("launch/local.sh", CONFIG, WORKDIR, "--config.steps=3").returncode == 75
-    expected = ["train", "--config", CONFIG, "--workdir", WORKDIR, "--config.steps=3"]
+    assert script("launch/local.sh", CONFIG, WORKDIR, "--config.run.steps=3").returncode == 75
+    expected = ["train", "--config", CONFIG, "--workdir", WORKDIR, "--config.run.steps=3"]
     assert stand_in.calls("dalle-jax") == [expected]
 
 
 def test_local_runs_processes_that_find_each_other(stand_in):
     stand_in("dalle-jax", 'exit $(("${*: -1}" * 2))')  # process i ends with 2 i
-    done = script("launch/local.sh", CONFIG, WORKDIR, "--config.steps=3", PROCESSES="3", PORT="9000")
+    done = script("launch/local.sh", CONFIG, WORKDIR, "--config.run.steps=3", PROCESSES="3", PORT="9000")
     assert done.returncode == 4, done.stderr  # the highest
     calls = sorted(stand_in.calls("dalle-jax"), key=lambda words: words[-1])
     assert [words[-1] for words in calls] == ["0", "1", "2"]
     for words in calls:
         args = parse(words)
         assert (args.coordinator, args.num_processes, args.workdir) == ("localhost:9000", 3, WORKDIR)
-        assert args.overrides == ["--config.steps=3"]
+        assert args.overrides == ["--config.run.steps=3"]
 
 
 def test_local_passes_sigterm_on_and_waits_for_the_save(stand_in, tmp_path):
@@ -326,7 +326,9 @@ TPU = {"TPU": "slice", "ZONE": "z", "TYPE": "v5p", "TOPOLOGY": "2x2x1", "RUNTIME
 def test_tpu_pod_trains_on_every_worker(stand_in, tmp_path):
     """What gcloud would run on a worker is run here, with systemd's part played by a stand-in."""
     stand_in("gcloud")
-    assert script("launch/tpu_pod.sh", "run", CONFIG, WORKDIR, "--config.data.train=wds:*.tar", **TPU).returncode == 0
+    assert (
+        script("launch/tpu_pod.sh", "run", CONFIG, WORKDIR, "--config.run.data.train=wds:*.tar", **TPU).returncode == 0
+    )
     ((*words, command),) = stand_in.calls("gcloud")
     assert words[:5] == ["compute", "tpus", "tpu-vm", "ssh", "slice"] and words[words.index("--worker") + 1] == "all"
     (tmp_path / "dalle-jax" / ".venv" / "bin").mkdir(parents=True)
@@ -339,7 +341,7 @@ def test_tpu_pod_trains_on_every_worker(stand_in, tmp_path):
     assert {"systemd-run", "--uid=me", "--property=Restart=on-failure"} <= set(systemd)
     assert f"--property=RestartPreventExitStatus={main.EXIT_USER_ERROR}" in systemd
     ((*train, last),) = stand_in.calls("dalle-jax")
-    assert train == ["train", "--config", CONFIG, "--workdir", WORKDIR] and last == "--config.data.train=wds:*.tar"
+    assert train == ["train", "--config", CONFIG, "--workdir", WORKDIR] and last == "--config.run.data.train=wds:*.tar"
     parse([*train, last])
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dalle_jax import attention_pattern, sharding
-from dalle_jax import config as configs
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models import transformer
@@ -18,6 +17,7 @@ from dalle_jax.models.attention import blockwise, kernels, pallas, splash
 from dalle_jax.models.attention.block_lists import block_lists
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.train import run
+from tests.support.demo_settings import demo_settings
 
 KINDS = attention_pattern.KINDS
 TEXT, GRID = 16, 8  # with blocks of 16: one block of text, and four of two rows or two columns
@@ -299,10 +299,9 @@ def test_machines_that_a_kernel_does_not_run_on_are_refused(name, platform, capa
 
 
 def test_a_run_refuses_a_kernel_that_these_devices_do_not_run(tmp_path):
-    words = ["--config.model.attention=pallas", "--config.model.text_len=64", "--config.dvae=x"]
-    config = configs.load("configs/transformer.py:demo", words)
+    settings = demo_settings("transformer", {"model.attention": "pallas", "model.text_len": 64})
     with pytest.raises(UserError, match="expected a GPU .* got cpu: set --config.model.attention=xla"):
-        run.train(config, tmp_path / "run")
+        run.train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
@@ -23,7 +22,8 @@ from dalle_jax.train import run
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives import clip as clip_task
 from dalle_jax.train.optimizer import matrices
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.optimizer.build import build_optimizer
+from dalle_jax.train.settings import load_settings
 from dalle_jax.train.step import TrainStep
 from tests.support.tiny_clip import (
     ONE_LAYER,
@@ -33,13 +33,13 @@ from tests.support.tiny_clip import (
     encode_images,
     random_batch,
     random_params,
-    tiny_config,
+    tiny_settings,
 )
 
 
 @pytest.mark.parametrize(("variant", "parameters"), [("b32", 151_277_313), ("b16", 149_620_737), ("l14", 427_616_513)])
 def test_parameter_counts_are_those_of_the_released_models(variant, parameters):
-    assert build("clip", configs.load(f"configs/clip.py:{variant}").model).num_params == parameters
+    assert build("clip", load_settings(f"configs/clip.py:{variant}").model).num_params == parameters
 
 
 def test_captions_lie_between_both_marks():
@@ -161,10 +161,10 @@ def test_eight_devices_train_as_one_does():
 
     The loss of eight batches of one is zero, so the test would see a loss that stayed on its device.
     """
-    config = tiny_config("--config.optimizer.name=adamw", *ONE_LAYER)
-    task = build_task(config)
+    settings = tiny_settings({"optimizer.name": "adamw", **ONE_LAYER})
+    task = build_task(settings, {})
     image, text = random_batch(TINY, batch=8)
-    built = build_optimizer(Optimizer(**config.optimizer), steps=10, axes=task.model.axes)
+    built = build_optimizer(settings.optimizer, steps=10, axes=task.model.axes)
     found = []
     for shape in ((1, 1, 1), (2, 2, 2)):
         devices = jax.devices()[: int(np.prod(shape))]
@@ -190,23 +190,23 @@ def test_embeddings_decay_but_gains_and_biases_do_not():
 
 def test_microbatches_are_refused():
     with pytest.raises(UserError, match=r"config.accumulate = 1 for CLIP, got 2.*remat"):
-        build_task(tiny_config("--config.accumulate=2"))
+        build_task(tiny_settings({"accumulate": 2}), {})
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("key", "value", "message"),
     [
-        ("--config.data.image_size=16", "config.data.image_size = 8, the CLIP's image_size"),
-        ("--config.model.patch=3", "image_size must be a multiple of patch"),
-        ("--config.model.text_heads=3", "text_width must be a multiple of text_heads"),
-        ("--config.model.remat=some", "remat must be one of"),
-        ("--config.model.text_len=2", "text_len must be at least 3"),
-        ("--config.model.embed=0", "embed must be at least 1"),
+        ("data.image_size", 16, "config.data.image_size = config.model.image_size = 8, got 16"),
+        ("model.patch", 3, "image_size must be a multiple of patch"),
+        ("model.text_heads", 3, "text_width must be a multiple of text_heads"),
+        ("model.remat", "some", "remat must be one of"),
+        ("model.text_len", 2, "text_len must be at least 3"),
+        ("model.embed", 0, "embed must be at least 1"),
     ],
 )
-def test_impossible_configs_are_refused(word, message):
+def test_impossible_settings_are_refused(key, value, message):
     with pytest.raises(UserError, match=message):
-        build_task(tiny_config(word))
+        tiny_settings({key: value})
 
 
 def test_pixel_statistics_must_be_three():
@@ -221,11 +221,11 @@ def workdir(tmp_path_factory):
     """Three updates on scenes, by the loop of every task."""
     folder = tmp_path_factory.mktemp("clip")
     BPETokenizer.train([f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "star")], vocab_size=300).save(folder)
-    words = ["steps=3", f"tokenizer={folder}", "model.text_vocab=0", "data.train=scenes:train@24", "log_every=1"]
-    words += ["validation_batches=1", "validate_every=3", "data.validation=scenes:val@24", "data.threads=0"]
-    words += ["optimizer.name=adamw"]
-    config = tiny_config(*(f"--config.{word}" for word in words), *ONE_LAYER)
-    run.train(config, folder / "run", progress=False)
+    values = {"tokenizer": folder, "model.text_vocab": 300, "data.threads": 0, "optimizer.name": "adamw", **ONE_LAYER}
+    values |= {"run.data.train": "scenes:train@24", "run.data.validation": "scenes:val@24"}
+    values |= {"optimizer.schedule.warmup_steps": 0}
+    settings = tiny_settings(values, steps=3, log_every=1, validation_batches=1, validate_every=3)
+    run.train(settings, folder / "run", progress=False)
     (folder / "tokenizer.model").unlink()
     return folder / "run"
 
@@ -241,4 +241,4 @@ def test_a_workdir_is_trained_and_self_contained(workdir):
 
 def test_a_clip_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="a clip needs a tokenizer"):
-        run.train(tiny_config(), tmp_path, progress=False)
+        run.train(tiny_settings({}), tmp_path, progress=False)

@@ -1,6 +1,6 @@
 """The dVAE's networks and its objective against slow independent formulas and the paper's counts."""
 
-import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +9,19 @@ import optax
 import pytest
 
 from dalle_jax import pixels
+from dalle_jax.errors import UserError
 from dalle_jax.models import build, dvae
-from dalle_jax.train.objectives import dvae as dvae_task
-from dalle_jax.train.objectives.dvae import Cosine, Objective
+from dalle_jax.train.objectives import dvae as dvae_objective
+from dalle_jax.train.settings import LIKELIHOODS, Cosine, DVAEObjective
 
 TINY = {"image_size": 16, "vocab": 12, "width": 8, "groups": 2, "blocks_per_group": 1, "stem": 6, "stem_kernel": 3}
 PAPER_GRID, PAPER_VOCAB = 32, 8192
 
 
-@dataclasses.dataclass
-class Config:
-    """The two fields of a config that the task reads."""
-
-    model: dict
-    objective: dict = dataclasses.field(default_factory=dict)
+def task_of(model, objective=DVAEObjective()):  # noqa: B008  (frozen)
+    """The task of a dVAE of these sizes."""
+    settings = types.SimpleNamespace(model=dvae.DVAEConfig(**model), objective=objective)
+    return dvae_objective.build(settings, {})
 
 
 @pytest.fixture(scope="module")
@@ -166,17 +165,17 @@ def test_the_logit_laplace_density_integrates_to_one(mu, log_scale):
     logit = np.linspace(-40.0, 40.0, 400_001)
     x = 1.0 / (1.0 + np.exp(-logit))
     inside = (x > 1e-6) & (x < 1 - 1e-6)  # float32 cannot tell more extreme values from 0 and 1
-    density = np.exp(np.asarray(dvae_task.log_logit_laplace(jnp.asarray(x[inside]), mu, log_scale), np.float64))
+    density = np.exp(np.asarray(dvae_objective.log_logit_laplace(jnp.asarray(x[inside]), mu, log_scale), np.float64))
     assert abs(np.trapezoid(density, x[inside]) - 1.0) < 2e-3
 
 
 def test_the_loss_is_the_formula(tiny):
     """Against numpy loops over pictures, positions and values, float64."""
     model, params = tiny
-    objective = Objective(beta=Cosine(2.0, 2.0, 0), temperature=Cosine(0.7, 0.7, 0))
+    objective = DVAEObjective(beta=Cosine(2.0, 2.0, 0), temperature=Cosine(0.7, 0.7, 0))
     key = jax.random.key(3)
     images = some_images()
-    task = dvae_task.dvae_task(Config(TINY, dataclasses.asdict(objective)))
+    task = task_of(TINY, objective)
     loss, metrics = measure(task, params, images, key=key)
 
     x = 0.8 * (images.astype(np.float64) / 255) + 0.1
@@ -207,18 +206,18 @@ def test_the_loss_is_the_formula(tiny):
 
 def test_the_paper_weighs_a_token_as_beta_over_192():
     """Mean over values of a sum over 32 x 32 positions: beta / 192 times the mean KL of a position."""
-    assert Objective().beta.end / 192 == pytest.approx(0.034375)
+    assert DVAEObjective().beta.end / 192 == pytest.approx(0.034375)
     assert 256 * 256 * 3 / PAPER_GRID**2 == 192
 
 
 def test_kl_is_zero_at_uniform_and_ln_v_at_one_code():
     logits = jnp.stack([jnp.full(7, 3.0), 1e4 * jax.nn.one_hot(2, 7)])
-    np.testing.assert_allclose(dvae_task.kl_to_uniform(logits), [0.0, np.log(7)], atol=1e-6)
+    np.testing.assert_allclose(dvae_objective.kl_to_uniform(logits), [0.0, np.log(7)], atol=1e-6)
 
 
 def test_a_cold_relaxation_is_a_sample_of_the_categorical():
     logits = jnp.log(jnp.asarray([0.5, 0.3, 0.2]))
-    draws = dvae_task.relax(jnp.broadcast_to(logits, (20_000, 3)), 1e-3, jax.random.key(0))
+    draws = dvae_objective.relax(jnp.broadcast_to(logits, (20_000, 3)), 1e-3, jax.random.key(0))
     np.testing.assert_allclose(draws.max(-1), 1.0, atol=0.5)
     assert (draws.max(-1) > 0.999).mean() > 0.99  # the rest are near ties
     np.testing.assert_allclose(draws.mean(0), [0.5, 0.3, 0.2], atol=0.015)  # 4 standard errors
@@ -229,12 +228,12 @@ def test_a_sure_encoder_is_relaxed_to_its_argmax():
     gap = jnp.sort(logits)[:, -1] - jnp.sort(logits)[:, -2]
     sure = np.asarray(gap > 25.0)  # noise exceeds it with probability below 1e-9
     assert sure.sum() > 20
-    draws = dvae_task.relax(logits, 1 / 16, jax.random.key(0))[sure]
+    draws = dvae_objective.relax(logits, 1 / 16, jax.random.key(0))[sure]
     np.testing.assert_allclose(draws, jax.nn.one_hot(logits.argmax(-1), 9)[sure], atol=1e-6)
 
 
 def test_schedules_at_their_ends_and_middle():
-    paper = Objective()
+    paper = DVAEObjective()
     assert [float(paper.beta(t)) for t in (0, 2_500, 5_000, 10**6)] == pytest.approx([0.0, 3.3, 6.6, 6.6])
     middle = (1 + 1 / 16) / 2
     temperatures = [float(paper.temperature(t)) for t in (0, 75_000, 150_000, 3 * 10**6)]
@@ -243,14 +242,14 @@ def test_schedules_at_their_ends_and_middle():
 
 
 def test_code_usage():
-    share, perplexity = dvae_task.code_usage(jnp.asarray([[0, 0, 1, 1], [2, 2, 5, 5]]), 8)
+    share, perplexity = dvae_objective.code_usage(jnp.asarray([[0, 0, 1, 1], [2, 2, 5, 5]]), 8)
     assert (float(share), float(perplexity)) == pytest.approx((0.5, 4.0))
-    share, perplexity = dvae_task.code_usage(jnp.full((4, 4), 3), 8)
+    share, perplexity = dvae_objective.code_usage(jnp.full((4, 4), 3), 8)
     assert (float(share), float(perplexity)) == pytest.approx((1 / 8, 1.0))
 
 
 def test_a_collapsed_codebook_warns_and_a_healthy_one_does_not():
-    task = dvae_task.dvae_task(Config(TINY | {"vocab": 40, "groups": 1, "stem_kernel": 1, "patch": 2}))
+    task = task_of(TINY | {"vocab": 40, "groups": 1, "stem_kernel": 1, "patch": 2})
     params = init(task.model)
     for bias, collapsed in ((0.0, False), (1e3, True)):
         params["encoder"]["head"]["bias"] = jnp.zeros(40).at[3].set(bias)
@@ -267,16 +266,18 @@ def test_balance_is_least_where_what_there_is_to_see_spreads_over_the_codes():
     flat_and_detail = np.full((1, 4, 4, 3), 0.9, np.float32)
     flat_and_detail[0, 2:, :, :] = np.random.default_rng(0).random((2, 4, 3))  # two of four patches have detail
     logits = lambda codes: 50.0 * jax.nn.one_hot(jnp.asarray(codes).reshape(1, 2, 2), 2)  # noqa: E731
-    spread, piled = (dvae_task._imbalance(logits(codes), flat_and_detail) for codes in ([0, 0, 0, 1], [0, 1, 1, 1]))
+    spread, piled = (
+        dvae_objective._imbalance(logits(codes), flat_and_detail) for codes in ([0, 0, 0, 1], [0, 1, 1, 1])
+    )
     assert float(piled) == pytest.approx(np.log(2), abs=1e-4)
     assert float(spread) < 0.05  # the two patches' weights are near, not equal
 
 
-@pytest.mark.parametrize("likelihood", dvae_task.LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_training_lowers_the_loss(likelihood):
-    constant = {"start": 0.1, "end": 0.1, "steps": 0}
-    objective = {"likelihood": likelihood, "beta": constant, "temperature": constant, "balance": 0.1}
-    task = dvae_task.dvae_task(Config(TINY | {"groups": 1, "patch": 4, "stem_kernel": 1}, objective))
+    constant = Cosine(0.1, 0.1, 0)
+    objective = DVAEObjective(beta=constant, temperature=constant, likelihood=likelihood, balance=0.1)
+    task = task_of(TINY | {"groups": 1, "patch": 4, "stem_kernel": 1}, objective)
     rng = np.random.default_rng(0)
     tiles = rng.integers(0, 256, (4, 3), np.uint8)[rng.integers(0, 4, (4, 4, 4))]  # four colours
     batch = {"image": tiles.repeat(4, 1).repeat(4, 2)}
@@ -304,5 +305,5 @@ def test_training_lowers_the_loss(likelihood):
 
 @pytest.mark.parametrize("wrong", [{"likelihood": "mse"}, {"temperature": Cosine(1.0, 0.0, 5)}])
 def test_an_impossible_objective_is_refused(wrong):
-    with pytest.raises(ValueError):
-        Objective(**wrong)
+    with pytest.raises(UserError, match="config.objective"):
+        DVAEObjective(**wrong)

@@ -1,5 +1,6 @@
 """The configs for pods: the sizes and bytes that their files promise, from abstract shapes; nothing is allocated."""
 
+import ast
 import math
 
 import jax
@@ -7,20 +8,20 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import choose, demand
 from dalle_jax.models import build
+from dalle_jax.train import run
 from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-from dalle_jax.train.step import Storage, TrainStep
+from dalle_jax.train.settings import MeshSizes, load_settings
+from tests.support import ROOT
 
 
 def promised():
     """Rows of the tables in the docstrings: config, mesh, island, parameters, MB a device of each kind and in total."""
     for file in ("dvae", "transformer", "clip"):
-        for line in configs._module(configs._find(f"configs/{file}.py")).__doc__.splitlines():
+        for line in ast.get_docstring(ast.parse((ROOT / "configs" / f"{file}.py").read_text())).splitlines():
             cells = [cell.strip() for cell in line.split("|")][1:-1]
             if len(cells) == 9 and " x " in cells[1]:
                 mesh = tuple(int(size) for size in cells[1].split(" x "))
@@ -35,21 +36,20 @@ def bytes_a_device(tree):
     )
 
 
-def abstract_state(config, mesh):
-    model = build(config.name, config.model)
-    built = build_optimizer(Optimizer(**config.optimizer), steps=config.steps, axes=model.axes)
-    storage = Storage(**config.storage)
-    return TrainStep(Task(config.name, model, loss=None), built, mesh, storage=storage).abstract
+def abstract_state(settings, mesh):
+    task = Task(settings.name, build(settings.name, settings.model), loss=None)
+    return run.step_for(settings, task, mesh).abstract
 
 
 @pytest.mark.parametrize("spec, shape, island, parameters, megabytes", list(promised()))
 def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, island, parameters, megabytes):
-    config = configs.load(spec)
-    model = build(config.name, config.model)
+    settings = load_settings(spec)
+    model = build(settings.name, settings.model)
     assert model.num_params == parameters
-    ask = demand(model.abstract, model.axes, batch_size=config.batch_size, accumulate=config.accumulate)
-    assert choose(config.mesh, math.prod(shape), island, unfit=ask) == shape
-    state = abstract_state(config, AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3))
+    ask = demand(model.abstract, model.axes, batch_size=settings.batch_size, accumulate=settings.accumulate)
+    assert settings.run.mesh in (MeshSizes(), MeshSizes(*shape))  # chosen, or as the file says
+    assert choose({"replica": -1, "fsdp": -1}, math.prod(shape), island, unfit=ask) == shape
+    state = abstract_state(settings, AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3))
     # A gradient has its parameter's shape, dtype and place.
     trees = [state["params"], state["opt_state"], state["ema"], state["params"]]
     found = [bytes_a_device(tree) / 1e6 for tree in trees]
@@ -57,30 +57,32 @@ def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, islan
     ideal = 20 * parameters / (shape[1] * shape[2]) / 1e6
     assert sum(found) < 1.02 * ideal  # everything large is cut
     # What is saved was checked, and something older than the newest checkpoints stays.
-    assert config.check_replicas_every == config.checkpoint_every > 0 and config.keep_every_hours == 12.0
+    assert (
+        settings.run.check_replicas_every == settings.run.checkpoint_every > 0 and settings.run.keep_every_hours == 12.0
+    )
 
 
 @pytest.mark.parametrize("name", ["12b", "12b_v100", "5b6", "2b8", "1b3", "400m"])
 def test_transformers_have_the_papers_optimizer_and_batch(name):
     """Ramesh et al. 2021, appendix B: the numbers once more, so that a change of a default is noticed."""
-    config = configs.load(f"configs/transformer.py:{name}")
-    chosen = config.optimizer
-    assert (config.steps, config.batch_size) == (430_000, 1_024)
+    settings = load_settings(f"configs/transformer.py:{name}")
+    chosen = settings.optimizer
+    assert (settings.run.steps, settings.batch_size) == (430_000, 1_024)
     assert (chosen.name, chosen.b1, chosen.b2, chosen.eps, chosen.weight_decay) == ("adamw", 0.9, 0.96, 1e-8, 4.5e-2)
     assert (chosen.learning_rate, chosen.clip_norm) == (4.5e-4, 4.0)
     assert (chosen.schedule.name, chosen.schedule.warmup_steps) == ("plateau", 5_000)
     assert chosen.schedule.plateau.halvings == 5
-    assert (config.ema.decay, config.ema.every) == (0.99, 25)
-    assert config.model.num_layers == (24 if name in ("1b3", "400m") else 64)
-    assert config.model.heads * config.model.head_size == config.model.width
-    assert (config.model.text_len, config.model.grid) == (256, 32)
+    assert (settings.ema.decay, settings.ema.every) == (0.99, 25)
+    assert settings.model.num_layers == (24 if name in ("1b3", "400m") else 64)
+    assert settings.model.heads * settings.model.head_size == settings.model.width
+    assert (settings.model.text_len, settings.model.grid) == (256, 32)
 
 
 def test_the_dvae_has_the_papers_optimizer_and_batch():
     """Appendix A.2."""
-    config = configs.load("configs/dvae.py:paper")
-    chosen = config.optimizer
-    assert (config.steps, config.batch_size, config.ema.decay) == (3_000_000, 512, 0.999)
+    settings = load_settings("configs/dvae.py:paper")
+    chosen = settings.optimizer
+    assert (settings.run.steps, settings.batch_size, settings.ema.decay) == (3_000_000, 512, 0.999)
     assert (chosen.name, chosen.b1, chosen.b2, chosen.eps, chosen.weight_decay) == ("adamw", 0.9, 0.999, 1e-8, 1e-4)
     assert (chosen.learning_rate, chosen.schedule.end_learning_rate) == (1e-4, 1.25e-6)
     assert (chosen.schedule.name, chosen.schedule.decay_steps) == ("cosine", 1_200_000)
@@ -88,9 +90,9 @@ def test_the_dvae_has_the_papers_optimizer_and_batch():
 
 def test_heads_of_12b_are_cut_by_two_and_no_further():
     """62 heads are 2 x 31."""
-    config = configs.load("configs/transformer.py:12b")
-    model = build(config.name, config.model)
-    ask = demand(model.abstract, model.axes, batch_size=config.batch_size)
+    settings = load_settings("configs/transformer.py:12b")
+    model = build(settings.name, settings.model)
+    ask = demand(model.abstract, model.axes, batch_size=settings.batch_size)
     assert choose({"replica": -1, "fsdp": -1, "tensor": 2}, 1024, 1024, unfit=ask) == (4, 128, 2)
     with pytest.raises(
         UserError, match=r"tensor 4 does not divide 62 \('heads'\).* nearest possible: replica 4 x fsdp 128 x tensor 2"

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dalle_jax import attention_pattern, sharding
-from dalle_jax import config as configs
 from dalle_jax.cli import main as cli
 from dalle_jax.cli import preflight
 from dalle_jax.errors import UserError
@@ -20,6 +19,7 @@ from dalle_jax.models import build
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.preflight import collectives, compiled, flops, hardware, memory, report, roofline, search, topology
 from dalle_jax.preflight.job import Job, shard_bytes
+from dalle_jax.train.settings import load_settings
 from tests.support import ROOT
 from tests.support.pods import emulated
 
@@ -95,10 +95,10 @@ def test_layouts_are_those_that_the_training_accepts():
     """The search for changes and the sweep try these; the one that is taken unasked is the best of them."""
     job = emulated()
     layouts = job.layouts
-    assert job.changed({"mesh.replica": -1, "mesh.fsdp": -1}).mesh.devices.shape == layouts[0] == (1, 8, 1)
+    assert job.changed({"run.mesh.replica": None, "run.mesh.fsdp": None}).mesh.devices.shape == layouts[0] == (1, 8, 1)
     divisors = (1, 2, 4, 8)
     for shape in [(r, f, 8 // r // f) for r in divisors for f in divisors if 8 % (r * f) == 0]:
-        changed = job.changed({f"mesh.{axis}": n for axis, n in zip(sharding.MESH_AXES, shape, strict=True)})
+        changed = job.changed({f"run.mesh.{axis}": n for axis, n in zip(sharding.MESH_AXES, shape, strict=True)})
         if shape in layouts:
             assert changed.mesh.devices.shape == shape
         else:
@@ -109,14 +109,14 @@ def test_layouts_are_those_that_the_training_accepts():
 
 def test_float16_is_for_gpus_and_its_stream_takes_four_bytes():
     job = emulated("v100-16")
-    half, paper = (job.changed({"precision": p, "model.precision": p}) for p in ("fp16-global", "fp16-paper"))
+    half, paper = (job.changed({"model.precision": p}) for p in ("fp16-global", "fp16-paper"))
     stream = 2 * 2 * half.task.model.config.num_layers * 78 * 128 * half.sequences  # two bytes more, twice a layer
     assert memory.by_kind(paper)["activations"] - memory.by_kind(half)["activations"] == stream
     seconds = [roofline.estimate(j, []).seconds["compute"] for j in (job, paper)]
     assert seconds[0] == pytest.approx(seconds[1] * 125 / 15.7)
     pod = topology.Topology(hardware.find_chip("tpu", "v5e"), (2, 4))
     with pytest.raises(UserError, match="TPUs have no float16 arithmetic"):
-        _ = Job(paper.config, pod, paper.devices).task
+        _ = Job(paper.settings, pod, paper.devices).task
 
 
 def test_fused_attention_holds_no_scores_and_runs_on_some_chips_only():
@@ -133,7 +133,7 @@ def test_fused_attention_holds_no_scores_and_runs_on_some_chips_only():
     assert seconds[0]["memory"] > seconds[1]["memory"] and seconds[0]["compute"] < seconds[1]["compute"]
     old = topology.Topology(hardware.find_chip("gpu", "v100-16"), (1, 8))
     with pytest.raises(UserError, match="compute capability 8.0 or later .* got gpu:v100-16:1x8"):
-        _ = Job(fused.config, old, fused.devices).task
+        _ = Job(fused.settings, old, fused.devices).task
     with pytest.raises(UserError, match="expected a TPU .* got gpu:h100:1x8: set --config.model.attention=xla"):
         _ = fused.changed({"model.attention": "splash"}).task
 
@@ -183,8 +183,8 @@ def test_flops_equal_a_brute_force_count(pattern):
 
 def test_the_update_of_12b_traces_and_lowers_in_seconds():
     """2.5 s on two cores when nothing else runs; up to 15 s of processor time pass."""
-    config = configs.load("configs/transformer.py:12b")
-    job, began = Job(config, topology.parse("gpu:h100:1x8"), tuple(jax.devices())), time.process_time()
+    settings = load_settings("configs/transformer.py:12b")
+    job, began = Job(settings, topology.parse("gpu:h100:1x8"), tuple(jax.devices())), time.process_time()
     job.lower()
     assert time.process_time() - began < 15
 
@@ -229,7 +229,7 @@ def test_more_memory_is_asked_for_where_more_is_kept():
 
     assert total({"batch_size": 64}) > total({"batch_size": 32}) > total({})
     assert total({"model.remat": "none"}) > total({"model.remat": "dots"}) > total({"model.remat": "full"})
-    assert total({"mesh.fsdp": 2, "mesh.replica": 4}) > total({})
+    assert total({"run.mesh.fsdp": 2, "run.mesh.replica": 4}) > total({})
 
 
 def test_what_the_compiler_refuses_is_no_fit():
@@ -246,7 +246,7 @@ def result():
 
 def test_json_has_the_promised_keys(result):
     figures = json.loads(json.dumps(preflight._json(result)))
-    assert figures["parameters"] == build("transformer", result.job.config.model).num_params
+    assert figures["parameters"] == build("transformer", result.job.settings.model).num_params
     assert figures["fits"] is True and figures["chip_bytes"] == 84_942_979_072
     kinds = dict(figures["bytes_per_chip"])
     assert kinds.pop("total") == sum(kinds.values())
@@ -305,10 +305,10 @@ def test_the_smallest_change_is_one_that_was_compiled(result, monkeypatch, capsy
     asked = result.job.changed({"model.remat": "full"})
     size = memory.total(asked) - 1  # nearly fits: most single changes are enough for the byte model
     chip = hardware.Chip("tiny", "gpu", size, asked.topology.chip.peak_flops, 1e12, 1e11, 1e10)
-    job = Job(asked.config, topology.Topology(chip, (1, 8)), asked.devices)
+    job = Job(asked.settings, topology.Topology(chip, (1, 8)), asked.devices)
 
     def only_16_bits(job):
-        fits = job.config.storage.params == "bf16"
+        fits = job.settings.storage.params == "bf16"
         return compiled.Verdict(fits=fits, total_bytes=memory.total(job), collectives=[])
 
     monkeypatch.setattr(search, "compile_update", only_16_bits)
@@ -349,13 +349,13 @@ def test_roofline_names_what_binds(result):
 def test_a_wrong_batch_or_dvae_is_the_users_error():
     with pytest.raises(UserError, match="multiple of 8"):
         _ = emulated().changed({"batch_size": 12}).mesh
-    with pytest.raises(UserError, match="grid, codes and pixels"):
+    with pytest.raises(UserError, match="grid, tokens and pixels"):
         _ = emulated().changed({"model.grid": 4}).task
 
 
 def test_a_clip_is_refused():
     with pytest.raises(UserError, match="knows dvae and transformer configs, got a clip"):
-        _ = Job(configs.load("configs/clip.py:b32"), topology.parse("gpu:h100:1x8"), ()).task
+        _ = Job(load_settings("configs/clip.py:b32"), topology.parse("gpu:h100:1x8"), ()).task
 
 
 def test_a_process_with_jax_is_refused(monkeypatch):

@@ -37,12 +37,12 @@ def preflight(topology: str, *words: str, config: str = "12b") -> tuple[int, dic
     [
         ("tpu:v5p:2x2x1", "12b", ("--config.model.num_layers=13", "--config.batch_size=8")),
         ("gpu:h100:1x8", "12b", WIDE),
-        ("gpu:h100:8x8", "12b", ("--config.mesh.fsdp=64", "--config.accumulate=4")),
+        ("gpu:h100:8x8", "12b", ("--config.run.mesh.fsdp=64", "--config.accumulate=4")),
         ("gpu:h100:1x1", "1b3", ("--config.batch_size=16", "--config.model.remat=dots", "--config.model.scan=False")),
         (
             "gpu:v100-16:2x8",
             "12b_v100",
-            ("--config.model.num_layers=5", "--config.batch_size=16", "--config.mesh.replica=2"),
+            ("--config.model.num_layers=5", "--config.batch_size=16", "--config.run.mesh.replica=2"),
         ),
     ],
 )
@@ -56,7 +56,7 @@ def test_byte_model_and_compiler_agree_within_15_percent(topology, config, words
 )
 def test_fused_attention_compiles_into_the_training_step(topology, kernel):
     """Five layers of 12b, every kind among them. Without scores and remat less memory is asked for."""
-    words = (*WIDE, "--config.model.remat=none", "--config.mesh.replica=1")
+    words = (*WIDE, "--config.model.remat=none", "--config.run.mesh.replica=1")
     _, plain = preflight(topology, *words)
     _, fused = preflight(topology, *words, f"--config.model.attention={kernel}")
     temporaries = [figures["compiler_bytes_per_chip"]["temporaries"] for figures in (plain, fused)]

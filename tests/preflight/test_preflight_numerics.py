@@ -6,11 +6,11 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.cli import preflight
 from dalle_jax.preflight import memory, report, roofline, search, topology
 from dalle_jax.preflight.job import Job, shard_bytes
+from dalle_jax.train.settings import load_settings
 from tests.support import ROOT
 from tests.support.pods import emulated
 
@@ -23,19 +23,19 @@ def plain():
 
 def test_the_average_that_a_gpus_host_holds_is_taken_off(plain):
     """A compiler for GPUs that are not here knows no host memory: it sees the average on the device."""
-    job = plain.job.changed({"storage.offload_ema": True})
+    job = plain.job.changed({"run.offload_ema": True})
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(job.state)} == {"device"}
     found = search.examine(job)
     assert found.bytes == {**plain.bytes, "ema": 0}
     assert plain.verdict.total_bytes - found.verdict.total_bytes == plain.bytes["ema"] > 0
-    on_tpu = emulated("v5e", (2, 4), "tpu").changed({"storage.offload_ema": True})
+    on_tpu = emulated("v5e", (2, 4), "tpu").changed({"run.offload_ema": True})
     assert memory.by_kind(on_tpu)["ema"] == 0 == on_tpu.average_bytes_taken_off
 
 
 def test_the_papers_own_layout_holds_more_than_its_gpus_have():
     """12b_v100 on 1,024 V100 of 16 GB: by shapes alone, and as docs/numerics.md says."""
     pod = topology.parse("gpu:v100-16:128x8")
-    job = Job(configs.load("configs/transformer.py:12b_v100"), pod, ())
+    job = Job(load_settings("configs/transformer.py:12b_v100"), pod, ())
     vars(job)["mesh"] = AbstractMesh((128, 8, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     found, hidden = memory.by_kind(job), 64 * 12 * 3968**2 // 8
     rest = job.task.model.num_params / 8 - hidden

@@ -7,10 +7,10 @@ import jax
 from dalle_jax import distributed, sharding
 from dalle_jax.mesh import make_mesh
 from dalle_jax.train.objectives import build_task
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.optimizer.build import build_optimizer
 from dalle_jax.train.step import TrainStep
 from tests.support import processes
-from tests.support.tiny_clip import ONE_LAYER, TINY, random_batch, tiny_config
+from tests.support.tiny_clip import ONE_LAYER, TINY, random_batch, tiny_settings
 
 BATCH, UPDATES = 8, 2
 
@@ -22,10 +22,10 @@ def train():
     the step size.
     """
     mesh = make_mesh({"fsdp": -1}, devices=jax.devices()[: jax.process_count()])
-    words = ("optimizer.name=adamw", "optimizer.eps=1e-3", "optimizer.schedule.warmup_steps=0")
-    config = tiny_config(*(f"--config.{word}" for word in words), *ONE_LAYER, batch_size=BATCH)
-    task = build_task(config)
-    built = build_optimizer(Optimizer(**config.optimizer), steps=UPDATES, axes=task.model.axes)
+    values = {"optimizer.name": "adamw", "optimizer.eps": 1e-3, "optimizer.schedule.warmup_steps": 0}
+    settings = tiny_settings(values | ONE_LAYER | {"batch_size": BATCH})
+    task = build_task(settings, {})
+    built = build_optimizer(settings.optimizer, steps=UPDATES, axes=task.model.axes)
     step = TrainStep(task, built, mesh)
     state = step.init(jax.random.key(0))
     part, parts = sharding.batch_share(mesh)

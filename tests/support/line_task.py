@@ -5,16 +5,15 @@ import types
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import nnx
 
-from dalle_jax import config as configs
 from dalle_jax.checkpoint import reader
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, param
 from dalle_jax.train import loop, run
 from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.settings import load_settings
 
 WIDTH, BATCH = 8, 8
 
@@ -63,23 +62,26 @@ class Numbers:
         self.position = state["position"]
 
 
-def config(**values):
-    result = ml_collections.ConfigDict(configs.load("configs/dvae.py:demo").to_dict())
-    defaults = {"steps": 12, "batch_size": BATCH, "log_every": 4, "validate_every": 0, "picture_every": 0}
-    result.update(defaults | {"checkpoint_every": 4, "rollback_after": 3} | values)
-    result.optimizer.update(name="adamw", learning_rate=0.05, b2=0.9)
-    result.optimizer.schedule.update(name="warmup_constant", warmup_steps=0)
-    return result
+def line_settings(**values):
+    """Settings of a run of LINE. values: of keys below `run`, or a part, e.g. compression={"rank": 2}."""
+    optimizer = {"name": "adamw", "learning_rate": 0.05, "b2": 0.9}
+    schedule = {"name": "warmup_constant", "warmup_steps": 0, "end_learning_rate": 0.0}
+    keys = {"batch_size": BATCH} | {f"optimizer.{key}": value for key, value in optimizer.items()}
+    keys |= {f"optimizer.schedule.{key}": value for key, value in schedule.items()}
+    defaults = {"steps": 12, "log_every": 4, "validate_every": None, "picture_every": None, "checkpoint_every": 4}
+    for key, value in (defaults | {"rollback_after": 3} | values).items():
+        keys |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {f"run.{key}": value}
+    return load_settings("configs/dvae.py:demo").changed(keys)
 
 
 def line_step(mesh, **options):
-    """The `TrainStep` of LINE with the optimizer of `config()`."""
-    return dataclasses.replace(run.step_for(config(), LINE, mesh), **options)
+    """The `TrainStep` of LINE with the optimizer of `line_settings()`."""
+    return dataclasses.replace(run.step_for(line_settings(), LINE, mesh), **options)
 
 
 def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=(), **values):
-    """`loop.run` without a word. of_loop: more of its arguments. values: of the config."""
-    settings = config(**values)
+    """`loop.run` without a word. of_loop: more of its arguments. values: as those of `line_settings`."""
+    settings = line_settings(**values)
     step = run.step_for(settings, task, mesh or make_mesh({}, devices=jax.devices()[:1]))
     options = {"batches": batches or Numbers(), "hooks": hooks, "progress": False, **(of_loop or {})}
     return loop.run(step, settings, workdir, **options)

@@ -5,22 +5,22 @@ import math
 import jax
 import numpy as np
 
-from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.mesh import demand, make_mesh
+from dalle_jax.model_dir import ModelDir
 from dalle_jax.models import build
 from dalle_jax.train.ema import Ema
-from dalle_jax.train.objectives.dvae import dvae_task
-from dalle_jax.train.objectives.transformer import transformer_task
-from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
+from dalle_jax.train.objectives import build_task
+from dalle_jax.train.optimizer.build import build_optimizer
 from dalle_jax.train.step import TrainStep
+from tests.support.demo_settings import demo_settings
 
 UPDATES, BATCH = 4, 16
 # A larger step size would let Adam blow rounding of near-zero gradients up to its own size.
-COMMON = {"batch_size": BATCH, "steps": UPDATES, "optimizer.name": "adamw", "optimizer.schedule.warmup_steps": 0}
+COMMON = {"batch_size": BATCH, "run.steps": UPDATES, "optimizer.name": "adamw", "optimizer.schedule.warmup_steps": 0}
 DVAE = COMMON | {
     "model.image_size": 16, "model.vocab": 16, "model.width": 32, "model.stem": 8, "model.patch": 4,
-    "data.image_size": 16, "optimizer.learning_rate": 3e-5,
+    "data.image_size": 16, "optimizer.learning_rate": 3e-5, "optimizer.schedule.end_learning_rate": 0.0,
 }  # fmt: skip
 # Eight heads, so that tensor can be 8; row, column, row, row, which a scan repeats, and the convolution.
 TRANSFORMER = COMMON | {
@@ -30,19 +30,14 @@ TRANSFORMER = COMMON | {
 }  # fmt: skip
 
 
-def tiny(variant, values, **more):
-    return configs.load(f"configs/{variant}.py:demo", [f"--config.{k}={v}" for k, v in (values | more).items()])
-
-
-def task_of(name, **more):
-    """Task and optimizer; the transformer's frozen dVAE has random parameters."""
-    dvae = tiny("dvae", DVAE)
-    if name == "dvae":
-        task, config = dvae_task(tiny("dvae", DVAE, **more)), dvae
-    else:
-        config, model = tiny("transformer", TRANSFORMER, **more), build("dvae", dvae.model)
-        task = transformer_task(config, model, jax.jit(model.init)(jax.random.key(5)))
-    return task, build_optimizer(Optimizer(**config.optimizer), steps=UPDATES, axes=task.model.axes)
+def task_of(name, values=None):
+    """Task and optimizer; the transformer's frozen image tokenizer has random parameters. values: of config keys."""
+    settings, frozen = demo_settings(name, (DVAE if name == "dvae" else TRANSFORMER) | (values or {})), {}
+    if name != "dvae":
+        model = build("dvae", demo_settings("dvae", DVAE).model)
+        frozen = {"image_tokenizer": ModelDir({}, model, jax.jit(model.init)(jax.random.key(5)))}
+    task = build_task(settings, frozen)
+    return task, build_optimizer(settings.optimizer, steps=UPDATES, axes=task.model.axes)
 
 
 def batches(name):
@@ -54,9 +49,9 @@ def batches(name):
         yield batch
 
 
-def train(name, shape, *, accumulate=1, **more):
+def train(name, shape, *, accumulate=1, values=None):
     """Losses and gradient norms of every update, and the last state."""
-    task, built = task_of(name, **more)
+    task, built = task_of(name, values)
     mesh = make_mesh(
         dict(zip(sharding.MESH_AXES, shape, strict=True)),
         devices=jax.devices()[: math.prod(shape)],

@@ -1,4 +1,4 @@
-"""A tiny CLIP, its random parameters and batches, and the config that trains it."""
+"""A tiny CLIP, its random parameters and batches, and the settings that train it."""
 
 import dataclasses
 import functools
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax import config as configs
 from dalle_jax.models import clip
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.layers import Model
+from tests.support.demo_settings import demo_settings
 from tests.support.parameters import random_parameters
 
 TINY = CLIPConfig(
@@ -46,10 +46,9 @@ def random_batch(config, batch=4, seed=0):
     return rng.integers(0, 256, (batch, config.image_size, config.image_size, 3), np.uint8), text
 
 
-def tiny_config(*words, batch_size=8):
-    sizes = {f"model.{key}": value for key, value in dataclasses.asdict(TINY).items() if key not in ("mean", "std")}
-    values = sizes | {"batch_size": batch_size, "data.image_size": TINY.image_size}
-    return configs.load("configs/clip.py:demo", [*(f"--config.{key}={value}" for key, value in values.items()), *words])
+def tiny_settings(values, **run):
+    sizes = {f"model.{key}": value for key, value in dataclasses.asdict(TINY).items()}
+    return demo_settings("clip", sizes | {"batch_size": 8, "data.image_size": TINY.image_size} | values, **run)
 
 
-ONE_LAYER = ("--config.model.image_layers=1", "--config.model.text_layers=1")  # compiles in half of the time
+ONE_LAYER = {"model.image_layers": 1, "model.text_layers": 1}  # compiles in half of the time

@@ -42,7 +42,7 @@ class Toy(nnx.Module):
 MODEL = Model(types.SimpleNamespace(), Toy)
 
 
-def toy_task(_=None) -> Task:
+def toy_task(*_) -> Task:
     """Squared error of noisy pictures, so that every update is random."""
 
     def loss(params, frozen, batch, *, key, step):

@@ -84,5 +84,5 @@ def test_no_number_is_waited_for_before_the_next_update_is_dispatched(tmp_path, 
 
     monkeypatch.setattr(TrainStep, "update", property(noted))
     monkeypatch.setattr(jax, "device_get", get_noted)
-    train(tmp_path, steps=4, log_every=1, checkpoint_every=0)
+    train(tmp_path, steps=4, log_every=1, checkpoint_every=None)
     assert order == ["update", "update", "wait", "update", "wait", "update", "wait", "wait"]

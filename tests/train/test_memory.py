@@ -20,7 +20,8 @@ from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import formats, moments
 from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
-from dalle_jax.train.step import Storage, TrainStep
+from dalle_jax.train.settings import Storage
+from dalle_jax.train.step import TrainStep
 
 # The remat ladder.
 

@@ -52,7 +52,7 @@ def check_bytes(name, state, shape):
 
 
 def check(name, shape, *, accumulate=1, **options):
-    measured, state = train(name, shape, accumulate=accumulate, **options)
+    measured, state = train(name, shape, accumulate=accumulate, values=options)
     # The dVAE's noise belongs to a microbatch; the transformer's microbatches add up to its whole batch.
     wanted = single(name, accumulate if name == "dvae" else 1)
     np.testing.assert_allclose(measured[:, 0], wanted[:, 0], rtol=1e-5)
@@ -76,7 +76,7 @@ def test_all_axes_at_once_with_accumulation(name, options, capfd):
 
 def test_a_whole_models_gradients_are_summed_by_parts():
     """Without a tensor axis every matrix of every layer is; values and gradients are those of one device."""
-    task, _ = task_of("transformer", **{"model.num_layers": 2})
+    task, _ = task_of("transformer", {"model.num_layers": 2})
     leaves, tree = jax.tree.flatten(task.model.abstract)
     rng = np.random.default_rng(0)  # not the model's own: behind heads of zeros no layer has a gradient
     params = tree.unflatten([rng.normal(0, 0.1, leaf.shape).astype(np.float32) for leaf in leaves])

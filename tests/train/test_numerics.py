@@ -23,12 +23,13 @@ def test_train_takes_them_all(tmp_path, monkeypatch):
         pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(pictures / f"{index}.png")
         (pictures / f"{index}.txt").write_text(tiny_model.CAPTION)
-    values = {f"model.{name}": value for name, value in tiny_model.TRANSFORMER.items() if name != "precision"} | {
-        "precision": "fp16-paper", "optimizer.moments": "paper", "compression.rank": 4, "compression.format": "paper",
-        "storage.offload_ema": True, "ema.every": 2, "optimizer.schedule.name": "plateau", "model.remat": "full",
-        "mesh.replica": 2, "model.num_layers": 1, "data.train": f"folder:{pictures}", "data.validation": "",
-        "dvae": model / "dvae", "tokenizer": model, "steps": 3, "log_every": 1, "checkpoint_every": 0,
-        "batch_size": 8, "data.image_size": 16, "data.threads": 0, "optimizer.name": "adamw",
+    values = {f"model.{name}": value for name, value in tiny_model.TRANSFORMER.items()} | {
+        "model.precision": "fp16-paper", "optimizer.moments": "paper", "compression.rank": 4,
+        "compression.format": "paper", "run.offload_ema": True, "ema.every": 2, "optimizer.schedule.name": "plateau",
+        "model.remat": "full", "model.num_layers": 1, "model.text_vocab": None, "run.mesh.replica": 2,
+        "run.data.train": f"folder:{pictures}", "run.data.validation": None, "frozen.image_tokenizer": model / "dvae",
+        "tokenizer": model, "run.steps": 3, "run.log_every": 1, "run.checkpoint_every": None, "batch_size": 8,
+        "data.image_size": 16, "data.threads": 0, "optimizer.name": "adamw", "optimizer.schedule.warmup_steps": 0,
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in values.items()]
     assert main.main(["train", "--config", "configs/transformer.py:demo", "--workdir", str(workdir), *words]) == 0

@@ -11,15 +11,17 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build
 from dalle_jax.preflight import collectives
 from dalle_jax.train import run
+from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import powersgd
 from dalle_jax.train.optimizer.powersgd import Compression, PowerSGD
+from dalle_jax.train.settings import load_settings
+from tests.support.demo_settings import demo_settings
 from tests.support.line_task import LINE, train
 from tests.support.precisions import equations, plain_step, step_of, task_of, tokens
 from tests.support.trees import close
@@ -111,14 +113,13 @@ def test_a_zero_gradient_stays_zero_and_the_largest_numbers_do_no_harm():
 @pytest.mark.parametrize("variant, rank, saved", [("2b8", 512, 0.83), ("5b6", 640, 0.85), ("12b", 896, 0.86)])
 def test_the_papers_ranks_save_what_its_table_says(variant, rank, saved):
     """Table 1: 1 - 5 rank / (8 width) on machines of eight GPUs."""
-    config = configs.load(f"configs/transformer.py:{variant}")
-    model = build("transformer", config.model)
+    model = build("transformer", load_settings(f"configs/transformer.py:{variant}").model)
     mesh = AbstractMesh((128, 8, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     found = powersgd.layouts(model.abstract, model.axes, compression=Compression(rank), mesh=mesh)
     assert set(found) == {"blocks-qkv", "blocks-out", "blocks-up", "blocks-down"}
     sent, instead = powersgd.sent_numbers(found)
     assert instead * 8 == sum(math.prod(model.abstract["blocks"][n].shape) for n in ("qkv", "out", "up", "down"))
-    assert 1 - sent / instead == pytest.approx(1 - 5 * rank / (8 * config.model.width), abs=1e-12)
+    assert 1 - sent / instead == pytest.approx(1 - 5 * rank / (8 * model.config.width), abs=1e-12)
     assert round(1 - sent / instead, 2) == saved
 
 
@@ -206,7 +207,7 @@ def test_what_is_not_compressed_gets_the_ordinary_gradient():
 
 def test_at_full_rank_a_run_in_microbatches_is_the_ordinary_one(tmp_path):
     mesh = make_mesh({"replica": 2, "fsdp": 2}, devices=jax.devices()[:4])
-    common = {"mesh": mesh, "steps": 6, "checkpoint_every": 0, "accumulate": 2}
+    common = {"mesh": mesh, "steps": 6, "checkpoint_every": None, "accumulate": 2}
     runs = [train(tmp_path / str(rank), compression={"rank": rank, "format": "fp32"}, **common) for rank in (None, 16)]
     close(*(run.state["params"] for run in runs), rtol=1e-4, atol=1e-5)
     assert runs[0].metrics["train/loss"] == pytest.approx(runs[1].metrics["train/loss"], rel=1e-5)
@@ -233,14 +234,22 @@ def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_replicas(tmp_path):
         np.testing.assert_allclose(sums[1][name], total, rtol=2**-9, atol=1e-12, err_msg=name)
 
 
+def mesh_of(name, values):
+    """The mesh that a run of a demo would take on two devices, as two replicas."""
+    settings = demo_settings(name, {"run.mesh.replica": 2, "run.mesh.fsdp": 1} | values)
+    model = build(name, settings.model)
+    task = Task(name, model, loss=None, mean_over_examples=name != "dvae")
+    return run.mesh_for(settings, task, devices=jax.devices()[:2])
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: Compression(0), "at least 1 .*got 0"),
         (lambda: Compression(8, "fp16"), "format must be one of fp32, bf16, paper"),
-        (lambda: made(1, 8, 8, "bf16"), "expected several replicas .* set --config.mesh.replica"),
+        (lambda: made(1, 8, 8, "bf16"), "expected several replicas .* set --config.run.mesh.replica"),
         (lambda: made(2, 4, 6, "bf16"), "multiple of 4, .* got 6: choose 4"),
-        (lambda: run.check_values(configs.load("configs/dvae.py:demo", ["--config.compression.rank=8"])), "be no mean"),
+        (lambda: mesh_of("dvae", {"compression.rank": 8}), "be no mean"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):
@@ -249,23 +258,19 @@ def test_what_makes_no_sense_is_refused(make, message):
 
 
 @pytest.mark.parametrize(
-    "words, most",
+    "values, most",
     [
         # A matrix of the demo, on one device a replica, has 9/1024 of its numbers for each unit of rank.
-        (("precision=bf16", "compression.rank=96", "compression.format=paper"), 85),
-        (("precision=fp32", "compression.rank=96", "compression.format=fp32"), 85),
-        (("precision=bf16", "compression.rank=48", "compression.format=fp32"), 42),  # factors of 4 bytes
-        (("precision=fp32", "compression.rank=128", "compression.format=paper"), 127),  # the whole width
+        ({"model.precision": "bf16", "compression.rank": 96, "compression.format": "paper"}, 85),
+        ({"model.precision": "fp32", "compression.rank": 96, "compression.format": "fp32"}, 85),
+        ({"model.precision": "bf16", "compression.rank": 48, "compression.format": "fp32"}, 42),  # factors of 4 bytes
+        ({"model.precision": "fp32", "compression.rank": 128, "compression.format": "paper"}, 127),  # the whole width
     ],
 )
-def test_a_rank_that_saves_nothing_is_refused(words, most):
-    words = [f"--config.{word}" for word in ("mesh.replica=2", "mesh.fsdp=1", *words)]
-    config = configs.load("configs/transformer.py:demo", words)
-    make = functools.partial(run.mesh_for, config, build("transformer", config.model), devices=jax.devices()[:2])
+def test_a_rank_that_saves_nothing_is_refused(values, most):
     with pytest.raises(UserError, match=f"leaves something out, got .* choose at most {most}, or None"):
-        make()
-    config.compression.rank = most
-    assert make().shape["replica"] == 2
+        mesh_of("transformer", values)
+    assert mesh_of("transformer", values | {"compression.rank": most}).shape["replica"] == 2
 
 
 def test_pieces_that_devices_cannot_share_are_refused():

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import config as configs
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
@@ -18,6 +17,7 @@ from dalle_jax.train import run
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.optimizer import loss_scale
 from tests.support import small_models
+from tests.support.demo_settings import demo_settings
 from tests.support.line_task import Numbers, train
 from tests.support.precisions import TINY, equations, loss_of, plain_step, task_of, tokens
 
@@ -164,7 +164,9 @@ def test_float16_learns_like_float32(precision, many):
 
 def test_the_dvae_learns_in_float16_with_one_scale_as_in_the_paper():
     """Appendix A.2. The same noise in every update, so the curves agree to a few roundings of 2^-11."""
-    (wanted, _), (found, state) = (small_models.train("dvae", (1, 1, 1), precision=p) for p in ("fp32", "fp16-global"))
+    (wanted, _), (found, state) = (
+        small_models.train("dvae", (1, 1, 1), values={"model.precision": p}) for p in ("fp32", "fp16-global")
+    )
     assert int(state["skipped"]) == 0 and float(state["scales"]["scale"]) == 2.0**16
     np.testing.assert_allclose(found[:, 0], wanted[:, 0], rtol=2e-3)
     np.testing.assert_allclose(found[:, 1], wanted[:, 1], rtol=2e-2)
@@ -272,42 +274,30 @@ def test_a_scale_on_its_way_down_is_no_reason_to_go_back(tmp_path):
 
     mesh = make_mesh({}, devices=jax.devices()[:1])
     options = {"task": task_of("fp16-paper"), "mesh": mesh, "hooks": [(1, blow)], "rollback_after": 3}
-    done = train(tmp_path, Tokens(), steps=20, checkpoint_every=0, **options)
+    done = train(tmp_path, Tokens(), steps=20, checkpoint_every=None, **options)
     assert (done.step, int(done.state["skipped"])) == (20, 18)
 
 
 # One way to say it, and combinations that make no sense.
 
 
-def test_one_key_sets_the_precision():
-    config = configs.load("configs/transformer.py:demo", ["--config.precision=fp16-paper"])
-    assert (config.precision, config.model.precision) == ("fp16-paper", "fp16-paper")
-    again = configs.from_json(configs.to_json(config))
-    assert again.model.precision == again.precision == "fp16-paper"
-    assert configs.load("configs/transformer.py:12b").precision == "bf16"
-
-
-def test_float16_is_refused_on_a_tpu(monkeypatch):
-    config = configs.load("configs/transformer.py:demo", ["--config.precision=fp16-global"])
-    run.check_values(config)
+def test_float16_is_refused_on_a_tpu(monkeypatch, tmp_path):
+    settings = demo_settings("transformer", {"model.precision": "fp16-global"})
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(UserError, match="fp16-global, got a TPU, .* set --config.precision=bf16"):
-        run.check_values(config)
+    with pytest.raises(UserError, match="fp16-global, got a TPU, .* set --config.model.precision=bf16"):
+        run.train(settings, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "spec, words, message",
+    "name, values, message",
     [
-        ("dvae:demo", ["precision=fp16-paper"], "scales the residual branches of the transformer, got a dVAE"),
-        ("clip:demo", ["precision=fp16-paper"], "got a CLIP: use fp16-global"),
-        ("transformer:demo", ["precision=fp16"], "precision must be one of .*fp16-global"),
-        ("transformer:demo", ["precision=fp16-paper", "storage.params=bf16"], "expected config.storage.params = fp32"),
-        ("transformer:demo", ["storage.offload_ema=true", "ema.decay=0.0"], "average is the parameters"),
+        ("dvae", {"model.precision": "fp16-paper"}, "scales the residual branches of the transformer, got a dVAE"),
+        ("clip", {"model.precision": "fp16-paper"}, "got a CLIP: use fp16-global"),
+        ("transformer", {"model.precision": "fp16"}, "precision must be one of .*fp16-global"),
+        ("transformer", {"model.precision": "fp16-paper", "storage.params": "bf16"}, "config.storage.params = fp32"),
+        ("transformer", {"run.offload_ema": True, "ema.decay": 0.0}, "average is the parameters"),
     ],
 )
-def test_what_makes_no_sense_is_refused(spec, words, message):
-    file, variant = spec.split(":")
-    config = configs.load(f"configs/{file}.py:{variant}", [f"--config.{word}" for word in words])
-    with pytest.raises((UserError, ValueError), match=message):
-        run.check_values(config)
-        build(config.name, config.model)
+def test_what_makes_no_sense_is_refused(name, values, message):
+    with pytest.raises(UserError, match=message):
+        demo_settings(name, values)

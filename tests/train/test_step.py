@@ -15,7 +15,8 @@ from dalle_jax.mesh import make_mesh
 from dalle_jax.train.ema import Ema
 from dalle_jax.train.optimizer.powersgd import Compression
 from dalle_jax.train.optimizer.schedule import Plateau, Schedule, measured
-from dalle_jax.train.step import Storage, ema_params
+from dalle_jax.train.settings import Storage
+from dalle_jax.train.step import ema_params
 from tests.support.toy_task import NAN, make_updates, one_device, toy_batch, toy_step
 from tests.support.trees import close, identical
 
@@ -26,7 +27,7 @@ STEPS = {
     "adamw, moments bf16": ({"moments": "bf16"}, {}),
     "adamw, moments paper": ({"moments": "paper"}, {}),
     "adamw, parameters bf16": ({}, {"storage": Storage(params="bf16")}),
-    "adamw, average on the host": ({}, {"storage": Storage(offload_ema=True), "ema": Ema(decay=0.9, every=3)}),
+    "adamw, average on the host": ({}, {"offload_ema": True, "ema": Ema(decay=0.9, every=3)}),
     "adamw, halving": (
         {"schedule": Schedule("plateau", plateau=Plateau(window=1, patience=1, min_improvement=0.5))},
         {},
@@ -36,7 +37,7 @@ STEPS = {
     "adamw, compressed": ({}, {"compression": Compression(4, "paper")}),
     "paper": (
         {"moments": "paper"},
-        {"storage": Storage(params="bf16", offload_ema=True), "compression": Compression(4, "paper")},
+        {"storage": Storage(params="bf16"), "offload_ema": True, "compression": Compression(4, "paper")},
     ),
 }
 EVERY_STEP = pytest.mark.parametrize("name", STEPS)
@@ -130,7 +131,7 @@ def test_the_state_lies_and_is_kept_as_its_abstract_says(name):
         specs = {leaf.sharding.spec for name, leaf in copies if name == "matrix"}
         assert specs == {jax.sharding.PartitionSpec(None, "fsdp", "tensor")}  # all copies are cut
     for path, leaf in jax.tree_util.tree_leaves_with_path(step.abstract):
-        on_host = storage.offload_ema and path[0].key == "ema"
+        on_host = step.offload_ema and path[0].key == "ema"
         assert leaf.sharding.memory_kind == (sharding.HOST if on_host else "device"), path
     assert ("error" in step.abstract) == ("compression" in options)
 
@@ -170,8 +171,8 @@ def test_the_average_moves_every_nth_update_only():
 def test_an_average_in_host_memory_is_the_same():
     """But for the rounding of sums of numbers up to 1, which the compiler may contract to other operations."""
     states = []
-    for storage in (Storage(), Storage(offload_ema=True)):
-        step = toy_step(storage=storage)
+    for offload_ema in (False, True):
+        step = toy_step(offload_ema=offload_ema)
         states.append(make_updates(step, step.init(jax.random.key(0)), range(3))[0])
     close(*states, rtol=1e-6, atol=1e-7)
     average = ema_params(states[1])
@@ -191,5 +192,5 @@ def test_steps_halve_where_the_loss_stands_still():
 
 
 def test_unknown_dtypes_are_refused():
-    with pytest.raises(UserError, match="config.storage.params must be one of fp32, bf16, got 'fp8'"):
+    with pytest.raises(UserError, match="config.storage.params to be one of fp32, bf16, got 'fp8'"):
         Storage(params="fp8")

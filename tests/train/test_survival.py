@@ -231,7 +231,7 @@ def test_losses_that_are_finite_may_wait_for_a_scale_and_others_may_not():
 def test_a_run_that_never_logs_keeps_no_numbers(tmp_path, monkeypatch):
     reports = []
     monkeypatch.setattr(loop, "Report", lambda *args, **more: reports.append(Report(*args, **more)) or reports[0])
-    assert train(tmp_path, log_every=0).step == 12 and not reports[0]._interval
+    assert train(tmp_path, log_every=None).step == 12 and not reports[0]._interval
 
 
 def test_a_line_of_the_metrics_that_is_no_object_is_named(tmp_path):

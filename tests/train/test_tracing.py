@@ -42,8 +42,8 @@ def test_a_window_that_is_none_is_refused_in_one_line(text, tmp_path, capsys):
 
 def test_a_window_beyond_the_run_is_refused(tmp_path, capsys):
     words = ["train", "--config", "configs/dvae.py:demo", "--workdir", str(tmp_path / "run")]
-    assert main.main([*words, "--profile=12:14", "--config.steps=11"]) == 2
-    assert "at most config.steps = 11, got 12" in capsys.readouterr().err
+    assert main.main([*words, "--profile=12:14", "--config.run.steps=11"]) == 2
+    assert "at most config.run.steps = 11, got 12" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,6 @@
 """A run of a real model, tiny: what it leaves behind, what it refuses, and that a stopped one goes on bit for bit."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,31 +11,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import config as configs
 from dalle_jax import model_dir
 from dalle_jax.checkpoint import manager, reader
 from dalle_jax.errors import UserError
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import objectives, run
 from dalle_jax.train.monitor import metrics
+from tests.support.demo_settings import demo_settings
 from tests.support.trees import identical
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 DVAE = {
-    "steps": 6, "batch_size": 8, "log_every": 2, "validate_every": 3, "validation_batches": 1, "picture_every": 3,
-    "checkpoint_every": 2, "mesh.fsdp": 1, "mesh.replica": -1, "model.image_size": 16, "model.vocab": 8,
+    "run.steps": 6, "batch_size": 8, "run.log_every": 2, "run.validate_every": 3, "run.validation_batches": 1,
+    "run.picture_every": 3,
+    "run.checkpoint_every": 2, "run.mesh.fsdp": 1, "run.mesh.replica": None, "model.image_size": 16, "model.vocab": 8,
     "model.width": 8, "model.stem": 4, "model.patch": 4, "data.image_size": 16, "data.augment": "dvae",
     "data.threads": 2,
 }  # fmt: skip
 TRANSFORMER = {
-    "steps": 2, "batch_size": 8, "validate_every": 0, "picture_every": 0, "model.num_layers": 2, "model.width": 16,
+    "run.steps": 2, "batch_size": 8, "run.validate_every": None, "run.picture_every": None, "model.num_layers": 2,
+    "model.width": 16,
     "model.heads": 2, "model.head_size": 8, "model.text_len": 8, "model.grid": 4, "model.image_vocab": 8,
-    "model.text_vocab": 0, "data.image_size": 16, "data.threads": 0,
+    "model.text_vocab": 290, "data.image_size": 16, "data.threads": 0,
 }  # fmt: skip
-
-
-def tiny(variant, values, **more):
-    return configs.load(f"configs/{variant}.py:demo", [f"--config.{k}={v}" for k, v in (values | more).items()])
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +50,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dvae_values(folder):
-    return DVAE | {"data.train": f"folder:{folder}", "data.validation": f"folder:{folder}"}
+    return DVAE | {"run.data.train": f"folder:{folder}", "run.data.validation": f"folder:{folder}"}
 
 
 @pytest.fixture(scope="module")
 def straight(dvae_values, tmp_path_factory):
     """A run of six updates that nothing stopped, on eight devices."""
     workdir = tmp_path_factory.mktemp("straight")
-    return workdir, run.train(tiny("dvae", dvae_values), workdir, progress=False)
+    return workdir, run.train(demo_settings("dvae", dvae_values), workdir, progress=False)
 
 
 def test_a_run_leaves_everything_behind(straight, folder):
@@ -93,17 +92,17 @@ def kill_at(n):
 
 def test_stopped_anywhere_it_goes_on_bit_for_bit(straight, dvae_values, tmp_path):
     with pytest.raises(Killed):
-        run.train(tiny("dvae", dvae_values), tmp_path, progress=False, hooks=[kill_at(3)])
+        run.train(demo_settings("dvae", dvae_values), tmp_path, progress=False, hooks=[kill_at(3)])
     assert reader.complete_steps(tmp_path) == [2]
 
     def interrupt(step, state):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    stopped = run.train(tiny("dvae", dvae_values), tmp_path, progress=False, hooks=[(1, interrupt)])
+    stopped = run.train(demo_settings("dvae", dvae_values), tmp_path, progress=False, hooks=[(1, interrupt)])
     assert (stopped.signal, stopped.step) == (signal.SIGTERM, 5)
     assert reader.complete_steps(tmp_path)[-1] == 5
-    done = run.train(tiny("dvae", dvae_values), tmp_path, progress=False)
+    done = run.train(demo_settings("dvae", dvae_values), tmp_path, progress=False)
     identical(done.state, straight[1].state)
     saved = [manager.Checkpoints(path, keep=2) for path in (straight[0], tmp_path)]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), done.state)
@@ -123,14 +122,16 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit(straight, dvae_values, tmp_path
 
 def test_a_finished_run_is_left_as_it_is_and_more_steps_go_on(straight, dvae_values):
     workdir, result = straight
-    again = run.train(tiny("dvae", dvae_values), workdir, progress=False)
+    again = run.train(demo_settings("dvae", dvae_values), workdir, progress=False)
     identical(again.state, result.state)
     assert again.step == 6
 
 
 def test_another_config_is_refused_with_the_keys(straight, dvae_values):
     with pytest.raises(UserError, match=r"\(batch_size was 8 and is 16, model.width was 8 and is 12\)"):
-        run.train(tiny("dvae", dvae_values | {"model.width": 12, "batch_size": 16}), straight[0], progress=False)
+        run.train(
+            demo_settings("dvae", dvae_values | {"model.width": 12, "batch_size": 16}), straight[0], progress=False
+        )
 
 
 @pytest.fixture(scope="module")
@@ -141,22 +142,26 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformer_values(straight, folder, tokenizer):
-    return TRANSFORMER | {"data.train": f"folder:{folder}", "dvae": straight[0], "tokenizer": tokenizer}
+    return TRANSFORMER | {
+        "run.data.train": f"folder:{folder}",
+        "frozen.image_tokenizer": straight[0],
+        "tokenizer": tokenizer,
+    }
 
 
 def test_a_transformers_workdir_needs_nothing_from_outside(transformer_values, tokenizer, tmp_path):
-    config = tiny("transformer", transformer_values, checkpoint_every=1)
+    settings = demo_settings("transformer", transformer_values, checkpoint_every=1)
     with pytest.raises(Killed):
-        run.train(config, tmp_path, progress=False, hooks=[kill_at(2)])
+        run.train(settings, tmp_path, progress=False, hooks=[kill_at(2)])
     assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     assert json.loads((tmp_path / "config.json").read_text())["model"]["text_vocab"] == 290
     hidden = tokenizer.rename(tokenizer.with_name("elsewhere"))
     try:
-        result = run.train(config, tmp_path, progress=False)
+        result = run.train(settings, tmp_path, progress=False)
     finally:
         hidden.rename(tokenizer)
     assert result.step == 2 and np.isfinite(float(jnp.sum(result.state["params"]["image_head"])))
-    kept, given = model_dir.load(tmp_path / "dvae", name="dvae"), model_dir.load(config.dvae)
+    kept, given = model_dir.load_frozen(tmp_path, "image_tokenizer"), model_dir.load(settings.frozen["image_tokenizer"])
     identical(kept.params, given.params)
     assert kept.config == {key: given.config[key] for key in ("name", "model")}
 
@@ -164,43 +169,45 @@ def test_a_transformers_workdir_needs_nothing_from_outside(transformer_values, t
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("dvae", "", "needs a trained dVAE"),
-        ("dvae", "/nowhere", "check the path"),
-        ("tokenizer", "", "needs a tokenizer"),
+        ("frozen.image_tokenizer", None, "needs a trained image tokenizer: .* --config.frozen.image_tokenizer=DIR"),
+        ("frozen.image_tokenizer", "/nowhere", "check the path"),
+        ("tokenizer", None, "needs a tokenizer"),
         ("model.text_vocab", 291, "tokenizer of 291 entries .* got 290"),
-        ("model.grid", 2, "model.grid = 4, the dVAE's grid"),
-        ("model.image_vocab", 9, "model.image_vocab = 8, the dVAE's vocab"),
-        ("data.image_size", 8, "data.image_size = 16, the dVAE's image_size"),
-        ("data.train", "", "name its source"),
-        ("data.train", "folder:/nowhere", "nowhere"),
+        ("model.grid", 2, "config.model.grid = 4 as the image tokenizer in .* has it"),
+        ("model.image_vocab", 9, "config.model.image_vocab = 8 as"),
+        ("data.image_size", 8, "config.data.image_size = 16 as"),
+        ("run.data.train", None, "name its source"),
+        ("run.data.train", "folder:/nowhere", "nowhere"),
         ("model.heads", 0, "heads must be at least 1"),
         ("batch_size", 9, "multiple of 8"),
-        ("mesh.fsdp", 3, "does not fit 8 device"),
+        ("run.mesh.fsdp", 3, "does not fit 8 device"),
         ("data.bpe_dropout", 2.0, "bpe_dropout"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_anything_is_written(
     transformer_values, tmp_path, key, value, message
 ):
-    config = tiny("transformer", transformer_values | {key: value})
     with pytest.raises(UserError, match=message):
-        run.train(config, tmp_path / "run", progress=False)
+        run.train(demo_settings("transformer", transformer_values | {key: value}), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(dvae_values, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="expected a workdir to write to"):
-        run.train(tiny("dvae", dvae_values), tmp_path / "file" / "run", progress=False)
+        run.train(demo_settings("dvae", dvae_values), tmp_path / "file" / "run", progress=False)
 
 
 def test_a_model_of_another_name_is_no_task(dvae_values):
-    with pytest.raises(UserError, match="must be dvae, transformer or clip"):
-        objectives.build_task(tiny("dvae", dvae_values, name="gan"))
+    settings = dataclasses.replace(demo_settings("dvae", dvae_values), name="gan")
+    with pytest.raises(UserError, match="one of dvae, transformer, clip, got 'gan'"):
+        objectives.build_task(settings, {})
 
 
 def test_warnings_and_lines_reach_the_terminal(dvae_values, tmp_path, capfd):
-    run.train(tiny("dvae", dvae_values | {"validate_every": 0, "picture_every": 0}, steps=2), tmp_path)
+    run.train(
+        demo_settings("dvae", dvae_values | {"run.validate_every": None, "run.picture_every": None}, steps=2), tmp_path
+    )
     text = capfd.readouterr().err
     assert "dvae step 2/2: loss" in text and "images/s" in text
     assert f"2 of 2 updates in {tmp_path}" in text

@@ -178,8 +178,8 @@ class TokenSource:
         if made.dvae_sha256 != sha256:
             raise UserError(
                 f"expected the image tokenizer that made the tokens in {self._folder} (sha256 "
-                f"{made.dvae_sha256[:12]}), got another ({sha256[:12]}): name that one as --config.dvae=DIR, or encode "
-                "the images again with this one"
+                f"{made.dvae_sha256[:12]}), got another ({sha256[:12]}): name that one as "
+                "--config.frozen.image_tokenizer=DIR, or encode the images again with this one"
             )
         if made.augment != augment:
             raise UserError(

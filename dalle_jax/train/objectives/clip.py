@@ -3,27 +3,45 @@
     logits[i, j] = scale * cos(image i, caption j)      loss = mean of the cross-entropies of rows and of columns
 
 The batch is the global one, over all devices and processes: every picture is told from every caption. A loss over
-microbatches would be another loss, with fewer captions to be told apart, so `tasks.py` refuses to accumulate; where
+microbatches would be another loss, with fewer captions to be told apart, so `build` refuses to accumulate; where
 activations do not fit, `model.remat` and more devices make room and leave the loss as it is.
 
 Array names end in their dimensions: B batch, E embedding.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.models import Model, build
+from dalle_jax import models
+from dalle_jax.errors import UserError
+from dalle_jax.model_dir import ModelDir
+from dalle_jax.models import Model
 from dalle_jax.models.clip import normalize
 from dalle_jax.sharding import constrain
 from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.settings import TrainSettings
+
+FROZEN = ()
 
 
-def clip_task(config) -> Task:
-    """The task of `config.model`. Batches: 'image' uint8 [B, H, W, 3], 'text' int32 [B, T]."""
-    model = build("clip", config.model)
-    return Task(name="clip", model=model, loss=functools.partial(_loss, model))
+def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
+    """The task of `settings.model`. Batches: 'image' uint8 [B, H, W, 3], 'text' int32 [B, T].
+
+    Raises:
+      UserError: microbatches.
+    """
+    del frozen
+    if settings.accumulate != 1:
+        raise UserError(
+            f"expected config.accumulate = 1 for CLIP, got {settings.accumulate}: its loss compares all pictures of a "
+            "batch with all its captions, which microbatches cannot; to save memory, take config.model.remat or more "
+            "devices"
+        )
+    model = models.build("clip", settings.model)
+    return Task(name="clip", model=model, loss=functools.partial(_loss, model), mean_over_examples=False)
 
 
 def contrastive_loss(image_BE, text_BE, scale):

@@ -8,71 +8,35 @@ cosine schedules of the step. Everything here is float32; batches hold 'image' u
 Array names end in their dimensions: B batch, H height, W width, G grid side, V codes.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from dalle_jax import pixels
-from dalle_jax.models import Model, Params, build
+from dalle_jax import models, pixels
+from dalle_jax.model_dir import ModelDir
+from dalle_jax.models import Model, Params
 from dalle_jax.models.dvae import decode_images, encode_images, to_unit
 from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.optimizer.schedule import cosine
+from dalle_jax.train.settings import DVAEObjective, TrainSettings
 
-LIKELIHOODS = ("logit_laplace", "gaussian")
+FROZEN = ()
 GAUSSIAN_SCALE = 0.1  # standard deviation of 'gaussian', in the logit-Laplace range
 HARD_STRIDE = 8  # the hard reconstruction error, a metric only, is measured on every eighth picture
 PICTURES = 8  # pictures in a row of `pictures`
 COLLAPSE_SHARE = 0.1  # fewer codes in use than this share of those a batch could use is called a collapse
 
 
-@dataclasses.dataclass(frozen=True)
-class Cosine:
-    """A half cosine from `start` at step 0 to `end` at step `steps`, constant after (appendix A.2)."""
-
-    start: float
-    end: float
-    steps: int
-
-    def __call__(self, step):
-        return cosine(self.start, self.end, self.steps)(step) if self.steps else jnp.float32(self.end)
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is minimised. The defaults are the paper's (appendix A.2); `likelihood` and `balance` can leave it.
-
-    beta: weight of the KL. temperature: tau of the relaxation. likelihood: 'logit_laplace' with a learnt scale, or
-    'gaussian' of fixed scale around sigmoid(mu): on flat graphics a learnt scale runs away and the codebook
-    collapses. balance: weight of KL(mean posterior of the batch || uniform), in nats, weighted by how much there is
-    to see at a position, so that an even background does not have to be spread over many codes.
-    """
-
-    beta: Cosine = Cosine(0.0, 6.6, 5_000)
-    temperature: Cosine = Cosine(1.0, 1 / 16, 150_000)
-    likelihood: str = "logit_laplace"
-    balance: float = 0.0
-
-    def __post_init__(self):
-        for name in ("beta", "temperature"):  # a config gives plain mappings
-            if not isinstance(getattr(self, name), Cosine):
-                object.__setattr__(self, name, Cosine(**getattr(self, name)))
-        if self.likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {LIKELIHOODS}, got {self.likelihood!r}")
-        if self.temperature.start <= 0 or self.temperature.end <= 0:
-            raise ValueError("temperature must stay above 0")
-
-
-def dvae_task(config) -> Task:
-    """The task of `config.model` (DVAEConfig) under `config.objective` (Objective)."""
-    model = build("dvae", config.model)
-    objective = Objective(**config.objective)
+def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
+    """The task of `settings.model` under `settings.objective`."""
+    del frozen
+    model = models.build("dvae", settings.model)
     return Task(
         name="dvae",
         model=model,
-        loss=functools.partial(_loss, model, objective),
+        loss=functools.partial(_loss, model, settings.objective),
+        mean_over_examples=False,  # `balance` is of the whole batch
         pictures=jax.jit(functools.partial(_pictures, model)),
         warn=collapse_warning,
     )
@@ -122,7 +86,7 @@ def collapse_warning(metrics: Mapping[str, float]) -> str | None:
     )
 
 
-def _loss(model: Model, objective: Objective, params: Params, frozen: Params, batch, *, key, step):
+def _loss(model: Model, objective: DVAEObjective, params: Params, frozen: Params, batch, *, key, step):
     del frozen
     image_unit = pixels.to_unit(batch["image"])
     x_BHWC = pixels.to_laplace(image_unit)

@@ -12,12 +12,13 @@ import numpy as np
 
 from dalle_jax.models.layers import Model, Params
 
-# As the data pipeline made it: 'image' uint8 [B, H, W, 3] or 'codes' int32 [B, I], and 'text' int32 [B, T].
+# As the data pipeline made it: 'image' uint8 [B, H, W, 3] or 'image_tokens' int32 [B, I], and 'text' int32 [B, T].
 Batch = Mapping[str, jax.Array]
+Frozen = Mapping[str, Params]  # role -> parameters
 Metrics = dict[str, jax.Array]  # name -> float32 scalar
 
 
-def _no_pictures(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> None:
+def _no_pictures(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> None:
     return None
 
 
@@ -35,8 +36,9 @@ class Task:
       float32 scalar, the mean over the batch, so that equal microbatches average to the whole batch; the metrics are
       float32 scalars, averaged in the same way. `step` is an int32 scalar, the number of updates already made. A model
       of precision 'fp16-paper' also gets `scales=`, float32 [layers, 2], while it is differentiated.
-    frozen: parameters of a helper model that get no update, {} if none. Passed as an argument, never baked in.
-    frozen_sha256: `digest.of_model` of the helper, '' if none.
+    mean_over_examples: is the loss of a batch the mean of its examples' own losses, so that each replica can take it of
+      its part of the batch?
+    frozen: role -> parameters of a model that gets no update. Passed as an argument, never baked in.
     pictures: (params, frozen, batch, key) -> uint8 [N, H, W, 3], which the loop lays out in rows of eight, or uint8
       [rows, columns, H, W, 3], or None. Runs outside the update and may jit what it likes.
     warn: (metrics of the last interval as floats) -> one sentence for the person who watches, or None.
@@ -45,7 +47,7 @@ class Task:
     name: str
     model: Model
     loss: Callable[..., tuple[jax.Array, Metrics]]
-    frozen: Params = dataclasses.field(default_factory=dict)
-    frozen_sha256: str = ""
-    pictures: Callable[[Params, Params, Batch, jax.Array], np.ndarray | None] = _no_pictures
+    mean_over_examples: bool = True
+    frozen: Frozen = dataclasses.field(default_factory=dict)
+    pictures: Callable[[Params, Frozen, Batch, jax.Array], np.ndarray | None] = _no_pictures
     warn: Callable[[Mapping[str, float]], str | None] = _no_warning

@@ -36,17 +36,16 @@ class Optimizer:
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
-        if not isinstance(self.schedule, Schedule):
-            object.__setattr__(self, "schedule", Schedule(**self.schedule))
         if self.name not in OPTIMIZERS:
             raise UserError(f"{_KEY}.name must be one of {', '.join(OPTIMIZERS)}, got {self.name!r}")
         if self.moments not in moments.MOMENTS:
             raise UserError(f"{_KEY}.moments must be one of {', '.join(moments.MOMENTS)}, got {self.moments!r}")
-        check_number(f"{_KEY}.learning_rate", self.learning_rate, above=0)
+        check_number(f"{_KEY}.learning_rate", self.learning_rate, above=0, max=100)
+        check_number(f"{_KEY}.schedule.end_learning_rate", self.schedule.end_learning_rate, max=self.learning_rate)
         for name in ("b1", "b2", "momentum"):
             check_number(f"{_KEY}.{name}", getattr(self, name), min=0, below=1)
-        check_number(f"{_KEY}.eps", self.eps, above=0)  # else rows of a table that no batch uses become 0 / 0
-        check_number(f"{_KEY}.weight_decay", self.weight_decay, min=0)
+        check_number(f"{_KEY}.eps", self.eps, above=0, max=1)  # else rows of a table that no batch uses become 0 / 0
+        check_number(f"{_KEY}.weight_decay", self.weight_decay, min=0, max=1_000)
         check_number(f"{_KEY}.clip_norm", self.clip_norm, above=0, optional=True)
         if self.name == "muon" and self.moments == "paper":
             raise UserError(

@@ -124,7 +124,7 @@ def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) ->
     if replicas == 1:
         raise UserError(
             "expected several replicas with config.compression.rank, between which gradients are compressed, got "
-            f"{dict(mesh.shape)}: set --config.mesh.replica, or --config.compression.rank=None"
+            f"{dict(mesh.shape)}: set --config.run.mesh.replica, or --config.compression.rank=None"
         )
     if compression.rank % count:
         raise UserError(

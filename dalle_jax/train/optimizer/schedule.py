@@ -45,8 +45,6 @@ class Schedule:
     plateau: Plateau = Plateau()
 
     def __post_init__(self):
-        if not isinstance(self.plateau, Plateau):
-            object.__setattr__(self, "plateau", Plateau(**self.plateau))
         if self.name not in SCHEDULES:
             raise UserError(f"{_KEY}.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}")
         check_number(f"{_KEY}.warmup_steps", self.warmup_steps, min=0, max=2**31 - 1, whole=True)

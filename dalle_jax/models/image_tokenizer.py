@@ -1,0 +1,21 @@
+"""The image tokenizer: images to image tokens and back, whichever model does it.
+
+An image tokenizer is a `Model` whose config has `image_size` (pixels per side), `grid` (positions per side) and `vocab`
+(image tokens). Its parameters are trained before a transformer and frozen since.
+"""
+
+from dalle_jax.models import dvae
+from dalle_jax.models.layers import Model, Params
+
+NAMES = ("dvae",)  # of models that are image tokenizers, as `models.build` knows them
+_MODULES = {dvae.DVAEConfig: dvae}
+
+
+def encode(model: Model, params: Params, image_BHWC):
+    """uint8 [B, H, W, 3] -> image tokens int32 [B, I] in raster order, without noise."""
+    return _MODULES[type(model.config)].encode_images(model, params, image_BHWC)
+
+
+def decode(model: Model, params: Params, tokens_BI):
+    """Image tokens [B, I] in raster order -> uint8 [B, H, W, 3]."""
+    return _MODULES[type(model.config)].decode_images(model, params, tokens_BI)
