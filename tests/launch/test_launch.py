@@ -130,29 +130,37 @@ def test_jobset_follows_the_schema(path):
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("where", "key", "value"),
     [
-        lambda jobset, job, pod, container: jobset.update(kind="JobSets"),
-        lambda jobset, job, pod, container: jobset["spec"].update(failurePolicies={}),
-        lambda jobset, job, pod, container: jobset["spec"]["failurePolicy"].update(restartStrategy="Blocking"),
-        lambda jobset, job, pod, container: jobset["spec"]["failurePolicy"]["rules"][0].pop("name"),
-        lambda jobset, job, pod, container: job.update(backOffLimit=job.pop("backoffLimit")),
-        lambda jobset, job, pod, container: job.update(parallelism="16"),
-        lambda jobset, job, pod, container: job["podFailurePolicy"]["rules"][0].update(action="FailJobSet"),
-        lambda jobset, job, pod, container: pod.update(terminationGracePeriod=300),
-        lambda jobset, job, pod, container: pod.update(restartPolicy="never"),
-        lambda jobset, job, pod, container: container.update(arg=container.pop("args")),
-        lambda jobset, job, pod, container: container["args"].append(16),
-        lambda jobset, job, pod, container: container["env"].append({"name": "A", "value": 1}),
-        lambda jobset, job, pod, container: container["resources"].update(limit={}),
-        lambda jobset, job, pod, container: container["volumeMounts"][0].pop("mountPath"),
-        lambda jobset, job, pod, container: pod["volumes"][0].update(persistentVolume={}),
+        ("jobset", "kind", "JobSets"),
+        ("spec", "failurePolicies", {}),
+        ("policy", "restartStrategy", "Blocking"),
+        ("rule", "name", None),
+        ("job", "backOffLimit", 0),
+        ("job", "parallelism", "16"),
+        ("pod rule", "action", "FailJobSet"),
+        ("pod", "terminationGracePeriod", 300),
+        ("pod", "restartPolicy", "never"),
+        ("container", "arg", []),
+        ("container", "args", [16]),
+        ("container", "env", [{"name": "A", "value": 1}]),
+        ("container", "resources", {"limit": {}}),
+        ("mount", "mountPath", None),
+        ("volume", "persistentVolume", {}),
     ],
 )
-def test_a_typo_in_a_jobset_fails(spoil):
+def test_a_typo_in_a_jobset_fails(where, key, value):
     for path in JOBSETS:
         jobset = yaml.safe_load(path.read_text())
-        spoil(jobset, *pods_of(jobset))
+        spec, (job, pod, container) = jobset["spec"], pods_of(jobset)
+        places = {
+            **{"jobset": jobset, "spec": spec, "policy": spec["failurePolicy"], "job": job, "pod": pod},
+            **{"rule": spec["failurePolicy"]["rules"][0], "pod rule": job["podFailurePolicy"]["rules"][0]},
+            **{"container": container, "mount": container["volumeMounts"][0], "volume": pod["volumes"][0]},
+        }
+        places[where][key] = value
+        if value is None:
+            del places[where][key]
         with pytest.raises(jsonschema.ValidationError):
             check(jobset)
 
@@ -164,11 +172,8 @@ def test_jobset_restarts_what_can_go_on(path):
     job, pod, container = pods_of(jobset)
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob"
-    assert rule["onExitCodes"] == {
-        "containerName": container["name"],
-        "operator": "In",
-        "values": [main.EXIT_USER_ERROR],
-    }
+    wanted = {"containerName": container["name"], "operator": "In", "values": [main.EXIT_USER_ERROR]}
+    assert rule["onExitCodes"] == wanted
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert rule["action"] == "FailJobSet" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"  # a pod alone can't go on
@@ -218,14 +223,15 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def script(*words, **environment):
-    return subprocess.run(
-        ["bash", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        timeout=60,
-    )
+    command, environment = ["bash", *map(str, words)], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+
+
+def await_two(tmp_path):
+    """Until two stand-ins have said that they are up."""
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("up.*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -276,9 +282,7 @@ def test_local_passes_sigterm_on_and_waits_for_the_save(stand_in, tmp_path):
     stand_in("dalle-jax", f'trap "sleep 0.5; exit 75" TERM; touch "{tmp_path}/up.$$"; while :; do sleep 0.1; done')
     words = ["bash", "launch/local.sh", CONFIG, WORKDIR]
     with subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PROCESSES": "2"}) as running:
-        deadline = time.monotonic() + 30
-        while len(list(tmp_path.glob("up.*"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        await_two(tmp_path)
         running.send_signal(signal.SIGTERM)
         assert running.wait(timeout=30) == 75
 
@@ -313,9 +317,7 @@ def test_ctrl_c_asks_each_process_of_local_once(stand_in, tmp_path, interruptibl
     stand_in("dalle-jax", f'exec "{sys.executable}" "{tmp_path}/saves.py" "{tmp_path}/up.$$"')
     words, environment = ["bash", "launch/local.sh", CONFIG, WORKDIR], {**os.environ, "PROCESSES": "2"}
     with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True) as running:
-        deadline = time.monotonic() + 30
-        while len(list(tmp_path.glob("up.*"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        await_two(tmp_path)
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(timeout=30) == 75
 
