@@ -68,7 +68,8 @@ def choose(
         if unfit(shape) is None:
             return shape
     if matching:  # the reason against the sizes that were asked for, whatever the others become
-        reason = unfit(tuple(1 if size == CHOOSE else size for size in wanted)) or unfit(matching[0])
+        replica, fsdp, tensor = (1 if size == CHOOSE else size for size in wanted)
+        reason = unfit((replica, fsdp, tensor)) or unfit(matching[0])
     else:
         reason = f"the sizes must multiply to {count}, along islands of {island}"
 
@@ -92,7 +93,8 @@ def demand(abstract: Any, axes: Any, *, batch_size: int, accumulate: int = 1) ->
     not divide into microbatches and devices, or if a mesh axis cannot cut more than WHOLE_SHARE of the parameters
     that ask for it, which would silently lie whole on every device of that axis.
     """
-    leaves = list(zip(jax.tree.leaves(abstract), jax.tree.structure(abstract).flatten_up_to(axes), strict=True))
+    names_of = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    leaves = list(zip(jax.tree.leaves(abstract), names_of, strict=True))
     total = sum(math.prod(leaf.shape) for leaf, _ in leaves)
 
     def unfit(shape: Shape) -> str | None:

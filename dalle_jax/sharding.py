@@ -55,7 +55,7 @@ def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> Partiti
     if len(names) != len(shape):
         raise ValueError(f"axes {names} must name every dimension of shape {shape}")
     used: set[str] = set()
-    cuts = []
+    cuts: list[tuple[str, ...] | None] = []
     for size, name in zip(shape, names, strict=True):
         if name is not None and name not in TABLE:
             raise ValueError(f"unknown logical axis {name!r}: add it to sharding.TABLE or use one of {tuple(TABLE)}")
@@ -197,7 +197,7 @@ def independent(axis: str):
 
 def _axes(name: str | None) -> tuple[str, ...]:
     """Mesh axes of a logical name, but for independent ones."""
-    return tuple(axis for axis in TABLE.get(name, ()) if axis not in _INDEPENDENT.get())
+    return tuple(axis for axis in TABLE.get(name or "", ()) if axis not in _INDEPENDENT.get())
 
 
 def batch_ways(mesh: Mesh) -> int:

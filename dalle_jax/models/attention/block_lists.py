@@ -44,7 +44,7 @@ def block_lists(mask_SS: np.ndarray, *, size: int) -> BlockLists:
         raise ValueError(f"expected a mask whose sizes are multiples of {size}, got {mask_SS.shape}")
     rows, columns = (length // size for length in mask_SS.shape)
     blocks = mask_SS.reshape(rows, size, columns, size).swapaxes(1, 2)
-    full, some = blocks.all((2, 3)), blocks.any((2, 3))
+    full, some = np.all(blocks, (2, 3)), np.any(blocks, (2, 3))
     if not some.any(1).all():
         raise ValueError("expected a mask that allows something in every row of blocks")
     lists = [(np.flatnonzero(full[r]), np.flatnonzero(some[r] & ~full[r])) for r in range(rows)]
