@@ -181,7 +181,9 @@ class Drawing:
             names = [f"{i:09d}" for i in indices]
             done = len(shard.names)
             if shard.names != names[:done]:
-                raise UserError(f"expected the pictures {names} in {shard.file_name}, got {shard.names}: delete it")
+                raise UserError(
+                    f"expected pictures {names[:done]} in {shard.part}, got {shard.names}: delete that file"
+                )
             advance(done)
             size = captions_per_call(self)
             for start in range(done, len(indices), size):

@@ -24,21 +24,16 @@ class GrowingShard:
     """One shard while it is written; a context that closes it.
 
     Attributes:
-      names: the pictures that are in it.
+      names: the pictures that are in it. part: the file where it grows.
     """
 
     def __init__(self, path: pathlib.Path):
         """Raises UserError if another process is writing it."""
-        self.path, self._aside = path, growing(path)
-        self._file = self._aside.open("a+b")
-        _take(self._file, self._aside)
+        self.path, self.part = path, growing(path)
+        self._file = self.part.open("a+b")
+        _take(self._file, self.part)
         self.names, whole = _whole_pictures(self._file.fileno())
         self._file.truncate(whole)
-
-    @property
-    def file_name(self) -> pathlib.Path:
-        """Where it grows."""
-        return self._aside
 
     def add(self, name: str, picture: Picture, more: Mapping[str, str]) -> None:
         """Append a picture. more: what its .json says besides caption, seed and score."""
@@ -62,7 +57,7 @@ class GrowingShard:
         """End the archive and give it its name."""
         self._file.write(END)
         self.sync()
-        os.replace(self._aside, self.path)
+        os.replace(self.part, self.path)
 
     def __enter__(self) -> "GrowingShard":
         return self

@@ -234,4 +234,4 @@ class Evaluation:
 
 def _check_choice(name: str, value: str | None, choices: Collection[str | None]) -> None:
     if value not in choices:
-        raise UserError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise UserError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}: choose another")

@@ -116,7 +116,11 @@ def load(path: pathlib.Path) -> Evaluation:
         raise UserError(
             f"expected a report of `dalle-jax evaluate` in {path}, got {error!r}: check the path"
         ) from error
-    return Evaluation.from_json({**values, "expected": expected}, where=str(path))
+    try:
+        return Evaluation.from_json({**values, "expected": expected}, where=str(path))
+    except UserError as error:
+        version = expected.versions.get("dalle-jax")
+        raise UserError(f"{path} is of dalle-jax {version}, which can repeat it; here {error}") from error
 
 
 def compared(made: dict[str, Any], expected: Expected) -> dict[str, Any]:

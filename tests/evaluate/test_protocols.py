@@ -180,6 +180,10 @@ def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, word
     for message, more in refused.items():
         assert run(model, *again, *more) == 2
         assert message in capsys.readouterr().err
+    old = {**report, "evaluation": {**report["evaluation"], "count": 0}, "versions": {"dalle-jax": "0.1.0"}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert run(model, "--config", tmp_path / "old.json") == 2
+    assert "old.json is of dalle-jax 0.1.0, which can repeat it; here expected count" in capsys.readouterr().err
     moved = tmp_path / "coco"
     shutil.copytree(coco, moved)
     name = moved / "val2014" / "COCO_val2014_000000000009.jpg"
