@@ -54,9 +54,9 @@ class ShardedBatches:
         if count % self._share.count or self._batch_size % count:
             possible = [str(n) for n in range(1, count + 1) if count % n == 0]
             raise UserError(
-                f"expected data.lanes = {count} to be a multiple of the processes that read data and to divide the "
-                f"batch_size of {self._batch_size}, got {self._share.count} processes: use {' or '.join(possible)}, or "
-                "begin a new run with another data.lanes"
+                f"expected config.run.data.shards = {count} to be a multiple of the processes that read data and to "
+                f"divide the batch_size of {self._batch_size}, got {self._share.count} processes: use "
+                f"{' or '.join(possible)}, or begin a new run with other shards"
             )
         each = count // self._share.count
         config = self._prepare.config
@@ -120,7 +120,7 @@ class ShardedBatches:
         count = len(state["lanes"])
         if self._wanted not in (None, count):
             raise UserError(
-                f"expected to resume data with data.lanes = {count}, got {self._wanted}: leave it out to resume, or "
+                f"expected to resume data with config.run.data.shards = {count}, got {self._wanted}: leave it out, or "
                 "begin a new run"
             )
         if count != self._count:

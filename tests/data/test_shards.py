@@ -82,12 +82,12 @@ def test_numbers_that_do_not_fit_are_refused_with_those_that_do(tokenizer):
     source = Numbers(40)
     state = readers(source, tokenizer, 4, shards=None, batch_size=24)[0].get_state()
     (three, *_) = readers(source, tokenizer, 3, shards=None, batch_size=24)
-    with pytest.raises(UserError, match=r"data.lanes = 4 .* got 3 processes: use 1 or 2 or 4"):
+    with pytest.raises(UserError, match=r"config.run.data.shards = 4 .* got 3 processes: use 1 or 2 or 4"):
         three.set_state(state)
     with pytest.raises(UserError, match=r"divide the batch_size of 8"):
         readers(source, tokenizer, 1, shards=3)
     (two, *_) = readers(source, tokenizer, 2, shards=2, batch_size=24)
-    with pytest.raises(UserError, match=r"data.lanes = 4, got 2"):
+    with pytest.raises(UserError, match=r"config.run.data.shards = 4, got 2"):
         two.set_state(state)
     (other, *_) = readers(source, tokenizer, 4, shards=None, batch_size=24, seed=8)
     with pytest.raises(UserError, match="seed = 7, got 8"):
