@@ -27,7 +27,7 @@ from dalle_jax.train.monitor import goodput, tracing
 from dalle_jax.train.monitor.replicas import make_check
 from dalle_jax.train.monitor.report import Report, surviving_a_full_disk, to_terminal
 from dalle_jax.train.rollback import Rollback
-from dalle_jax.train.settings import TrainSettings
+from dalle_jax.train.settings import Run, TrainSettings
 from dalle_jax.train.signals import Signals
 from dalle_jax.train.step import State, TrainStep
 
@@ -92,7 +92,7 @@ def run(
     frozen = jax.device_put(step.task.frozen, sharding.replicated(step.mesh))
     loop = _Loop(
         step=step,
-        settings=settings,
+        run=settings.run,
         frozen=frozen,
         key=update_key,
         batches=batches,
@@ -138,7 +138,7 @@ class _Loop:
     """The parts of a run, and where it stands."""
 
     step: TrainStep
-    settings: TrainSettings
+    run: Run
     frozen: Any  # the task's, on the devices
     key: jax.Array
     batches: ShardedBatches
@@ -157,9 +157,9 @@ class _Loop:
     def train(self, interrupted: Signals) -> bool:
         """Make updates until the last or until a signal; True for a signal."""
         n, turn, stop, save_due = self.saved, 0, False, False
-        while n < self.settings.run.steps and not stop:
+        while n < self.run.steps and not stop:
             n, turn = n + 1, turn + 1
-            last = n == self.settings.run.steps
+            last = n == self.run.steps
             if self.trace.due(n):
                 with self.phase("profile", n):
                     self.trace.toggle()
@@ -175,8 +175,8 @@ class _Loop:
 
             self.look(n, batch, last=last)
             stop = distributed.stop_agreed(turn, bool(interrupted.signal))
-            save_due |= last or stop or _due(n, self.settings.run.checkpoint_every)
-            if _due(n, self.settings.run.check_replicas_every) or (self.settings.run.check_replicas_every and save_due):
+            save_due |= last or stop or _due(n, self.run.checkpoint_every)
+            if _due(n, self.run.check_replicas_every) or (self.run.check_replicas_every and save_due):
                 with self.phase("replicas", n):
                     self.check_replicas(self.state, n)
             if save_due:
@@ -225,10 +225,10 @@ class _Loop:
 
     def look(self, n: int, batch: Any, *, last: bool) -> None:
         """Validation, pictures and hooks, those that are due."""
-        if self.evaluator.validates and (last or _due(n, self.settings.run.validate_every)):
+        if self.evaluator.validates and (last or _due(n, self.run.validate_every)):
             with self.phase("validation", n):
                 self.report.write(n, self.evaluator.validate(self.state))
-        if last or _due(n, self.settings.run.picture_every):
+        if last or _due(n, self.run.picture_every):
             with self.phase("pictures", n):
                 self.evaluator.draw(n, self.state, batch)
                 if not last:

@@ -1,4 +1,4 @@
-"""What tests share: places, small models and runs, stand-ins for servers and buckets, programs that tests start."""
+"""Shared parts of tests: places, small models and runs, stand-ins for servers and buckets, programs to start."""
 
 import pathlib
 

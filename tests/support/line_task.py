@@ -88,6 +88,6 @@ def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=()
 
 
 def digest_of(workdir):
-    """Of the state in a run's newest checkpoint."""
+    """The digest of the state in a run's newest checkpoint."""
     folder = reader.checkpoint_folder(workdir, "")
     return reader.state_digests(folder / str(reader.steps_in(folder)[-1]))["state"]

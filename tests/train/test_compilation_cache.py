@@ -40,7 +40,7 @@ def read_back():
 
 
 def of_a_new_process():
-    """What a program computes that this process has not compiled yet, as far as JAX knows."""
+    """The result of a program that this process has not compiled yet, as far as JAX knows."""
     jax.clear_caches()
     x = jnp.linspace(-1.0, 1.0, 1000)
     return np.asarray(jax.jit(lambda x: jnp.tanh(x @ jnp.outer(x, x)).sum() + jnp.sin(x))(x))

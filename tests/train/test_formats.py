@@ -53,7 +53,7 @@ def test_every_code_comes_back_whatever_the_rounding(form):
 
 
 @BOTH
-def test_rounding_to_the_nearest_between_all_neighbours(form):
+def test_rounding_to_the_nearest_between_all_neighbors(form):
     low, codes = finite_values(form), np.arange(form.infinity)
     middle = ((low[:-1] + low[1:]) / 2).astype(np.float32)  # exact: float32 has 13 bits more
     lower, upper = codes[:-1], codes[1:]
@@ -70,7 +70,7 @@ def test_rounding_to_the_nearest_between_all_neighbours(form):
 
 @BOTH
 def test_rounding_at_random_has_the_right_mean_everywhere(form):
-    """Three tenths of the way up between all neighbours: as often up, whatever the exponent, and never further."""
+    """Three tenths of the way up between all neighbors: as often up, whatever the exponent, and never further."""
     low = finite_values(form)
     x = jnp.asarray((low[:-1] + 0.3 * np.diff(low)).astype(np.float32))
     draws = [np.asarray(formats.encode(x, form, jax.random.key(seed))) - np.arange(len(x)) for seed in range(4)]

@@ -27,9 +27,9 @@ from dalle_jax.train.step import TrainStep
 
 
 def kept_units(remat, kind="row", attention="xla"):
-    """What a bfloat16 layer of the paper's size keeps for the backward pass, in values of 2 bytes per token and width.
+    """Values of 2 bytes per token and width that a bfloat16 layer of the paper's size keeps for the backward pass.
 
-    Counted on abstract values: the residuals of `jax.vjp` but for the layer's own parameters.
+    Counted on abstract values: the residuals of `jax.vjp` but for the layer's parameters.
     """
     config = TransformerConfig(num_layers=1, pattern="full", remat=remat, scan=False, attention=attention)
     config.__dict__["kinds"] = (kind,)  # a single layer is 'conv' by the pattern
@@ -125,7 +125,7 @@ def update_bytes(remat):
 
 
 def test_layers_outside_a_loop_are_not_kept_either():
-    """XLA's CPU backend does so unless it is told not to: then both are the same size."""
+    """XLA's CPU backend does so unless it is configured not to: then both are the same size."""
     assert update_bytes("full") < 0.7 * update_bytes("none")
 
 
@@ -172,7 +172,7 @@ def loss(params, frozen, batch, *, key, step):
 
 
 def losses_of(*, params="fp32", **values):
-    """Of 300 updates; values: of the optimizer."""
+    """The losses of 300 updates. values: of the optimizer."""
     optimizer = build_optimizer(Optimizer(learning_rate=3e-3, **values), steps=1000, axes=MODEL.axes)
     mesh, storage = make_mesh({}, devices=jax.devices()[:1]), Storage(params=params)
     step = TrainStep(Task("net", MODEL, loss), optimizer, mesh, storage=storage)

@@ -132,7 +132,7 @@ def setting(replicas, fsdp, rank, form="bf16", precision="fp32"):
     step = step_of(precision, mesh, compression=Compression(rank, form))
     state = step.init(jax.random.key(0))
     head = 0.1 * np.random.default_rng(0).normal(size=state["params"]["image_head"].shape).astype(np.float32)
-    state["params"]["image_head"] = jax.device_put(head, state["params"]["image_head"].sharding)  # fresh ones are zero
+    state["params"]["image_head"] = jax.device_put(head, state["params"]["image_head"].sharding)  # else it is zero
     batch = sharding.shard_batch(tokens(0), mesh)
     return state, step.update.lower(state, {}, batch, jax.random.key(1)).compile(), mesh, batch
 

@@ -38,7 +38,8 @@ class Report:
     """
 
     def __init__(self, task: Task, settings: TrainSettings, workdir: pathlib.Path, *, start: int, progress: bool):
-        self._task, self._settings, self._workdir = task, settings, workdir
+        self._task, self._workdir = task, workdir
+        self._run, self._batch_size = settings.run, settings.batch_size
         optimizer = settings.optimizer
         self._rate = learning_rate(optimizer.schedule, optimizer.learning_rate, steps=settings.run.steps)
         self._log = metrics.MetricsLog(workdir, step=start)
@@ -69,7 +70,7 @@ class Report:
             return
         (n, measured), self._pending = self._pending, None
         values = metrics.scalars(jax.device_get(measured))
-        if self._settings.run.log_every:
+        if self._run.log_every:
             self._interval.append(values)
         if _finite(values):
             self.streak = self.overflows = 0
@@ -80,7 +81,7 @@ class Report:
         else:
             self._since = time.monotonic()
         self._bar.update(n - self._bar.n)
-        if self._settings.run.log_every and n % self._settings.run.log_every == 0:
+        if self._run.log_every and n % self._run.log_every == 0:
             self._end_interval(n)
 
     def device_waits(self) -> bool:
@@ -106,7 +107,7 @@ class Report:
         now = time.monotonic()
         updates, seconds = (self._timed, now - self._since) if self._timed else (1, now - self._began)
         self._since, self._timed = now, 0
-        return updates * self._settings.batch_size / max(seconds, 1e-9)
+        return updates * self._batch_size / max(seconds, 1e-9)
 
     def _end_interval(self, n: int) -> None:
         """Write the means of the interval, non-finite updates left out."""
@@ -127,13 +128,13 @@ class Report:
             f"loss {means['train/loss']:.4g}, {means['train/images_per_second']:.4g} images/s", refresh=False
         )
         if self._progress and self._bar.disable:
-            left = (self._settings.run.steps - n) * self._settings.batch_size / means["train/images_per_second"]
+            left = (self._run.steps - n) * self._batch_size / means["train/images_per_second"]
             to_terminal(
-                f"{self._task.name} step {n}/{self._settings.run.steps}: loss {means['train/loss']:.4g}, "
+                f"{self._task.name} step {n}/{self._run.steps}: loss {means['train/loss']:.4g}, "
                 f"{means['train/images_per_second']:.4g} images/s, {_clock(left)} left"
             )
         warning = self._task.warn({name.removeprefix("train/"): value for name, value in means.items()})
-        if n > WARM_UP * self._settings.run.steps:
+        if n > WARM_UP * self._run.steps:
             if warning and not self._warned:  # said again only after it was gone
                 to_terminal(f"warning: step {n}: {warning}")
             self._warned = bool(warning)
@@ -166,10 +167,10 @@ class Report:
         if not self._progress:
             return
         figures = [f"{k.replace('train/', '')} {self.latest[k]:.4g}" for k in _SUMMARY if k in self.latest]
-        speed = (step - start) * self._settings.batch_size / max(seconds, 1e-9)
+        speed = (step - start) * self._batch_size / max(seconds, 1e-9)
         end = "; interrupted, the same command goes on" if interrupted else ""
         to_terminal(
-            f"{self._task.name}: {step} of {self._settings.run.steps} updates in {workdir}, {step - start} of them "
+            f"{self._task.name}: {step} of {self._run.steps} updates in {workdir}, {step - start} of them "
             f"now in {_clock(seconds)} ({speed:.4g} images/s){''.join(', ' + f for f in figures)}, goodput "
             f"{goodput.share(ledger.seconds):.1%} over {ledger.starts} start{'s' * (ledger.starts > 1)}{end}"
         )
