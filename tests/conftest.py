@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 # Whole files go to the processes of pytest in this order, then by name: for a long one at the end, all would wait.
+# `--dist worksteal` needs no order, but builds the fixtures of a module in every process, models and programs included.
 LONGEST_FIRST = (
     "demo many_processes memory train distributed powersgd meshes transformer sampling precision encode protocols "
     "attention_kernels survival clip pipeline_api commands"
