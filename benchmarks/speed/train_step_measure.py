@@ -27,6 +27,7 @@ from benchmarks.speed import chips
 from benchmarks.speed.train_step import READY
 from dalle_jax import sharding
 from dalle_jax.cli import host_memory
+from dalle_jax.cli.preflight import image_tokenizers
 from dalle_jax.models import build
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.preflight import roofline
@@ -56,7 +57,8 @@ def measure(settings: TrainSettings, *, seconds: float, dvae: Mapping[str, Any] 
     devices = tuple(jax.devices())
     precision = settings.precision.partition("-")[0]
     known = chips.of_device(devices[0])
-    job = Job(settings, Topology(known or Chip("unknown", "gpu", 0, {}, 0.0, 0.0), (1, len(devices))), devices)
+    chip = known or Chip("unknown", "gpu", 0, {}, 0.0, 0.0)
+    job = Job(settings, Topology(chip, (1, len(devices))), devices, image_tokenizers=image_tokenizers())
     if dvae and job.image_tokenizer is not None:
         change_dvae(job, dvae)
     update = Update(job)

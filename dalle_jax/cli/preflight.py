@@ -49,7 +49,8 @@ def main(args: argparse.Namespace) -> int:
     from dalle_jax.preflight.job import Job
     from dalle_jax.train.settings import load_settings
 
-    job = Job(load_settings(args.config, args.overrides), pod, tuple(topology.devices(pod)))
+    settings, devices = load_settings(args.config, args.overrides), tuple(topology.devices(pod))
+    job = Job(settings, pod, devices, image_tokenizers=image_tokenizers())
     if args.sweep:
         results = search.sweep(job)
         print(json.dumps([_json(r) for r in results]) if args.json else report.sweep_table(results))
@@ -61,6 +62,13 @@ def main(args: argparse.Namespace) -> int:
     else:
         print(report.table(result, change))
     return 0 if result.verdict.fits else 1
+
+
+def image_tokenizers() -> tuple:
+    """The definitions in configs/dvae.py, of which a transformer means one if its settings name none."""
+    from dalle_jax.train.settings import load_settings
+
+    return tuple(load_settings(f"configs/dvae.py:{variant}").model for variant in ("paper", "emoji", "demo"))
 
 
 def _json(result) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""One training job on one topology, abstractly: task, mesh and the arguments of its update, nothing allocated.
+"""One training job on one topology, abstractly: task, mesh and the arguments of its step, nothing allocated.
 
-The update is `train/step.py`'s own, the state's places are those it trains with; only the arrays are missing.
+Step and shardings are those of the training (`train/step.py`); only the arrays are missing.
 """
 
 import dataclasses
@@ -30,40 +30,44 @@ from dalle_jax.train import run
 from dalle_jax.train.objectives import build_task, frozen_roles
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import powersgd
-from dalle_jax.train.settings import TrainSettings, load_settings
+from dalle_jax.train.settings import TrainSettings
 from dalle_jax.train.step import State, TrainStep
 
-# Image tokenizers that a transformer may mean whose settings name none.
-IMAGE_TOKENIZERS = ("configs/dvae.py:paper", "configs/dvae.py:emoji", "configs/dvae.py:demo")
-MODELLED = (DVAEConfig, TransformerConfig)  # models whose bytes on a device are known
+MODELED = (DVAEConfig, TransformerConfig)  # models whose bytes on a device are known
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A config on a topology. `devices` are the topology's, slice after slice."""
+    """The settings of a training on a topology.
+
+    devices: the topology's, slice after slice. image_tokenizers: those that a transformer may mean whose settings name
+    none; the first that fits it is taken.
+    """
 
     settings: TrainSettings
     topology: Topology
     devices: tuple[Any, ...]
+    image_tokenizers: tuple[DVAEConfig, ...] = (DVAEConfig(precision="bf16"),)
 
     @functools.cached_property
     def image_tokenizer(self) -> Model | None:
         """The frozen image tokenizer of a transformer."""
         if "image_tokenizer" not in frozen_roles(self.settings):
             return None
-        model, image_size = self.settings.model, self.settings.data.image_size
-        return _image_tokenizer(self.settings.frozen["image_tokenizer"], (model.grid, model.image_vocab, image_size))
+        model = self.settings.model
+        wanted = model.grid, model.image_vocab, self.settings.data.image_size
+        return _image_tokenizer(self.settings.frozen["image_tokenizer"], self.image_tokenizers, wanted)
 
     @property
     def has_image_tokens(self) -> bool:
-        """Does the transformer train on image tokens made before, so that no update asks for the image tokenizer?"""
+        """Whether the transformer trains on image tokens made before, so that no step needs the image tokenizer."""
         train = self.settings.run.data.train
         return self.image_tokenizer is not None and train is not None and is_tokens(train)
 
     @functools.cached_property
     def task(self) -> Task:
-        """Raises UserError for impossible sizes, or a model whose bytes nobody has modelled."""
-        if not isinstance(self.settings.model, MODELLED):
+        """The task of the training. Raises UserError for impossible sizes, or a model whose bytes are not known."""
+        if not isinstance(self.settings.model, MODELED):
             raise UserError(
                 f"preflight knows dvae and transformer configs, got a {self.settings.name}: train it at once, it is "
                 "small"
@@ -84,7 +88,7 @@ class Job:
 
     @functools.cached_property
     def work(self) -> flops.Work:
-        """What one example computes."""
+        """The computation of one example."""
         if self.image_tokenizer is None:
             return flops.traced_work(self.loss, self.task.model, self.example)
         return flops.transformer_work(self.task.model.config, None if self.has_image_tokens else self.image_tokenizer)
@@ -103,13 +107,13 @@ class Job:
 
     @functools.cached_property
     def step(self) -> TrainStep:
-        """The update that the training would make."""
+        """The step of the training."""
         step = run.step_for(self.settings, self.task, self.mesh)
         return dataclasses.replace(step, offload_ema=False) if self._without_host_memory else step
 
     @property
     def _without_host_memory(self) -> bool:
-        """JAX's devices of a GPU topology have no memory spaces: what a host keeps cannot be compiled as such."""
+        """Whether host memory cannot be compiled: JAX's devices of a GPU topology have no memory spaces."""
         return self.topology.chip.platform == "gpu"
 
     @property
@@ -120,7 +124,7 @@ class Job:
 
     @property
     def across_replicas(self) -> tuple[int, int]:
-        """Bytes of gradients that a chip averages with other replicas in an update, and those without compression."""
+        """Bytes of gradients that a chip averages with other replicas in a step, and those without compression."""
         model, cut = self.task.model, self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
         compression = self.settings.compression
         item = compute_dtype(self.settings.precision)(0).dtype.itemsize
@@ -146,7 +150,7 @@ class Job:
 
     @functools.cached_property
     def _states(self) -> dict[Any, State]:
-        """Of this job and all that `changed` makes of it, by what decides them: a search asks for hundreds."""
+        """States of this job and of all that `changed` makes of it, by what decides them; a search needs hundreds."""
         return {}
 
     @functools.cached_property
@@ -173,7 +177,7 @@ class Job:
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch of one, without a place."""
+        """A batch of one, without a sharding."""
         return {name: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for name, a in self.batch.items()}
 
     def loss(self, params: Any, example: Any) -> jax.Array:
@@ -192,13 +196,13 @@ class Job:
         return [place[device] for device in self.mesh.devices.flat]
 
     def lower(self) -> jax.stages.Lowered:
-        """The real update, lowered for the topology's platform."""
+        """The step, lowered for the topology's platform."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         return self.step.update.lower(self.state, self.frozen, self.batch, key)
 
     def changed(self, values: Mapping[str, Any]) -> "Job":
-        """The same job with other values of config keys, {'model.remat': 'full'}."""
-        job = Job(self.settings.changed(values), self.topology, self.devices)
+        """The same job with other values of config keys, for example {'model.remat': 'full'}."""
+        job = dataclasses.replace(self, settings=self.settings.changed(values))
         if not any(key.startswith(("name", "model.", "objective.", "data.", "frozen.")) for key in values):
             vars(job).update(task=self.task)  # the same, and slow to build
         vars(job).update(_states=self._states)
@@ -206,27 +210,29 @@ class Job:
 
 
 @functools.cache
-def _image_tokenizer(folder: str | None, wanted: tuple[int, int, int]) -> Model:
-    """The definition of the image tokenizer in a folder, or of the first of IMAGE_TOKENIZERS that fits.
+def _image_tokenizer(folder: str | None, known: tuple[DVAEConfig, ...], wanted: tuple[int, int, int]) -> Model:
+    """The definition of the image tokenizer in a folder or, without a folder, of the first known one that fits.
 
-    wanted: grid, image tokens, and pixels of a side. One object for all jobs of a search, as it is slow to build.
+    wanted: grid, vocabulary, and pixels per side. One object for all jobs of a search, as it is slow to build.
     """
     if folder:
         config = model_dir.read_config(folder)
         found = [build(config["name"], config["model"])]
     else:
-        found = [build("dvae", load_settings(name).model) for name in IMAGE_TOKENIZERS]
+        found = [build("dvae", config) for config in known]
     for model in found:
         if (model.config.grid, model.config.vocab, model.config.image_size) == wanted:
             return model
     raise UserError(
-        f"expected an image tokenizer with grid, tokens and pixels per side of {wanted}, got none in "
+        f"expected an image tokenizer with grid, vocabulary and pixels per side of {wanted}, got none in "
         f"{folder or 'configs/dvae.py'}: name its folder as --config.frozen.image_tokenizer=DIR or change config.model"
     )
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one chip holds of a tree of jax.ShapeDtypeStruct with shardings, without padding and without what
-    lies in its host's memory."""
+    """Bytes that one chip holds of a tree of jax.ShapeDtypeStruct with shardings.
+
+    Padding is not counted, nor what lies in its host's memory.
+    """
     here = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != sharding.HOST]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in here)

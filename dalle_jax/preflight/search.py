@@ -156,7 +156,7 @@ def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
             shape[smallest] *= 2
         pod = dataclasses.replace(job.topology, shape=tuple(shape))
         try:
-            larger = Job(job.changed(chosen).settings, pod, tuple(devices(pod)))
+            larger = dataclasses.replace(job.changed(chosen), topology=pod, devices=tuple(devices(pod)))
             options = next(filter(None, (_combinations(larger, keys) for keys in (0, 1, 2))), [])
         except UserError:  # a slice that does not exist, or a batch that does not divide
             continue

@@ -316,7 +316,12 @@ def test_damaged_shards_cost_their_records_only(center, tmp_path):
 def test_preflight_leaves_the_dvae_out_of_an_update_on_codes():
     pod = Topology(hardware.find_chip("gpu", "h100"), (1, 8))
     jobs = [
-        Job(demo_settings("transformer", {"run.data.train": train, "run.data.validation": None}), pod, jax.devices())
+        Job(
+            demo_settings("transformer", {"run.data.train": train, "run.data.validation": None}),
+            pod,
+            jax.devices(),
+            image_tokenizers=(demo_settings("dvae", {}).model,),
+        )
         for train in ("scenes:train@64", "tokens:x")
     ]
     pictures, codes = jobs

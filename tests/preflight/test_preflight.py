@@ -116,7 +116,7 @@ def test_float16_is_for_gpus_and_its_stream_takes_four_bytes():
     assert seconds[0] == pytest.approx(seconds[1] * 125 / 15.7)
     pod = topology.Topology(hardware.find_chip("tpu", "v5e"), (2, 4))
     with pytest.raises(UserError, match="TPUs have no float16 arithmetic"):
-        _ = Job(paper.settings, pod, paper.devices).task
+        _ = dataclasses.replace(paper, topology=pod).task
 
 
 def test_fused_attention_holds_no_scores_and_runs_on_some_chips_only():
@@ -133,7 +133,7 @@ def test_fused_attention_holds_no_scores_and_runs_on_some_chips_only():
     assert seconds[0]["memory"] > seconds[1]["memory"] and seconds[0]["compute"] < seconds[1]["compute"]
     old = topology.Topology(hardware.find_chip("gpu", "v100-16"), (1, 8))
     with pytest.raises(UserError, match="compute capability 8.0 or later .* got gpu:v100-16:1x8"):
-        _ = Job(fused.settings, old, fused.devices).task
+        _ = dataclasses.replace(fused, topology=old).task
     with pytest.raises(UserError, match="expected a TPU .* got gpu:h100:1x8: set --config.model.attention=xla"):
         _ = fused.changed({"model.attention": "splash"}).task
 
@@ -305,7 +305,7 @@ def test_the_smallest_change_is_one_that_was_compiled(result, monkeypatch, capsy
     asked = result.job.changed({"model.remat": "full"})
     size = memory.total(asked) - 1  # nearly fits: most single changes are enough for the byte model
     chip = hardware.Chip("tiny", "gpu", size, asked.topology.chip.peak_flops, 1e12, 1e11, 1e10)
-    job = Job(asked.settings, topology.Topology(chip, (1, 8)), asked.devices)
+    job = dataclasses.replace(asked, topology=topology.Topology(chip, (1, 8)))
 
     def only_16_bits(job):
         fits = job.settings.storage.params == "bf16"
@@ -349,7 +349,7 @@ def test_roofline_names_what_binds(result):
 def test_a_wrong_batch_or_dvae_is_the_users_error():
     with pytest.raises(UserError, match="multiple of 8"):
         _ = emulated().changed({"batch_size": 12}).mesh
-    with pytest.raises(UserError, match="grid, tokens and pixels"):
+    with pytest.raises(UserError, match="grid, vocabulary and pixels"):
         _ = emulated().changed({"model.grid": 4}).task
 
 

@@ -11,7 +11,7 @@ VALUES = {"batch_size": 16, "run.steps": 100, "model.num_layers": 2, "run.mesh.f
 
 
 def emulated(chip="h100", shape=(1, 8), platform="gpu"):
-    """A job of the demo transformer."""
-    return Job(
-        demo_settings("transformer", VALUES), Topology(hardware.find_chip(platform, chip), shape), tuple(jax.devices())
-    )
+    """A job of the demo transformer and dVAE."""
+    pod, devices = Topology(hardware.find_chip(platform, chip), shape), tuple(jax.devices())
+    dvae = demo_settings("dvae", {}).model
+    return Job(demo_settings("transformer", VALUES), pod, devices, image_tokenizers=(dvae,))
