@@ -2,11 +2,19 @@
 
 import argparse
 import dataclasses
+import pathlib
+from typing import Any
 
+import jax
+
+from dalle_jax import model_dir
 from dalle_jax.checkpoint import digest
 from dalle_jax.convert import clip, inception, openai_dvae, weights
-from dalle_jax.models import build
+from dalle_jax.errors import UserError
+from dalle_jax.models import Params
 from dalle_jax.text.clip import MERGES, VOCAB
+
+Converted = tuple[str, Any, Params, str]  # name of the model, its sizes as a dataclass, parameters, a line for people
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,34 +53,35 @@ def main(args: argparse.Namespace) -> int:
     Raises:
       UserError: weights that cannot be read or are of another model, or an --out that is not empty.
     """
-    weights.check_empty(args.out)
-    print(args.convert(args))
-    print(f"written to {args.out}")
+    out = pathlib.Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"expected --out to be a new or empty directory, got {out}: choose another")
+    name, config, params, summary = args.convert(args)
+    model_dir.save(out, {"name": name, "model": dataclasses.asdict(config)}, params)
+    print(summary)
+    print(f"written to {out}")
     return 0
 
 
-def convert_dvae(args: argparse.Namespace) -> str:
+def convert_dvae(args: argparse.Namespace) -> Converted:
     encoder, decoder = (weights.read(path, allow_pickle=args.allow_pickle) for path in (args.encoder, args.decoder))
     config, params = openai_dvae.convert(encoder, decoder, image_size=args.image_size)
-    weights.save(args.out, "dvae", config, params)
-    return f"{_num_params('dvae', config)} parameters, {config.vocab} codes, {config.grid} x {config.grid} grid"
+    summary = f"{_count(params)} parameters, {config.vocab} codes, {config.grid} x {config.grid} grid"
+    return "dvae", config, params, summary
 
 
-def convert_clip(args: argparse.Namespace) -> str:
+def convert_clip(args: argparse.Namespace) -> Converted:
     config, params, tokenizer = clip.load_published(args.weights, tokenizer=args.tokenizer)
     tokenizer.save(args.out)
-    weights.save(args.out, "clip", config, params)
-    return (
-        f"{_num_params('clip', config)} parameters, images of {config.image_size} pixels in patches of {config.patch}, "
-        f"vectors of {config.embed}"
-    )
+    images = f"images of {config.image_size} pixels in patches of {config.patch}"
+    return "clip", config, params, f"{_count(params)} parameters, {images}, vectors of {config.embed}"
 
 
-def convert_inception(args: argparse.Namespace) -> str:
+def convert_inception(args: argparse.Namespace) -> Converted:
     config, params = inception.load_published(args.weights)
-    weights.save(args.out, "inception", config, params)
-    return f"{config.pools} network, {config.classes} classes, sha256 of its parameters {digest.of_tree(params)}"
+    summary = f"{config.pools} network, {config.classes} classes, sha256 of its parameters {digest.of_tree(params)}"
+    return "inception", config, params, summary
 
 
-def _num_params(name: str, config) -> str:
-    return f"{build(name, dataclasses.asdict(config)).num_params:,}"
+def _count(params: Params) -> str:
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"

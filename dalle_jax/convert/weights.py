@@ -1,17 +1,13 @@
-"""The steps of every importer: read published arrays, rename and nest them, check them, write a model directory.
+"""The first steps of every importer: read published arrays, rename them and nest them.
 
 Files are safetensors or PyTorch's; torch is imported only for the latter. Knows nothing of any model.
 """
 
-import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from dalle_jax import model_dir
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params
 
@@ -84,19 +80,3 @@ def renamed(state: Mapping[str, np.ndarray], path_of: Callable[[str], Sequence[s
             node = node.setdefault(key, {})
         node[leaf] = np.ascontiguousarray(array.transpose(2, 3, 1, 0)) if array.ndim == 4 else array
     return params
-
-
-def check_empty(folder: str | os.PathLike) -> None:
-    """Raises UserError unless a folder is new or empty."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"expected --out to be a new or empty directory, got {folder}: choose another")
-
-
-def save(folder: str | os.PathLike, name: str, config: Any, params: Params) -> None:
-    """Write a model directory. config: the dataclass of the model's sizes.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
-    model_dir.save(folder, {"name": name, "model": dataclasses.asdict(config)}, params)
