@@ -49,8 +49,9 @@ def save_bars(
     Raises:
       OSError: the file cannot be written.
     """
-    with figure(path, width=9, height=1.2 + 0.3 * len(values)) as drawn:
-        axes = drawn.add_axes((0.24, 0.14, 0.73, 0.75))
+    height = 1.2 + 0.3 * len(values)
+    with figure(path, width=9, height=height) as drawn:
+        axes = drawn.add_axes((0.24, 0.45 / height, 0.73, 1 - 0.8 / height))
         bars = axes.barh(list(values), list(values.values()), color=list(colors))
         axes.bar_label(bars, list(notes), padding=4, fontsize=8)
         axes.invert_yaxis()
