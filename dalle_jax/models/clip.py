@@ -18,7 +18,15 @@ from dalle_jax import pixels
 from dalle_jax.layout import CaptionLayout
 from dalle_jax.models.attention import blockwise
 from dalle_jax.models.blocks import Blocks, InitStd, check_remat, scan_layers
-from dalle_jax.models.layers import Model, Params, compute_dtype, layer_norm, param, refuse_branch_scales
+from dalle_jax.models.layers import (
+    Model,
+    Params,
+    check_no_branch_scales,
+    check_positive,
+    compute_dtype,
+    layer_norm,
+    param,
+)
 from dalle_jax.sharding import constrain
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)  # section 2.5, as is the limit
@@ -57,9 +65,7 @@ class CLIPConfig:
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std must be three numbers, std above 0, got {self.mean} and {self.std}")
-        for field in dataclasses.fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+        check_positive(self, *(field.name for field in dataclasses.fields(self) if field.type is int))
         if self.image_size % self.patch:
             raise ValueError(f"image_size must be a multiple of patch = {self.patch}, got {self.image_size}")
         for tower in ("image", "text"):
@@ -68,7 +74,7 @@ class CLIPConfig:
                 raise ValueError(f"{tower}_width must be a multiple of {tower}_heads = {heads}, got {width}")
         check_remat(self.remat)
         compute_dtype(self.precision)
-        refuse_branch_scales(self.precision, "CLIP")
+        check_no_branch_scales(self.precision, "CLIP")
         _ = self.layout
 
     @functools.cached_property

@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import math
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dalle_jax import pixels
 from dalle_jax.models import ops
-from dalle_jax.models.layers import Model, Params, compute_dtype, param, refuse_branch_scales
+from dalle_jax.models.layers import Model, Params, check_no_branch_scales, check_positive, compute_dtype, param
 from dalle_jax.sharding import constrain
 
 OUTPUTS = 6  # per pixel: three means, then three log scales (appendix A.3)
@@ -46,9 +47,7 @@ class DVAEConfig:
     logits_norm: float = 0.0
 
     def __post_init__(self):
-        for name in ("image_size", "vocab", "groups", "blocks_per_group", "stem", "patch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "image_size", "vocab", "groups", "blocks_per_group", "stem", "patch")
         if self.width < 4 or self.width % 4:
             raise ValueError(f"width must be a multiple of 4 (the bottleneck is a quarter), got {self.width}")
         if self.stem_kernel % 2 == 0:
@@ -58,7 +57,7 @@ class DVAEConfig:
         if not 0 <= self.logits_norm < math.inf:
             raise ValueError(f"logits_norm must be a number of at least 0, got {self.logits_norm}")
         compute_dtype(self.precision)
-        refuse_branch_scales(self.precision, "dVAE")
+        check_no_branch_scales(self.precision, "dVAE")
 
     @property
     def stride(self) -> int:
@@ -239,12 +238,8 @@ def _double(x_BHWC):
 
 
 def _space_to_depth(x_BHWC, patch: int):
-    B, H, W, C = x_BHWC.shape
-    x = x_BHWC.reshape(B, H // patch, patch, W // patch, patch, C).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, H // patch, W // patch, patch * patch * C)
+    return einops.rearrange(x_BHWC, "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
 
 
 def _depth_to_space(x_BHWC, patch: int):
-    B, H, W, C = x_BHWC.shape
-    x = x_BHWC.reshape(B, H, W, patch, patch, C // patch**2).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, H * patch, W * patch, C // patch**2)
+    return einops.rearrange(x_BHWC, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)

@@ -17,7 +17,7 @@ from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.blocks import Blocks, InitStd, check_remat, scan_layers
-from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
+from dalle_jax.models.layers import Model, check_positive, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
 
 INIT = 0.125  # Child et al. 2019: standard deviation 0.125 / sqrt(fan in)
@@ -48,9 +48,7 @@ class TransformerConfig:
     attention: str = "xla"
 
     def __post_init__(self):
-        for name in ("num_layers", "width", "heads", "head_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "num_layers", "width", "heads", "head_size")
         check_remat(self.remat)
         compute_dtype(self.precision)
         kernels.check_shapes(self.attention, length=self.layout.length, head_size=self.head_size)
