@@ -83,7 +83,7 @@ def demo() -> TrainSettings:
             text_heads=4,
             scan=False,
         ),
-        data=DataConfig(image_size=64, augment="center", threads=0),
+        data=DataConfig(image_size=64, augment="center"),
         batch_size=128,
         optimizer=Optimizer(
             name="muon",
@@ -97,7 +97,7 @@ def demo() -> TrainSettings:
         ema=Ema(decay=0.98),
         run=Run(
             steps=600,
-            data=Sources(train="scenes:train@64", validation="scenes:val@64"),
+            data=Sources(train="scenes:train@64", validation="scenes:val@64", threads=0),
             validate_every=300,
             validation_batches=4,
             picture_every=None,

@@ -91,10 +91,12 @@ def demo() -> TrainSettings:
         groups=1,
         stem_kernel=1,
         patch=8,
-        data=DataConfig(image_size=64, augment="center", threads=1),
+        data=DataConfig(image_size=64, augment="center"),
         learning_rate=6e-3,
         cooling_steps=800,
-        run=Run(steps=1_000, data=Sources(train="scenes:train@64", validation="scenes:val@64"), picture_every=500),
+        run=Run(
+            steps=1_000, data=Sources(train="scenes:train@64", validation="scenes:val@64", threads=1), picture_every=500
+        ),
     )
 
 

@@ -127,11 +127,11 @@ def demo() -> TrainSettings:
         text_len=14,
         text_vocab=384,
         image_vocab=128,
-        data=DataConfig(image_size=64, augment="center", threads=0),
+        data=DataConfig(image_size=64, augment="center"),
         learning_rate=8e-3,
         run=Run(
             steps=4_000,
-            data=Sources(train="scenes:train@64", validation="scenes:val@64"),
+            data=Sources(train="scenes:train@64", validation="scenes:val@64", threads=0),
             evaluate=Evaluate(),
             picture_every=2_000,
         ),

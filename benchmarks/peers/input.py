@@ -37,7 +37,7 @@ from benchmarks.peers.process import PeerProcess
 from dalle_jax import model_dir
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import decode_scaled
-from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
+from dalle_jax.data.pipeline import Batches, DataConfig, Prepare, Reading
 from dalle_jax.data.record import Record
 from dalle_jax.data.sources import open_source
 from dalle_jax.layout import Layout
@@ -58,9 +58,10 @@ STALL_STEPS = 300
 def read(spec: str, size: int, tokenizer: Tokenizer, **values) -> Batches:
     """Batches without end, as training reads them."""
     layout = Layout(text_len=64, text_vocab=tokenizer.vocab_size, grid=8, image_vocab=512)
-    config = DataConfig(image_size=size, augment="transformer", bpe_dropout=DROPOUT, threads=0, **values)
+    config = DataConfig(image_size=size, augment="transformer", bpe_dropout=DROPOUT, **values)
     prepare = Prepare(config, layout, tokenizer)
-    return Batches(open_source(spec), prepare, batch_size=BATCH, seed=0, shuffle=True, epochs=None)
+    reading = Reading(threads=0)
+    return Batches(open_source(spec), prepare, batch_size=BATCH, seed=0, shuffle=True, epochs=None, reading=reading)
 
 
 def write_tar(path: Path, records: Iterable[Record], folder: Path | None = None) -> None:

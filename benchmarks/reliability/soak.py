@@ -48,7 +48,7 @@ CONFIG = {
     "model.image_size": 32, "model.vocab": 8, "model.width": 8, "model.stem": 4,
     "model.patch": 4, "run.processes.start_seconds": 30, "run.processes.hang_seconds": 15,
     "run.processes.compile_seconds": 60,
-    "data.image_size": 32, "run.data.train": "scenes:train@32", "run.data.validation": None, "data.threads": 1,
+    "data.image_size": 32, "run.data.train": "scenes:train@32", "run.data.validation": None, "run.data.threads": 1,
 }  # fmt: skip
 FAULTS = (3, 5, 10, 30)  # minutes between two
 LIMIT = 600  # seconds that a single start may take

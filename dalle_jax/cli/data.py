@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     check_number("--threads", args.threads, min=1, whole=True)
     check_number("--max-pixels", args.max_pixels, min=1, whole=True)
     limits = {field.name: getattr(args, field.name) for field in FILTERS}
-    config = DataConfig(max_pixels=args.max_pixels, threads=args.threads, **limits)
+    config = DataConfig(max_pixels=args.max_pixels, **limits)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     picture = args.picture or (None if args.json else "examples.png")
     for option, path in (("picture", picture), ("dropped", args.dropped)):
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     if args.limit and args.limit < len(source):
         rows = np.linspace(0, len(source) - 1, args.limit).astype(int).tolist()
 
-    found = survey(source, rows, config=config, tokenizer=tokenizer)
+    found = survey(source, rows, config=config, tokenizer=tokenizer, threads=args.threads)
     summary = summarize(source.name, found, unit="tokens" if tokenizer else "words", total=len(source))
     if args.dropped:
         lines = [json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in found if isinstance(outcome, Dropped)]
@@ -113,9 +113,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def survey(
-    source: Source, rows: Sequence[int], *, config: DataConfig, tokenizer: Tokenizer | None
+    source: Source, rows: Sequence[int], *, config: DataConfig, tokenizer: Tokenizer | None, threads: int
 ) -> list[Usable | Dropped]:
-    """The outcome of each row, in order; decoded by `config.threads` threads, with a bar on stderr."""
+    """The outcome of each row, in order; decoded by so many threads, with a bar on stderr."""
     check = functools.partial(check_record, config=config, tokenizer=tokenizer)
 
     def check_block(block: Sequence[int]) -> list[Usable | Dropped]:
@@ -124,7 +124,7 @@ def survey(
     found: list[Usable | Dropped] = []
     blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
     with (
-        futures.ThreadPoolExecutor(config.threads) as pool,
+        futures.ThreadPoolExecutor(threads) as pool,
         tqdm.tqdm(total=len(rows), unit=" records", disable=None, file=sys.stderr) as bar,
     ):
         for outcomes in pool.map(check_block, blocks):

@@ -253,6 +253,7 @@ def time_update(settings: TrainSettings) -> float:
         seed=settings.seed,
         shuffle=True,
         epochs=None,
+        reading=settings.run.data,
     )
     seconds, running = [], None
     for _ in range(PROBE_UPDATES):

@@ -42,11 +42,6 @@ class DataConfig(filters.Filters):
     # Decode a JPEG at 1/2, 1/4 or 1/8 of its size if that leaves what `augment` shrinks to. Faster for large photos;
     # the pixels differ a little, and random crops are drawn in larger steps.
     scaled_jpeg: bool = False
-    max_bad_share: float = 0.1  # a run stops if more of the records are broken (filtered ones do not count)
-    # Threads that decode. 0 works in the caller's, which is fastest for images of at most a hundred pixels a side if
-    # nothing else waits for the caller.
-    threads: int = 4
-    prefetch_batches: int = 2  # how far the threads run ahead
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,14 +52,31 @@ class DataConfig(filters.Filters):
             )
         check_number("config.data.image_size", self.image_size, min=1, max=MAX_SIDE, whole=True)
         check_number("config.data.max_pixels", self.max_pixels, min=1, max=1 << 31, whole=True)
-        check_number("config.data.threads", self.threads, min=0, max=MAX_THREADS, whole=True)
-        check_number("config.data.prefetch_batches", self.prefetch_batches, min=1, max=MAX_PREFETCH, whole=True)
-        for name in ("bpe_dropout", "caption_dropout", "max_bad_share"):
+        for name in ("bpe_dropout", "caption_dropout"):
             check_number(f"config.data.{name}", getattr(self, name), min=0, max=1)
 
     def without_randomness(self) -> "DataConfig":
         """The same records with center crops and plain tokens, for validation."""
         return dataclasses.replace(self, augment="center", bpe_dropout=0.0, caption_dropout=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How fast records are read, and how many of them may be broken; which batches come of them does not change."""
+
+    # Threads that decode. 0 works in the caller's, which is fastest for images of at most a hundred pixels a side if
+    # nothing else waits for the caller.
+    threads: int = 4
+    prefetch_batches: int = 2  # how far the threads run ahead
+    max_bad_share: float = 0.1  # a run stops if more of the records are broken (filtered ones do not count)
+
+    def __post_init__(self):
+        check_number("config.run.data.threads", self.threads, min=0, max=MAX_THREADS, whole=True)
+        check_number("config.run.data.prefetch_batches", self.prefetch_batches, min=1, max=MAX_PREFETCH, whole=True)
+        check_number("config.run.data.max_bad_share", self.max_bad_share, min=0, max=1)
+
+
+READING = Reading()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +178,7 @@ class Batches:
         shuffle: bool,
         epochs: int | None,
         share: Share = WHOLE,
+        reading: Reading = READING,
     ):
         """epochs: None never ends. The last batch of a finite run may be smaller, and is left out when shuffling.
 
@@ -179,16 +192,15 @@ class Batches:
                 f"expected at least one record for each of {share.count} processes, got {len(source)} from "
                 f"{source.name}: check the source"
             )
-        config = prepare.config
         self._identity = {"records": len(source), "seed": seed, "shuffle": shuffle, "processes": share.count}
-        self._name, self._records, self._max_bad_share = source.name, len(source), config.max_bad_share
+        self._name, self._records, self._max_bad_share = source.name, len(source), reading.max_bad_share
         self._batch_size, self._keep_partial = batch_size, not shuffle
         records = grain.MapDataset.source(source).seed(seed)
         if shuffle:
             records = records.shuffle()
         examples = share.of(records.random_map(functools.partial(prepare, at_random=shuffle))).repeat(epochs)
-        ahead = max(config.threads, config.prefetch_batches * batch_size) if config.threads else 0
-        read = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=ahead)
+        ahead = max(reading.threads, reading.prefetch_batches * batch_size) if reading.threads else 0
+        read = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=ahead)
         self._examples = iter(examples.to_iter_dataset(read))
         self.good, self.cut = 0, 0
         self.dropped: collections.Counter[str] = collections.Counter()
@@ -273,5 +285,5 @@ class Batches:
         if seen % min(CHECK_EVERY, self._records) == 0 and bad > self._max_bad_share * seen:
             raise UserError(
                 f"expected at most {self._max_bad_share:.0%} broken records in {self._name}, "
-                f"got {bad / seen:.0%}: mend the data or raise config.data.max_bad_share\n{self.table()}"
+                f"got {bad / seen:.0%}: mend the data or raise config.run.data.max_bad_share\n{self.table()}"
             )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle_jax.data.pipeline import Batches, Prepare
+from dalle_jax.data.pipeline import READING, Batches, Prepare, Reading
 from dalle_jax.data.record import Source
 from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.errors import UserError
@@ -35,6 +35,7 @@ class ShardedBatches:
         seed: int,
         shards: int | None = None,
         share: Share = WHOLE,
+        reading: Reading = READING,
         gather: Callable[[Any], list[Any]] = _alone,
     ):
         """batch_size: of all readers together. shards: None takes those of the state to resume, or one a reader.
@@ -46,7 +47,7 @@ class ShardedBatches:
           UserError: shards that the readers or the batch cannot share, and what `Batches` raises.
         """
         self._source, self._prepare, self._batch_size, self._seed = source, prepare, batch_size, seed
-        self._wanted, self._share, self._gather = shards, share, gather
+        self._wanted, self._share, self._reading, self._gather = shards, share, reading, gather
         self._shards: dict[int, Batches] = {}
         self._open(shards or share.count)
 
@@ -59,19 +60,19 @@ class ShardedBatches:
                 f"{' or '.join(possible)}, or begin a new run with other shards"
             )
         each = count // self._share.count
-        config = self._prepare.config
-        config = dataclasses.replace(config, threads=-(-config.threads // each))
+        reading = dataclasses.replace(self._reading, threads=-(-self._reading.threads // each))
         self.close()
         self._count = count
         self._shards = {
             shard: Batches(
                 self._source,
-                dataclasses.replace(self._prepare, config=config),
+                self._prepare,
                 batch_size=self._batch_size // count,
                 seed=self._seed,
                 shuffle=True,
                 epochs=None,
                 share=Share(shard, count),
+                reading=reading,
             )
             for shard in range(self._share.index * each, (self._share.index + 1) * each)
         }

@@ -233,6 +233,7 @@ def _data(
         seed=settings.seed,
         shards=given.shards,
         share=share,
+        reading=given,
         gather=distributed.gather_json,
     )
     if given.validation is None:
@@ -249,6 +250,7 @@ def _data(
             shuffle=False,
             epochs=1,
             share=share,
+            reading=given,
         )
         with contextlib.closing(once):
             yield from _in_step(once)

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dalle_jax import config as configs
-from dalle_jax.data.pipeline import DataConfig
+from dalle_jax.data.pipeline import DataConfig, Reading
 from dalle_jax.errors import UserError, check_number
 from dalle_jax.models import make_config
 from dalle_jax.models.clip import CLIPConfig
@@ -134,9 +134,9 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
-    """Where records come from and how fast they are read. A source may have another name when a run goes on, as long as
-    it holds the same records."""
+class Sources(Reading):
+    """Where records come from, and how they are read. A source may have another name when a run goes on, as long as it
+    holds the same records."""
 
     train: str | None = None  # e.g. wds:PATTERN or folder:DIR, of a transformer tokens:DIR too
     validation: str | None = None  # held-out records; None: no validation
@@ -144,6 +144,7 @@ class Sources:
     shards: int | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_number("config.run.data.shards", self.shards, min=1, max=2**20, whole=True, optional=True)
 
 

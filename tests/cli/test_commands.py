@@ -67,8 +67,8 @@ def test_from_broken_shards_to_pictures(shards, tmp_path, capsys):
     common = {
         "run.data.train": shards, "run.data.validation": None, "run.steps": STEPS, "run.validate_every": None,
         "run.picture_every": None, "run.log_every": 4, "run.mesh.fsdp": 1, "run.mesh.replica": None,
-        "batch_size": BATCH, "data.max_bad_share": 0.9, "data.image_size": 16, "data.max_pixels": 10_000_000,
-        "data.threads": 2, "optimizer.schedule.warmup_steps": 0,
+        "batch_size": BATCH, "run.data.max_bad_share": 0.9, "data.image_size": 16, "data.max_pixels": 10_000_000,
+        "run.data.threads": 2, "optimizer.schedule.warmup_steps": 0,
     }  # fmt: skip
     sizes = {"model.image_size": 16, "model.width": 8, "model.stem": 4, "model.vocab": 8, "model.patch": 4}
     assert run(f"train --config configs/dvae.py:demo --workdir {dvae}", **common, **sizes) == 0

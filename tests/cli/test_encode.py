@@ -17,7 +17,7 @@ from dalle_jax.checkpoint import reader
 from dalle_jax.cli import main
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import decode_image
-from dalle_jax.data.pipeline import Batches, DataConfig, Prepare
+from dalle_jax.data.pipeline import Batches, DataConfig, Prepare, Reading
 from dalle_jax.data.record import Dropped, Encoded
 from dalle_jax.data.sources import features, open_source
 from dalle_jax.errors import UserError
@@ -38,8 +38,9 @@ TRANSFORMER = {
     "run.steps": 4, "batch_size": 8, "run.log_every": 2, "run.validate_every": 4, "run.picture_every": None,
     "run.checkpoint_every": 2,
     "model.num_layers": 2, "model.width": 16, "model.heads": 2, "model.head_size": 8, "model.text_len": 24,
-    "model.grid": GRID, "model.image_vocab": VOCAB, "model.text_vocab": 320, "data.image_size": SIDE, "data.threads": 0,
-    "data.bpe_dropout": 0.3, "data.caption_dropout": 0.2, "data.max_bad_share": 0.5,
+    "model.grid": GRID, "model.image_vocab": VOCAB, "model.text_vocab": 320, "data.image_size": SIDE,
+    "run.data.threads": 0,
+    "data.bpe_dropout": 0.3, "data.caption_dropout": 0.2, "run.data.max_bad_share": 0.5,
     "run.mesh.replica": None, "run.mesh.fsdp": 1, "optimizer.name": "adamw",
 }  # fmt: skip
 
@@ -156,10 +157,12 @@ def test_training_on_codes_is_training_on_pictures_bit_for_bit(trained):
 
 
 def batches(source, *, shuffle, **values):
-    config = DataConfig(image_size=SIDE, augment="transformer", threads=0, max_bad_share=0.5, **values)
+    config = DataConfig(image_size=SIDE, augment="transformer", **values)
     layout, tokenizer = Layout(8, 320, GRID, VOCAB), BPETokenizer.train(["one two three"], vocab_size=290)
     prepare = Prepare(config, layout, tokenizer)
-    return Batches(source, prepare, batch_size=4, seed=3, shuffle=shuffle, epochs=None if shuffle else 1)
+    reading = Reading(threads=0, max_bad_share=0.5)
+    epochs = None if shuffle else 1
+    return Batches(source, prepare, batch_size=4, seed=3, shuffle=shuffle, epochs=epochs, reading=reading)
 
 
 def test_crops_are_the_augmentations_of_the_seed_and_all_are_used(folder, dvae, crops, tmp_path):

@@ -157,8 +157,9 @@ def test_training_batches_survive_and_stop_at_the_share(all_broken):
     share = dropped.total() / (good + dropped.total())
 
     def batches(allowed):
-        config = pipeline.DataConfig(image_size=16, max_pixels=10_000_000, max_bad_share=allowed, threads=0)
-        return pipeline.Batches(source, pipeline.Prepare(config), batch_size=8, seed=0, shuffle=False, epochs=1)
+        prepare = pipeline.Prepare(pipeline.DataConfig(image_size=16, max_pixels=10_000_000))
+        reading = pipeline.Reading(threads=0, max_bad_share=allowed)
+        return pipeline.Batches(source, prepare, batch_size=8, seed=0, shuffle=False, epochs=1, reading=reading)
 
     lenient = batches(share + 0.01)
     assert sum(len(batch["image"]) for batch in lenient) == good == lenient.good
@@ -246,9 +247,9 @@ def test_shared_files_through_the_report_and_the_batches(spec, good, capsys):
             (collections.Counter(bad) for _, bad in OUTCOMES.values()), collections.Counter()
         )
     assert report["good"] == good and report["records"] == good + sum(report["dropped"].values())
-    config = pipeline.DataConfig(image_size=16, max_bad_share=0.6, threads=0)
+    prepare, reading = pipeline.Prepare(pipeline.DataConfig(image_size=16)), pipeline.Reading(max_bad_share=0.6)
     batches = pipeline.Batches(
-        open_source(spec), pipeline.Prepare(config), batch_size=8, seed=0, shuffle=False, epochs=1
+        open_source(spec), prepare, batch_size=8, seed=0, shuffle=False, epochs=1, reading=reading
     )
     assert sum(len(batch["image"]) for batch in batches) == good
     assert batches.dropped == report["dropped"]

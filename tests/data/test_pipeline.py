@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from dalle_jax.data import filters, transforms
-from dalle_jax.data.pipeline import DataConfig, Prepare
+from dalle_jax.data.pipeline import DataConfig, Prepare, Reading
 from dalle_jax.data.record import Dropped, Record
 from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError
 from dalle_jax.layout import Layout
 from tests.support.numbers_source import LAYOUT, Numbers, assert_same, batches, caption, numbers_of, take
+
+LENIENT = Reading(threads=2, max_bad_share=0.5)
 
 
 class Photos(Numbers):
@@ -28,7 +30,7 @@ class Photos(Numbers):
 
 
 def test_scaled_jpeg_gives_nearly_the_same_pictures_and_the_same_filters(tokenizer):
-    exact = DataConfig(image_size=16, augment="center", threads=0, min_image_side=100)
+    exact = DataConfig(image_size=16, augment="center", min_image_side=100)
     scaled = dataclasses.replace(exact, scaled_jpeg=True)
     pictures = [
         np.concatenate([b["image"] for b in batches(Photos(8), tokenizer, config=config, shuffle=False, epochs=1)])
@@ -55,7 +57,7 @@ def test_shapes(tokenizer):
 
 def test_dropped_captions_are_empty_ones_at_the_configured_share(tokenizer):
     """The rest, pictures and tokens, is what a run without dropping reads; validation drops none."""
-    config = DataConfig(image_size=8, augment="center", caption_dropout=0.25, threads=0)
+    config = DataConfig(image_size=8, augment="center", caption_dropout=0.25)
     found = take(batches(Numbers(400), tokenizer, config=config, shuffle=False, epochs=1), 100)
     plain = take(batches(Numbers(400), tokenizer, config=config.without_randomness(), shuffle=False, epochs=1), 100)
     text, whole = (np.concatenate([batch["text"] for batch in each]) for each in (found, plain))
@@ -90,15 +92,15 @@ def test_what_happens_to_a_record_does_not_depend_on_the_processes(tokenizer):
 
 def test_seed_and_threads(tokenizer):
     def run(seed, threads):
-        config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.1, threads=threads)
-        return take(batches(Numbers(40), tokenizer, config=config, seed=seed), 5)
+        config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.1)
+        return take(batches(Numbers(40), tokenizer, config=config, seed=seed, reading=Reading(threads=threads)), 5)
 
     assert_same(run(1, 0), run(1, 4))
     assert any((a["image"] != b["image"]).any() for a, b in zip(run(1, 2), run(2, 2), strict=True))
 
 
 def test_crops_and_pieces_differ_between_epochs(tokenizer):
-    config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.3, threads=2)
+    config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.3)
     (first, second, third) = take(batches(Numbers(1), tokenizer, config=config, batch_size=8), 3)
     images, texts = (np.concatenate([first[name], second[name], third[name]]) for name in ("image", "text"))
     assert len(np.unique(images, axis=0)) > 3 and len(np.unique(texts, axis=0)) > 1
@@ -108,13 +110,13 @@ def test_crops_and_pieces_differ_between_epochs(tokenizer):
 def test_resume_is_exact(tokenizer, stop):
     """Stopped after any batch, with faults, several captions and dropout: what follows is bitwise the same."""
     source = Numbers(23, faults=(2, 5, 11), captions=3)
-    config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.2, threads=2, max_bad_share=0.5)
-    straight = batches(source, tokenizer, config=config)
+    config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.2)
+    straight = batches(source, tokenizer, config=config, reading=LENIENT)
     take(straight, stop)
     state = json.loads(json.dumps(straight.get_state()))
     rest = take(straight, 12)
 
-    resumed = batches(source, tokenizer, config=config)
+    resumed = batches(source, tokenizer, config=config, reading=LENIENT)
     take(resumed, 2)  # it may have been used before
     resumed.set_state(state)
     assert_same(take(resumed, 12), rest)
@@ -204,8 +206,8 @@ def test_bad_and_filtered_records_are_counted_with_examples(tokenizer):
             }
             return kinds.get(i, good)
 
-    config = DataConfig(image_size=8, max_pixels=1000, min_image_side=4, max_aspect_ratio=2.0, max_bad_share=0.5)
-    iterator = batches(Mixed(20), tokenizer, config=config, epochs=1, batch_size=1)
+    config = DataConfig(image_size=8, max_pixels=1000, min_image_side=4, max_aspect_ratio=2.0)
+    iterator = batches(Mixed(20), tokenizer, config=config, epochs=1, batch_size=1, reading=LENIENT)
     assert sorted(i for batch in iterator for i in numbers_of(batch, tokenizer)) == [0, *range(8, 20)]
     assert iterator.good == 13
     assert iterator.dropped == {"truncated image": 1, "no image": 1, "no caption": 1, filters.TOO_SMALL: 1,
@@ -218,13 +220,12 @@ def test_too_many_broken_records_stop_the_run(tokenizer):
     with pytest.raises(UserError, match="at most 10% broken records in numbers, got 25%") as error:
         take(batches(source, tokenizer), 100)
     assert "10  no image  (e.g. key" in str(error.value)
-    config = DataConfig(image_size=8, max_bad_share=0.25)
-    take(batches(source, tokenizer, config=config), 100)
+    take(batches(source, tokenizer, reading=Reading(max_bad_share=0.25)), 100)
 
 
 def test_filtered_records_are_not_broken(tokenizer):
-    config = DataConfig(image_size=8, min_caption_words=2, max_bad_share=0.0)
-    iterator = batches(Numbers(13), tokenizer, config=config, epochs=1, batch_size=1)
+    config, strict = DataConfig(image_size=8, min_caption_words=2), Reading(max_bad_share=0.0)
+    iterator = batches(Numbers(13), tokenizer, config=config, epochs=1, batch_size=1, reading=strict)
     assert sorted(i for batch in iterator for i in numbers_of(batch, tokenizer)) == [10, 11, 12]
     assert iterator.dropped == {filters.TOO_SHORT: 10}
 
@@ -243,11 +244,12 @@ def test_refusals(tokenizer):
         Prepare(DataConfig(), Layout(8, 300, 2, 8), tokenizer)
     for wrong in (
         {"augment": "none"},
-        {"threads": -1},
         {"bpe_dropout": 1.5},
         {"caption_dropout": -1},
-        {"max_bad_share": 2},
         {"image_size": 0},
     ):
         with pytest.raises(UserError, match=f"expected config.data.{next(iter(wrong))} to be"):
             DataConfig(**wrong)
+    for wrong in ({"threads": -1}, {"prefetch_batches": 0}, {"max_bad_share": 2}):
+        with pytest.raises(UserError, match=f"expected config.run.data.{next(iter(wrong))} to be"):
+            Reading(**wrong)

@@ -5,16 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from dalle_jax.data.pipeline import DataConfig, Prepare
+from dalle_jax.data.pipeline import DataConfig, Prepare, Reading
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError
 from tests.support.numbers_source import LAYOUT, Numbers, assert_same, batches, numbers_of, take
 
-CONFIG = DataConfig(image_size=8, augment="transformer", bpe_dropout=0.1, threads=2, max_bad_share=0.5)
+CONFIG = DataConfig(image_size=8, augment="transformer", bpe_dropout=0.1)
+LENIENT = Reading(threads=2, max_bad_share=0.5)
 
 
-def readers(source, tokenizer, count, *, shards, batch_size=8, seed=7, config=CONFIG):
+def readers(source, tokenizer, count, *, shards, batch_size=8, seed=7, reading=LENIENT):
     """All readers of a job; `gather` of each asks all of them, as in a real one."""
     made = []
 
@@ -22,9 +23,9 @@ def readers(source, tokenizer, count, *, shards, batch_size=8, seed=7, config=CO
         return [{str(shard): part.get_state() for shard, part in reader._shards.items()} for reader in made]
 
     for index in range(count):
-        prepare = Prepare(config, LAYOUT, tokenizer)
+        prepare = Prepare(CONFIG, LAYOUT, tokenizer)
         made.append(ShardedBatches(source, prepare, batch_size=batch_size, seed=seed, shards=shards,
-                                   share=Share(index, count), gather=gather))  # fmt: skip
+                                   share=Share(index, count), reading=reading, gather=gather))  # fmt: skip
     return made
 
 
@@ -39,7 +40,7 @@ def global_batches(made, count):
 def test_one_shard_is_plain_batches(tokenizer):
     source = Numbers(23, faults=(2, 5))
     (sharded,) = readers(source, tokenizer, 1, shards=None, batch_size=4)
-    plain = batches(source, tokenizer, config=CONFIG)
+    plain = batches(source, tokenizer, config=CONFIG, reading=LENIENT)
     assert_same(take(sharded, 12), take(plain, 12))
     assert sharded.get_state() == {"lanes": [plain.get_state()]}
     assert (sharded.good, sharded.dropped) == (plain.good, plain.dropped)
@@ -97,10 +98,10 @@ def test_numbers_that_do_not_fit_are_refused_with_those_that_do(tokenizer):
 def test_a_shard_of_few_records_may_hold_nothing_but_broken_ones(tokenizer):
     """The share of broken records is judged over as many records as one process would judge it over."""
     source = Numbers(16, faults=(3,))
-    config = DataConfig(image_size=8, threads=0, max_bad_share=0.3)
-    made = readers(source, tokenizer, 1, shards=8, config=config)
+    reading = Reading(threads=0, max_bad_share=0.3)
+    made = readers(source, tokenizer, 1, shards=8, reading=reading)
     seen = [i for batch in global_batches(made, 40) for i in numbers_of(batch, tokenizer)]
     assert set(seen) == set(range(16)) - {3}
-    broken = readers(Numbers(16, faults=range(0, 16, 2)), tokenizer, 1, shards=8, config=config)
+    broken = readers(Numbers(16, faults=range(0, 16, 2)), tokenizer, 1, shards=8, reading=reading)
     with pytest.raises(UserError, match="at most 30% broken records"):
         global_batches(broken, 40)

@@ -23,7 +23,7 @@ VALUES = {
     "run.steps": STEPS, "batch_size": BATCH, "run.log_every": 1, "run.validate_every": 3, "run.picture_every": 3,
     "run.checkpoint_every": 4, "run.keep_checkpoints": 9, "run.mesh.fsdp": 1, "run.mesh.replica": None,
     "optimizer.learning_rate": 2e-5, "optimizer.schedule.warmup_steps": STEPS,
-    "optimizer.schedule.end_learning_rate": 0.0, "data.image_size": train_driver.SIDE, "data.threads": 1,
+    "optimizer.schedule.end_learning_rate": 0.0, "data.image_size": train_driver.SIDE, "run.data.threads": 1,
     "model.image_size": train_driver.SIDE,
 }  # fmt: skip
 

@@ -221,7 +221,13 @@ def workdir(tmp_path_factory):
     """Three updates on scenes, by the loop of every task."""
     folder = tmp_path_factory.mktemp("clip")
     BPETokenizer.train([f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "star")], vocab_size=300).save(folder)
-    values = {"tokenizer": folder, "model.text_vocab": 300, "data.threads": 0, "optimizer.name": "adamw", **ONE_LAYER}
+    values = {
+        "tokenizer": folder,
+        "model.text_vocab": 300,
+        "run.data.threads": 0,
+        "optimizer.name": "adamw",
+        **ONE_LAYER,
+    }
     values |= {"run.data.train": "scenes:train@24", "run.data.validation": "scenes:val@24"}
     values |= {"optimizer.schedule.warmup_steps": 0}
     settings = tiny_settings(values, steps=3, log_every=1, validation_batches=1, validate_every=3)

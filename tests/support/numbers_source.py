@@ -34,7 +34,7 @@ class Numbers:
 
 
 def batches(source, tokenizer, *, config=None, batch_size=4, seed=7, shuffle=True, epochs=None, **kwargs):
-    config = config or DataConfig(image_size=8, augment="transformer", bpe_dropout=0.1, threads=2)
+    config = config or DataConfig(image_size=8, augment="transformer", bpe_dropout=0.1)
     layout = None if tokenizer is None else LAYOUT
     prepare = Prepare(config, layout, tokenizer)
     return Batches(source, prepare, batch_size=batch_size, seed=seed, shuffle=shuffle, epochs=epochs, **kwargs)

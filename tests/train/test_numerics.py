@@ -29,7 +29,7 @@ def test_train_takes_them_all(tmp_path, monkeypatch):
         "model.remat": "full", "model.num_layers": 1, "model.text_vocab": None, "run.mesh.replica": 2,
         "run.data.train": f"folder:{pictures}", "run.data.validation": None, "frozen.image_tokenizer": model / "dvae",
         "tokenizer": model, "run.steps": 3, "run.log_every": 1, "run.checkpoint_every": None, "batch_size": 8,
-        "data.image_size": 16, "data.threads": 0, "optimizer.name": "adamw", "optimizer.schedule.warmup_steps": 0,
+        "data.image_size": 16, "run.data.threads": 0, "optimizer.name": "adamw", "optimizer.schedule.warmup_steps": 0,
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in values.items()]
     assert main.main(["train", "--config", "configs/transformer.py:demo", "--workdir", str(workdir), *words]) == 0

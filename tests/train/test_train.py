@@ -26,13 +26,13 @@ DVAE = {
     "run.picture_every": 3,
     "run.checkpoint_every": 2, "run.mesh.fsdp": 1, "run.mesh.replica": None, "model.image_size": 16, "model.vocab": 8,
     "model.width": 8, "model.stem": 4, "model.patch": 4, "data.image_size": 16, "data.augment": "dvae",
-    "data.threads": 2,
+    "run.data.threads": 2,
 }  # fmt: skip
 TRANSFORMER = {
     "run.steps": 2, "batch_size": 8, "run.validate_every": None, "run.picture_every": None, "model.num_layers": 2,
     "model.width": 16,
     "model.heads": 2, "model.head_size": 8, "model.text_len": 8, "model.grid": 4, "model.image_vocab": 8,
-    "model.text_vocab": 290, "data.image_size": 16, "data.threads": 0,
+    "model.text_vocab": 290, "data.image_size": 16, "run.data.threads": 0,
 }  # fmt: skip
 
 
