@@ -1,9 +1,8 @@
-"""`dalle-jax demo`: the whole of DALL-E on built-in scenes, from nothing to pictures of captions it never saw.
+"""`dalle-jax demo`: all of DALL-E on built-in scenes, from nothing to images of captions it never saw.
 
 Trains a tokenizer, a dVAE and a transformer with the ordinary loop and the `demo` configs, chooses a sampling
-temperature on tuning captions, draws the report's captions once each, and lets the scene checker judge the pixels.
-Then it trains a CLIP, which chooses among 32 candidates a caption. Nothing of the report's captions is used before they
-are judged.
+temperature on tuning captions, draws each caption of the report once, and lets the scene checker judge the pixels. Then
+it trains a CLIP, which chooses among 32 candidates for each caption. The report's captions are not used before that.
 """
 
 import argparse
@@ -13,22 +12,26 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
 from dalle_jax import model_dir, sharding
-from dalle_jax.cli.hooks import sample_hook
+from dalle_jax.cli.hooks import first_captions, sample_hook
 from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source, scenes
 from dalle_jax.data.sources.scene_checker import accuracy, shows
 from dalle_jax.data.sources.scenes import Scene
 from dalle_jax.errors import UserError, check_number, say
 from dalle_jax.evaluate.probe import by_clip
+from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.pictures.sheet import contact_sheet
+from dalle_jax.sample.autoregressive import Autoregressive, Placement
 from dalle_jax.sample.pipeline import CLIP, Pipeline
 from dalle_jax.sample.request import MAX_CANDIDATES, Request
+from dalle_jax.sample.rerank import Reranker
 from dalle_jax.text import load_tokenizer
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train.monitor import metrics
@@ -54,10 +57,10 @@ TOKENIZER_CAPTIONS = 5_000
 COLUMNS = 8  # of the sheets
 REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
 
-REST_SECONDS = 60.0  # timing an update and drawing everything after the transformer, on a CPU half as fast as usual
+REST_SECONDS = 60.0  # for timing a step and drawing everything after the transformer, on a CPU half as fast as usual
 CLIP_SECONDS = 65.0  # for training it
-PROBE_UPDATES = 12
-MORE_THAN_UPDATES = 1.08  # the time of a training by that of its updates alone: validation, pictures, logs
+TIMED_STEPS = 12  # of which the first two compile
+OVERHEAD = 1.08  # time of a training by that of its steps alone: validation, pictures, logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,87 +130,72 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
     began = time.monotonic()
     stages = 6 if best_of else 4
     say(f"1/{stages} tokenizer from {TOKENIZER_CAPTIONS} captions")
-    tokenizer_file = make_tokenizer(workdir)
+    overrides = {"seed": seed, "tokenizer": make_tokenizer(workdir)}
 
-    say(f"2/{stages} dVAE: pictures to codes and back")
+    say(f"2/{stages} dVAE: pictures to image tokens and back")
     dvae_settings = load_settings("configs/dvae.py:demo", [f"--config.seed={seed}"])
     train_stage(dvae_settings, workdir / "dvae")
 
-    overrides = {"seed": seed, "tokenizer": tokenizer_file}
-    left = 60 * minutes - (time.monotonic() - began) - REST_SECONDS
-    settings = planned(
-        "configs/transformer.py:demo",
-        overrides | {"frozen.image_tokenizer": workdir / "dvae"},
-        workdir / "transformer",
-        seconds=left,
-    )
-    say(f"3/{stages} transformer: captions and codes")
-    train_stage(settings, workdir / "transformer", hooks=[sample_hook(settings, workdir / "transformer")])
+    folder, left = workdir / "transformer", 60 * minutes - (time.monotonic() - began) - REST_SECONDS
+    more = overrides | {"frozen.image_tokenizer": workdir / "dvae"}
+    settings = planned("configs/transformer.py:demo", more, folder, seconds=left)
+    say(f"3/{stages} transformer: captions and image tokens")
+    train_stage(settings, folder, hooks=[sample_hook(settings, folder)])
 
     say(f"4/{stages} pictures for captions it never saw")
-    pipe = Pipeline.load(workdir / "transformer")
-    temperature = choose_temperature(pipe)
-    drawn = {
-        name: draw(pipe, scenes.captions(name, "report", num_captions), temperature=temperature, seed=REPORT_SEED)
-        for name in REPORT_KEYS.values()
-    }
+    generator = Autoregressive.load(folder, Placement())
+    report, drawn = judge(generator, num_captions)
     sheet([drawn[name].part(0, 2 * COLUMNS) for name in TUNED_ON]).save(workdir / "samples.png")
-    report = {
-        "temperature": temperature,
-        **{key: drawn[name].accuracy for key, name in REPORT_KEYS.items()},
-        "dvae": judge_image_tokenizer(pipe, num_captions),
-        "captions_each": num_captions,
-        "seed": seed,
-        "steps": {"dvae": dvae_settings.run.steps, "transformer": settings.run.steps},
-        "bits_per_image_token": metrics.read(workdir / "transformer" / "metrics.jsonl")[-1].get(
-            "validation/bits_per_image_token"
-        ),
-        "parameters": {
-            "dvae": pipe.generator.image_tokenizer.num_params,
-            "transformer": pipe.generator.model.num_params,
-        },
-        "checkpoint": pipe.digest,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    steps = {"dvae": dvae_settings.run.steps, "transformer": settings.run.steps}
+    parameters = {"dvae": generator.image_tokenizer.num_params, "transformer": generator.model.num_params}
     if best_of:
         say(f"5/{stages} CLIP: which caption belongs to which picture")
         clip_settings = planned("configs/clip.py:demo", overrides, workdir / "clip", seconds=CLIP_SECONDS)
         train_stage(clip_settings, workdir / "clip")
-        add_clip(workdir / "clip", workdir / "transformer" / CLIP)
+        add_clip(workdir / "clip", folder / CLIP)
         say(f"6/{stages} the best of {best_of} candidates")
-        pipe = Pipeline.load(workdir / "transformer")
-        report["best_of"], best = judge_best(pipe, best_of, num_captions)
-        report["by_clip_features"] = judge_by_clip(pipe, drawn, num_captions)
-        report["steps"]["clip"], report["parameters"]["clip"] = clip_settings.run.steps, pipe.reranker.model.num_params
+        reranker = Reranker.load(folder / CLIP)
+        report["best_of"], best = judge_best(Pipeline(generator, reranker), best_of, num_captions)
+        report["by_clip_features"] = judge_by_clip(reranker, drawn, num_captions)
+        steps["clip"], parameters["clip"] = clip_settings.run.steps, reranker.model.num_params
         rows = (("first: ", drawn[RANKED_SET]), (f"best of {best_of}: ", best))
         parts = [images.part(i, i + COLUMNS, title=title) for i in (0, COLUMNS) for title, images in rows]
         sheet(parts).save(workdir / "best.png")
-    report["seconds"] = time.monotonic() - began
+    report |= {
+        "captions_each": num_captions,
+        "seed": seed,
+        "steps": steps,
+        "bits_per_image_token": metrics.read(folder / "metrics.jsonl")[-1].get("validation/bits_per_image_token"),
+        "parameters": parameters,
+        "checkpoint": generator.digest,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": time.monotonic() - began,
+    }
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
 def train_stage(settings: TrainSettings, workdir: pathlib.Path, **options) -> None:
-    """`train`, and no next stage if somebody stopped it."""
+    """Train a model; raises Interrupted if somebody stopped it."""
     result = train(settings, workdir, **options)
     if result.signal:
         raise Interrupted(result.signal)
 
 
 def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
-    """Trains tokenizer.model on training captions unless it is there.
+    """Train tokenizer.model on training captions unless it is there.
 
     Raises:
       UserError: the workdir cannot be written.
     """
     settings = load_settings("configs/transformer.py:demo")
-    source = open_source(settings.run.data.train)
-    captions = (source[i].captions[0] for i in range(TOKENIZER_CAPTIONS))
+    assert isinstance(settings.model, TransformerConfig)
     file = workdir / "tokenizer.model"
     try:
         if not file.exists():
+            captions = first_captions(settings.run.data.train or "", TOKENIZER_CAPTIONS)
             BPETokenizer.train(captions, vocab_size=settings.model.text_vocab).save(file)
     except OSError as error:
         raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error
@@ -222,23 +210,23 @@ def add_clip(workdir: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def planned(file: str, overrides: dict, workdir: pathlib.Path, *, seconds: float) -> TrainSettings:
-    """The settings with as many updates as fit into this time, their own number at most; a training that has begun
-    keeps its number."""
+    """The settings with as many steps as fit into this time, at most their number; a training that has begun keeps its
+    number."""
     settings = load_settings(file, [f"--config.{key}={value}" for key, value in overrides.items()])
-    most = settings.run.steps
+    max_steps = settings.run.steps
     if (workdir / model_dir.CONFIG).exists():
         steps = model_dir.read_config(workdir)["run"]["steps"]
     else:
-        steps = int(np.clip(seconds / (time_update(settings) * MORE_THAN_UPDATES), most // 10, most))
-    if steps < most:
-        say(f"    this machine makes {steps} of {most} updates in the time that is left")
+        steps = int(np.clip(seconds / (time_step(settings) * OVERHEAD), max_steps // 10, max_steps))
+    if steps < max_steps:
+        say(f"    this machine makes {steps} of {max_steps} steps in the time that is left")
     return settings.changed({"run.steps": steps})
 
 
-def time_update(settings: TrainSettings) -> float:
-    """Seconds from one update to the next on this machine, the middle of a few after compiling.
+def time_step(settings: TrainSettings) -> float:
+    """Seconds from one step to the next on this machine, the median of a few after compiling.
 
-    As in training, each batch is made while the update before it runs.
+    As in training, each batch is made while the step before it runs.
     """
     task = build_task(settings, load_frozen(settings, pathlib.Path()))
     mesh = mesh_for(settings, task)
@@ -247,8 +235,8 @@ def time_update(settings: TrainSettings) -> float:
     state = step.init(jax.random.key(0))
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     batches = Batches(
-        open_source(settings.run.data.train),
-        Prepare(settings.data, task.model.config.layout, load_tokenizer(settings.tokenizer)),
+        open_source(settings.run.data.train or ""),
+        Prepare(settings.data, task.model.config.layout, BPETokenizer.load(str(settings.tokenizer))),
         batch_size=settings.batch_size,
         seed=settings.seed,
         shuffle=True,
@@ -256,7 +244,7 @@ def time_update(settings: TrainSettings) -> float:
         reading=settings.run.data,
     )
     seconds, running = [], None
-    for _ in range(PROBE_UPDATES):
+    for _ in range(TIMED_STEPS):
         began = time.perf_counter()
         batch = sharding.shard_batch(next(batches), mesh)
         jax.block_until_ready(running)
@@ -270,19 +258,21 @@ def time_update(settings: TrainSettings) -> float:
 class Drawn:
     """An image for each caption of a set, with the scene that the caption describes."""
 
-    captions: Sequence[str]
-    described: Sequence[Scene]
+    asked: Sequence[tuple[str, Scene]]
     images: Sequence[np.ndarray]
+
+    @property
+    def captions(self) -> list[str]:
+        return [caption for caption, _ in self.asked]
 
     @property
     def accuracy(self) -> float:
         """The share of images that show their scene."""
-        return accuracy(self.images, self.described)
+        return accuracy(np.stack(self.images), [scene for _, scene in self.asked])
 
     def part(self, start: int, stop: int, *, title: str = "") -> "Drawn":
         """Images start .. stop - 1, their captions with a title before them."""
-        captions = [title + caption for caption in self.captions[start:stop]]
-        return Drawn(captions, self.described[start:stop], self.images[start:stop])
+        return Drawn([(title + caption, scene) for caption, scene in self.asked[start:stop]], self.images[start:stop])
 
 
 def draw(
@@ -295,13 +285,12 @@ def draw(
     best_of: int | None = None,
 ) -> Drawn:
     """The first candidate for each caption, or with best_of CLIP's choice. spacing: of the seeds of two captions."""
-    captions, described = zip(*asked, strict=True)
     options = {"temperature": temperature}
     requests = [
         Request(caption, best_of=best_of, seed=seed + spacing * i, options=options)
-        for i, caption in enumerate(captions)
+        for i, (caption, _) in enumerate(asked)
     ]
-    return Drawn(captions, described, [np.asarray(row[0]) for row in pipe.draw(requests)])
+    return Drawn(asked, [np.asarray(pictures[0]) for pictures in pipe.draw(requests)])
 
 
 def choose_temperature(pipe: Pipeline) -> float:
@@ -315,11 +304,25 @@ def choose_temperature(pipe: Pipeline) -> float:
     return max(scores, key=lambda temperature: scores[temperature])
 
 
-def judge_best(pipe: Pipeline, best_of: int, num_captions: int) -> tuple[dict, Drawn]:
+def judge(generator: Autoregressive, num_captions: int) -> tuple[dict[str, Any], dict[str, Drawn]]:
+    """Accuracies of the report's sets at the chosen temperature and of the image tokenizer; and the sets as drawn."""
+    pipe = Pipeline(generator)
+    temperature = choose_temperature(pipe)
+    drawn = {
+        name: draw(pipe, scenes.captions(name, "report", num_captions), temperature=temperature, seed=REPORT_SEED)
+        for name in REPORT_KEYS.values()
+    }
+    accuracies = {key: drawn[name].accuracy for key, name in REPORT_KEYS.items()}
+    return {"temperature": temperature, **accuracies, "dvae": judge_image_tokenizer(generator, num_captions)}, drawn
+
+
+def judge_best(pipe: Pipeline, best_of: int, num_captions: int) -> tuple[dict[str, Any], Drawn]:
     """Accuracies of the first candidate and of CLIP's choice of `best_of` on two-object captions, and that choice."""
     asked = scenes.captions(RANKED_SET, "report", num_captions)
-    settings = {"temperature": BEST_OF_TEMPERATURE, "seed": REPORT_SEED, "spacing": best_of}
-    first, best = draw(pipe, asked, **settings), draw(pipe, asked, **settings, best_of=best_of)
+    first, best = (
+        draw(pipe, asked, temperature=BEST_OF_TEMPERATURE, seed=REPORT_SEED, spacing=best_of, best_of=ranked)
+        for ranked in (None, best_of)
+    )
     return {
         "candidates": best_of,
         "temperature": BEST_OF_TEMPERATURE,
@@ -328,33 +331,30 @@ def judge_best(pipe: Pipeline, best_of: int, num_captions: int) -> tuple[dict, D
     }, best
 
 
-def judge_by_clip(pipe: Pipeline, drawn: Mapping[str, Drawn], num_captions: int) -> dict:
+def judge_by_clip(reranker: Reranker, drawn: Mapping[str, Drawn], num_captions: int) -> dict[str, Any]:
     """FID and CLIP score of the first samples against true images of the same captions, which training never has."""
     captions = [caption for images in drawn.values() for caption in images.captions]
     images = [image for images in drawn.values() for image in images.images]
-    real = [scenes.true_pictures(name, "report", num_captions, image_size=pipe.image_size) for name in drawn]
-    return by_clip(pipe.reranker, images, captions, np.concatenate(real))
+    real = [scenes.true_pictures(name, "report", num_captions, image_size=len(images[0])) for name in drawn]
+    return by_clip(reranker, images, captions, list(np.concatenate(real)))
 
 
-def judge_image_tokenizer(pipe: Pipeline, num_images: int) -> dict[str, float]:
+def judge_image_tokenizer(generator: Autoregressive, num_images: int) -> dict[str, float]:
     """Share of true images that still show their caption after encoding and decoding, and of the codebook in use."""
-    generator, scores, used = pipe.generator, {}, set()
-    for key, name in (
-        ("seen_accuracy", "one_seen"),
-        ("unseen_accuracy", "one_unseen"),
-        ("two_object_unseen_accuracy", RANKED_SET),
-    ):
-        images = scenes.true_pictures(name, "report", num_images, image_size=pipe.image_size)
+    sets = {"seen": "one_seen", "unseen": "one_unseen", "two_object_unseen": RANKED_SET}
+    scores, used = {}, set()
+    for key, name in sets.items():
+        images = scenes.true_pictures(name, "report", num_images, image_size=generator.image_size)
         described = [scene for _, scene in scenes.captions(name, "report", num_images)]
         tokens_BI = np.stack([generator.encode(image) for image in images])
         used.update(map(int, tokens_BI.flat))
-        scores[key] = accuracy(list(generator.decode(tokens_BI)), described)
+        scores[f"{key}_accuracy"] = accuracy(generator.decode(tokens_BI), described)
     return {**scores, "codes_used_share": len(used) / generator.model.config.image_vocab}
 
 
 def sheet(parts: Sequence[Drawn]) -> Image.Image:
     """Rows of images, framed green or red as the checker judges them."""
-    columns = [[item for part in parts for item in getattr(part, name)] for name in ("captions", "described", "images")]
-    captions, described, images = columns
-    marks = [shows(image, scene).ok for image, scene in zip(images, described, strict=True)]
-    return contact_sheet(images, captions, columns=COLUMNS, marks=marks)
+    asked = [pair for part in parts for pair in part.asked]
+    images = [image for part in parts for image in part.images]
+    marks = [shows(image, scene).ok for image, (_, scene) in zip(images, asked, strict=True)]
+    return contact_sheet(images, [caption for caption, _ in asked], columns=COLUMNS, marks=marks)

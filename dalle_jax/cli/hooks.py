@@ -1,9 +1,11 @@
-"""Functions that the training loop calls now and then and that need more than training: drawing samples, scoring them.
+"""Hooks of the training loop that need more than training: samples of the model, and their scores.
 
-Above `train`, `sample` and `evaluate`, so that none needs to know another.
+Above `train`, `sample` and `evaluate`, which do not know one another.
 """
 
+import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -11,108 +13,121 @@ import numpy as np
 from dalle_jax import distributed, model_dir
 from dalle_jax.data.record import Dropped
 from dalle_jax.data.sources import open_source
+from dalle_jax.errors import UserError
 from dalle_jax.models import build
+from dalle_jax.pictures.picture import Picture
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.autoregressive import Autoregressive
 from dalle_jax.sample.pipeline import Pipeline
+from dalle_jax.sample.request import Request
 from dalle_jax.sample.rerank import Reranker
-from dalle_jax.text import load_tokenizer
+from dalle_jax.text import Tokenizer, load_tokenizer
 from dalle_jax.train.loop import Hook
-from dalle_jax.train.settings import TrainSettings
+from dalle_jax.train.settings import Evaluate, TrainSettings
 from dalle_jax.train.step import ema_params
 
-CAPTIONS = 16
+CAPTIONS, COLUMNS = 16, 8  # of a sheet
 
 
 def hooks_of(settings: TrainSettings, workdir: pathlib.Path) -> list[Hook]:
-    """What a training with these settings does now and then.
+    """The hooks of a training with these settings; none if its model draws no images from captions.
 
     Raises:
       UserError: an evaluation with a network that cannot be read.
     """
-    asked = settings.run.evaluate
-    if asked is None:
+    evaluate = settings.run.evaluate
+    if evaluate is None:
         return []
-    return [sample_hook(settings, workdir), *([evaluate_hook(settings, workdir)] if asked.every else [])]
+    hooks = [sample_hook(settings, workdir)]
+    return [*hooks, evaluate_hook(settings, workdir)] if evaluate.every else hooks
 
 
 def sample_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
-    """Every `run.picture_every` updates, samples of held-out captions as WORKDIR/pictures/STEP.png.
+    """Every `run.picture_every` steps, samples of held-out captions as WORKDIR/pictures/STEP.png.
 
-    Draws with the moving average of the parameters, at temperature 1 and the same seeds each time, so that the sheets
-    of a run compare. The captions are the first of the validation source, or of the training source without one.
+    They are drawn with the moving average of the parameters, at temperature 1 and with the same seeds each time, so
+    that the sheets of a run compare. The captions are the first of the validation source, or of the training source
+    without one.
     """
     sampler = _Sampler(settings, workdir, captions=CAPTIONS)
 
     def draw(step: int, state) -> None:
-        pipe, captions, pictures = sampler.draw(step, state)
-        if pipe is None:
-            return
-        (workdir / "pictures").mkdir(exist_ok=True)
-        contact_sheet(pictures, captions, columns=8).save(workdir / "pictures" / f"{step:07d}.png")
+        if pictures := sampler.draw(step, state):
+            images = [np.asarray(picture) for picture in pictures]
+            sheet = contact_sheet(images, [picture.caption for picture in pictures], columns=COLUMNS)
+            (workdir / "pictures").mkdir(exist_ok=True)
+            sheet.save(workdir / "pictures" / f"{step:07d}.png")
 
     return settings.run.picture_every or settings.run.steps, draw
 
 
 def evaluate_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
-    """Every `run.evaluate.every` updates, the scores of `evaluate.probe` as samples/NAME in the metrics.
+    """Every `run.evaluate.every` steps, the scores of `evaluate.probe` as samples/NAME in the metrics.
 
-    One picture for each of the first `count` captions of the validation source, or of the training source without one,
-    drawn as in `sample_hook`, against `reference_count` of its pictures.
+    One image for each of the first `count` captions, drawn as in `sample_hook`, against `reference_count` images of the
+    same source.
 
     Raises:
-      UserError: a network that cannot be read, or a source without pictures.
+      UserError: a network that cannot be read, or a source without images.
     """
+    evaluate = settings.run.evaluate or Evaluate()
+    sampler = _Sampler(settings, workdir, captions=evaluate.count)
+    probe_of = _open_probe(_spec(settings), evaluate) if jax.process_index() == 0 else None
+
+    def score(step: int, state) -> dict[str, float] | None:
+        pictures = sampler.draw(step, state)
+        if probe_of is None:
+            return None
+        probe = probe_of(side=pictures[0].width)
+        scores = probe.scores([np.asarray(picture) for picture in pictures], [picture.caption for picture in pictures])
+        return {f"samples/{name}": value for name, value in scores.items()}
+
+    return evaluate.every or settings.run.steps, score
+
+
+def _open_probe(spec: str, evaluate: Evaluate) -> Callable:
+    """Load what scores samples, before hours go by. Returns a function that makes the probe of an image size, once."""
     from dalle_jax.evaluate.features import Extractor  # most of SciPy, which every restart would pay
     from dalle_jax.evaluate.probe import Probe
 
-    asked, data = settings.run.evaluate, settings.run.data
-    sampler, parts = _Sampler(settings, workdir, captions=asked.count), {}
-    if jax.process_index() == 0:  # before hours go by
-        parts["source"] = open_source(data.validation or data.train, captions_required=False)
-        parts["inception"] = Extractor.load(asked.weights) if asked.weights else None
-        parts["clip"] = Reranker.load(asked.clip) if asked.clip else None
-
-    def score(step: int, state) -> dict[str, float] | None:
-        pipe, captions, pictures = sampler.draw(step, state)
-        if pipe is None:
-            return None
-        if "probe" not in parts:
-            source = parts["source"]
-            count = min(asked.reference_count, len(source))
-            rows = np.sort(np.random.default_rng(0).choice(len(source), count, replace=False))
-            networks = {name: parts[name] for name in ("inception", "clip")}
-            parts["probe"] = Probe(source, rows=rows, side=pipe.image_size, **networks)
-        return {f"samples/{name}": value for name, value in parts["probe"].scores(pictures, captions).items()}
-
-    return asked.every, score
+    source = open_source(spec, captions_required=False)
+    count = min(evaluate.reference_count, len(source))
+    rows = np.sort(np.random.default_rng(0).choice(len(source), count, replace=False)).tolist()
+    inception = Extractor.load(evaluate.weights) if evaluate.weights else None
+    clip = Reranker.load(evaluate.clip) if evaluate.clip else None
+    return functools.cache(functools.partial(Probe, source, rows=rows, inception=inception, clip=clip))
 
 
 class _Sampler:
-    """Draws with the parameters of a training run in its first process; everything else of the model is read once."""
+    """Draws with the parameters of a training run in its first process; the rest of the model is read once."""
 
     def __init__(self, settings: TrainSettings, workdir: pathlib.Path, *, captions: int):
-        self._workdir, self._settings, self._count = workdir, settings, captions
-        self._captions: list[str] = []
+        self._settings, self._workdir, self._count = settings, workdir, captions
 
-    def draw(self, step: int, state) -> tuple[Pipeline | None, list[str], list[np.ndarray]]:
-        """Pipeline, captions and a picture uint8 each; no pipeline on all processes but the first."""
+    def draw(self, step: int, state) -> list[Picture]:
+        """A picture for each caption, in the first process; nothing in the others."""
         ema = distributed.whole(ema_params(state))
         if jax.process_index() != 0:
-            return None, [], []
-        if not self._captions:
-            self._image_tokenizer = model_dir.load_frozen(self._workdir, "image_tokenizer")
-            self._tokenizer = load_tokenizer(self._workdir)
-            data = self._settings.run.data
-            self._captions = _first_captions(data.validation or data.train, self._count)
+            return []
+        image_tokenizer, tokenizer, captions = self._parts
         transformer = model_dir.ModelDir({}, build("transformer", self._settings.model), ema)
-        generator = Autoregressive(transformer, self._image_tokenizer, self._tokenizer, digest=f"step {step}")
-        pipe = Pipeline(generator)
-        rows = pipe(self._captions, seed=list(range(len(self._captions))))
-        return pipe, self._captions, [np.asarray(row[0]) for row in rows]
+        generator = Autoregressive(transformer, image_tokenizer, tokenizer, digest=f"step {step}")
+        requests = [Request(caption, seed=seed) for seed, caption in enumerate(captions)]
+        return [pictures[0] for pictures in Pipeline(generator).draw(requests)]
+
+    @functools.cached_property
+    def _parts(self) -> tuple[model_dir.ModelDir, Tokenizer, list[str]]:
+        """Image tokenizer, tokenizer and captions."""
+        captions = first_captions(_spec(self._settings), self._count)
+        return model_dir.load_frozen(self._workdir, "image_tokenizer"), load_tokenizer(self._workdir), captions
 
 
-def _first_captions(spec: str, count: int) -> list[str]:
+def first_captions(spec: str, count: int) -> list[str]:
+    """The first caption of each of the first records of a source that have one, `count` at most.
+
+    Raises:
+      UserError: there are none.
+    """
     source, captions = open_source(spec, pictures_required=False), []
     for i in range(len(source)):
         record = source[i]
@@ -120,4 +135,10 @@ def _first_captions(spec: str, count: int) -> list[str]:
             captions.append(record.captions[0])
         if len(captions) == count:
             break
+    if not captions:
+        raise UserError(f"expected captions in {spec} to draw samples for, got none: give another source")
     return captions
+
+
+def _spec(settings: TrainSettings) -> str:
+    return settings.run.data.validation or settings.run.data.train or ""

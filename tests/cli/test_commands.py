@@ -88,7 +88,7 @@ def test_from_broken_shards_to_pictures(shards, tmp_path, capsys):
     pictures = [Image.open(path) for path in out.glob("*.png")]
     assert sum(picture.size == (16, 16) for picture in pictures) == 2 and len(pictures) == 3  # and the sheet
 
-    captions = hooks._first_captions(shards, hooks.CAPTIONS)
+    captions = hooks.first_captions(shards, hooks.CAPTIONS)
     pipe = Pipeline.load(transformer)
     rows = pipe(captions, seed=list(range(len(captions))))
     sheet = contact_sheet([np.asarray(row[0]) for row in rows], captions, columns=8)

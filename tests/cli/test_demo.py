@@ -33,7 +33,7 @@ def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, 
     monkeypatch.setattr(demo, "TOKENIZER_CAPTIONS", 500)
     monkeypatch.setattr(demo, "TEMPERATURES", (1.0, 0.5))
     monkeypatch.setattr(demo, "TUNING_CAPTIONS", 2)
-    monkeypatch.setattr(demo, "PROBE_UPDATES", 4)
+    monkeypatch.setattr(demo, "TIMED_STEPS", 4)
     workdir = tmp_path / "demo"
     words = ["demo", "--workdir", str(workdir), "--captions", "6", "--json", "--best-of", str(best_of)]
     assert main.main(words) == 0
@@ -57,8 +57,8 @@ def test_demo_writes_report_sheets_and_workdirs(best_of, tmp_path, monkeypatch, 
 
 
 def test_updates_follow_the_speed_of_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "time_update", lambda settings: 0.25)
-    monkeypatch.setattr(demo, "MORE_THAN_UPDATES", 1.25)
+    monkeypatch.setattr(demo, "time_step", lambda settings: 0.25)
+    monkeypatch.setattr(demo, "OVERHEAD", 1.25)
 
     def plan(seconds, steps=1000):
         planned = demo.planned("configs/transformer.py:demo", {"run.steps": steps}, tmp_path, seconds=seconds)
