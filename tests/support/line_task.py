@@ -24,7 +24,7 @@ class Line(nnx.Module):
         self.gain = param(rngs, (WIDTH,), axes=("embed",), fill=1.0)
 
     def __call__(self, x):
-        return (x * self.gain[...]) @ self.matrix[...]
+        return (x * self.gain[...][None]) @ self.matrix[...]
 
 
 MODEL = Model(types.SimpleNamespace(), Line)

@@ -155,7 +155,7 @@ class Net(nnx.Module):
         self.down = param(rngs, (layers, 2 * width, width), axes=("layers", "mlp", "embed"), std=0.01)
 
     def __call__(self, ids):
-        x = self.table[...][ids] * self.gain[...]
+        x = self.table[...][ids] * self.gain[...][None]
         for up, down in zip(self.up[...], self.down[...], strict=True):
             x = x + jnp.tanh(x @ up.astype(x.dtype)) @ down.astype(x.dtype)
         return x

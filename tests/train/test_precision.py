@@ -175,7 +175,7 @@ def test_the_dvae_learns_in_float16_with_one_scale_as_in_the_paper():
 
 def test_an_overflow_moves_only_the_scale_of_its_branch():
     state = plain_step("fp16-paper", on_mesh=True).init(jax.random.key(0))
-    head = 0.1 * jnp.arange(TINY.image_vocab) * jnp.ones_like(state["params"]["image_head"])
+    head = 0.1 * jnp.arange(TINY.image_vocab)[None] * jnp.ones_like(state["params"]["image_head"])
     state["params"]["image_head"] = jax.device_put(head, state["params"]["image_head"].sharding)  # else it is zero
     start, before = np.asarray(state["scales"]["scale"]), jax.device_get(state["params"])
     assert (start == 8 * 2.0**13).all()
