@@ -156,16 +156,11 @@ def test_bad_sets_are_refused(call, message):
 
 def test_statistics_files(tmp_path):
     mean, covariance = mean_and_covariance(pair()[0])
-    about = {
-        "network": "inception-fid",
-        "weights": "ab",
-        "resize": "pytorch",
-        "crop": "center",
-        "side": "256",
-        "blur": "0",
-    }
+    about = dict(network="inception-fid", weights="ab", resize="pytorch", crop="center", side="256", blur="0")
     ours = statistics.Statistics(mean, covariance, 300, about)
     statistics.save(tmp_path / "a.npz", ours)
+    with np.load(tmp_path / "a.npz") as file:  # pytorch-fid's names
+        np.testing.assert_array_equal(file["mu"], mean)
     loaded = statistics.load(tmp_path / "a.npz")
     assert (loaded.count, loaded.about) == (300, about)
     np.testing.assert_array_equal(loaded.covariance_FF, covariance)
