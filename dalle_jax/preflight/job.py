@@ -27,7 +27,7 @@ from dalle_jax.preflight import flops
 from dalle_jax.preflight.hardware import compute_capability
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import run
-from dalle_jax.train.objectives import build_task, frozen_roles
+from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import powersgd
 from dalle_jax.train.settings import TrainSettings
@@ -52,9 +52,9 @@ class Job:
     @functools.cached_property
     def image_tokenizer(self) -> Model | None:
         """The frozen image tokenizer of a transformer."""
-        if "image_tokenizer" not in frozen_roles(self.settings):
-            return None
         model = self.settings.model
+        if not isinstance(model, TransformerConfig):
+            return None
         wanted = model.grid, model.image_vocab, self.settings.data.image_size
         return _image_tokenizer(self.settings.frozen["image_tokenizer"], self.image_tokenizers, wanted)
 
@@ -138,10 +138,9 @@ class Job:
     @property
     def state(self) -> State:
         """The training state as jax.ShapeDtypeStruct with shardings."""
-        settings = self.settings
-        model = (
-            dataclasses.replace(settings.model, remat="none") if hasattr(settings.model, "remat") else settings.model
-        )
+        settings, model = self.settings, self.settings.model
+        if isinstance(model, TransformerConfig):
+            model = dataclasses.replace(model, remat="none")  # of no effect on the state
         parts = settings.optimizer, settings.storage, settings.compression, settings.run.steps, settings.run.offload_ema
         decides = model, *parts, self.mesh
         if decides not in self._states:
@@ -164,16 +163,13 @@ class Job:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as the pipeline makes it, cut along every axis that shares batches."""
         place = sharding.batch_sharding(self.mesh)
-        size, side = self.settings.batch_size, self.settings.data.image_size
-        arrays = {"image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=place)}
-        if self.has_image_tokens:
-            arrays = {
-                "image_tokens": jax.ShapeDtypeStruct((size, self.settings.model.grid**2), jnp.int32, sharding=place)
-            }
-        if self.image_tokenizer is not None:
-            text_len = self.settings.model.text_len
-            arrays["text"] = jax.ShapeDtypeStruct((size, text_len), jnp.int32, sharding=place)
-        return arrays
+        size, model, image_size = self.settings.batch_size, self.settings.model, self.settings.data.image_size
+        shapes: dict[str, tuple[int, ...]] = {"image": (size, image_size, image_size, 3)}
+        if isinstance(model, TransformerConfig):
+            shapes = {"image_tokens": (size, model.grid**2)} if self.has_image_tokens else shapes
+            shapes["text"] = size, model.text_len
+        dtypes = {"image": jnp.uint8, "image_tokens": jnp.int32, "text": jnp.int32}
+        return {name: jax.ShapeDtypeStruct(s, dtypes[name], sharding=place) for name, s in shapes.items()}
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:

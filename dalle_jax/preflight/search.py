@@ -126,7 +126,7 @@ def _options(job: Job) -> Iterator[list[dict[str, Any]]]:
     """Groups of changes; the changes of a group are values of the same setting."""
     settings, cut = job.settings, math.prod(job.mesh.devices.shape[1:])
     yield [{"accumulate": settings.accumulate * 2**i} for i in range(1, 11) if job.sequences % 2**i == 0]
-    yield [{"model.remat": remat} for remat in _remats(job) if settings.model.remat != remat]
+    yield [{"model.remat": remat} for remat in _remats(job) if getattr(settings.model, "remat", None) != remat]
     yield [mesh for mesh in _meshes(job) if mesh["run.mesh.fsdp"] * mesh["run.mesh.tensor"] > cut]
     yield [{"optimizer.moments": "bf16"}] * (settings.optimizer.moments == "fp32")  # the paper's have 16 bits already
     yield [{"storage.params": "bf16"}] * (settings.storage.params == "fp32")
