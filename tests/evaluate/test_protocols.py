@@ -197,8 +197,8 @@ def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, word
     assert "expected the captions of the source of" in capsys.readouterr().err
     dvae = tmp_path / "transformer"
     shutil.copytree(model, dvae)
-    trained = model_dir.load(dvae / "dvae")
-    model_dir.save(dvae / "dvae", trained.config, jax.tree.map(lambda x: 2 * x, trained.params))
+    trained = model_dir.load(dvae / "image_tokenizer")
+    model_dir.save(dvae / "image_tokenizer", trained.config, jax.tree.map(lambda x: 2 * x, trained.params))
     assert run(dvae, *again, "--out", tmp_path / "other") == 2
     assert "expected the checkpoint that draws of" in capsys.readouterr().err
 

@@ -33,12 +33,25 @@ def test_impossible_ways_to_hold_a_model_are_refused(model_folder, arguments, me
 def test_impossible_sizes_of_a_folder_are_named(model_folder, tmp_path, part, sizes):
     other = tmp_path / "other"
     shutil.copytree(model_folder, other)
-    place = other / "dvae" if part == "dvae" else other
+    place = other / "image_tokenizer" if part == "dvae" else other
     config = json.loads((place / "config.json").read_text())
     config["model"] |= sizes
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"expected a possible {part} in {place}, got one where .*{[*sizes][0]}"):
         dalle_jax.Pipeline.load(other)
+
+
+def test_a_folder_of_version_0_1_is_read(model_folder, tmp_path):
+    """There the image tokenizer lay in `dvae`, its digest in `dvae.sha256`."""
+    old = tmp_path / "old"
+    shutil.copytree(model_folder, old)
+    (old / "image_tokenizer").rename(old / "dvae")
+    (old / "dvae.sha256").write_text(model_dir.load(old / "dvae").digest)
+    one = jax.devices()[:1]
+    assert dalle_jax.Pipeline.load(old, devices=one).digest == dalle_jax.Pipeline.load(model_folder, devices=one).digest
+    (old / "dvae.sha256").write_text("0" * 64)
+    with pytest.raises(UserError, match="expected the image_tokenizer that the model in .* was trained with"):
+        dalle_jax.Pipeline.load(old)
 
 
 def test_what_a_model_cannot_do_is_refused(model_folder):
@@ -53,7 +66,9 @@ def test_missing_and_foreign_parts_are_named(model_folder, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(model_folder, other)
     coarse = {**DVAE, "groups": 1}
-    model_dir.save(other / "dvae", {"name": "dvae", "model": coarse}, random_parameters(build("dvae", coarse)))
+    model_dir.save(
+        other / "image_tokenizer", {"name": "dvae", "model": coarse}, random_parameters(build("dvae", coarse))
+    )
     for words, told in (
         (["sample", str(other), "a star"], "expected an image tokenizer of 12 tokens on a grid of 4"),
         *(
@@ -64,7 +79,7 @@ def test_missing_and_foreign_parts_are_named(model_folder, tmp_path, capsys):
             for tensor in ("0", "3", "8")
         ),
         (["sample", str(tmp_path / "nothing"), "a star"], "config.json"),
-        (["sample", str(model_folder / "dvae"), "a star"], "expected a transformer"),
+        (["sample", str(model_folder / "image_tokenizer"), "a star"], "expected a transformer"),
         (["sample", str(model_folder), "a star", "--image", str(tmp_path / "no.png")], "expected an image to complete"),
     ):
         assert main.main(words) == 2

@@ -31,7 +31,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     tokenizer = BPETokenizer.train((source[i].captions[0] for i in range(300)), vocab_size=384)
     tokenizer.save(folder)
     transformer = TRANSFORMER | {"text_vocab": tokenizer.vocab_size}
-    for name, config, path in (("transformer", transformer, folder), ("dvae", DVAE, folder / "dvae")):
+    for name, config, path in (("transformer", transformer, folder), ("dvae", DVAE, folder / "image_tokenizer")):
         model_dir.save(path, {"name": name, "model": config}, random_parameters(build(name, config)))
     return folder
 
