@@ -81,8 +81,11 @@ def machine(*more: str) -> str:
 
 def command(args: argparse.Namespace, **shown: str) -> str:
     """The command that runs, with placeholders: DIR for folders, and for the options named in `shown` their text."""
-    spec = sys.modules["__main__"].__spec__
-    run = f"python -m {spec.name}" if spec else f"PYTHONPATH=. python docs/make/{pathlib.Path(sys.argv[0]).name}"
+    path = pathlib.Path(sys.argv[0]).resolve()
+    if path.is_relative_to(ROOT / "benchmarks"):
+        run = f"python -m {'.'.join(path.relative_to(ROOT).with_suffix('').parts)}"
+    else:
+        run = f"PYTHONPATH=. python docs/make/{path.name}"
     values = {str(vars(args)[name]): text for name, text in ({"out": "DIR", "model": "DIR"} | shown).items()
               if vars(args).get(name) is not None}  # fmt: skip
     return f"{run} {shlex.join(values.get(word, word) for word in sys.argv[1:])}".strip()
