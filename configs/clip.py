@@ -16,7 +16,7 @@ parts would have other negatives.
 
 What a device holds on 32 machines of 8 GPUs, in MB of 10^6 bytes as in configs/transformer.py:
 
-| config | mesh        | island |     parameters |   params |  moments |      ema |    grads |    total |
+| config | mesh        | slice  |     parameters |   params |  moments |      ema |    grads |    total |
 |--------|-------------|--------|----------------|----------|----------|----------|----------|----------|
 | b32    | 32 x 8 x 1  |      8 |    151,277,313 |     76.0 |    152.0 |     76.0 |     76.0 |    380.1 |
 | b16    | 32 x 8 x 1  |      8 |    149,620,737 |     75.2 |    150.4 |     75.2 |     75.2 |    375.9 |

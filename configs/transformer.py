@@ -18,11 +18,11 @@ demo    the 64x64 scenes of `dalle-jax demo`
 
 12b to 400m have the paper's optimizer, schedule and batch of 1024, which it gives for 12b alone; its bound of 5 on the
 second moment comes with `optimizer.moments = paper`, which 12b_v100 alone has. Below, the mesh
-(replica x fsdp x tensor) that each is meant for, and gets without being asked for on islands of this many devices (a
-TPU slice of 1024, machines of 8 GPUs); and what a device then holds, in MB of 10^6 bytes: parameters, the optimizer's
-moments, the moving average, gradients, all in float32. Activations come on top.
+(replica x fsdp x tensor) that each is meant for, and gets by default on slices of this many devices (a
+TPU slice of 1024, NVLink domains of 8 GPUs); and what a device then holds, in MB of 10^6 bytes: parameters, the
+optimizer's moments, the moving average, gradients, all in float32. Activations come on top.
 
-| config | mesh        | island |     parameters |   params |  moments |      ema |    grads |    total |
+| config | mesh        | slice  |     parameters |   params |  moments |      ema |    grads |    total |
 |--------|-------------|--------|----------------|----------|----------|----------|----------|----------|
 | 12b    | 8 x 128 x 1 |   1024 | 12,293,828,224 |    391.2 |    782.5 |    391.2 |    391.2 |  1,956.2 |
 | 12b    | 128 x 8 x 1 |      8 | 12,293,828,224 |  6,153.1 | 12,306.3 |  6,153.1 |  6,153.1 | 30,765.7 |

@@ -1,6 +1,6 @@
 """The device mesh: which sizes of `replica` x `fsdp` x `tensor` fit these devices, this model and this batch.
 
-An island is a set of devices that share a fast network (a TPU slice, the GPUs of a machine): fsdp inside islands and
+A slice is a set of devices with a fast network among them (a TPU slice, an NVLink domain): fsdp inside slices and
 replica across them is the hybrid layout, fsdp over all devices is full sharding. `sharding.py` says what the axes cut.
 """
 
@@ -33,8 +33,8 @@ def make_mesh(
     """The mesh of these sizes over `devices` (default: all), each -1 replaced by a chosen size.
 
     A single -1 is what is left over. Of several, tensor becomes 1 and fsdp the largest size that keeps fsdp x tensor
-    inside an island (`island_size`), so that `replica` -1, `fsdp` -1 is the hybrid layout and `replica` 1, `fsdp` -1
-    full sharding. A slow network is crossed by replica first, then by fsdp; tensor stays inside an island if it can.
+    inside a slice (`slice_size`), so that `replica` -1, `fsdp` -1 is the hybrid layout and `replica` 1, `fsdp` -1
+    full sharding. A slow network is crossed by replica first, then by fsdp; tensor stays inside a slice if it can.
 
     unfit: the reason why a layout does not fit the model and batch (`demand`), or None. Unfit layouts are neither
       chosen nor accepted.
@@ -44,7 +44,7 @@ def make_mesh(
         nearest possible layouts.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = choose(sizes, len(devices), island_size(devices), unfit=unfit)
+    shape = choose(sizes, len(devices), slice_size(devices), unfit=unfit)
     return Mesh(_arranged(shape, tuple(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -54,15 +54,15 @@ def local_mesh() -> Mesh:
 
 
 def choose(
-    sizes: Mapping[str, int], count: int, island: int, *, unfit: Callable[[Shape], str | None] = lambda shape: None
+    sizes: Mapping[str, int], count: int, slice_size: int, *, unfit: Callable[[Shape], str | None] = lambda shape: None
 ) -> Shape:
-    """The shape that `make_mesh` gives this number of devices in islands of `island`; raises the same."""
+    """The shape that `make_mesh` gives this number of devices in slices of `slice_size`; raises the same."""
     wanted = tuple(int(sizes.get(axis, 1)) for axis in MESH_AXES)
     if set(sizes) - set(MESH_AXES) or any(size < 1 and size != CHOOSE for size in wanted):
         raise UserError(
             f"mesh must give {', '.join(MESH_AXES)} positive sizes, or {CHOOSE} to choose one, got {dict(sizes)}"
         )
-    shapes = _layouts(count, island)
+    shapes = _layouts(count, slice_size)
     matching = [s for s in shapes if all(w in (CHOOSE, size) for w, size in zip(wanted, s, strict=True))]
     for shape in matching:
         if unfit(shape) is None:
@@ -71,19 +71,19 @@ def choose(
         replica, fsdp, tensor = (1 if size == CHOOSE else size for size in wanted)
         reason = unfit((replica, fsdp, tensor)) or unfit(matching[0])
     else:
-        reason = f"the sizes must multiply to {count}, along islands of {island}"
+        reason = f"the sizes must multiply to {count}, along slices of {slice_size}"
 
     def by_distance(shape):
         return round(_distance(wanted, shape), 6), 0 if wanted[1] == CHOOSE else shape[1]
 
-    near = sorted(possible(count, island, unfit=unfit), key=by_distance)[:NEAREST]
+    near = sorted(possible(count, slice_size, unfit=unfit), key=by_distance)[:NEAREST]
     offer = f"the nearest possible: {', or '.join(map(_text, near))}" if near else "no other layout is possible either"
     raise UserError(f"mesh {_text(wanted)} does not fit {count} device(s): {reason}; {offer}")
 
 
-def possible(count: int, island: int, *, unfit: Callable[[Shape], str | None]) -> list[Shape]:
-    """Every shape that `choose` accepts for this number of devices in islands of `island`, the best first."""
-    return [shape for shape in _layouts(count, island) if unfit(shape) is None]
+def possible(count: int, slice_size: int, *, unfit: Callable[[Shape], str | None]) -> list[Shape]:
+    """Every shape that `choose` accepts for this number of devices in slices of `slice_size`, the best first."""
+    return [shape for shape in _layouts(count, slice_size) if unfit(shape) is None]
 
 
 def demand(abstract: Any, axes: Any, *, batch_size: int, accumulate: int = 1) -> Callable[[Shape], str | None]:
@@ -117,19 +117,19 @@ def demand(abstract: Any, axes: Any, *, batch_size: int, accumulate: int = 1) ->
     return unfit
 
 
-def island_size(devices: Sequence[jax.Device]) -> int:
+def slice_size(devices: Sequence[jax.Device]) -> int:
     """Devices that share a fast network: of one slice (TPU slice, NVLink domain) where there are several, all of a
     TPU slice, else those of one process; 1 process or 1 device each: all."""
-    return len(devices) // len({_island(device, devices) for device in devices})
+    return len(devices) // len({_slice_of(device, devices) for device in devices})
 
 
 def describe(mesh: Mesh) -> str:
     """One line for the person who started a run, e.g. 'mesh replica 8 x fsdp 8 x tensor 1 on 64 devices'."""
     devices = list(mesh.devices.flat)
-    return f"mesh {_text(mesh.devices.shape)} on {len(devices)} device(s) in islands of {island_size(devices)}"
+    return f"mesh {_text(mesh.devices.shape)} on {len(devices)} device(s) in slices of {slice_size(devices)}"
 
 
-def _island(device: jax.Device, devices: Sequence[jax.Device]) -> int:
+def _slice_of(device: jax.Device, devices: Sequence[jax.Device]) -> int:
     if len({_slice(d) for d in devices}) > 1:
         return _slice(device)
     processes = {d.process_index for d in devices}
@@ -141,37 +141,36 @@ def _slice(device: jax.Device) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
-def _layouts(count: int, island: int) -> list[Shape]:
-    """All sizes that multiply to this number of devices and lie along the islands, the best first: the smallest tensor,
-    then the largest part of an island, then the smallest fsdp beyond it."""
+def _layouts(count: int, slice_size: int) -> list[Shape]:
+    """All sizes that multiply to this number of devices and lie along the slices, the best first: the smallest tensor,
+    then the largest part of a slice, then the smallest fsdp beyond it."""
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     shapes = [(count // f // t, f, t) for f in divisors for t in divisors if count % (f * t) == 0]
-    along = [shape for shape in shapes if _along_islands(shape, island)]
-    return sorted(along, key=lambda s: (s[2], (0, -s[1]) if s[1] * s[2] <= island else (1, s[1])))
+    along = [shape for shape in shapes if _along_slices(shape, slice_size)]
+    return sorted(along, key=lambda s: (s[2], (0, -s[1]) if s[1] * s[2] <= slice_size else (1, s[1])))
 
 
-def _inside(shape: Shape, island: int) -> Shape:
-    """The part of each axis that lies inside an island: as much of tensor as possible, then of fsdp."""
-    tensor = math.gcd(shape[2], island)
-    fsdp = math.gcd(shape[1], island // tensor)
-    return island // (fsdp * tensor), fsdp, tensor
+def _inside(shape: Shape, slice_size: int) -> Shape:
+    """The part of each axis that lies inside a slice: as much of tensor as possible, then of fsdp."""
+    tensor = math.gcd(shape[2], slice_size)
+    fsdp = math.gcd(shape[1], slice_size // tensor)
+    return slice_size // (fsdp * tensor), fsdp, tensor
 
 
-def _along_islands(shape: Shape, island: int) -> bool:
-    return shape[0] % _inside(shape, island)[0] == 0
+def _along_slices(shape: Shape, slice_size: int) -> bool:
+    return shape[0] % _inside(shape, slice_size)[0] == 0
 
 
 @functools.lru_cache(maxsize=64)  # seconds for a thousand devices, and preflight asks for the same shapes again
 def _arranged(shape: Shape, devices: tuple[jax.Device, ...]) -> np.ndarray:
     """The devices as an array of this shape, laid along the machines' networks."""
-    islands: dict[int, list] = {}
+    slices: dict[int, list] = {}
     for device in devices:
-        islands.setdefault(_island(device, devices), []).append(device)
-    inside = _inside(shape, len(devices) // len(islands))
+        slices.setdefault(_slice_of(device, devices), []).append(device)
+    inside = _inside(shape, len(devices) // len(slices))
     outside = [size // part for size, part in zip(shape, inside, strict=True)]
     grids = [
-        mesh_utils.create_device_mesh(inside, islands[index], allow_split_physical_axes=True)
-        for index in sorted(islands)
+        mesh_utils.create_device_mesh(inside, slices[index], allow_split_physical_axes=True) for index in sorted(slices)
     ]
     order = np.arange(len(grids)).reshape(outside)
     return np.block(np.vectorize(lambda index: grids[index], otypes=[object])(order).tolist())

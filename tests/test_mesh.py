@@ -9,7 +9,7 @@ import pytest
 
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
-from dalle_jax.mesh import _arranged, choose, demand, describe, island_size, make_mesh
+from dalle_jax.mesh import _arranged, choose, demand, describe, make_mesh, slice_size
 
 
 @pytest.mark.parametrize(
@@ -39,18 +39,18 @@ NAMES = {"w": ("embed", "qkv", "heads", "head")}
 
 
 @pytest.mark.parametrize(
-    "sizes, count, island, shape",
+    "sizes, count, in_slice, shape",
     [
-        (HYBRID, 64, 8, (8, 8, 1)),  # inside an island, and across
+        (HYBRID, 64, 8, (8, 8, 1)),  # inside a slice, and across
         (HYBRID, 8, 8, (1, 8, 1)),
-        (HYBRID, 1024, 1024, (32, 32, 1)),  # an island larger than what divides the width
+        (HYBRID, 1024, 1024, (32, 32, 1)),  # a slice larger than what divides the width
         (HYBRID | {"tensor": 2}, 64, 8, (8, 4, 2)),
         (HYBRID | {"replica": 1}, 32, 8, (1, 32, 1)),  # full sharding
     ],
 )
-def test_what_is_left_open_is_chosen_for_the_model_and_the_islands(sizes, count, island, shape):
+def test_what_is_left_open_is_chosen_for_the_model_and_the_slices(sizes, count, in_slice, shape):
     unfit = demand(WIDE, NAMES, batch_size=1024)
-    assert choose(sizes, count, island, unfit=unfit) == shape
+    assert choose(sizes, count, in_slice, unfit=unfit) == shape
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def machines(hosts, each, *, slices=1, platform="gpu"):
 
 
 @pytest.mark.parametrize(
-    "devices, island",
+    "devices, in_slice",
     [
         (machines(1, 8), 8),
         (machines(4, 8), 8),  # one process a machine
@@ -103,30 +103,30 @@ def machines(hosts, each, *, slices=1, platform="gpu"):
         (machines(8, 4, slices=2, platform="tpu"), 16),  # two slices
     ],
 )
-def test_an_island_is_what_shares_a_fast_network(devices, island):
-    assert island_size(devices) == island
+def test_a_slice_is_what_shares_a_fast_network(devices, in_slice):
+    assert slice_size(devices) == in_slice
 
 
 @pytest.mark.parametrize(
-    "shape, axis, per_island",
+    "shape, axis, per_slice",
     [
         ((4, 8, 1), 1, 8),  # hybrid: fsdp inside
         ((8, 4, 1), 1, 8),
         ((4, 4, 2), 1, 8),  # fsdp and tensor inside
-        ((1, 32, 1), 1, 8),  # full sharding: fsdp crosses, in runs of an island
-        ((2, 8, 2), 2, 8),  # tensor inside, fsdp across two islands
+        ((1, 32, 1), 1, 8),  # full sharding: fsdp crosses, in runs of a slice
+        ((2, 8, 2), 2, 8),  # tensor inside, fsdp across two slices
     ],
 )
-def test_the_mesh_lies_along_the_islands(shape, axis, per_island):
+def test_the_mesh_lies_along_the_slices(shape, axis, per_slice):
     devices = _arranged.__wrapped__(shape, machines(4, 8))
     assert devices.shape == shape and sorted(d.id for d in devices.flat) == list(range(32))
     hosts = np.vectorize(lambda d: d.process_index)(devices)
     for row in hosts.reshape(-1, shape[2]):
-        assert len(set(row)) == 1  # tensor never leaves an island
-    inside = min(shape[1] * shape[2], per_island) // shape[2]
+        assert len(set(row)) == 1  # tensor never leaves a slice
+    inside = min(shape[1] * shape[2], per_slice) // shape[2]
     for row in np.moveaxis(hosts, 1, -1).reshape(-1, shape[1] // inside, inside):
         assert all(len(set(run)) == 1 for run in row)  # neither does a run of fsdp
 
 
 def test_a_mesh_is_described_in_a_line():
-    assert describe(make_mesh(HYBRID)) == "mesh replica 1 x fsdp 8 x tensor 1 on 8 device(s) in islands of 8"
+    assert describe(make_mesh(HYBRID)) == "mesh replica 1 x fsdp 8 x tensor 1 on 8 device(s) in slices of 8"

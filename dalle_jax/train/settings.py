@@ -87,7 +87,7 @@ class DVAEObjective:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """Devices along each axis of the mesh. A size of None is chosen: fsdp as much of an island of fast links as the
+    """Devices along each axis of the mesh. A size of None is chosen: fsdp as much of a slice of fast links as the
     model divides into, replica the rest (`mesh.py`). Another mesh changes the order of sums."""
 
     replica: int | None = None

@@ -19,14 +19,14 @@ from tests.support import ROOT
 
 
 def promised():
-    """Rows of the tables in the docstrings: config, mesh, island, parameters, MB a device of each kind and in total."""
+    """Rows of the tables in the docstrings: config, mesh, slice, parameters, MB a device of each kind and in total."""
     for file in ("dvae", "transformer", "clip"):
         for line in ast.get_docstring(ast.parse((ROOT / "configs" / f"{file}.py").read_text())).splitlines():
             cells = [cell.strip() for cell in line.split("|")][1:-1]
             if len(cells) == 9 and " x " in cells[1]:
                 mesh = tuple(int(size) for size in cells[1].split(" x "))
-                island, parameters, *megabytes = [float(cell.replace(",", "")) for cell in cells[2:]]
-                yield pytest.param(f"configs/{file}.py:{cells[0]}", mesh, int(island), int(parameters), megabytes)
+                slice_size, parameters, *megabytes = [float(cell.replace(",", "")) for cell in cells[2:]]
+                yield pytest.param(f"configs/{file}.py:{cells[0]}", mesh, int(slice_size), int(parameters), megabytes)
 
 
 def bytes_a_device(tree):
@@ -41,14 +41,14 @@ def abstract_state(settings, mesh):
     return run.step_for(settings, task, mesh).abstract
 
 
-@pytest.mark.parametrize("spec, shape, island, parameters, megabytes", list(promised()))
-def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, island, parameters, megabytes):
+@pytest.mark.parametrize("spec, shape, slice_size, parameters, megabytes", list(promised()))
+def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, slice_size, parameters, megabytes):
     settings = load_settings(spec)
     model = build(settings.name, settings.model)
     assert model.num_params == parameters
     ask = demand(model.abstract, model.axes, batch_size=settings.batch_size, accumulate=settings.accumulate)
     assert settings.run.mesh in (MeshSizes(), MeshSizes(*shape))  # chosen, or as the file says
-    assert choose({"replica": -1, "fsdp": -1}, math.prod(shape), island, unfit=ask) == shape
+    assert choose({"replica": -1, "fsdp": -1}, math.prod(shape), slice_size, unfit=ask) == shape
     state = abstract_state(settings, AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3))
     # A gradient has its parameter's shape, dtype and place.
     trees = [state["params"], state["opt_state"], state["ema"], state["params"]]

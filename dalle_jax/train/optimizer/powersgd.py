@@ -1,4 +1,4 @@
-"""PowerSGD across the replica axis: islands exchange two thin factors of a gradient instead of the gradient itself
+"""PowerSGD across the replica axis: slices exchange two thin factors of a gradient instead of the gradient itself
 (Vogels et al. 2019; Ramesh et al. 2021, section 2.5 and appendix E).
 
 Every hidden matrix is cut into as many pieces as a replica has devices, along its longer side, and each piece M is
