@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models import transformer
+from dalle_jax.models import build, transformer
 from dalle_jax.models.transformer import TransformerConfig
 from tests.support.tiny_transformer import TINY, apply, random_batch, random_params
 
@@ -126,3 +126,11 @@ def test_wrong_sizes_are_refused():
         TransformerConfig(heads=0)
     with pytest.raises(TypeError):
         TransformerConfig(depth=3)
+
+
+def test_options_of_version_0_1_that_are_gone_change_nothing():
+    """They stand in the `config.json` of its model folders; any other unknown option is an error."""
+    config = dataclasses.asdict(TINY)
+    assert build("transformer", config | {"loss_parts": 8, "matmuls": "model"}) is build("transformer", config)
+    with pytest.raises(TypeError, match="widht"):
+        build("transformer", config | {"widht": 16})
