@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,12 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     alone.add_argument("--clip", metavar="DIR", help="a CLIP, for CLIP score and R-precision of pictures with captions")
     default = Metrics()
     alone.add_argument(
-        "--resize", choices=RESIZES, help=f"to the size of the network, in the way of (default: {default.resize})"
+        "--resize", choices=RESIZES, help=f"how pictures get the size of the network (default: {default.resize})"
     )
     alone.add_argument("--crop", choices=CROPS, help=f"of the pictures (default: {default.crop})")
     alone.add_argument("--reference-crop", choices=CROPS, help="of the reference (default: as --crop)")
     alone.add_argument(
-        "--side", type=int, metavar="S", help="bring cropped pictures to S pixels before the blur (default: no)"
+        "--side",
+        type=int,
+        metavar="S",
+        help="bring cropped pictures to S pixels before the blur (default: as they are)",
     )
     alone.add_argument(
         "--blur", type=float, nargs="+", metavar="R", help="radii of Gaussian blur of both sets, in pixels (default: 0)"
@@ -176,16 +178,12 @@ def _from_flags(args: argparse.Namespace) -> Evaluation:
     if args.model or args.overrides:
         word = args.model or args.overrides[0]
         raise UserError(f"expected --config FILE.py:PROTOCOL with {word}, got none: e.g. configs/evaluate.py:coco")
-    _check_given(args, ("pictures", "reference", "weights"))
-    values = {key: getattr(args, flag) for flag, key in FLAGS.items() if getattr(args, flag) is not None}
-    measure = {key.removeprefix("measure."): values.pop(key) for key in list(values) if key.startswith("measure.")}
-    values |= {"pictures": args.pictures, "reference_count": args.count, "measure": measure}
-    return Evaluation.from_json(values, where="the command line")
-
-
-def _check_given(args: argparse.Namespace, names: Sequence[str]) -> None:
-    for name in names:
+    for name in ("pictures", "reference", "weights"):
         if getattr(args, name) is None:
             raise UserError(
                 f"expected --pictures, --reference and --weights, or DIR and --config, got no --{name}: add it"
             )
+    values = {key: getattr(args, flag) for flag, key in FLAGS.items() if getattr(args, flag) is not None}
+    measure = {key.removeprefix("measure."): values.pop(key) for key in list(values) if key.startswith("measure.")}
+    values |= {"pictures": args.pictures, "reference_count": args.count, "measure": measure}
+    return Evaluation.from_json(values, where="the command line")

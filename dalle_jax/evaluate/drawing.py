@@ -22,7 +22,7 @@ from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.features import counted
-from dalle_jax.evaluate.picture_shards import GrowingShard
+from dalle_jax.evaluate.image_shards import GrowingShard
 from dalle_jax.evaluate.protocol import Draw
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.sample.pipeline import Pipeline

@@ -20,14 +20,14 @@ from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate.distances import check_features
-from dalle_jax.evaluate.features import Extractor, FeatureSet, Row, counted, hash_of, picture_at
+from dalle_jax.evaluate.features import Extractor, FeatureSet, Row, counted, hash_of, record_at
 from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.evaluate.workers import Worker
 
 PART = 1_024  # rows; a minute or two of Inception on two cores
 
 
-def open_pictures(spec: str) -> Source:
+def open_images(spec: str) -> Source:
     """Pictures with or without captions. spec: a source, or the path of a folder.
 
     Raises:
@@ -37,7 +37,7 @@ def open_pictures(spec: str) -> Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureSet:
+class ImageSet:
     """Rows of a source. name: 'pictures', 'reference' or 'training', for people. crop: of `protocol.CROPS`.
 
     count: how many pictures were asked for, None for all.
@@ -50,7 +50,7 @@ class PictureSet:
     count: int | None = None
 
     @classmethod
-    def choose(cls, name: str, source: Source, *, crop: str, count: int | None = None, seed: int = 0) -> "PictureSet":
+    def choose(cls, name: str, source: Source, *, crop: str, count: int | None = None, seed: int = 0) -> "ImageSet":
         """All rows, or `count` of them by the seed.
 
         Raises:
@@ -87,7 +87,7 @@ class PictureSet:
 class Parts:
     """Files with the features of a set, in its order; others may still be making some of them."""
 
-    pictures: PictureSet
+    images: ImageSet
     paths: list[pathlib.Path]
     worker: Worker
 
@@ -98,7 +98,7 @@ class Parts:
           UserError: fewer pictures than were asked for, or none.
         """
         found = FeatureSet.joined(list(self))
-        self.pictures.check(found)
+        self.images.check(found)
         return found
 
     def __iter__(self) -> Iterator[FeatureSet]:
@@ -113,7 +113,7 @@ class FeatureCache:
     folder: pathlib.Path
     worker: Worker
 
-    def make(self, extractor: Extractor, pictures: PictureSet, preprocess: Preprocess) -> Parts:
+    def make(self, extractor: Extractor, images: ImageSet, preprocess: Preprocess) -> Parts:
         """The features of a set; this worker's parts exist on return.
 
         A part that exists is used again if the pictures are still the same.
@@ -122,11 +122,11 @@ class FeatureCache:
           UserError: features that are not finite.
           OSError: the folder cannot be written.
         """
-        source, worker = pictures.source, self.worker
-        rows_digest = hashlib.sha256(pictures.rows.astype(np.int64).tobytes()).hexdigest()
+        source, worker = images.source, self.worker
+        rows_digest = hashlib.sha256(images.rows.astype(np.int64).tobytes()).hexdigest()
         made_of = [source.name, rows_digest, extractor.network, extractor.digest, extractor.batch]
         name = hashlib.sha256(json.dumps([*made_of, preprocess.to_words()]).encode()).hexdigest()[:16]
-        pieces = [pictures.rows[start : start + PART] for start in range(0, len(pictures.rows), PART)]
+        pieces = [images.rows[start : start + PART] for start in range(0, len(images.rows), PART)]
         paths = [self.folder / f"{name}-{number:05d}.npz" for number in range(len(pieces))]
         self.folder.mkdir(parents=True, exist_ok=True)
         todo, done = [], 0
@@ -136,7 +136,7 @@ class FeatureCache:
                 done += len(pieces[number])
             else:
                 todo.append(number)
-        what = f"{pictures.name} by {extractor.network}" + (f", blur {preprocess.blur:g}" if preprocess.blur else "")
+        what = f"{images.name} by {extractor.network}" + (f", blur {preprocess.blur:g}" if preprocess.blur else "")
         total = done + sum(len(pieces[number]) for number in todo)
         with worker.bar(what, total=total, done=done) as bar:
             for number in todo:
@@ -145,7 +145,7 @@ class FeatureCache:
                 check_features(found.features_XF)  # before hours go by
                 files.write(paths[number], _packed(found))
                 worker.log(bar)
-        return Parts(pictures, paths, worker)
+        return Parts(images, paths, worker)
 
 
 def load(path: pathlib.Path) -> FeatureSet:
@@ -174,7 +174,7 @@ def _is_current(path: pathlib.Path, source: Source) -> bool:
         return False
 
     def hash_now(row: Row) -> str:
-        record = picture_at(source, row.index)
+        record = record_at(source, row.index)
         return "" if isinstance(record, Dropped) else hash_of(record.image)
 
     with futures.ThreadPoolExecutor() as pool:

@@ -163,7 +163,7 @@ def counted(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in dropped.items())
 
 
-def picture_at(source: Source, index: int) -> Record | Dropped:
+def record_at(source: Source, index: int) -> Record | Dropped:
     """source[index], of a source that was opened for its pictures."""
     record = source[index]
     assert not isinstance(record, Encoded), source.name
@@ -178,7 +178,7 @@ def hash_of(image: bytes | np.ndarray) -> str:
 
 
 def _read(source: Source, index: int, prepared: Callable) -> tuple[Row, np.ndarray] | Dropped:
-    record = picture_at(source, index)
+    record = record_at(source, index)
     if isinstance(record, Dropped):
         return record
     try:

@@ -7,7 +7,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.evaluate import report, statistics
 from dalle_jax.evaluate.clip import ClipExtractor
 from dalle_jax.evaluate.drawing import Drawing
-from dalle_jax.evaluate.feature_cache import PictureSet, open_pictures
+from dalle_jax.evaluate.feature_cache import ImageSet, open_images
 from dalle_jax.evaluate.features import Extractor
 from dalle_jax.evaluate.preprocess import CLIP_RESIZE, Preprocess
 from dalle_jax.evaluate.protocol import Evaluation
@@ -21,16 +21,16 @@ class Inputs:
 
     extractor: the network of the features. scorer: the one of the Inception score, None for the same. clip: None
     without one. reference: its statistics or its pictures. training: pictures to look for in the reference, if any.
-    pictures: those that are judged, or what draws them. notes: what a reader of the scores has to know.
+    images: those that are judged, or what draws them. notes: what a reader of the scores has to know.
     """
 
     evaluation: Evaluation
     extractor: Extractor
     scorer: Extractor | None
     clip: ClipExtractor | None
-    reference: Statistics | PictureSet
-    training: PictureSet | None
-    pictures: PictureSet | Drawing
+    reference: Statistics | ImageSet
+    training: ImageSet | None
+    images: ImageSet | Drawing
     notes: tuple[str, ...]
 
     @property
@@ -43,16 +43,16 @@ class Inputs:
             "drawn.checkpoint": None,
             "drawn.ranked_by": None,
         }
-        if isinstance(self.pictures, Drawing):
-            found |= {"drawn.checkpoint": self.pictures.pipe.digest, "drawn.ranked_by": self.pictures.ranked_by}
+        if isinstance(self.images, Drawing):
+            found |= {"drawn.checkpoint": self.images.pipe.digest, "drawn.ranked_by": self.images.ranked_by}
         if isinstance(self.reference, Statistics):
             found["reference.sha256"] = digest_of(self.reference)
         return found
 
-    def preprocess(self, pictures: PictureSet, radius: float = 0.0, *, resize: str | None = None) -> Preprocess:
+    def preprocess(self, images: ImageSet, radius: float = 0.0, *, resize: str | None = None) -> Preprocess:
         """The way a set is brought to a network. resize: default: that of the features."""
         measure = self.evaluation.measure
-        return Preprocess(resize=resize or measure.resize, crop=pictures.crop, side=measure.side, blur=radius)
+        return Preprocess(resize=resize or measure.resize, crop=images.crop, side=measure.side, blur=radius)
 
 
 def open_inputs(evaluation: Evaluation, *, model: str | None) -> Inputs:
@@ -77,9 +77,9 @@ def open_inputs(evaluation: Evaluation, *, model: str | None) -> Inputs:
                 "expected a CLIP and a reference of pictures to look for an overlap with: give --config.clip=DIR, and "
                 "no statistics as the reference"
             )
-        training = PictureSet.choose("training", open_pictures(evaluation.overlap.source), crop="none")
-    pictures = _pictures(evaluation, model)
-    inputs = Inputs(evaluation, extractor, scorer, clip, reference, training, pictures, tuple(notes))
+        training = ImageSet.choose("training", open_images(evaluation.overlap.source), crop="none")
+    images = _images(evaluation, model)
+    inputs = Inputs(evaluation, extractor, scorer, clip, reference, training, images, tuple(notes))
     if evaluation.expected is not None:
         for name, digest in inputs.digests.items():
             evaluation.expected.check(name, digest)
@@ -120,13 +120,13 @@ def _inception(evaluation: Evaluation, path: str, pools: str | None) -> Extracto
     return extractor
 
 
-def _reference(evaluation: Evaluation, extractor: Extractor, notes: list[str]) -> Statistics | PictureSet:
+def _reference(evaluation: Evaluation, extractor: Extractor, notes: list[str]) -> Statistics | ImageSet:
     spec, measure = evaluation.reference or evaluation.source, evaluation.measure
     if not spec:
         raise UserError("expected a source of captions and reference pictures: give --config.source=SOURCE")
     if not spec.endswith(".npz"):
         count, crop = evaluation.reference_count, measure.crops[1]
-        return PictureSet.choose("reference", open_pictures(spec), crop=crop, count=count, seed=measure.seed)
+        return ImageSet.choose("reference", open_images(spec), crop=crop, count=count, seed=measure.seed)
     if len(measure.blur) > 1:
         raise UserError(
             f"expected one radius of blur for the statistics in {spec}, got {measure.blur}: statistics are of one "
@@ -151,11 +151,11 @@ def digest_of(stored: Statistics) -> str:
     return of_tree({"mu": stored.mean_F, "sigma": stored.covariance_FF})
 
 
-def _pictures(evaluation: Evaluation, model: str | None) -> PictureSet | Drawing:
+def _images(evaluation: Evaluation, model: str | None) -> ImageSet | Drawing:
     measure = evaluation.measure
     if evaluation.pictures is not None:
-        source, crop = open_pictures(evaluation.pictures), measure.crop
-        return PictureSet.choose("pictures", source, crop=crop, count=evaluation.count, seed=measure.seed)
+        source, crop = open_images(evaluation.pictures), measure.crop
+        return ImageSet.choose("pictures", source, crop=crop, count=evaluation.count, seed=measure.seed)
     if not model or evaluation.draw is None:
         raise UserError("expected the workdir of a transformer that draws, or --pictures SOURCE, got neither")
     if not evaluation.source:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dalle_jax.data.decode import decode_image
 from dalle_jax.data.record import Dropped, Source
-from dalle_jax.evaluate.features import FeatureSet, Row, picture_at
+from dalle_jax.evaluate.features import FeatureSet, Row, record_at
 from dalle_jax.pictures.sheet import contact_sheet
 
 LISTED = 200  # closest pairs in a report
@@ -78,14 +78,14 @@ def summary(reference: FeatureSet, found: Nearest, *, least: float) -> tuple[dic
 
 def save_sheet(path: pathlib.Path, reference: FeatureSet, found: Nearest, sources: tuple[Source, Source]) -> None:
     """The closest pairs side by side, for a person to choose the threshold. sources: reference and training."""
-    pictures, captions = [], []
+    images, captions = [], []
     for i in np.argsort(-found.cosine_X, kind="stable")[:SHOWN].tolist():
         pair = reference.rows[i], found.rows[i]
         for source, row in zip(sources, pair, strict=True):
-            record = picture_at(source, row.index)
+            record = record_at(source, row.index)
             assert not isinstance(record, Dropped)  # it was decoded before
             thumbnail = Image.fromarray(decode_image(record.image))
             thumbnail.thumbnail((SIDE, SIDE))
-            pictures.append(np.asarray(thumbnail))
+            images.append(np.asarray(thumbnail))
         captions += [f"{found.cosine_X[i]:.4f} {pair[0].key}", pair[1].key]
-    contact_sheet(pictures, captions, columns=8).save(path)
+    contact_sheet(images, captions, columns=8).save(path)

@@ -27,16 +27,16 @@ NOTE = (
 class InMemory:
     """Pictures uint8 [H, W, 3] with a caption each, as a source."""
 
-    pictures: Sequence[np.ndarray]
+    images: Sequence[np.ndarray]
     captions: Sequence[str]
     name: str = "pictures in memory"
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]
-        return Record(f"{index:06d}", np.asarray(self.pictures[index]), (self.captions[index],))
+        return Record(f"{index:06d}", np.asarray(self.images[index]), (self.captions[index],))
 
 
 class Probe:
@@ -60,7 +60,7 @@ class Probe:
             for name, network in self._networks.items()
         }
 
-    def scores(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
+    def scores(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
         """fid by Inception, if there is one; by CLIP clip_fid, which no published number compares with, clip_score and
         r_precision among CANDIDATES captions.
 
@@ -69,7 +69,7 @@ class Probe:
         """
         scores = {}
         for name, network in self._networks.items():
-            found = self._features(network, InMemory(pictures, captions))
+            found = self._features(network, InMemory(images, captions))
             statistics = distances.mean_and_covariance(found.features_XF)
             scores[name] = distances.fid(*statistics, *self._reference[name])
             if isinstance(network, ClipExtractor):
@@ -81,10 +81,8 @@ class Probe:
         return network.of_source(source, preprocess=self._preprocess, rows=rows)
 
 
-def by_clip(
-    clip: Reranker, pictures: Sequence[np.ndarray], captions: Sequence[str], real: Sequence[np.ndarray]
-) -> dict:
+def by_clip(clip: Reranker, images: Sequence[np.ndarray], captions: Sequence[str], real: Sequence[np.ndarray]) -> dict:
     """clip_fid and more of pictures against real ones, with a note on what such numbers mean."""
     probe = Probe(InMemory(real, captions), rows=range(len(real)), side=len(real[0]), clip=clip)
-    about = {"pictures": len(pictures), "reference": len(real), "clip": clip.digest}
-    return {**probe.scores(pictures, captions), **about, "note": NOTE}
+    about = {"pictures": len(images), "reference": len(real), "clip": clip.digest}
+    return {**probe.scores(images, captions), **about, "note": NOTE}

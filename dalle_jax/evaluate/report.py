@@ -168,23 +168,23 @@ def write(out: pathlib.Path, report: Mapping[str, Any]) -> None:
 
 def sentence(report: Mapping[str, Any], path: pathlib.Path) -> str:
     """One line for the terminal."""
-    scores, pictures, measure = report["scores"], report["pictures"], report["evaluation"]["measure"]
-    lost = f", {sum(pictures['dropped'].values())} unreadable" if pictures["dropped"] else ""
+    scores, images, measure = report["scores"], report["pictures"], report["evaluation"]["measure"]
+    lost = f", {sum(images['dropped'].values())} unreadable" if images["dropped"] else ""
     listed = [f"{heading} {scores[name]:{form}}" for name, (heading, form) in COLUMNS.items() if name in scores]
     listed += [f"CLIP score {scores['clip_score']:.4f}"] if "clip_score" in scores else []
     how = report["network"] + ("" if measure["features"] == "clip" else f", {measure['resize']}")
-    return f"{', '.join(listed)} of {pictures['count']} pictures{lost} ({how}): {path}"
+    return f"{', '.join(listed)} of {images['count']} pictures{lost} ({how}): {path}"
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The scores by radius of blur as Markdown, beside the published ones where the protocol is that of MS-COCO."""
-    pictures, reference, measure = report["pictures"], report["reference"], report["evaluation"]["measure"]
+    images, reference, measure = report["pictures"], report["reference"], report["evaluation"]["measure"]
     names = [name for name in COLUMNS if any(name in row for row in report["blur"])]
     lines = [f"# {report['protocol'] or 'Evaluation'}", ""]
     lines += [NO_INCEPTION, ""] if measure["features"] == "clip" else []
     crop = measure["crop"] + (f", the reference {measure['reference_crop']}" if measure["reference_crop"] else "")
     lines += [
-        f"{pictures['count']} pictures ({pictures['source']}) against {reference['count'] or 'an unknown number'} "
+        f"{images['count']} pictures ({images['source']}) against {reference['count'] or 'an unknown number'} "
         f"({reference['source']}), "
         f"{report['network']} {report['weights'][:12]}, resize {report['resize']}, crop {crop}.",
         "",

@@ -17,7 +17,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.evaluate import distances, drawing, overlap, report, statistics
 from dalle_jax.evaluate.clip import caption_scores
 from dalle_jax.evaluate.drawing import Drawing, Plan
-from dalle_jax.evaluate.feature_cache import FeatureCache, Parts, PictureSet, open_pictures
+from dalle_jax.evaluate.feature_cache import FeatureCache, ImageSet, Parts, open_images
 from dalle_jax.evaluate.features import FeatureSet, counted
 from dalle_jax.evaluate.inputs import Inputs, digest_of, made_of, open_inputs
 from dalle_jax.evaluate.protocol import Evaluation
@@ -50,7 +50,7 @@ def evaluate(
     try:
         out.mkdir(parents=True, exist_ok=True)
         inputs = open_inputs(evaluation, model=model)
-        plan = inputs.pictures.plan(out, worker) if isinstance(inputs.pictures, Drawing) else None
+        plan = inputs.images.plan(out, worker) if isinstance(inputs.images, Drawing) else None
         if plan is not None and evaluation.expected is not None:
             evaluation.expected.check("drawn.captions_sha256", plan.digest)
         if worker.first:
@@ -78,13 +78,13 @@ def run(
     measure, cache = inputs.evaluation.measure, FeatureCache(out / FEATURES, worker)
     reference_parts = _reference_parts(inputs, cache)
     excluded, overlap_summary = _overlap(inputs, cache, out)
-    pictures = _pictures(inputs, plan, out, worker)
-    parts = [cache.make(inputs.extractor, pictures, inputs.preprocess(pictures, radius)) for radius in measure.blur]
+    images = _images(inputs, plan, out, worker)
+    parts = [cache.make(inputs.extractor, images, inputs.preprocess(images, radius)) for radius in measure.blur]
     class_parts = parts
     if inputs.scorer is not None:
-        prepared = [inputs.preprocess(pictures, radius, resize=measure.score_resize) for radius in measure.blur]
-        class_parts = [cache.make(inputs.scorer, pictures, preprocess) for preprocess in prepared]
-    clip_parts = None if inputs.clip is None else cache.make(inputs.clip, pictures, inputs.preprocess(pictures))
+        prepared = [inputs.preprocess(images, radius, resize=measure.score_resize) for radius in measure.blur]
+        class_parts = [cache.make(inputs.scorer, images, preprocess) for preprocess in prepared]
+    clip_parts = None if inputs.clip is None else cache.make(inputs.clip, images, inputs.preprocess(images))
     if not worker.first:
         return None
     rows, notes, summary = [], list(inputs.notes), {}
@@ -108,7 +108,7 @@ def run(
         rows.append({"radius": radius, **scores})
         notes += [note for note in warnings if note not in notes]
         if number == 0:
-            summary = _summary(inputs, plan, pictures, found, reference)
+            summary = _summary(inputs, plan, images, found, reference)
             notes += _warnings(inputs, plan, found, reference)
     if inputs.clip is not None and clip_parts is not None:
         scores, warnings = caption_scores(
@@ -170,25 +170,25 @@ def _overlap(inputs: Inputs, cache: FeatureCache, out: pathlib.Path) -> tuple[Co
     return (duplicates if asked.remove else ()), {"overlap": summary}
 
 
-def _pictures(inputs: Inputs, plan: Plan | None, out: pathlib.Path, worker: Worker) -> PictureSet:
+def _images(inputs: Inputs, plan: Plan | None, out: pathlib.Path, worker: Worker) -> ImageSet:
     """The pictures that are judged, drawn first if need be.
 
     Raises:
       UserError: the shards of drawn pictures hold more or fewer than the plan.
     """
-    if isinstance(inputs.pictures, PictureSet):
-        return inputs.pictures
+    if isinstance(inputs.images, ImageSet):
+        return inputs.images
     assert plan is not None
-    worker.wait(inputs.pictures.draw_all(plan, out, worker))
-    source = open_pictures(f"wds:{glob.escape(str(out / drawing.PICTURES))}/*.tar")
+    worker.wait(inputs.images.draw_all(plan, out, worker))
+    source = open_images(f"wds:{glob.escape(str(out / drawing.PICTURES))}/*.tar")
     count, measure = len(plan.captions), inputs.evaluation.measure
     if len(source) != count:
         raise UserError(f"expected the {count} drawn pictures in {source.name}, got {len(source)}: delete this folder")
-    return PictureSet.choose("pictures", source, crop=measure.crop, count=count, seed=measure.seed)
+    return ImageSet.choose("pictures", source, crop=measure.crop, count=count, seed=measure.seed)
 
 
 def _summary(
-    inputs: Inputs, plan: Plan | None, pictures: PictureSet, found: FeatureSet, reference: FeatureSet | None
+    inputs: Inputs, plan: Plan | None, images: ImageSet, found: FeatureSet, reference: FeatureSet | None
 ) -> dict[str, Any]:
     """The sections of the report on what was compared, with digests by which a repetition finds what has changed."""
     evaluation = inputs.evaluation
@@ -196,7 +196,7 @@ def _summary(
         "network": inputs.extractor.network,
         "weights": inputs.extractor.digest,
         "resize": made_of(evaluation, inputs.extractor, 0.0)["resize"],
-        "pictures": report.described(evaluation.pictures or pictures.source.name, found, pictures.crop),
+        "pictures": report.described(evaluation.pictures or images.source.name, found, images.crop),
     }
     if isinstance(inputs.reference, Statistics):
         about = {"source": evaluation.reference, "count": inputs.reference.count, **inputs.reference.about}

@@ -8,9 +8,9 @@ import pytest
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import feature_cache
-from dalle_jax.evaluate.feature_cache import FeatureCache, PictureSet
+from dalle_jax.evaluate.feature_cache import FeatureCache, ImageSet
 from dalle_jax.evaluate.features import FeatureSet, Row, hash_of
-from dalle_jax.evaluate.picture_shards import GrowingShard
+from dalle_jax.evaluate.image_shards import GrowingShard
 from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.evaluate.workers import Worker
 from tests.support.evaluation import IMAGES
@@ -36,7 +36,7 @@ def test_features_that_are_there_are_not_made_again_unless_the_pictures_changed(
     monkeypatch.setattr(feature_cache, "PART", 5)
     place = tmp_path / "coco"
     shutil.copytree(coco, place)
-    pictures = PictureSet.choose("set", open_source(f"coco:{place}"), crop="none")
+    pictures = ImageSet.choose("set", open_source(f"coco:{place}"), crop="none")
     counting, cache = Counting(), FeatureCache(tmp_path / "features", Worker(show=True))
 
     def make():

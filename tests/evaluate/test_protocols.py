@@ -16,7 +16,7 @@ from dalle_jax import config, model_dir
 from dalle_jax.cli.evaluate import OTHER_KEYS, evaluate
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources import open_source
-from dalle_jax.evaluate import drawing, feature_cache, picture_shards
+from dalle_jax.evaluate import drawing, feature_cache, image_shards
 from dalle_jax.evaluate.drawing import Drawing
 from dalle_jax.evaluate.protocol import Evaluation
 from dalle_jax.evaluate.report import PUBLISHED_WARNING, table
@@ -126,17 +126,17 @@ def test_a_shard_is_cut_behind_its_last_whole_picture(straight, tmp_path):
     ends = [member.offset for member in members[3::3]] + [members[-1].offset_data + 512]
     path = tmp_path / "00000.tar"
     for size in {0, 1, 511, *ends, *(end + more for end in ends[:2] for more in (1, 511, 512, 700, 1_100, 2_000))}:
-        picture_shards.growing(path).write_bytes(whole[:size])
+        image_shards.growing(path).write_bytes(whole[:size])
         complete = sum(end <= size for end in ends)
-        with picture_shards.GrowingShard(path) as shard:
+        with image_shards.GrowingShard(path) as shard:
             assert shard.names == [f"{i:09d}" for i in range(complete)]
-        assert picture_shards.growing(path).read_bytes() == whole[: ([0, *ends])[complete]]
+        assert image_shards.growing(path).read_bytes() == whole[: ([0, *ends])[complete]]
 
 
 def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words, tmp_path, monkeypatch):
     """Killed in the second shard with bytes of the next picture written: the same shards, bit for bit."""
     out, drawn = tmp_path / "out [v2]", []
-    draw, add, finished = Pipeline.draw, picture_shards.GrowingShard.add, straight[0]
+    draw, add, finished = Pipeline.draw, image_shards.GrowingShard.add, straight[0]
 
     def drawing_some(self, requests, **more):
         drawn.extend(request.seed for request in requests)
@@ -151,11 +151,11 @@ def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words,
             raise Killed
 
     monkeypatch.setattr(Pipeline, "draw", drawing_some)
-    monkeypatch.setattr(picture_shards.GrowingShard, "add", killed_in_the_third)
+    monkeypatch.setattr(image_shards.GrowingShard, "add", killed_in_the_third)
     with pytest.raises(Killed):
         run(model, *words, "--out", out, "--json")
     assert sorted(shards(out)) == [".00001.tar.part", "00000.tar"] and len(drawn) == SHARD + 3
-    monkeypatch.setattr(picture_shards.GrowingShard, "add", add)
+    monkeypatch.setattr(image_shards.GrowingShard, "add", add)
     assert run(model, *words, "--out", out, "--json") == 0
     assert sorted(drawn) == [BEST_OF * i for i in range(DRAWN)]
     assert shards(out) == shards(finished)

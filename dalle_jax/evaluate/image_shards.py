@@ -32,7 +32,7 @@ class GrowingShard:
         self.path, self.part = path, growing(path)
         self._file = self.part.open("a+b")
         _take(self._file, self.part)
-        self.names, whole = _whole_pictures(self._file.fileno())
+        self.names, whole = _whole_images(self._file.fileno())
         self._file.truncate(whole)
 
     def add(self, name: str, picture: Picture, more: Mapping[str, str]) -> None:
@@ -84,7 +84,7 @@ def _take(file: io.IOBase, path: pathlib.Path) -> None:
         pass
 
 
-def _whole_pictures(descriptor: int) -> tuple[list[str], int]:
+def _whole_images(descriptor: int) -> tuple[list[str], int]:
     """Names of the pictures that are wholly in a file, and where the last of them ends in bytes."""
     names, whole, begun, size = [], 0, [], os.fstat(descriptor).st_size
     for member in members(descriptor):
