@@ -7,6 +7,7 @@ one sentence: what was expected, what came, what to do. The command line prints 
 import math
 import numbers
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 EXIT_USER_ERROR = 2  # another try would end the same way
@@ -27,6 +28,12 @@ def first_line(error: Exception) -> str:
 
 class UserError(Exception):
     """Something the user gave is wrong; `str(error)` is one clear sentence that says how to mend it."""
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises UserError for a value that is none of the choices; name: as the user wrote it."""
+    if value not in (choices := tuple(choices)):
+        raise UserError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}: choose one of them")
 
 
 def check_number(

@@ -165,7 +165,17 @@ def test_libraries_stay_where_they_belong(path):
 @pytest.mark.parametrize("unit", ["errors", "pixels", "attention_pattern", "layout"])
 def test_facts_need_numpy_at_most(unit):
     libraries = {name.partition(".")[0] for name, _ in imported(parse(PACKAGE / f"{unit}.py"))}
-    assert libraries <= {"numpy", "dataclasses", "functools", "math", "numbers", "sys", "typing", "dalle_jax"}
+    assert libraries <= {
+        "collections",
+        "numpy",
+        "dataclasses",
+        "functools",
+        "math",
+        "numbers",
+        "sys",
+        "typing",
+        "dalle_jax",
+    }
 
 
 def test_models_do_no_input_or_output():

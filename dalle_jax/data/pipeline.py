@@ -19,7 +19,7 @@ from dalle_jax.data import filters, transforms
 from dalle_jax.data.decode import MAX_PIXELS, decode_scaled
 from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
 from dalle_jax.data.share import WHOLE, Share
-from dalle_jax.errors import UserError, check_number
+from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.layout import Layout
 from dalle_jax.text.bpe import BPETokenizer, normalize
 
@@ -45,11 +45,7 @@ class DataConfig(filters.Filters):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.augment not in transforms.AUGMENTATIONS:
-            known = ", ".join(transforms.AUGMENTATIONS)
-            raise UserError(
-                f"expected config.data.augment to be one of {known}, got {self.augment!r}: choose one of them"
-            )
+        check_choice("config.data.augment", self.augment, transforms.AUGMENTATIONS)
         check_number("config.data.image_size", self.image_size, min=1, max=MAX_SIDE, whole=True)
         check_number("config.data.max_pixels", self.max_pixels, min=1, max=1 << 31, whole=True)
         for name in ("bpe_dropout", "caption_dropout"):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dalle_jax import config as configs
 from dalle_jax.data.pipeline import DataConfig, Reading
-from dalle_jax.errors import UserError, check_number
+from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.models import make_config
 from dalle_jax.models.clip import CLIPConfig
 from dalle_jax.models.dvae import DVAEConfig
@@ -32,11 +32,6 @@ MAX_SECONDS = 7 * 24 * 3_600
 LIKELIHOODS = ("logit_laplace", "gaussian")
 
 
-def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"expected {key} to be one of {', '.join(choices)}, got {value!r}: choose one of them")
-
-
 @dataclasses.dataclass(frozen=True)
 class Storage:
     """How the state is kept between updates; what an update computes stays float32 or the model's `precision`."""
@@ -46,7 +41,7 @@ class Storage:
     params: str = "fp32"
 
     def __post_init__(self):
-        _check_choice("config.storage.params", self.params, tuple(moments.DTYPES))
+        check_choice("config.storage.params", self.params, moments.DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +71,7 @@ class DVAEObjective:
 
     def __post_init__(self):
         key = "config.objective"
-        _check_choice(f"{key}.likelihood", self.likelihood, LIKELIHOODS)
+        check_choice(f"{key}.likelihood", self.likelihood, LIKELIHOODS)
         check_number(f"{key}.balance", self.balance, min=0)
         for name, limits in {"beta": {"min": 0}, "temperature": {"above": 0}}.items():
             schedule = getattr(self, name)

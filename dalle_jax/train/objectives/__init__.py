@@ -6,7 +6,7 @@ are.
 
 from collections.abc import Mapping
 
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, check_choice
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.train.objectives import clip, dvae, transformer
 from dalle_jax.train.objectives.task import Task
@@ -21,8 +21,7 @@ def frozen_roles(settings: TrainSettings) -> tuple[str, ...]:
     Raises:
       UserError: an unknown name.
     """
-    if settings.name not in OBJECTIVES:
-        raise UserError(f"expected config.name to be one of {', '.join(OBJECTIVES)}, got {settings.name!r}: change it")
+    check_choice("config.name", settings.name, OBJECTIVES)
     return OBJECTIVES[settings.name].FROZEN
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dalle_jax.errors import UserError, check_number
+from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.train.optimizer import matrices, moments
 from dalle_jax.train.optimizer.schedule import Schedule, halve_on_plateau, learning_rate
 
@@ -36,10 +36,8 @@ class Optimizer:
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
-        if self.name not in OPTIMIZERS:
-            raise UserError(f"{_KEY}.name must be one of {', '.join(OPTIMIZERS)}, got {self.name!r}")
-        if self.moments not in moments.MOMENTS:
-            raise UserError(f"{_KEY}.moments must be one of {', '.join(moments.MOMENTS)}, got {self.moments!r}")
+        check_choice(f"{_KEY}.name", self.name, OPTIMIZERS)
+        check_choice(f"{_KEY}.moments", self.moments, moments.MOMENTS)
         check_number(f"{_KEY}.learning_rate", self.learning_rate, above=0, max=100)
         check_number(f"{_KEY}.schedule.end_learning_rate", self.schedule.end_learning_rate, max=self.learning_rate)
         for name in ("b1", "b2", "momentum"):

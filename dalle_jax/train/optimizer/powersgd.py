@@ -29,7 +29,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax import sharding
-from dalle_jax.errors import UserError, check_number
+from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.sharding import INSIDE, REPLICA
 from dalle_jax.train.optimizer import formats, matrices, moments
 from dalle_jax.train.optimizer.loss_scale import all_finite
@@ -55,8 +55,7 @@ class Compression:
 
     def __post_init__(self):
         check_number("config.compression.rank", self.rank, min=1, max=2**20, whole=True, optional=True)
-        if self.format not in FORMATS:
-            raise UserError(f"config.compression.format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+        check_choice("config.compression.format", self.format, FORMATS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dalle_jax.errors import UserError, check_number
+from dalle_jax.errors import check_choice, check_number
 
 SCHEDULES = ("cosine", "warmup_constant", "warmup_cosine", "warmup_linear", "plateau")
 _KEY = "config.optimizer.schedule"
@@ -45,8 +45,7 @@ class Schedule:
     plateau: Plateau = Plateau()
 
     def __post_init__(self):
-        if self.name not in SCHEDULES:
-            raise UserError(f"{_KEY}.name must be one of {', '.join(SCHEDULES)}, got {self.name!r}")
+        check_choice(f"{_KEY}.name", self.name, SCHEDULES)
         check_number(f"{_KEY}.warmup_steps", self.warmup_steps, min=0, max=2**31 - 1, whole=True)
         check_number(f"{_KEY}.decay_steps", self.decay_steps, min=1, max=2**31 - 1, whole=True, optional=True)
         check_number(f"{_KEY}.end_learning_rate", self.end_learning_rate, min=0)
