@@ -63,14 +63,15 @@ class Numbers:
 
 
 def line_settings(**values):
-    """Settings of a run of LINE. values: of keys below `run`, or a part, e.g. compression={"rank": 2}."""
+    """Settings of a run of LINE. values: of keys below `run`, `accumulate`, or a part, e.g. compression={"rank": 2}."""
     optimizer = {"name": "adamw", "learning_rate": 0.05, "b2": 0.9}
     schedule = {"name": "warmup_constant", "warmup_steps": 0, "end_learning_rate": 0.0}
     keys = {"batch_size": BATCH} | {f"optimizer.{key}": value for key, value in optimizer.items()}
     keys |= {f"optimizer.schedule.{key}": value for key, value in schedule.items()}
     defaults = {"steps": 12, "log_every": 4, "validate_every": None, "picture_every": None, "checkpoint_every": 4}
     for key, value in (defaults | {"rollback_after": 3} | values).items():
-        keys |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {f"run.{key}": value}
+        name = key if key == "accumulate" else f"run.{key}"
+        keys |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return load_settings("configs/dvae.py:demo").changed(keys)
 
 
