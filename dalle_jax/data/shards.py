@@ -8,6 +8,7 @@ processes that divides the number of shards. With one shard this is one `Batches
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from dalle_jax.data.pipeline import READING, Batches, Prepare, Reading
 from dalle_jax.data.record import Source
 from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.errors import UserError
+
+KEYS = 16  # records by whose keys a source is known again
 
 
 def _alone(value: Any) -> list[Any]:
@@ -109,7 +112,14 @@ class ShardedBatches:
         states = {}
         for of_process in self._gather({str(shard): batches.get_state() for shard, batches in self._shards.items()}):
             states.update(of_process)
-        return {"lanes": [states[str(shard)] for shard in range(self._count)]}  # the key that `inspect --json` prints
+        # "lanes" is the key that `inspect --json` prints.
+        return {"lanes": [states[str(shard)] for shard in range(self._count)], "keys": self._keys}
+
+    @functools.cached_property
+    def _keys(self) -> list[str]:
+        """Keys of a few records, which tell a source from another one with as many records, whatever its name."""
+        rows = np.linspace(0, len(self._source) - 1, KEYS).astype(int).tolist()
+        return [self._source[row].key for row in rows]
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues every shard after the batch at which the state was taken, bit for bit.
@@ -123,6 +133,12 @@ class ShardedBatches:
             raise UserError(
                 f"expected to resume data with config.run.data.shards = {count}, got {self._wanted}: leave it out, or "
                 "begin a new run"
+            )
+        if (before := state.get("keys", self._keys)) != self._keys:
+            was, found = next((a, b) for a, b in zip(before, self._keys, strict=True) if a != b)
+            raise UserError(
+                f"expected to resume data with the records of the first run, got record {found!r} of "
+                f"{self._source.name} in the place of {was!r}: name the same data, or begin a new run"
             )
         if count != self._count:
             self._open(count)

@@ -130,8 +130,11 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Sources(Reading):
-    """Where records come from, and how they are read. A source may have another name when a run goes on, as long as it
-    holds the same records."""
+    """Where records come from, and how they are read.
+
+    A source may have another name when a run goes on, as long as it holds the same records: of those that are trained
+    on their number and the keys of sixteen are compared, contents are not.
+    """
 
     train: str | None = None  # e.g. wds:PATTERN or folder:DIR, of a transformer tokens:DIR too
     validation: str | None = None  # held-out records; None: no validation

@@ -1,5 +1,6 @@
 """Sharded batches: the same batches whoever reads them, and a run that goes on with another number of processes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_one_shard_is_plain_batches(tokenizer):
     (sharded,) = readers(source, tokenizer, 1, shards=None, batch_size=4)
     plain = batches(source, tokenizer, config=CONFIG, reading=LENIENT)
     assert_same(take(sharded, 12), take(plain, 12))
-    assert sharded.get_state() == {"lanes": [plain.get_state()]}
+    assert sharded.get_state()["lanes"] == [plain.get_state()]
     assert (sharded.good, sharded.dropped) == (plain.good, plain.dropped)
 
 
@@ -105,3 +106,24 @@ def test_a_shard_of_few_records_may_hold_nothing_but_broken_ones(tokenizer):
     broken = readers(Numbers(16, faults=range(0, 16, 2)), tokenizer, 1, shards=8, reading=reading)
     with pytest.raises(UserError, match="at most 30% broken records"):
         global_batches(broken, 40)
+
+
+class Others(Numbers):
+    """As many records, with other keys."""
+
+    def __getitem__(self, i):
+        return dataclasses.replace(super().__getitem__(i), key=f"other{i}")
+
+
+def test_the_same_records_under_another_name_go_on_and_others_are_refused(tokenizer):
+    (before,) = readers(Numbers(24), tokenizer, 1, shards=None)
+    take(before, 2)
+    state = json.loads(json.dumps(before.get_state()))
+    moved = Numbers(24)
+    moved.name = "elsewhere"
+    (after,) = readers(moved, tokenizer, 1, shards=None)
+    after.set_state(state)
+    assert_same(take(after, 2), take(before, 2))
+    (other,) = readers(Others(24), tokenizer, 1, shards=None)
+    with pytest.raises(UserError, match="got record 'other0' of numbers in the place of 'key0': name the same data"):
+        other.set_state(state)
