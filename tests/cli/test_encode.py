@@ -274,12 +274,12 @@ def test_another_dvae_is_refused_by_encoding_training_and_sampling(
     assert main.main(["export", str(trained[0]["codes"]), str(workdir)]) == 0
     Pipeline.load(workdir)
     for place in (workdir, shutil.copytree(trained[0]["codes"], tmp_path / "copy")):
-        shutil.rmtree(place / "dvae")
-        shutil.copytree(other, place / "dvae")
-        with pytest.raises(UserError, match="expected the dVAE whose codes the transformer in .* was trained on"):
+        shutil.rmtree(place / "image_tokenizer")
+        shutil.copytree(other, place / "image_tokenizer")
+        with pytest.raises(UserError, match="expected the image_tokenizer that the model in .* was trained with"):
             Pipeline.load(place)
-    with pytest.raises(UserError, match="was trained on .* put that one back"):
-        train(tmp_path / "copy", dvae, tokenizer, f"tokens:{center}", **{"run.steps": 6})
+    with pytest.raises(UserError, match="was trained with .* put that one back"):
+        train(tmp_path / "copy", dvae, tokenizer, f"tokens:{center}", **{"optimizer.schedule.warmup_steps": 4})
 
 
 def test_codes_are_no_pictures(crops, dvae, tokenizer, center, tmp_path, capsys):
