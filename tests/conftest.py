@@ -9,6 +9,7 @@ FLAGS = (
     "--xla_backend_optimization_level=0",  # tests compile for longer than they compute
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")  # broadcasting is written out, in commands of tests too
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 # Whole files go to the processes of pytest in this order, then by name: for a long one at the end, all would wait.
