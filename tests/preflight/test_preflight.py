@@ -210,6 +210,9 @@ def test_traced_flops_see_loops_products_and_convolutions():
     a = jax.ShapeDtypeStruct((6, 6), jnp.float32)
     loop = jax.jit(lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=7)[0])
     assert flops.traced(loop, a) == 7 * 2 * 6**3
+    model = types.SimpleNamespace(abstract=w, config=types.SimpleNamespace(grid=8))
+    work = flops.traced_work(lambda w, x: convolve(x, w).sum(), model, x)
+    assert work == flops.Work(64, 3 * flops.traced(convolve, x, w), work.model_flops, result_bytes=(4 * 8 * 8 * 5 * 4,))
 
 
 def test_state_bytes_are_those_of_real_arrays():
