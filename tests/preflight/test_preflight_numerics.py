@@ -15,19 +15,13 @@ from tests.support import ROOT
 from tests.support.pods import emulated
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """The demo transformer without any of it, compiled for the eight emulated devices."""
-    return search.examine(emulated())
-
-
-def test_the_average_that_a_gpus_host_holds_is_taken_off(plain):
+def test_the_average_that_a_gpus_host_holds_is_taken_off(result):
     """A compiler for GPUs that are not here knows no host memory: it sees the average on the device."""
-    job = plain.job.changed({"run.offload_ema": True})
+    job = result.job.changed({"run.offload_ema": True})
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(job.state)} == {"device"}
     found = search.examine(job)
-    assert found.bytes == {**plain.bytes, "ema": 0}
-    assert plain.verdict.total_bytes - found.verdict.total_bytes == plain.bytes["ema"] > 0
+    assert found.bytes == {**result.bytes, "ema": 0}
+    assert result.verdict.total_bytes - found.verdict.total_bytes == result.bytes["ema"] > 0
     on_tpu = emulated("v5e", (2, 4), "tpu").changed({"run.offload_ema": True})
     assert memory.by_kind(on_tpu)["ema"] == 0 == on_tpu.average_bytes_taken_off
 
@@ -52,19 +46,19 @@ def test_the_papers_own_layout_holds_more_than_its_gpus_have():
     assert f"{sent / 1e9:.3f} GB instead of {instead / 1e9:.3f}" in text and "DOES NOT FIT" in text
 
 
-def test_compression_is_in_the_report_and_the_json(plain):
-    job = plain.job.changed({"compression.rank": 16, "optimizer.name": "adamw"})
-    compressed = dataclasses.replace(plain, job=job, bytes=memory.by_kind(job))
+def test_compression_is_in_the_report_and_the_json(result):
+    job = result.job.changed({"compression.rank": 16, "optimizer.name": "adamw"})
+    compressed = dataclasses.replace(result, job=job, bytes=memory.by_kind(job))
     figures, text = preflight._json(compressed), report.table(compressed, None)
     assert figures["bytes_per_chip"]["compression"] == shard_bytes(job.state["error"]) > 0
     sent, instead = figures["bytes_across_replicas"].values()
     assert figures["compression_saved"] == 1 - sent / instead > 0.5
     assert "left out" in text and f"which saves {figures['compression_saved']:.0%}" in text
-    assert preflight._json(plain)["compression_saved"] == 0 and "saves" not in report.table(plain, None)
+    assert preflight._json(result)["compression_saved"] == 0 and "saves" not in report.table(result, None)
 
 
-def test_compressed_gradients_cross_once_an_update_whatever_the_microbatches(plain):
-    job = plain.job.changed({"compression.rank": 16, "optimizer.name": "adamw"})
+def test_compressed_gradients_cross_once_an_update_whatever_the_microbatches(result):
+    job = result.job.changed({"compression.rank": 16, "optimizer.name": "adamw"})
     once, twice = (roofline.expected(j) for j in (job, job.changed({"accumulate": 2})))
     for one, two in zip(once, twice, strict=True):
         times = 1 if one.axis == "replica" else 2
