@@ -2,8 +2,6 @@
 
 import errno
 import json
-import os
-import resource
 import subprocess
 import sys
 import threading
@@ -14,7 +12,6 @@ import pytest
 
 from dalle_jax.checkpoint import digest, manager, reader
 from dalle_jax.errors import UserError
-from dalle_jax.train import loop
 from dalle_jax.train.monitor import metrics
 from tests.support import ROOT
 from tests.support.line_task import digest_of, train
@@ -27,51 +24,10 @@ def trained(tmp_path_factory):
     return workdir
 
 
-def wait_for(condition, *, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def train_on_a_disk_that_is_full_for_a_while(workdir):
-    """The kernel refuses files above a size during updates 7 to 9, as it refuses all on a full disk."""
-    before, made = resource.getrlimit(resource.RLIMIT_FSIZE), []
-
-    class Noted(manager.Checkpoints):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            made.append(self)
-
-    def tried():
-        at_work = {thread.name for thread in threading.enumerate()}
-        return made[0]._started.done() and not at_work & {"save_finalize", manager.ORBAX_WRITER}
-
-    loop.Checkpoints = Noted
-
-    def full(n, state):
-        if n == 7:
-            wait_for(lambda: reader.complete_steps(workdir) == [4])
-        if n == 9:
-            wait_for(tried)
-        if n in (7, 9):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (64 if n == 7 else before[0], before[1]))
-
-    train(workdir, hooks=[(1, full)], log_every=1)
-
-
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, tmp_path):
     """In a process of its own: the limit is the process's, and pytest writes files too."""
-    name = train_on_a_disk_that_is_full_for_a_while.__name__
-    imports = "import pathlib; from tests.checkpoint import test_failed_saves as it"
-    code = f"{imports}; it.{name}(pathlib.Path({str(tmp_path)!r}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-m", "tests.support.full_disk_driver", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("WARNING: the checkpoint of step 8 could not be written (File too large)") == 1
     assert "the newest complete one is that of step 4" in done.stderr
