@@ -196,7 +196,7 @@ class _Drawing:
             request.seed + slot.first + np.arange(plan.candidates)
             for request, slot in zip(requests, slots, strict=True)
         ]
-        state = self._generator.start(requests, np.asarray(np.asarray(seeds_PM, np.int64) % MAX_SEEDS, np.uint32))
+        state = self._generator.start(requests, (np.stack(seeds_PM) % MAX_SEEDS).astype(np.uint32))
         steps, drafts = self._generator.steps(requests[0]).stop, np.empty((0, 0))
         stride = steps if self._on_progress is None else 1
         for step in range(stride, steps + 1, stride):
