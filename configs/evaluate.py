@@ -20,6 +20,8 @@ The numbers of two protocols do not compare with each other. docs/evaluation.md 
 dalle_jax/evaluate/protocol.py what each key means.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from dalle_jax.configs.base import fields
@@ -47,9 +49,9 @@ def _fid(name: str) -> ConfigDict:
     return _coco(f"coco-30k-{name}", pools="fid", resize=name, crop="center", side=SIDE)
 
 
-DM_GAN = dict(pools="torchvision", resize="dm-gan", blur=RADII)
+DM_GAN: dict[str, Any] = dict(pools="torchvision", resize="dm-gan", blur=RADII)
 DM_GAN_SCORE = dict(score_pools="fid", score_resize="dm-gan-score")  # on MS-COCO; on CUB a network of birds
-PAPER = dict(**DM_GAN, crop="center", side=SIDE)
+PAPER: dict[str, Any] = dict(**DM_GAN, crop="center", side=SIDE)
 
 
 def _cub() -> ConfigDict:

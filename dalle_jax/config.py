@@ -93,6 +93,7 @@ def _module(path: pathlib.Path) -> ModuleType:
         dalle_jax.__path__.append(parent)
     name = f"dalle_jax_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader  # every .py file has them
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,7 +1,7 @@
 """Model definitions. Only this file dispatches on a model's name."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dalle_jax.models import clip, dvae, inception, transformer
@@ -9,7 +9,7 @@ from dalle_jax.models.layers import Model, Params
 
 __all__ = ["Model", "Params", "build", "make_config"]
 
-_MODELS = {
+_MODELS: dict[str, tuple[type, Callable[[Any], Model]]] = {
     "dvae": (dvae.DVAEConfig, dvae.model),
     "transformer": (transformer.TransformerConfig, transformer.model),
     "clip": (clip.CLIPConfig, clip.model),

@@ -22,6 +22,7 @@ from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.record import Source
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.data.share import Share
+from dalle_jax.data.sources.features import TokenSource
 from dalle_jax.errors import UserError, say
 from dalle_jax.mesh import CHOOSE, demand, describe, make_mesh
 from dalle_jax.model_dir import ModelDir
@@ -214,7 +215,8 @@ def _data(
     given = settings.run.data
     if given.train is None:
         raise UserError("a run needs data: name its source as --config.run.data.train=SOURCE, e.g. folder:DIR")
-    prepare = Prepare(settings.data, settings.model.layout if tokenizer else None, tokenizer)
+    layout = getattr(settings.model, "layout", None) if tokenizer else None
+    prepare = Prepare(settings.data, layout, tokenizer)  # type: ignore[arg-type]  # it refuses other kinds itself
     share = Share(*sharding.batch_share(mesh))
     image_tokenizer = frozen.get("image_tokenizer")
 
@@ -222,7 +224,7 @@ def _data(
         source = sources.open_source(
             spec, captions_required=tokenizer is not None, pictures_required=image_tokenizer is None
         )
-        if sources.is_tokens(spec):
+        if isinstance(source, TokenSource) and image_tokenizer is not None:
             source.check_made_by(sha256=image_tokenizer.digest, augment=augment, asked_by=asked_by)
         return source
 
@@ -264,7 +266,7 @@ def _in_step(batches: Iterable[Batch]) -> Iterator[Batch]:
     while True:
         batch = next(batches, None)
         size = min(distributed.gather_json(0 if batch is None else len(next(iter(batch.values())))))
-        if not size:
+        if batch is None or not size:
             return
         yield {name: value[:size] for name, value in batch.items()}
 

@@ -73,7 +73,8 @@ class DVAEObjective:
         key = "config.objective"
         check_choice(f"{key}.likelihood", self.likelihood, LIKELIHOODS)
         check_number(f"{key}.balance", self.balance, min=0)
-        for name, limits in {"beta": {"min": 0}, "temperature": {"above": 0}}.items():
+        ranges: dict[str, dict[str, Any]] = {"beta": {"min": 0}, "temperature": {"above": 0}}
+        for name, limits in ranges.items():
             schedule = getattr(self, name)
             check_number(f"{key}.{name}.start", schedule.start, **limits)
             check_number(f"{key}.{name}.end", schedule.end, **limits)
@@ -285,4 +286,4 @@ def _made(kind: type, values: Mapping[str, Any], *, key: str) -> Any:
 def _dataclass_of(hint: Any) -> type | None:
     """The dataclass in a type such as `Evaluate | None`."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)

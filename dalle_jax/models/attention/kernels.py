@@ -24,7 +24,7 @@ def check_shapes(name: str, *, length: int, head_size: int) -> None:
         _module(name).check(length=length, head_size=head_size)
 
 
-def check_machine(name: str, *, machine: str, platform: str, capability: tuple[int, int] | None = None) -> None:
+def check_machine(name: str, *, machine: str, platform: str, capability: tuple[int, ...] | None = None) -> None:
     """Raises UserError where this code does not run on that machine.
 
     machine: its name, for the message. platform: 'cpu', 'gpu' or 'tpu'. capability: of a GPU, (9, 0).

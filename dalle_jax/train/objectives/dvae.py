@@ -31,6 +31,7 @@ COLLAPSE_SHARE = 0.1  # fewer codes in use than this share of those a batch coul
 def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
     """The task of `settings.model` under `settings.objective`."""
     del frozen
+    assert settings.objective is not None  # as every setting of a dVAE
     model = models.build("dvae", settings.model)
     return Task(
         name="dvae",

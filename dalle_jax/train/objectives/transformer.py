@@ -16,6 +16,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models import image_tokenizer
+from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.settings import TrainSettings
 
@@ -30,6 +31,7 @@ def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
     Raises:
       UserError: an image tokenizer of another grid, vocabulary or picture size.
     """
+    assert isinstance(settings.model, TransformerConfig)  # by its name
     tokenizer = frozen["image_tokenizer"]
     sizes = tokenizer.model.config
     for key, value, wanted in (
@@ -72,6 +74,7 @@ def _loss(model, tokenizer, params, frozen, batch, *, key, step, scales=None):
     else:
         image_BI = image_tokenizer.encode(tokenizer, frozen["image_tokenizer"], batch["image"])
         image_BI = jax.lax.stop_gradient(image_BI)
-    text, image = token_losses(*model.apply(params, batch["text"], image_BI, scales), batch["text"], image_BI)
+    text_logits, image_logits = model.apply(params, batch["text"], image_BI, scales)
+    text, image = token_losses(text_logits, image_logits, batch["text"], image_BI)
     loss = TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image
     return loss, {"text_loss": text, "image_loss": image, "bits_per_image_token": image / jnp.log(2.0)}
