@@ -1,3 +1,5 @@
+"""The compiled job that tests of preflight share."""
+
 import pytest
 
 from dalle_jax.preflight import search
