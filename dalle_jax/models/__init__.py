@@ -1,6 +1,5 @@
 """Model definitions. Only this file dispatches on a model's name."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,4 +36,6 @@ def build(name: str, config: Any) -> Model:
     Raises:
       ValueError: unknown name or an impossible size. TypeError: an unknown size.
     """
-    return _MODELS[name][1](config if dataclasses.is_dataclass(config) else make_config(name, config))
+    if isinstance(config, Mapping):
+        config = make_config(name, config)
+    return _MODELS[name][1](config)

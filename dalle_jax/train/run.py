@@ -28,7 +28,8 @@ from dalle_jax.mesh import CHOOSE, demand, describe, make_mesh
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.layers import compute_dtype
-from dalle_jax.text import Tokenizer, load_tokenizer
+from dalle_jax.text import load_tokenizer
+from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import compilation_cache, loop
 from dalle_jax.train.monitor import tracing
 from dalle_jax.train.objectives import build_task, frozen_roles
@@ -151,7 +152,7 @@ def load_frozen(settings: TrainSettings, workdir: pathlib.Path) -> dict[str, Mod
     return frozen
 
 
-def _load_tokenizer(settings: TrainSettings, workdir: pathlib.Path) -> Tokenizer | None:
+def _load_tokenizer(settings: TrainSettings, workdir: pathlib.Path) -> BPETokenizer | None:
     """The workdir's tokenizer, else the one that the settings name; None for a model that reads no captions."""
     text_vocab = getattr(settings.model, "text_vocab", None)
     if text_vocab is None:
@@ -160,6 +161,8 @@ def _load_tokenizer(settings: TrainSettings, workdir: pathlib.Path) -> Tokenizer
     if place is None:
         raise UserError(f"a {settings.name} needs a tokenizer: give its file as --config.tokenizer=FILE")
     tokenizer = load_tokenizer(place)
+    if not isinstance(tokenizer, BPETokenizer):
+        raise UserError(f"expected a tokenizer that `dalle-jax tokenizer` made in {place}, got CLIP's: train one")
     if tokenizer.vocab_size != text_vocab:
         raise UserError(
             f"expected a tokenizer of {text_vocab} entries (config.model.text_vocab), got {tokenizer.vocab_size} in "
@@ -177,12 +180,13 @@ def _check_machine(settings: TrainSettings) -> None:
         )
     if attention := getattr(settings.model, "attention", None):
         device = jax.devices()[0]
-        capability = getattr(device, "compute_capability", None)  # '9.0' of an NVIDIA GPU
+        version = getattr(device, "compute_capability", None)  # '9.0' of an NVIDIA GPU
+        major, _, minor = (version or "").partition(".")
         kernels.check_machine(
             attention,
             machine=device.device_kind,
             platform=jax.default_backend(),
-            capability=tuple(map(int, capability.split("."))) if capability else None,
+            capability=(int(major), int(minor)) if version else None,
         )
 
 
@@ -209,14 +213,14 @@ def _check_workdir(settings: TrainSettings, workdir: pathlib.Path) -> None:
 
 
 def _data(
-    settings: TrainSettings, mesh: Mesh, *, tokenizer: Tokenizer | None, frozen: Mapping[str, ModelDir]
+    settings: TrainSettings, mesh: Mesh, *, tokenizer: BPETokenizer | None, frozen: Mapping[str, ModelDir]
 ) -> tuple[ShardedBatches, Callable[[], Iterator[Batch]] | None]:
     """The training batches, and a function that makes held-out ones (None without a validation source)."""
     given = settings.run.data
     if given.train is None:
         raise UserError("a run needs data: name its source as --config.run.data.train=SOURCE, e.g. folder:DIR")
     layout = getattr(settings.model, "layout", None) if tokenizer else None
-    prepare = Prepare(settings.data, layout, tokenizer)  # type: ignore[arg-type]  # it refuses other kinds itself
+    prepare = Prepare(settings.data, layout, tokenizer)
     share = Share(*sharding.batch_share(mesh))
     image_tokenizer = frozen.get("image_tokenizer")
 
@@ -272,7 +276,7 @@ def _in_step(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _fill_workdir(
-    settings: TrainSettings, workdir: pathlib.Path, *, tokenizer: Tokenizer | None, frozen: Mapping[str, ModelDir]
+    settings: TrainSettings, workdir: pathlib.Path, *, tokenizer: BPETokenizer | None, frozen: Mapping[str, ModelDir]
 ) -> None:
     """Write what a resumed run and a sampler need; config.json last, as it says that the rest is there."""
     if jax.process_index() != 0:

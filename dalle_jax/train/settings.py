@@ -7,7 +7,6 @@ may change when it goes on in its workdir is under `run`.
 
 import collections
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,9 +17,6 @@ from dalle_jax import config as configs
 from dalle_jax.data.pipeline import DataConfig, Reading
 from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.models import make_config
-from dalle_jax.models.clip import CLIPConfig
-from dalle_jax.models.dvae import DVAEConfig
-from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.train.ema import Ema
 from dalle_jax.train.optimizer import moments
 from dalle_jax.train.optimizer.build import Optimizer
@@ -73,12 +69,11 @@ class DVAEObjective:
         key = "config.objective"
         check_choice(f"{key}.likelihood", self.likelihood, LIKELIHOODS)
         check_number(f"{key}.balance", self.balance, min=0)
-        ranges: dict[str, dict[str, Any]] = {"beta": {"min": 0}, "temperature": {"above": 0}}
-        for name, limits in ranges.items():
-            schedule = getattr(self, name)
-            check_number(f"{key}.{name}.start", schedule.start, **limits)
-            check_number(f"{key}.{name}.end", schedule.end, **limits)
-            check_number(f"{key}.{name}.steps", schedule.steps, min=0, max=MAX_STEPS, whole=True)
+        for part in ("start", "end"):
+            check_number(f"{key}.beta.{part}", getattr(self.beta, part), min=0)
+            check_number(f"{key}.temperature.{part}", getattr(self.temperature, part), above=0)
+        for name in ("beta", "temperature"):
+            check_number(f"{key}.{name}.steps", getattr(self, name).steps, min=0, max=MAX_STEPS, whole=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +179,7 @@ class TrainSettings:
     """All settings of a run."""
 
     name: str  # of the model and its objective (`objectives.OBJECTIVES`)
-    model: DVAEConfig | TransformerConfig | CLIPConfig
+    model: Any  # its sizes and ways of computing, the dataclass that `models.make_config` gives
     data: DataConfig  # how records become examples
     batch_size: int  # examples of an update, all processes together
     accumulate: int = 1  # microbatches of an update
@@ -285,5 +280,5 @@ def _made(kind: type, values: Mapping[str, Any], *, key: str) -> Any:
 
 def _dataclass_of(hint: Any) -> type | None:
     """The dataclass in a type such as `Evaluate | None`."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = typing.get_args(hint) or (hint,)
     return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)

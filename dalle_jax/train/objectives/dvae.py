@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import models, pixels
+from dalle_jax.errors import UserError
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models import Model, Params
 from dalle_jax.models.dvae import decode_images, encode_images, to_unit
@@ -31,7 +32,8 @@ COLLAPSE_SHARE = 0.1  # fewer codes in use than this share of those a batch coul
 def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
     """The task of `settings.model` under `settings.objective`."""
     del frozen
-    assert settings.objective is not None  # as every setting of a dVAE
+    if settings.objective is None:
+        raise UserError("expected config.objective for a dVAE, got none: take it from configs/dvae.py")
     model = models.build("dvae", settings.model)
     return Task(
         name="dvae",
