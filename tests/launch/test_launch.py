@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 import yaml
 
-from dalle_jax import config as configs
+from dalle_jax import config
 from dalle_jax.cli import main
 from tests.support import ROOT
 
@@ -38,7 +38,7 @@ def parse(words):
     """The namespace of a command line; the config of `train`, too, must be there and know every key."""
     args = main.parse(words)
     if words[0] == "train":
-        configs.load(args.config, args.overrides)
+        config.load(args.config, args.overrides)
     return args
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import attention_pattern, sharding
-from dalle_jax.cli import main as cli
-from dalle_jax.cli import preflight
+from dalle_jax.cli import main, preflight
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.models.transformer import TransformerConfig
@@ -64,7 +63,7 @@ def test_wrong_topologies_are_one_sentence(text, says):
 @pytest.mark.parametrize(("text", "extra"), [("tpu:v5p:2x2x1", "[tpu]"), ("gpu:h100:1x8", "[preflight-gpu]")])
 def test_a_missing_compiler_names_the_extra(text, extra, monkeypatch, capsys):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["preflight", "--config", "configs/transformer.py:12b", "--topology", text]) == 2
+    assert main.main(["preflight", "--config", "configs/transformer.py:12b", "--topology", text]) == 2
     err = capsys.readouterr().err
     assert extra in err and "pip install" in err and err.count("\n") == 1
 

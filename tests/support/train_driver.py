@@ -17,8 +17,7 @@ import numpy as np
 from flax import nnx
 
 from dalle_jax import distributed, sharding
-from dalle_jax.cli import main
-from dalle_jax.cli import train as training
+from dalle_jax.cli import main, train
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.models.layers import Model, param
 from dalle_jax.train import run
@@ -78,7 +77,9 @@ def digest(tree) -> str:
     return total.hexdigest()
 
 
-def train(folder: pathlib.Path, port: int, count: int, rank: int, workdir: str, signalled: str, *overrides: str) -> int:
+def run_command(
+    folder: pathlib.Path, port: int, count: int, rank: int, workdir: str, signalled: str, *overrides: str
+) -> int:
     """`dalle-jax train`, with SIGTERM to process `signalled` while it takes its fourth batch ('' for none)."""
     seen, states = [], []
 
@@ -88,24 +89,10 @@ def train(folder: pathlib.Path, port: int, count: int, rank: int, workdir: str, 
 
     note_records(seen, on_batch=terminate)
     metrics.save_curves = goodput.draw = lambda *_, **__: None  # seconds of matplotlib
-    run.build_task, do_train = toy_task, training.train
-    training.train = lambda *args, **kwargs: states.append(do_train(*args, **kwargs)) or states[-1]
-    status = main.main(
-        [
-            "train",
-            "--config",
-            "configs/dvae.py:demo",
-            "--workdir",
-            workdir,
-            "--coordinator",
-            f"localhost:{port}",
-            "--num-processes",
-            str(count),
-            "--process-id",
-            str(rank),
-            *overrides,
-        ]  # fmt: skip
-    )
+    run.build_task, do_train = toy_task, train.train
+    train.train = lambda *args, **kwargs: states.append(do_train(*args, **kwargs)) or states[-1]
+    job = ["--coordinator", f"localhost:{port}", "--num-processes", str(count), "--process-id", str(rank)]
+    status = main.main(["train", "--config", "configs/dvae.py:demo", "--workdir", workdir, *job, *overrides])
     if states:
         found = {"status": status, "records": seen, "step": states[0].step, "digest": digest(states[0].state)}
         (folder / f"{rank}.json").write_text(json.dumps(found))
@@ -114,4 +101,4 @@ def train(folder: pathlib.Path, port: int, count: int, rank: int, workdir: str, 
 
 if __name__ == "__main__":
     place, number, all_, own, *rest = sys.argv[1:]
-    sys.exit(train(pathlib.Path(place), int(number), int(all_), int(own), *rest))
+    sys.exit(run_command(pathlib.Path(place), int(number), int(all_), int(own), *rest))
