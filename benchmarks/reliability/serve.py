@@ -50,7 +50,7 @@ class Answer:
     refused: int
 
 
-def wishes(count: int, *, first_seed: int, model: dict) -> list[dict]:
+def mixed_requests(count: int, *, first_seed: int, model: dict) -> list[dict]:
     """Bodies of mixed requests; key 'keep_rows' marks one for /v1/images/edits."""
     rng = random.Random(first_seed)
     made = []
@@ -197,7 +197,7 @@ def main() -> int:
         client = Client(port, image=file.getvalue())
         loads = {}
         for number, name in enumerate(("first, compiling", "second")):
-            bodies = wishes(args.requests, first_seed=1_000_000 * number, model=model)
+            bodies = mixed_requests(args.requests, first_seed=1_000_000 * number, model=model)
             loads[name] = load(client, bodies, clients=args.clients)
             lost = loads[name]["lost"]
             harness.log(f"{name}: {len(lost)} lost, {loads[name]['seconds']:.1f} s {' '.join(lost[:5])}")
