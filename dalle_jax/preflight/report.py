@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dalle_jax.preflight.search import Result, describe
 
 GB = 1e9
-NAMES = {"frozen": "frozen dVAE", "ema": "moving average", "compression": "left out"}
+NAMES = {"frozen": "image tokenizer", "ema": "moving average", "compression": "left out"}
 
 
 def table(result: Result, change: Result | None) -> str:
@@ -27,7 +27,7 @@ def table(result: Result, change: Result | None) -> str:
     lines += [
         f"  {'chip':<16}{chip.memory_bytes / GB:>9.3f}   a program may use {job.topology.usable_bytes / GB:.3f}",
         "",
-        f"FLOPs per sequence {guess.flops_per_sequence:.4g}, with recomputation and the dVAE "
+        f"FLOPs per sequence {guess.flops_per_sequence:.4g}, with recomputation and the image tokenizer "
         f"{guess.executed_flops_per_sequence:.4g}; per step {guess.flops_per_sequence * job.settings.batch_size:.4g}",
         "",
         *_collectives(result),

@@ -211,7 +211,7 @@ def test_poison_without_an_end_ends_the_run(tmp_path):
 
 def test_a_run_that_never_has_a_finite_update_ends(tmp_path):
     with pytest.raises(UserError, match="expected finite losses and gradients, got none in the last 2 updates"):
-        train(tmp_path, Numbers(poison=range(1, 100)), log_every=2, checkpoint_every=0)
+        train(tmp_path, Numbers(poison=range(1, 100)), log_every=2, checkpoint_every=None)
     assert not metrics.read(tmp_path / "metrics.jsonl")
 
 
