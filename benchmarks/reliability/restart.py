@@ -3,7 +3,7 @@
     python -m benchmarks.reliability.restart --out runs/restart            # again until it prints the table
 
 A case is a training that is killed (`kill -9`) after its first checkpoints and given again, in turns on copies of its
-workdir: with the programs that the first start kept, and with JAX told to keep and read none. Both go on to the same
+workdir: with the programs that the first start kept, and with a JAX that keeps and reads none. Both go on to the same
 update, and the digests of the whole training state must be the same: programs that were read back compute the same
 bits as compiled ones. Cold is the first start.
 

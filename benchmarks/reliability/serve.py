@@ -190,7 +190,7 @@ def main() -> int:
         ready = server.stdout.readline()
         if not ready:
             return server.wait()
-        port, told = int(ready.rsplit(":", 1)[1]), server.stdout.readline().strip()
+        port, summary = int(ready.rsplit(":", 1)[1]), server.stdout.readline().strip()
         (model,) = json.loads(Client(port).get("/v1/models"))["data"]
         file = io.BytesIO()
         Image.linear_gradient("L").convert("RGB").resize((model["image_size"],) * 2).save(file, "PNG")
@@ -208,7 +208,7 @@ def main() -> int:
             args.note,
             f"Model of {model['image_size']} x {model['image_size']} pixels, {model['grid']} x {model['grid']} image "
             f"tokens, ranking {'yes' if model['ranking'] else 'no'}; {args.requests} mixed requests from "
-            f"{args.clients} clients. The server {told}.",
+            f"{args.clients} clients. The server {summary}.",
             "",
             f"    {harness.command(args, note='...')}",
             "",

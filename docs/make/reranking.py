@@ -35,8 +35,8 @@ def main() -> None:
     began = time.monotonic()
     pipe = dalle_jax.Pipeline.load(args.model)
     scores_CM, right_CM = [], []
-    told = scenes.captions(SET, "report", args.captions)
-    for index, (caption, scene) in enumerate(tqdm.tqdm(told, unit="caption")):
+    wanted = scenes.captions(SET, "report", args.captions)
+    for index, (caption, scene) in enumerate(tqdm.tqdm(wanted, unit="caption")):
         pictures = pipe(
             caption,
             n=args.candidates,

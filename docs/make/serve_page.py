@@ -20,7 +20,7 @@ from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 DOCS = Path(__file__).resolve().parent.parent
-# The page's own functions, told to stop after some rows, so that a quick model can be seen at work.
+# The page's own functions, which stop after some rows, so that a quick model can be seen at work.
 HALF = """
 const whole = showPreview;
 showPreview = (run, event) => { if (8 * event.rows <= 5 * event.grid) whole(run, event); };

@@ -54,7 +54,7 @@ def test_200_mixed_requests_on_a_short_queue():
     with serving(pipe, queue=24, max_batch=32) as server:
         client = serve.Client(server.port, image=file.getvalue())
         (model,) = json.loads(client.get("/v1/models"))["data"]
-        bodies = serve.wishes(200, first_seed=7, model=model)
+        bodies = serve.mixed_requests(200, first_seed=7, model=model)
         went = serve.load(client, bodies, clients=48)
         assert went["lost"] == [] and went["refused"] > 0
         assert went["images"] == sum(body["n"] for body in bodies)
