@@ -87,7 +87,6 @@ def main() -> int:
         len(soak.restarts),
         f"{restart:.1f}",
         spread,
-        f"{statistics.mean(soak.cpu):.1f}",
         f"{write:.3f}",
     )
     rows = []
