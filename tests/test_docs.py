@@ -31,6 +31,11 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if "..." not in line and "$" not in line]
 
 
+def test_every_page_is_in_the_list_of_pages():
+    listed = re.findall(r"^- \[(\w+\.md)\]", (DOCS / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted({path.name for path in DOCS.glob("*.md")} - {"README.md"})
+
+
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
