@@ -25,7 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dalle_jax.configs.base import fields
-from dalle_jax.evaluate.protocol import Draw, Evaluation, Metrics, Processes
+from dalle_jax.evaluate.protocol import PROCESSES, Draw, Evaluation, Metrics
 
 COCO_PICTURES = 40_504  # of val2014
 RADII = (0.0, 1.0, 2.0, 4.0, 8.0)  # figure 9; that they are Pillow's radii in pixels is our reading
@@ -36,7 +36,7 @@ SIDE = 256  # of the paper's pictures
 def _protocol(name: str, draw: Draw, measure: Metrics, **values) -> ConfigDict:
     config = fields(Evaluation(protocol=name, draw=draw, measure=measure, **values))
     del config.departures
-    config.name, config.processes = "evaluate", fields(Processes())
+    config.name, config.processes = "evaluate", fields(PROCESSES)
     return config
 
 

@@ -14,9 +14,10 @@ from dalle_jax.data.sources import HELP
 from dalle_jax.errors import UserError, say
 from dalle_jax.evaluate import report
 from dalle_jax.evaluate.preprocess import CROPS, RESIZES
-from dalle_jax.evaluate.protocol import PLACES, Evaluation, Metrics, Processes
+from dalle_jax.evaluate.protocol import PLACES, PROCESSES, Evaluation, Metrics
 from dalle_jax.evaluate.run import evaluate
 from dalle_jax.evaluate.workers import Worker
+from dalle_jax.train.settings import Processes
 
 EXIT_FAILED = 1
 # Flags that a config has keys for: flag -> key.
@@ -119,13 +120,13 @@ def _read_options(args: argparse.Namespace) -> tuple[Evaluation, Processes]:
     if args.from_:
         raise UserError(f"--from is now --config: write --config {args.from_}")
     if not args.config:
-        return _from_flags(args), Processes()
+        return _from_flags(args), PROCESSES
     for name, key in FLAGS.items():
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
             raise UserError(f"expected --config.{key}=... instead of --{flag}, as the config has it: write that")
     if args.config.endswith(".json"):
-        return _from_report(args), Processes()
+        return _from_report(args), PROCESSES
     return _from_protocol(args)
 
 

@@ -12,12 +12,16 @@ from dalle_jax.errors import UserError, check_number
 from dalle_jax.evaluate.preprocess import CROPS, RESIZES
 from dalle_jax.models import inception
 from dalle_jax.sample.request import MAX_CANDIDATES, MAX_SEEDS
+from dalle_jax.train.settings import Processes
 
 FEATURES = ("inception", "clip")
 MAX_SIDE = 4_096  # pixels, of an image before it is blurred
 MAX_BLUR = 1_000  # pixels
 # What may lie elsewhere when an evaluation is repeated.
 PLACES = ("source", "reference", "pictures", "weights", "score_weights", "clip", "draw.clip", "overlap.source")
+
+
+PROCESSES = Processes(hang_seconds=600)  # a process may be silent longer than in training: a set is one phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,22 +105,6 @@ class Draw:
         check_number("draw.best_of", self.best_of, min=1, max=MAX_CANDIDATES, whole=True, optional=True)
         check_number("draw.seed", self.seed, min=0, max=MAX_SEEDS - 1, whole=True)
         check_number("draw.shard_size", self.shard_size, min=1, whole=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """Time limits of a job with several processes, in seconds (`distributed.Watchdog`).
-
-    start_seconds: until all have started. compile_seconds, hang_seconds: silence of one while it compiles, and after.
-    """
-
-    start_seconds: int = 300
-    hang_seconds: int = 600
-    compile_seconds: int = 3_600
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            check_number(f"processes.{field.name}", getattr(self, field.name), above=0)
 
 
 @dataclasses.dataclass(frozen=True)
