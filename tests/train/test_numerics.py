@@ -27,7 +27,8 @@ def test_train_takes_them_all(tmp_path, monkeypatch):
         "model.precision": "fp16-paper", "optimizer.moments": "paper", "compression.rank": 4,
         "compression.format": "paper", "run.offload_ema": True, "ema.every": 2, "optimizer.schedule.name": "plateau",
         "model.remat": "full", "model.num_layers": 1, "model.text_vocab": None, "run.mesh.replica": 2,
-        "run.data.train": f"folder:{pictures}", "run.data.validation": None, "frozen.image_tokenizer": model / "dvae",
+        "run.data.train": f"folder:{pictures}", "run.data.validation": None,
+        "frozen.image_tokenizer": model / "image_tokenizer",
         "tokenizer": model, "run.steps": 3, "run.log_every": 1, "run.checkpoint_every": None, "batch_size": 8,
         "data.image_size": 16, "run.data.threads": 0, "optimizer.name": "adamw", "optimizer.schedule.warmup_steps": 0,
     }  # fmt: skip
