@@ -2,19 +2,21 @@
 
     dalle-jax train --config configs/transformer.py:12b --config.frozen.image_tokenizer=runs/dvae \
         --config.tokenizer=tokenizer.model --config.run.data.train='wds:/data/pairs/*.tar' --workdir runs/transformer
+    dalle-jax train --config configs/transformer.py:12b_v100 --config.frozen.image_tokenizer=runs/dvae \
+        --config.tokenizer=tokenizer.model --config.run.data.train='wds:/data/pairs/*.tar' --workdir runs/transformer
     dalle-jax train --config configs/transformer.py:emoji --config.frozen.image_tokenizer=runs/dvae \
         --config.tokenizer=tokenizer.model --config.run.data.train='wds:emoji/train-*.tar' --workdir runs/transformer
     dalle-jax train --config configs/transformer.py:demo --config.frozen.image_tokenizer=runs/dvae \
         --config.tokenizer=tokenizer.model --workdir runs/transformer
 
-12b     Ramesh et al. 2021, appendix B: 64 layers x 3968, 256 text and 32x32 image tokens
+12b       Ramesh et al. 2021, appendix B: 64 layers x 3968, 256 text and 32x32 image tokens
 12b_v100  the same with the paper's arithmetic and layout, for 128 machines of 8 V100 with 16 GB; docs/numerics.md
-5b6     its smaller models of section 2.5 and Table 1: 64 layers x 2688
-2b8     64 layers x 1920
-1b3     24 layers x 2048, the size of ruDALL-E Malevich
-400m    24 layers x 1152
-emoji   64x64 real pictures, minutes on a CPU
-demo    the 64x64 scenes of `dalle-jax demo`
+5b6       its smaller models of section 2.5 and Table 1: 64 layers x 2688
+2b8       64 layers x 1920
+1b3       24 layers x 2048, the size of ruDALL-E Malevich
+400m      24 layers x 1152
+emoji     64x64 real pictures, minutes on a CPU
+demo      the 64x64 scenes of `dalle-jax demo`
 
 12b to 400m have the paper's optimizer, schedule and batch of 1024, which it gives for 12b alone; its bound of 5 on the
 second moment comes with `optimizer.moments = paper`, which 12b_v100 alone has. Below, the mesh

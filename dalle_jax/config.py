@@ -73,6 +73,15 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     return _override(config, overrides)
 
 
+def variants(file: str) -> tuple[str, ...]:
+    """The variants of a config file such as configs/dvae.py.
+
+    Raises:
+      UserError: no such file.
+    """
+    return tuple(_module(_find(file)).VARIANTS)
+
+
 def _configs() -> pathlib.Path:
     """The folder of the configs: installed it lies inside the package, in a clone beside it."""
     package = pathlib.Path(__file__).parent

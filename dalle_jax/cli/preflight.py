@@ -11,6 +11,7 @@ import os
 import sys
 from typing import Any
 
+from dalle_jax import config as configs
 from dalle_jax.errors import UserError
 from dalle_jax.preflight import topology
 
@@ -65,10 +66,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def image_tokenizers() -> tuple:
-    """The definitions in configs/dvae.py, of which a transformer means one if its settings name none."""
+    """The model configs in configs/dvae.py, of which a transformer means one if its settings name none."""
     from dalle_jax.train.settings import load_settings
 
-    return tuple(load_settings(f"configs/dvae.py:{variant}").model for variant in ("paper", "emoji", "demo"))
+    file = "configs/dvae.py"
+    return tuple(load_settings(f"{file}:{variant}").model for variant in configs.variants(file))
 
 
 def _json(result) -> dict[str, Any]:

@@ -4,11 +4,18 @@ An image tokenizer is a `Model` whose config has `image_size` (pixels per side),
 (image tokens). Its parameters are trained before a transformer and frozen since.
 """
 
+from typing import Any
+
 from dalle_jax.models import dvae
 from dalle_jax.models.layers import Model, Params
 
 NAMES = ("dvae",)  # of models that are image tokenizers, as `models.build` knows them
-_MODULES = {dvae.DVAEConfig: dvae}
+_MODULES = {dvae.DVAEConfig: dvae}  # config -> its module: `model`, `encode_images` and `decode_images`
+
+
+def build(config: Any) -> Model:
+    """The image tokenizer of these sizes."""
+    return _MODULES[type(config)].model(config)
 
 
 def encode(model: Model, params: Params, image_BHWC):

@@ -15,8 +15,7 @@ from typing import Any
 import jax
 
 from dalle_jax import attention_pattern
-from dalle_jax.models import Model
-from dalle_jax.models.dvae import encode_images
+from dalle_jax.models import Model, image_tokenizer
 from dalle_jax.models.transformer import TransformerConfig
 
 TRAINING_PASSES = 3
@@ -38,10 +37,10 @@ class Work:
     result_bytes: tuple[int, ...] = ()
 
 
-def transformer_work(config: TransformerConfig, image_tokenizer: Model | None) -> Work:
-    """The work of a transformer. image_tokenizer: what encodes its images; None if they are image tokens already."""
+def transformer_work(config: TransformerConfig, tokenizer: Model | None) -> Work:
+    """The work of a transformer. tokenizer: what encodes its images; None if they are image tokens already."""
     total = transformer(config)
-    executed = total + recomputed(config) + (0 if image_tokenizer is None else _encoding(image_tokenizer))
+    executed = total + recomputed(config) + (0 if tokenizer is None else _encoding(tokenizer))
     scores = attention(config) // (4 * config.head_size) if config.attention == "xla" else 0
     return Work(config.layout.length, total, executed, scores=scores)
 
@@ -55,10 +54,10 @@ def traced_work(loss, model: Model, example: Any) -> Work:
 
 
 @functools.cache
-def _encoding(dvae: Model) -> int:
-    size = dvae.config.image_size
+def _encoding(tokenizer: Model) -> int:
+    size = tokenizer.config.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jax.numpy.uint8)
-    return traced(functools.partial(encode_images, dvae), dvae.abstract, image)
+    return traced(functools.partial(image_tokenizer.encode, tokenizer), tokenizer.abstract, image)
 
 
 def transformer_layers(config: TransformerConfig) -> int:

@@ -18,7 +18,7 @@ from dalle_jax.data.sources import is_tokens
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import Shape, demand, possible
 from dalle_jax.model_dir import ModelDir
-from dalle_jax.models import Model, build
+from dalle_jax.models import Model, build, image_tokenizer
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.layers import compute_dtype
@@ -33,21 +33,21 @@ from dalle_jax.train.optimizer import powersgd
 from dalle_jax.train.settings import TrainSettings
 from dalle_jax.train.step import State, TrainStep
 
-MODELED = (DVAEConfig, TransformerConfig)  # models whose bytes on a device are known
+MODELED = (*image_tokenizer.NAMES, "transformer")  # names of models whose bytes on a device are known
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """The settings of a training on a topology.
 
-    devices: the topology's, slice after slice. image_tokenizers: those that a transformer may mean whose settings name
-    none; the first that fits it is taken.
+    devices: the topology's, slice after slice. image_tokenizers: configs of those that a transformer may mean whose
+    settings name none; the first that fits it is taken.
     """
 
     settings: TrainSettings
     topology: Topology
     devices: tuple[Any, ...]
-    image_tokenizers: tuple[DVAEConfig, ...] = (DVAEConfig(precision="bf16"),)
+    image_tokenizers: tuple[Any, ...] = (DVAEConfig(precision="bf16"),)
 
     @functools.cached_property
     def image_tokenizer(self) -> Model | None:
@@ -67,10 +67,10 @@ class Job:
     @functools.cached_property
     def task(self) -> Task:
         """The task of the training. Raises UserError for impossible sizes, or a model whose bytes are not known."""
-        if not isinstance(self.settings.model, MODELED):
+        if self.settings.name not in MODELED:
             raise UserError(
-                f"preflight knows dvae and transformer configs, got a {self.settings.name}: train it at once, it is "
-                "small"
+                f"preflight knows {' and '.join(MODELED)} configs, got a {self.settings.name}: train it at once, it "
+                "is small"
             )
         if self.settings.precision.startswith("fp16") and self.topology.chip.platform == "tpu":
             raise UserError(
@@ -206,7 +206,7 @@ class Job:
 
 
 @functools.cache
-def _image_tokenizer(folder: str | None, known: tuple[DVAEConfig, ...], wanted: tuple[int, int, int]) -> Model:
+def _image_tokenizer(folder: str | None, known: tuple[Any, ...], wanted: tuple[int, int, int]) -> Model:
     """The definition of the image tokenizer in a folder or, without a folder, of the first known one that fits.
 
     wanted: grid, vocabulary, and pixels per side. One object for all jobs of a search, as it is slow to build.
@@ -215,7 +215,7 @@ def _image_tokenizer(folder: str | None, known: tuple[DVAEConfig, ...], wanted: 
         config = model_dir.read_config(folder)
         found = [build(config["name"], config["model"])]
     else:
-        found = [build("dvae", config) for config in known]
+        found = [image_tokenizer.build(config) for config in known]
     for model in found:
         if (model.config.grid, model.config.vocab, model.config.image_size) == wanted:
             return model

@@ -76,6 +76,9 @@ class DVAEObjective:
             check_number(f"{key}.{name}.steps", getattr(self, name).steps, min=0, max=MAX_STEPS, whole=True)
 
 
+OBJECTIVE_SETTINGS = {"dvae": DVAEObjective}  # `config.name` -> dataclass of `config.objective`, where it has settings
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
     """Devices along each axis of the mesh. A size of None is chosen: fsdp as much of a slice of fast links as the
@@ -178,7 +181,7 @@ class Run:
 class TrainSettings:
     """All settings of a run."""
 
-    name: str  # of the model and its objective (`objectives.OBJECTIVES`)
+    name: str  # of the model and its objective
     model: Any  # its sizes and ways of computing, the dataclass that `models.make_config` gives
     data: DataConfig  # how records become examples
     batch_size: int  # examples of an update, all processes together
@@ -243,7 +246,10 @@ class TrainSettings:
             model = make_config(values["name"], values["model"])
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"expected a possible config.model, got one where {error}: change it") from error
-        return _made(cls, {**values, "model": model}, key="config")
+        objective, kind = values.get("objective"), OBJECTIVE_SETTINGS.get(values["name"])
+        if isinstance(objective, Mapping) and kind:
+            objective = _made(kind, objective, key="config.objective")
+        return _made(cls, {**values, "model": model, "objective": objective}, key="config")
 
     def changed(self, values: Mapping[str, Any]) -> "TrainSettings":
         """The same settings with other values of some keys, e.g. {"run.steps": 100}."""

@@ -10,7 +10,7 @@ from dalle_jax import model_dir
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.train import run
-from dalle_jax.train.settings import TrainSettings, load_settings
+from dalle_jax.train.settings import OBJECTIVE_SETTINGS, TrainSettings, load_settings
 from tests.support.demo_settings import demo_settings
 from tests.support.parameters import random_parameters
 
@@ -130,3 +130,15 @@ def test_folders_of_version_0_1_are_read_but_not_trained_further(tmp_path):
     (tmp_path / "dvae.sha256").write_text("0" * 64)
     with pytest.raises(UserError, match="expected the image_tokenizer that the model in .* was trained with"):
         model_dir.load_frozen(tmp_path, "image_tokenizer")
+
+
+def test_the_name_of_a_config_decides_what_its_objective_is(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        sharpness: float = 1.0
+
+    monkeypatch.setitem(OBJECTIVE_SETTINGS, "clip", Other)
+    values = load_settings("configs/clip.py:demo").changed({"objective": {"sharpness": 2.0}})
+    assert values.objective == Other(2.0)
+    with pytest.raises(UserError, match="unknown config key 'objective.sharpnes': .*objective.sharpness"):
+        values.changed({"objective": {"sharpnes": 2.0}})
