@@ -1,6 +1,6 @@
 """`dalle-jax encode`: the images of a source become image tokens once, instead of in every step of a transformer.
 
-Each image is cropped K times as training would crop it, by generators of its own, and each crop becomes its most likely
+Each image is cropped A times as training would crop it, by generators of its own, and each crop becomes its most likely
 image tokens (section 2.2). Shards are written whole or not at all and never twice, so the command can be killed and
 given again, and several machines can share the work by `--part`. The format is `data/sources/features.py`.
 """
@@ -41,10 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("source", HELP)
     parser.add_argument(
-        "--image-tokenizer", "--dvae", required=True, metavar="DIR", help="workdir or exported model of a dVAE"
+        "--image-tokenizer",
+        "--dvae",
+        required=True,
+        metavar="DIR",
+        help="workdir or exported model of an image tokenizer (required)",
     )
     add("--out", "folder for the shards", required=True, type=pathlib.Path, metavar="DIR")
-    add("--augmentations", "crops of each image", type=int, default=1, metavar="K")
+    add("--augmentations", "crops of each image", type=int, default=1, metavar="N")
     add("--augment", "how to crop", choices=tuple(transforms.AUGMENTATIONS), default="transformer")
     add("--seed", "seed of the crops", type=int, default=0, metavar="N")
     add("--max-pixels", "drop larger images", type=int, default=MAX_PIXELS, metavar="N")
@@ -73,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
             f"expected --augmentations 1 with --augment center, got {args.augmentations}: center crops are all the same"
         )
     share = _share(args.part)
-    tokenizer = model_dir.load(args.image_tokenizer, name="dvae")
+    tokenizer = model_dir.load(args.image_tokenizer, name=image_tokenizer.NAMES)
     sizes = tokenizer.model.config
     source = open_source(args.source)
     settings = features.Settings(
@@ -123,7 +127,7 @@ class Encoder:
         self._tokens = jax.jit(tokens)
 
     def crop(self, source: Source, index: int) -> tuple[Dropped | Encoded, np.ndarray | None]:
-        """A record without its tokens, and its crops uint8 [K, H, W, 3]."""
+        """A record without its tokens, and its crops uint8 [A, H, W, 3]."""
         record, settings = source[index], self._settings
         if isinstance(record, Dropped):
             return record, None
@@ -151,9 +155,9 @@ class Encoder:
             return slots
         augmentations = self._settings.augmentations
         count = augmentations * sum(isinstance(slot, Encoded) for slot in slots)
-        tokens_XKI = np.asarray(tokens)[:count].astype(np.uint16).reshape(-1, augmentations, self._settings.grid**2)
-        rest = iter(tokens_XKI)
-        return [dataclasses.replace(s, tokens_KI=next(rest)) if isinstance(s, Encoded) else s for s in slots]
+        tokens_XAI = np.asarray(tokens)[:count].astype(np.uint16).reshape(-1, augmentations, self._settings.grid**2)
+        rest = iter(tokens_XAI)
+        return [dataclasses.replace(s, tokens_AI=next(rest)) if isinstance(s, Encoded) else s for s in slots]
 
 
 def encode(

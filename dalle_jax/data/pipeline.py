@@ -135,8 +135,8 @@ class Prepare:
         if layout is not None and not captions:
             raise BadRecord(str(filters.check_caption(record.captions[0], config)))
         if isinstance(record, Encoded):
-            crop = int(rng.integers(len(record.tokens_KI))) if at_random else 0
-            arrays = {"image_tokens": record.tokens_KI[crop].astype(np.int32)}
+            crop = int(rng.integers(len(record.tokens_AI))) if at_random else 0
+            arrays = {"image_tokens": record.tokens_AI[crop].astype(np.int32)}
         else:
             assert image is not None
             arrays = {"image": transforms.AUGMENTATIONS[config.augment](image, config.image_size, rng)}

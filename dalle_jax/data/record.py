@@ -58,12 +58,12 @@ class Record:
 class Encoded:
     """One image as the image tokens of a frozen tokenizer, and its captions.
 
-    key: its name, for people. tokens_KI: uint16, K crops of I image tokens in raster order. height, width: of the image
+    key: its name, for people. tokens_AI: uint16, A crops of I image tokens in raster order. height, width: of the image
     before it was cropped, in pixels. captions: not blank, stripped.
     """
 
     key: str
-    tokens_KI: np.ndarray
+    tokens_AI: np.ndarray
     height: int
     width: int
     captions: tuple[str, ...]

@@ -120,9 +120,9 @@ def test_every_slot_is_the_sources_own(folder, dvae, center):
             continue
         image = decode_image(record.image)
         assert (slot.height, slot.width, slot.captions) == (*image.shape[:2], record.captions)
-        assert slot.tokens_KI.shape == (1, GRID**2) and slot.tokens_KI.dtype == np.uint16
+        assert slot.tokens_AI.shape == (1, GRID**2) and slot.tokens_AI.dtype == np.uint16
         pictures.append(transforms.center_crop(image, SIDE))
-        found.append(slot.tokens_KI[0])
+        found.append(slot.tokens_AI[0])
     assert dropped == {"not an image": 1, "truncated image": 1, "empty caption": 1}
     # Were all codes the same, their equality would say nothing.
     assert len(np.unique(found)) >= 4 and len({codes.tobytes() for codes in found}) == len(found)
@@ -169,10 +169,10 @@ def test_crops_are_the_augmentations_of_the_seed_and_all_are_used(folder, dvae, 
     pictures, source = open_source(f"folder:{folder}"), open_source(f"tokens:{crops}", pictures_required=False)
     image = decode_image(pictures[3].image)
     wanted = [transforms.augment_transformer(image, SIDE, np.random.default_rng((5, 3, crop))) for crop in range(4)]
-    np.testing.assert_array_equal(source[3].tokens_KI, encode_here(dvae, wanted))
-    assert len({codes.tobytes() for codes in source[3].tokens_KI}) > 1
+    np.testing.assert_array_equal(source[3].tokens_AI, encode_here(dvae, wanted))
+    assert len({codes.tobytes() for codes in source[3].tokens_AI}) > 1
     good = [slot for slot in source if isinstance(slot, Encoded)]
-    rows = {slot.tokens_KI[crop].tobytes(): (slot.key, crop) for crop in range(3, -1, -1) for slot in reversed(good)}
+    rows = {slot.tokens_AI[crop].tobytes(): (slot.key, crop) for crop in range(3, -1, -1) for slot in reversed(good)}
     endless, first = batches(source, shuffle=True), batches(source, shuffle=False)
     seen = [rows[codes.astype(np.uint16).tobytes()] for _ in range(60) for codes in next(endless)["image_tokens"]]
     assert {crop for _, crop in seen} == {0, 1, 2, 3} and len({key for key, _ in seen}) == len(good)
@@ -181,7 +181,7 @@ def test_crops_are_the_augmentations_of_the_seed_and_all_are_used(folder, dvae, 
     assert encoded(folder, dvae, tmp_path / "other", augmentations=4, shard_records=8, batch_size=12, seed=6) == 0
     other = open_source(f"tokens:{tmp_path / 'other'}", pictures_required=False)
     assert any(
-        (a.tokens_KI != b.tokens_KI).any()
+        (a.tokens_AI != b.tokens_AI).any()
         for a, b in zip(good, (s for s in other if isinstance(s, Encoded)), strict=True)
     )
 

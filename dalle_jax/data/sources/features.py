@@ -6,7 +6,7 @@
 A slot here is a slot of the source, dropped ones included, so that the same seed gives the same order of records
 whether images or their tokens are read. Captions are kept as text and tokenized when they are read. A shard holds
 
-    codes      uint16 [good, K, I]   K crops of each usable image, I image tokens each in raster order
+    codes      uint16 [good, A, I]   A crops of each usable image, I image tokens each in raster order
     row        int32 [slots]         of the slot in `codes`; -1 for a dropped one
     size       int32 [slots, 2]      height and width of the image before it was cropped, for the filters
     text       uint8                 JSON of each slot, one after the other: key and captions, or key, reason and detail
@@ -106,7 +106,7 @@ def pack(slots: list[Encoded | Dropped], settings: Settings) -> bytes:
     usable = np.array([isinstance(slot, Encoded) for slot in slots])
     texts = [json.dumps(_described(slot), ensure_ascii=False).encode() for slot in slots]
     arrays = {
-        "codes": np.stack([slot.tokens_KI for slot in good]) if good else none,
+        "codes": np.stack([slot.tokens_AI for slot in good]) if good else none,
         "row": np.where(usable, np.cumsum(usable) - 1, -1).astype(np.int32),
         "size": np.array([_size(slot) for slot in slots], np.int32),
         "text": np.frombuffer(b"".join(texts), np.uint8),
@@ -215,10 +215,10 @@ class _Shard:
             if "reason" in fields:
                 return Dropped(**fields)
             height, width = self._size[slot].tolist()
-            tokens_KI = self._tokens[int(self._row[slot])]
+            tokens_AI = self._tokens[int(self._row[slot])]
             captions = tuple(fields["captions"])
-            if tokens_KI.max() >= vocab:
-                raise BadRecord("broken tokens", f"image token {tokens_KI.max()} of a vocabulary of {vocab}")
+            if tokens_AI.max() >= vocab:
+                raise BadRecord("broken tokens", f"image token {tokens_AI.max()} of a vocabulary of {vocab}")
         except (LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise BadRecord("broken tokens", f"{type(error).__name__}: {error}") from None
-        return Encoded(fields["key"], tokens_KI, height, width, captions)
+        return Encoded(fields["key"], tokens_AI, height, width, captions)
