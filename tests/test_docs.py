@@ -36,6 +36,12 @@ def test_every_page_is_in_the_list_of_pages():
     assert sorted(listed) == sorted({path.name for path in DOCS.glob("*.md")} - {"README.md"})
 
 
+def test_the_table_in_readme_lists_every_verb():
+    table = (ROOT / "README.md").read_text().partition("| `dalle-jax` |")[2].partition("\n\n")[0]
+    listed = [verb for line in table.splitlines()[1:] for verb in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(listed) == sorted(main.VERBS)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):

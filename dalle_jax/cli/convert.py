@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dvae.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="also read files that hold a whole pickled module; such a file can run any code, so trust its origin",
+        help="also read whole pickled modules (default: no); such a file can run any code, so trust its origin",
     )
     hf_clip = _family(families, "hf-clip", "a CLIP of OpenAI or Hugging Face", convert_clip)
     hf_clip.add_argument("weights", metavar="SAFETENSORS_OR_DIR", help=f"a file, or a folder with {clip.WEIGHTS}")

@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="train a CLIP that chooses among N candidates; 0 for none, two and a half minutes less (default: 32)",
     )
-    parser.add_argument("--json", action="store_true", help="print the report instead of a summary")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: a summary)")
 
 
 class Interrupted(Exception):

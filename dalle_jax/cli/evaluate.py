@@ -35,10 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="a whole protocol, e.g. configs/evaluate.py:coco, or the report.json of an evaluation to repeat",
+        help="a whole protocol, e.g. configs/evaluate.py:coco, or the report.json of an evaluation to repeat (default: "
+        "the options below)",
     )
     parser.add_argument("--from", dest="from_", metavar="REPORT", help=argparse.SUPPRESS)  # of version 0.1
-    parser.add_argument("--pictures", metavar="SOURCE", help=f"judge these: a folder of pictures, or {HELP}")
+    parser.add_argument(
+        "--pictures", metavar="SOURCE", help=f"judge these (default: what DIR draws): a folder, or {HELP}"
+    )
     parser.add_argument(
         "--out",
         type=pathlib.Path,
@@ -46,16 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the report and drawn pictures are written (default: evaluation)",
     )
-    parser.add_argument("--save-statistics", metavar="FILE.npz", help="write the reference's statistics for later")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("--save-statistics", metavar="FILE.npz", help="write the reference's statistics (default: no)")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: as text)")
     alone = parser.add_argument_group("without a config")
     alone.add_argument(
-        "--reference", metavar="SOURCE", help="as --pictures, or a .npz of statistics, pytorch-fid's too"
+        "--reference", metavar="SOURCE", help="as --pictures, or a .npz of statistics, pytorch-fid's too (no default)"
     )
     alone.add_argument(
-        "--weights", metavar="PATH", help="Inception v3: what `dalle-jax convert inception` wrote, or a published file"
+        "--weights",
+        metavar="PATH",
+        help="Inception v3: what `dalle-jax convert inception` wrote, or a published file (no default)",
     )
-    alone.add_argument("--clip", metavar="DIR", help="a CLIP, for CLIP score and R-precision of pictures with captions")
+    alone.add_argument(
+        "--clip",
+        metavar="DIR",
+        help="a CLIP, for CLIP score and R-precision of pictures with captions (default: none)",
+    )
     default = Metrics()
     alone.add_argument(
         "--resize", choices=RESIZES, help=f"how pictures get the size of the network (default: {default.resize})"

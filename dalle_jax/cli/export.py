@@ -13,7 +13,7 @@ BESIDES = ("tokenizer.model", "clip")  # what a model reads captions with, and r
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workdir", metavar="DIR", help="a run, or a model directory")
     parser.add_argument("out", metavar="OUT", help="folder for config.json and params.safetensors")
-    parser.add_argument("--raw", action="store_true", help="the parameters themselves, not their moving average")
+    parser.add_argument("--raw", action="store_true", help="write the parameters (default: their moving average)")
     parser.add_argument("--step", type=int, help="the checkpoint of this update (default: the newest)")
 
 

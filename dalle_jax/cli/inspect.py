@@ -19,7 +19,7 @@ from dalle_jax.train.monitor import goodput
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workdir", metavar="DIR", help="a run, or a model directory")
     parser.add_argument("--step", type=int, help="the checkpoint of this update (default: the newest undamaged one)")
-    parser.add_argument("--json", action="store_true", help="as one json object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: lines of text)")
 
 
 def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:

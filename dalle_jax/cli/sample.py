@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the PNG files and the sheet (default: samples)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: a sentence)")
 
 
 def main(args: argparse.Namespace) -> int:

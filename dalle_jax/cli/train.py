@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         type=tracing.window,
         metavar="START:STOP",
-        help="trace the updates from START to before STOP into DIR/profile, for XProf or TensorBoard",
+        help="trace the updates from START to before STOP into DIR/profile, for XProf or TensorBoard (default: no)",
     )
     distributed.add_arguments(parser)
     parser.epilog = "--config.key=value changes a value of the config, e.g. --config.run.steps=1000"

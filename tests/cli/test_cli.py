@@ -1,5 +1,7 @@
 """The command line: help and version at once, exit status, one line instead of a traceback."""
 
+import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -55,6 +57,23 @@ def test_help_lists_every_verb_without_loading_jax():
     assert done.returncode == 0, done.stderr
     for verb, (_, summary) in cli.VERBS.items():
         assert verb in done.stdout and summary.split()[0] in done.stdout
+
+
+def options(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for family in action.choices.values():
+                yield from options(family)
+        elif action.option_strings and action.dest != "help" and action.help != argparse.SUPPRESS:
+            yield action
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_option_has_words_and_its_default(verb):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(cli.VERBS[verb][0]).add_arguments(parser)
+    for option in options(parser):
+        assert option.help and (option.required or "default" in option.help), option.option_strings
 
 
 def test_version():
