@@ -5,11 +5,13 @@ used: Orbax checks some of what it writes, not all.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -64,7 +66,9 @@ def of_tree(tree: Any) -> str:
     tree: nested mappings and sequences of numpy arrays or of jax arrays that are wholly addressable.
     """
     total = hashlib.sha256()
-    for name, leaf in sorted(_leaves(tree), key=lambda item: item[0]):
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    named = [(("/" if path else "") + keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    for name, leaf in sorted(named, key=lambda item: item[0]):
         array = np.asarray(leaf)
         total.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
         total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -79,20 +83,6 @@ def of_parts(parts: Mapping[str, str]) -> str:
 def of_model(config: Mapping[str, Any], params: Any) -> str:
     """One sha256 for a model: its config, plain json with every default in it, and its parameters."""
     return of_parts({"config": json.dumps(dict(config), sort_keys=True), "params": of_tree(params)})
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        items = [(str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, list | tuple):
-        items = [(str(index), value) for index, value in enumerate(tree)]
-    elif tree is None:
-        return
-    else:
-        yield prefix, tree
-        return
-    for key, value in items:
-        yield from _leaves(value, f"{prefix}/{key}")
 
 
 def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
