@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dalle_jax import files
 from dalle_jax.checkpoint import digest, reader
@@ -92,7 +93,7 @@ def read_params(folder: str | os.PathLike, *, step: int | None = None, average: 
         raise UserError(
             f"expected the parameters of a model in {path}, got {first_line(error)}: export it again"
         ) from error
-    return _nested({tuple(key.split("/")): value for key, value in flat.items()})
+    return unflatten_dict(flat, sep="/")
 
 
 def save(folder: str | os.PathLike, config: Mapping[str, Any], params: Params) -> None:
@@ -102,7 +103,7 @@ def save(folder: str | os.PathLike, config: Mapping[str, Any], params: Params) -
       UserError: the folder cannot be written.
     """
     folder = pathlib.Path(folder)
-    flat = {"/".join(path): np.ascontiguousarray(value) for path, value in _flat(params).items()}
+    flat = {path: np.ascontiguousarray(value) for path, value in flatten_dict(params, sep="/").items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # without it, the folder is no model
@@ -139,19 +140,20 @@ def checkpoint_dir(config: Mapping[str, Any]) -> str | None:
 
 def check_params(params: Any, abstract: Any, *, where: str) -> None:
     """Raises UserError if parameters have not the names and shapes that the model of their config has."""
-    found = {path: tuple(value.shape) for path, value in _flat(params).items()}
-    wanted = {path: tuple(value.shape) for path, value in _flat(abstract).items()}
+    found, wanted = (
+        {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()} for tree in (params, abstract)
+    )
     for path in sorted({**found, **wanted}):
         if found.get(path) != wanted.get(path):
             raise UserError(
-                f"expected parameter {'/'.join(path)} of shape {wanted.get(path)} in {where}, got {found.get(path)}: "
+                f"expected parameter {path} of shape {wanted.get(path)} in {where}, got {found.get(path)}: "
                 "the parameters do not belong to this config"
             )
 
 
 def has_frozen(folder: str | os.PathLike, role: str) -> bool:
     """Does a workdir or an exported model hold its copy of the frozen model of this role?"""
-    return any((place / CONFIG).exists() for place in _frozen_places(folder, role))
+    return (_frozen_dir(folder, role) / CONFIG).exists()
 
 
 def load_frozen(folder: str | os.PathLike, role: str) -> ModelDir:
@@ -160,8 +162,7 @@ def load_frozen(folder: str | os.PathLike, role: str) -> ModelDir:
     Raises:
       UserError: it is missing, damaged, or another one than the model in the folder was trained with.
     """
-    folder, places = pathlib.Path(folder), _frozen_places(folder, role)
-    found = load(next((place for place in places if (place / CONFIG).exists()), places[0]), ROLES[role])
+    folder, found = pathlib.Path(folder), load(_frozen_dir(folder, role), ROLES[role])
     old_sha256 = folder / _OLD_FROZEN[role][1]
     if (folder / FROZEN).exists():
         trained_with = json.loads((folder / FROZEN).read_text()).get(role)
@@ -175,9 +176,10 @@ def load_frozen(folder: str | os.PathLike, role: str) -> ModelDir:
     return found
 
 
-def _frozen_places(folder: str | os.PathLike, role: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """Where a frozen model lies, and where it lay in version 0.1."""
-    return pathlib.Path(folder) / role, pathlib.Path(folder) / _OLD_FROZEN[role][0]
+def _frozen_dir(folder: str | os.PathLike, role: str) -> pathlib.Path:
+    """Where a frozen model lies, or lay in version 0.1."""
+    place, old = pathlib.Path(folder) / role, pathlib.Path(folder) / _OLD_FROZEN[role][0]
+    return old if (old / CONFIG).exists() and not (place / CONFIG).exists() else place
 
 
 def save_frozen(folder: str | os.PathLike, frozen: Mapping[str, ModelDir]) -> None:
@@ -190,20 +192,3 @@ def save_frozen(folder: str | os.PathLike, frozen: Mapping[str, ModelDir]) -> No
     files.write(pathlib.Path(folder) / FROZEN, json.dumps(digests, indent=1) + "\n")
     for role, found in frozen.items():
         save(pathlib.Path(folder) / role, {key: found.config[key] for key in ("name", "model")}, found.params)
-
-
-def _flat(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, (*prefix, key)) if isinstance(value, Mapping) else {(*prefix, key): value})
-    return flat
-
-
-def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
