@@ -103,7 +103,6 @@ def test_a_million_records_open_in_under_a_second():
     """The promise of the index: arrays only. Measured 0.14 s on two busy cores."""
     count = 1_000_000
     index = tar.Index(
-        shard=np.zeros(count, np.int32),
         fault=np.zeros(count, np.uint8),
         caption_kind=np.ones(count, np.uint8),
         image=np.zeros((count, 2), np.int64),

@@ -40,9 +40,8 @@ _OPENERS: dict[bytes, Callable[[str], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": b
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """The places of all samples, one row per slot, as arrays only: a million rows load in a blink."""
+    """The places of a shard's samples, one row per slot, as arrays only: a million rows load in a blink."""
 
-    shard: np.ndarray  # int32 [rows], number of the file
     fault: np.ndarray  # uint8 [rows], index into _FAULTS
     caption_kind: np.ndarray  # uint8 [rows]
     image: np.ndarray  # int64 [rows, 2], offset and size in bytes
@@ -51,23 +50,11 @@ class Index:
     key_ends: np.ndarray  # int64 [rows], where each ends
 
     def __len__(self) -> int:
-        return len(self.shard)
+        return len(self.fault)
 
     def key(self, row: int) -> str:
         start = self.key_ends[row - 1] if row else 0
         return self.keys[start : self.key_ends[row]].tobytes().decode("utf-8", "replace")
-
-    @classmethod
-    def concatenate(cls, parts: list["Index"]) -> "Index":
-        """One index over several shards; part i is shard i."""
-        arrays = {
-            field.name: np.concatenate([getattr(part, field.name) for part in parts])
-            for field in dataclasses.fields(cls)
-        }
-        arrays["shard"] = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        shifts = np.cumsum([0, *(len(part.keys) for part in parts[:-1])])
-        arrays["key_ends"] = arrays["key_ends"] + np.repeat(shifts, [len(part) for part in parts])
-        return cls(**arrays)
 
 
 def shard_paths(pattern: str) -> list[str]:
@@ -120,30 +107,34 @@ class ShardSource:
         self._labels = [pathlib.Path(path).name for path in paths]
         with futures.ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
             self._paths = list(pool.map(plain_tar, paths))
-        self._index = load_index(self._paths)
+            self._indexes = list(pool.map(load_index, self._paths))
+        self._ends = np.cumsum([len(index) for index in self._indexes])  # of the shards' rows
         self._files = OpenFiles(_open, max_open=OPEN_FILES)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return int(self._ends[-1])
 
     def __getitem__(self, row: int) -> Record | Dropped:
         row = range(len(self))[row]  # IndexError and negative rows as in a list
-        index, shard = self._index, int(self._index.shard[row])
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        index = self._indexes[shard]
+        row -= int(self._ends[shard]) - len(index)
         key = f"{self._labels[shard]}/{index.key(row)}".rstrip("/")
         try:
             if fault := _FAULTS[index.fault[row]]:
                 raise BadRecord(fault, REASONS[fault])
-            texts = self._captions(row, shard)
+            texts = self._captions(shard, row)
             return Record(key, self._bytes(shard, *index.image[row].tolist(), limit=MAX_IMAGE_BYTES), texts)
         except BadRecord as bad:
             return Dropped(key, bad.reason, bad.detail)
 
-    def _captions(self, row: int, shard: int) -> tuple[str, ...]:
-        kind = self._index.caption_kind[row]
+    def _captions(self, shard: int, row: int) -> tuple[str, ...]:
+        index = self._indexes[shard]
+        kind = index.caption_kind[row]
         try:
             if kind == _NO_CAPTION:
                 raise BadRecord("no caption", "the sample has neither a .txt nor a .json")
-            data = self._bytes(shard, *self._index.caption[row].tolist(), limit=MAX_CAPTION_BYTES)
+            data = self._bytes(shard, *index.caption[row].tolist(), limit=MAX_CAPTION_BYTES)
             return captions.from_text(data) if kind == _TEXT else captions.from_json(data)
         except BadRecord:
             if self._captions_required:
@@ -179,37 +170,21 @@ def _read(file: io.FileIO, offset: int, size: int) -> bytes:
     return data
 
 
-def load_index(paths: list[str]) -> Index:
-    """The index of these shards, from the cache if none of them has changed."""
-
-    def build():
-        with futures.ThreadPoolExecutor(8) as pool:
-            parts = list(pool.map(_shard_index, paths))
-        return dataclasses.asdict(Index.concatenate(parts))
-
-    if len(paths) == 1:
-        return _shard_index(paths[0])
-    return Index(**cache.arrays(_fingerprint("index", paths), build, names=_names()))
+def load_index(path: str) -> Index:
+    """The index of a shard, from the cache if the file has not changed."""
+    names = tuple(field.name for field in dataclasses.fields(Index))
+    return Index(**cache.arrays(_fingerprint("shard", path), lambda: dataclasses.asdict(scan(path)), names=names))
 
 
-def _shard_index(path: str) -> Index:
-    return Index(**cache.arrays(_fingerprint("shard", [path]), lambda: dataclasses.asdict(scan(path)), names=_names()))
-
-
-def _names() -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(Index))
-
-
-def _fingerprint(kind: str, paths: list[str]) -> str:
-    """A name that changes with any file's path, size or time, and with the meaning of what is stored."""
-    digest = hashlib.sha256(repr((kind, INDEX_VERSION, _FAULTS, sorted(SUFFIXES), MAX_EXPANSION)).encode())
-    for path in paths:
-        try:
-            stat = os.stat(path)
-            digest.update(repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns)).encode())
-        except OSError:
-            digest.update(repr((path, "missing")).encode())
-    return f"{kind}-{digest.hexdigest()[:40]}"
+def _fingerprint(kind: str, path: str) -> str:
+    """A name that changes with the file's path, size or time, and with the meaning of what is stored."""
+    try:
+        stat = os.stat(path)
+        of_file = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        of_file = (path, "missing")
+    meaning = (kind, INDEX_VERSION, _FAULTS, sorted(SUFFIXES), MAX_EXPANSION)
+    return f"{kind}-{hashlib.sha256(repr((meaning, of_file)).encode()).hexdigest()[:40]}"
 
 
 def plain_tar(path: str) -> str:
@@ -238,7 +213,7 @@ def plain_tar(path: str) -> str:
                     return
                 out.write(chunk)
 
-    return cache.file(_fingerprint("unpacked", [path]) + ".tar", write)
+    return cache.file(_fingerprint("unpacked", path) + ".tar", write)
 
 
 def scan(path: str) -> Index:
@@ -251,7 +226,6 @@ def scan(path: str) -> Index:
     slots = slots or [_Slot("", fault="empty shard")]
     keys = [slot.key.encode("utf-8", "surrogateescape") for slot in slots]
     return Index(
-        shard=np.zeros(len(slots), np.int32),
         fault=np.array([_FAULTS.index(slot.fault) for slot in slots], np.uint8),
         caption_kind=np.array([slot.caption_kind for slot in slots], np.uint8),
         image=np.array([slot.image for slot in slots], np.int64).reshape(-1, 2),
