@@ -21,8 +21,8 @@ from dalle_jax.config import differences
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
+from dalle_jax.evaluate import image_shards
 from dalle_jax.evaluate.features import counted
-from dalle_jax.evaluate.image_shards import GrowingShard
 from dalle_jax.evaluate.protocol import Draw
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.sample.pipeline import Pipeline
@@ -74,7 +74,7 @@ def choose(source: Source, draw: Draw, settings: Mapping[str, Any]) -> Plan:
 
     def read(row: int) -> Dropped | tuple[str, tuple[str, ...]]:
         record = source[row]
-        return record if isinstance(record, Dropped) else (record.key, record.captions)
+        return record if isinstance(record, Dropped) else (record.key, record.captions)  # no pictures in memory
 
     ids, captions, dropped = [], [], collections.Counter()
     with futures.ThreadPoolExecutor(READERS) as pool:
@@ -86,10 +86,10 @@ def choose(source: Source, draw: Draw, settings: Mapping[str, Any]) -> Plan:
             ids += [f"{key}#{number}" for number in range(len(texts))]
             captions += texts
     if draw.unique:
-        first: dict[str, int] = {}
-        for index, caption in enumerate(captions):
-            first.setdefault(caption, index)
-        ids, captions = [ids[i] for i in first.values()], list(first)
+        first: dict[str, str] = {}
+        for caption_id, caption in zip(ids, captions, strict=True):
+            first.setdefault(caption, caption_id)
+        ids, captions = list(first.values()), list(first)
     wanted = draw.count or len(captions)
     if not captions or wanted > len(captions):
         lost = f" ({counted(dropped)})" if dropped else ""
@@ -156,8 +156,7 @@ class Drawing:
         A finished shard is never drawn again, nor is a picture of an unfinished one.
 
         Raises:
-          UserError: the last seeds are beyond what a picture can have, a shard holds other pictures, or another process
-            is drawing it.
+          UserError: the last seeds are beyond what a picture can have, or another process draws one of the shards.
           OSError: the folder cannot be written.
         """
         folder, size, count = out / PICTURES, self.draw.shard_size, len(plan.captions)
@@ -177,26 +176,18 @@ class Drawing:
         return paths
 
     def _draw_shard(self, path: pathlib.Path, indices: range, plan: Plan, worker: Worker, advance: Callable) -> None:
-        with GrowingShard(path) as shard:
-            names = [f"{i:09d}" for i in indices]
-            done = len(shard.names)
-            if shard.names != names[:done]:
-                raise UserError(
-                    f"expected pictures {names[:done]} in {shard.part}, got {shard.names}: delete that file"
-                )
-            advance(done)
-            size = captions_per_call(self)
-            for start in range(done, len(indices), size):
+        with image_shards.collecting(path) as folder:
+            parts = {i: folder / f"{i:09d}.part" for i in indices}
+            todo = [i for i in indices if not parts[i].exists()]
+            advance(len(indices) - len(todo))
+            # As many as fill a batch, so that little is lost if the process is killed.
+            size = self.pipe.captions_per_batch(self.request("", self.draw.seed))
+            for start in range(0, len(todo), size):
                 worker.beat("draw")
-                called = indices[start : start + size]
+                called = todo[start : start + size]
                 drawn = self.pipe.draw([self.request(plan.captions[i], plan.seed(i)) for i in called])
                 for i, (picture, *_) in zip(called, drawn, strict=True):
-                    shard.add(f"{i:09d}", picture, {"id": plan.ids[i], "key": f"{i:09d}"})
-                shard.sync()
+                    name = f"{i:09d}"
+                    files.write(parts[i], image_shards.packed(name, picture, {"id": plan.ids[i], "key": name}))
                 advance(len(called))
-            shard.finish()
-
-
-def captions_per_call(drawing: Drawing) -> int:
-    """As many as fill a batch, so that little is lost if the process is killed."""
-    return drawing.pipe.captions_per_batch(drawing.request("", drawing.draw.seed))
+            image_shards.join(list(parts.values()), path)

@@ -10,7 +10,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.evaluate import feature_cache
 from dalle_jax.evaluate.feature_cache import FeatureCache, ImageSet
 from dalle_jax.evaluate.features import FeatureSet, Row, hash_of
-from dalle_jax.evaluate.image_shards import GrowingShard
+from dalle_jax.evaluate.image_shards import collecting
 from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.evaluate.workers import Worker
 from tests.support.evaluation import IMAGES
@@ -61,8 +61,8 @@ def test_features_that_are_there_are_not_made_again_unless_the_pictures_changed(
 
 
 def test_two_jobs_do_not_draw_into_one_shard(tmp_path):
-    with GrowingShard(tmp_path / "00000.tar"):
-        with pytest.raises(UserError, match="another process"):
-            GrowingShard(tmp_path / "00000.tar")
-    with GrowingShard(tmp_path / "00000.tar") as shard:
-        assert shard.names == []
+    with collecting(tmp_path / "00000.tar") as folder, pytest.raises(UserError, match="another process"):
+        with collecting(tmp_path / "00000.tar"):
+            pytest.fail("both have it")
+    with collecting(tmp_path / "00000.tar") as again:
+        assert again == folder

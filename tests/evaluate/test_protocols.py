@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import tarfile
 import threading
 import time
 
@@ -12,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import config, model_dir
+from dalle_jax import config, files, model_dir
 from dalle_jax.cli.evaluate import OTHER_KEYS, evaluate
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources import open_source
-from dalle_jax.evaluate import drawing, feature_cache, image_shards
+from dalle_jax.evaluate import drawing, feature_cache
 from dalle_jax.evaluate.drawing import Drawing
 from dalle_jax.evaluate.protocol import Evaluation
 from dalle_jax.evaluate.report import PUBLISHED_WARNING, table
@@ -44,7 +43,7 @@ def small_parts(tmp_path_factory):
     """Parts of five rows and calls of three captions, so that a dozen pictures have several of both."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_cache, "PART", 5)
-        patch.setattr(drawing, "captions_per_call", lambda drawing: 3)
+        patch.setattr(Pipeline, "captions_per_batch", lambda pipe, request: 3)
         patch.setenv("DALLE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -58,7 +57,7 @@ def straight(model, words, tmp_path_factory):
 
 
 def shards(out):
-    return {path.name: path.read_bytes() for path in sorted((out / "pictures").iterdir())}
+    return {path.name: path.read_bytes() for path in sorted((out / "pictures").iterdir()) if path.is_file()}
 
 
 def test_the_job_leaves_shards_a_report_a_table_and_a_curve(straight, model, coco):
@@ -118,47 +117,31 @@ class Killed(BaseException):
     """Leaves no chance to clean up, like SIGKILL."""
 
 
-def test_a_shard_is_cut_behind_its_last_whole_picture(straight, tmp_path):
-    """Wherever a kill falls into the bytes of a shard."""
-    whole = (straight[0] / "pictures" / "00000.tar").read_bytes()
-    with tarfile.open(straight[0] / "pictures" / "00000.tar") as archive:
-        members = archive.getmembers()
-    ends = [member.offset for member in members[3::3]] + [members[-1].offset_data + 512]
-    path = tmp_path / "00000.tar"
-    for size in {0, 1, 511, *ends, *(end + more for end in ends[:2] for more in (1, 511, 512, 700, 1_100, 2_000))}:
-        image_shards.growing(path).write_bytes(whole[:size])
-        complete = sum(end <= size for end in ends)
-        with image_shards.GrowingShard(path) as shard:
-            assert shard.names == [f"{i:09d}" for i in range(complete)]
-        assert image_shards.growing(path).read_bytes() == whole[: ([0, *ends])[complete]]
-
-
 def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words, tmp_path, monkeypatch):
     """Killed in the second shard with bytes of the next picture written: the same shards, bit for bit."""
     out, drawn = tmp_path / "out [v2]", []
-    draw, add, finished = Pipeline.draw, image_shards.GrowingShard.add, straight[0]
+    draw, write, finished = Pipeline.draw, files.write, straight[0]
+    parts = out / "pictures" / ".00001.tar.parts"
 
     def drawing_some(self, requests, **more):
         drawn.extend(request.seed for request in requests)
         return draw(self, requests, **more)
 
-    def killed_in_the_third(self, name, picture, more):
-        add(self, name, picture, more)
-        if self.path.name == "00001.tar" and len(self.names) == 3:
-            whole = self._file.tell()
-            self._file.write((finished / "pictures" / "00001.tar").read_bytes()[whole : whole + 700])
-            self._file.flush()
+    def killed_in_the_third(path, data):
+        write(path, data)
+        if path == parts / "000000006.part":
+            (parts / ".000000007.part.0a1b2c3d").write_bytes(data[:700])
             raise Killed
 
     monkeypatch.setattr(Pipeline, "draw", drawing_some)
-    monkeypatch.setattr(image_shards.GrowingShard, "add", killed_in_the_third)
+    monkeypatch.setattr(files, "write", killed_in_the_third)
     with pytest.raises(Killed):
         run(model, *words, "--out", out, "--json")
-    assert sorted(shards(out)) == [".00001.tar.part", "00000.tar"] and len(drawn) == SHARD + 3
-    monkeypatch.setattr(image_shards.GrowingShard, "add", add)
+    assert list(shards(out)) == ["00000.tar"] and parts.is_dir() and len(drawn) == SHARD + 3
+    monkeypatch.setattr(files, "write", write)
     assert run(model, *words, "--out", out, "--json") == 0
     assert sorted(drawn) == [BEST_OF * i for i in range(DRAWN)]
-    assert shards(out) == shards(finished)
+    assert shards(out) == shards(finished) and not parts.exists()
     report = json.loads((out / "report.json").read_text())
     assert report["blur"] == straight[1]["blur"]
 
@@ -242,14 +225,14 @@ def test_two_real_processes_give_the_bits_of_one(straight, model, words, tmp_pat
 @pytest.mark.slow
 def test_a_process_that_is_really_killed_goes_on(straight, model, words, tmp_path):
     out = tmp_path / "out"
-    part = out / "pictures" / ".00001.tar.part"
+    parts = out / "pictures" / ".00001.tar.parts"
     (started,) = processes.start("evaluate_driver", tmp_path, 1, model, *words, "--out", out, devices=8)
     until = time.monotonic() + 120
-    while not (part.exists() and part.stat().st_size) and time.monotonic() < until:
+    while not list(parts.glob("*.part")) and time.monotonic() < until:
         time.sleep(0.02)
     started.kill()
     started.wait()
-    assert sorted(shards(out)) == [".00001.tar.part", "00000.tar"]
+    assert list(shards(out)) == ["00000.tar"] and parts.is_dir()
     times = {path.name: path.stat().st_mtime_ns for path in (out / "pictures").glob("*.tar")}
     assert run(model, *words, "--out", out, "--json") == 0
     assert shards(out) == shards(straight[0])

@@ -4,21 +4,22 @@ import sys
 import time
 
 from dalle_jax.cli import main as cli
-from dalle_jax.evaluate import drawing, feature_cache, features, image_shards
+from dalle_jax.evaluate import feature_cache, features, image_shards
+from dalle_jax.sample.pipeline import Pipeline
 
 PART, TOGETHER, BATCH = 5, 3, 1  # as the tests have them
 
 
 def main(port: str, count: str, rank: str, *words: str) -> int:
-    sync = image_shards.GrowingShard.sync
+    packed = image_shards.packed
 
-    def slowly(self):
-        sync(self)
-        time.sleep(0.5)  # for whoever wants to kill this
+    def slowly(*args):
+        time.sleep(0.2)  # for whoever wants to kill this
+        return packed(*args)
 
-    image_shards.GrowingShard.sync = slowly
+    image_shards.packed = slowly
     feature_cache.PART, features.BATCH = PART, BATCH
-    drawing.captions_per_call = lambda drawing: TOGETHER
+    Pipeline.captions_per_batch = lambda pipe, request: TOGETHER
     where = ["--coordinator", f"localhost:{port}", "--num-processes", count, "--process-id", rank]
     return cli.main(["evaluate", *words, *where])
 
