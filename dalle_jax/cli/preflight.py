@@ -66,11 +66,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def image_tokenizers() -> tuple:
-    """The model configs in configs/dvae.py, of which a transformer means one if its settings name none."""
+    """Model configs of image tokenizers, of which a transformer means one if its settings name none."""
     from dalle_jax.train.settings import load_settings
 
-    file = "configs/dvae.py"
-    return tuple(load_settings(f"{file}:{variant}").model for variant in configs.variants(file))
+    files = ("configs/dvae.py",)
+    specs = [f"{file}:{variant}" for file in files for variant in configs.variants(file)]
+    return tuple(load_settings(spec).model for spec in specs)
 
 
 def _json(result) -> dict[str, Any]:
