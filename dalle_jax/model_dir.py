@@ -163,7 +163,7 @@ def load_frozen(folder: str | os.PathLike, role: str) -> ModelDir:
       UserError: it is missing, damaged, or another one than the model in the folder was trained with.
     """
     folder, found = pathlib.Path(folder), load(_frozen_dir(folder, role), ROLES[role])
-    old_sha256 = folder / _OLD_FROZEN[role][1]
+    old_sha256 = folder / _old_names(role)[1]
     if (folder / FROZEN).exists():
         trained_with = json.loads((folder / FROZEN).read_text()).get(role)
     else:
@@ -176,9 +176,14 @@ def load_frozen(folder: str | os.PathLike, role: str) -> ModelDir:
     return found
 
 
+def _old_names(role: str) -> tuple[str, str]:
+    """Names of a frozen model's folder and of its digest's file in version 0.1; those of today for newer roles."""
+    return _OLD_FROZEN.get(role, (role, f"{role}.sha256"))
+
+
 def _frozen_dir(folder: str | os.PathLike, role: str) -> pathlib.Path:
     """Where a frozen model lies, or lay in version 0.1."""
-    place, old = pathlib.Path(folder) / role, pathlib.Path(folder) / _OLD_FROZEN[role][0]
+    place, old = pathlib.Path(folder) / role, pathlib.Path(folder) / _old_names(role)[0]
     return old if (old / CONFIG).exists() and not (place / CONFIG).exists() else place
 
 

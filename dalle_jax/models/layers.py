@@ -15,7 +15,7 @@ from flax import nnx
 
 Params = dict[str, Any]  # nested dict of arrays
 EPSILON = 1e-5  # of layer norms
-# 'fp16-global' scales the whole loss, 'fp16-paper' the gradient of each residual branch (`train/scaling.py`).
+# 'fp16-global' scales the whole loss, 'fp16-paper' the gradient of each residual branch (`models/scaled.py`).
 PRECISIONS = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16-global": jnp.float16, "fp16-paper": jnp.float16}
 
 

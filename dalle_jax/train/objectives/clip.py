@@ -5,8 +5,6 @@
 The batch is the global one, over all devices and processes: every picture is told from every caption. A loss over
 microbatches would be another loss, with fewer captions to be told apart, so `build` refuses to accumulate; where
 activations do not fit, `model.remat` and more devices make room and leave the loss as it is.
-
-Array names end in their dimensions: B batch, E embedding.
 """
 
 import functools

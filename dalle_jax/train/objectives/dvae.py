@@ -4,8 +4,6 @@
 
 z is drawn from the encoder's categorical by the Gumbel-softmax relaxation at temperature tau; beta and tau follow
 cosine schedules of the step. Everything here is float32; batches hold 'image' uint8 [B, H, W, 3].
-
-Array names end in their dimensions: B batch, H height, W width, G grid side, V codes.
 """
 
 import functools
