@@ -9,8 +9,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from dalle_jax import config as configs
-from dalle_jax import sharding
+from dalle_jax import config, sharding
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
 from dalle_jax.train.optimizer.build import build_optimizer
@@ -27,9 +26,9 @@ def given(values):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_config_lays_out_the_settings_that_it_makes(spec):
-    config = configs.load(spec)
-    settings = TrainSettings.of(config.to_dict())
-    assert given(configs.flatten(config)) == given(configs.flatten(dataclasses.asdict(settings)))
+    found = config.load(spec)
+    settings = TrainSettings.of(found.to_dict())
+    assert given(config.flatten(found)) == given(config.flatten(dataclasses.asdict(settings)))
     model = build(settings.name, settings.model)
     build_optimizer(settings.optimizer, steps=settings.run.steps, axes=model.axes)
     file, _, variant = spec.partition(":")
@@ -49,15 +48,15 @@ def test_the_12b_parameters_are_really_cut_over_128_devices():
 
 
 def test_overrides_change_values_and_keep_types():
-    config = configs.load(
+    found = config.load(
         "configs/dvae.py:demo",
         ["--config.model.width=64", "--config.run.data.train=folder:a b", "--config.optimizer.learning_rate=1"],
     )
-    assert (config.model.width, config.run.data.train) == (64, "folder:a b")
-    assert isinstance(config.optimizer.learning_rate, float)
+    assert (found.model.width, found.run.data.train) == (64, "folder:a b")
+    assert isinstance(found.optimizer.learning_rate, float)
     with pytest.raises(AttributeError):
-        config.modle = 1
-    assert configs.load("configs/dvae.py:demo").model.width != 64
+        found.modle = 1
+    assert config.load("configs/dvae.py:demo").model.width != 64
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ def test_overrides_change_values_and_keep_types():
 )
 def test_mistakes_are_answered_in_one_sentence(spec, override, message):
     with pytest.raises(UserError, match=message):
-        configs.load(spec, [override] if override else [])
+        config.load(spec, [override] if override else [])
 
 
 def test_a_config_file_of_ones_own(tmp_path):
@@ -91,12 +90,12 @@ def test_a_config_file_of_ones_own(tmp_path):
         "    config.run.steps = 7\n"
         "    return config\n"
     )
-    assert configs.load(str(path)).run.steps == 7
+    assert config.load(str(path)).run.steps == 7
     path.write_text("def get_config(variant):\n    return {'steps': 7}\n")
     with pytest.raises(UserError, match="expected --config FILE.py:VARIANT that get_config takes"):
-        configs.load(str(path))
+        config.load(str(path))
     with pytest.raises(UserError, match="to return a ConfigDict, got a dict"):
-        configs.load(f"{path}:demo")
+        config.load(f"{path}:demo")
 
 
 def test_none_is_a_value():

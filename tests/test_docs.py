@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import dalle_jax
-from dalle_jax import config as configs
+from dalle_jax import config
 from dalle_jax.cli import main
 from tests.support import ROOT
 from tests.support.tiny_model import BrightIsBest
@@ -74,7 +74,7 @@ def test_commands_parse(path):
     for words in commands(path.read_text()):
         args = main.parse(words)
         if words[0] in ("train", "preflight"):
-            configs.load(args.config, args.overrides)
+            config.load(args.config, args.overrides)
 
 
 def python_of(name: str) -> str:

@@ -55,7 +55,7 @@ def main() -> None:
 def measure(settings: TrainSettings, *, seconds: float, dvae: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All figures of one variant. seconds: to time it for. dvae: other sizes of the frozen dVAE."""
     devices = tuple(jax.devices())
-    precision = settings.precision.partition("-")[0]
+    precision = settings.model.precision.partition("-")[0]
     known = chips.of_device(devices[0])
     chip = known or Chip("unknown", "gpu", 0, {}, 0.0, 0.0)
     job = Job(settings, Topology(chip, (1, len(devices))), devices, image_tokenizers=image_tokenizers())
@@ -63,7 +63,7 @@ def measure(settings: TrainSettings, *, seconds: float, dvae: Mapping[str, Any] 
         change_dvae(job, dvae)
     update = Update(job)
     whole, peak = update.time(seconds), peak_bytes()
-    matmul, copy = matmul_flops(compute_dtype(settings.precision)), copy_bandwidth()
+    matmul, copy = matmul_flops(compute_dtype(settings.model.precision)), copy_bandwidth()
     chip = known or Chip("measured", "gpu", 0, {precision: matmul}, copy, copy)
     rated = dataclasses.replace(job, topology=Topology(chip, (1, len(devices))))
     vars(rated)["image_tokenizer"] = job.image_tokenizer

@@ -4,8 +4,7 @@ import argparse
 import pathlib
 import signal
 
-from dalle_jax import config as configs
-from dalle_jax import distributed
+from dalle_jax import config, distributed
 from dalle_jax.cli.hooks import hooks_of
 from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART, UserError
 from dalle_jax.text import load_tokenizer
@@ -54,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _settings(spec: str, overrides: list[str], workdir: pathlib.Path) -> TrainSettings:
     """The settings that were asked for; a text vocabulary of None has the size of the tokenizer."""
-    values = configs.load(spec, overrides).to_dict()
+    values = config.load(spec, overrides).to_dict()
     model = values.get("model", {})
     if "text_vocab" in model and model["text_vocab"] is None:
         place = workdir if (workdir / TOKENIZER).exists() else values["tokenizer"]

@@ -19,7 +19,6 @@ from dalle_jax.errors import UserError
 from dalle_jax.mesh import Shape, demand, possible
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models import Model, build, image_tokenizer
-from dalle_jax.models.attention import kernels
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.models.transformer import TransformerConfig
@@ -72,16 +71,10 @@ class Job:
                 f"preflight knows {' and '.join(MODELED)} configs, got a {self.settings.name}: train it at once, it "
                 "is small"
             )
-        if self.settings.precision.startswith("fp16") and self.topology.chip.platform == "tpu":
-            raise UserError(
-                f"expected a GPU for config.model.precision = {self.settings.precision}, got {self.topology}: TPUs "
-                "have no float16 arithmetic, set --config.model.precision=bf16"
-            )
-        if attention := getattr(self.settings.model, "attention", None):
-            chip = self.topology.chip
-            kernels.check_machine(
-                attention, machine=str(self.topology), platform=chip.platform, capability=compute_capability(chip)
-            )
+        chip = self.topology.chip
+        run.check_machine(
+            self.settings, machine=str(self.topology), platform=chip.platform, capability=compute_capability(chip)
+        )
         tokenizer = self.image_tokenizer
         frozen = {} if tokenizer is None else {"image_tokenizer": ModelDir({}, tokenizer, tokenizer.abstract)}
         return build_task(self.settings, frozen)
@@ -127,7 +120,7 @@ class Job:
         """Bytes of gradients that a chip averages with other replicas in a step, and those without compression."""
         model, cut = self.task.model, self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
         compression = self.settings.compression
-        item = compute_dtype(self.settings.precision)(0).dtype.itemsize
+        item = compute_dtype(self.settings.model.precision)(0).dtype.itemsize
         if not compression.rank:
             return (model.num_params * item // cut,) * 2
         found = powersgd.layouts(model.abstract, model.axes, compression=compression, mesh=self.mesh)

@@ -56,7 +56,7 @@ def by_kind(job: Job) -> dict[str, int]:
         "frozen": shard_bytes(job.frozen),
         **({"compression": shard_bytes(state["error"])} if "error" in state else {}),
     }
-    item = compute_dtype(settings.precision)(0).dtype.itemsize
+    item = compute_dtype(settings.model.precision)(0).dtype.itemsize
     numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state["params"]))
     compute = numbers * item  # the parameters, or their gradients, in the compute dtype
     gradients = compute + (2 * held["parameters"] if settings.accumulate > 1 else 0)

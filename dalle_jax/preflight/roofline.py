@@ -59,7 +59,7 @@ def estimate(job: Job, found: Sequence[Collective]) -> Estimate:
     """The roofline of a job. found: the compiled program's collectives, or `expected`."""
     chip, settings, work = job.topology.chip, job.settings, job.work
     sequences = job.sequences * settings.accumulate  # of one chip and step
-    peak = chip.peak_flops[settings.precision.partition("-")[0]]
+    peak = chip.peak_flops[settings.model.precision.partition("-")[0]]
     seconds = {
         "compute": work.executed_flops * sequences / job.mesh.shape["tensor"] / (peak * COMPUTE_SHARE),
         "memory": _memory_traffic(job) / (chip.memory_bandwidth * MEMORY_SHARE),
@@ -83,7 +83,7 @@ def expected(job: Job) -> list[Collective]:
     """
     (replica, fsdp, tensor), slice_size = job.mesh.devices.shape, job.topology.slice_size
     model, times = job.task.model, job.settings.accumulate
-    item = compute_dtype(job.settings.precision)(0).dtype.itemsize
+    item = compute_dtype(job.settings.model.precision)(0).dtype.itemsize
     weights = model.num_params * item // tensor
     amounts = {
         ("all-gather", "fsdp", fsdp): 2 * weights,

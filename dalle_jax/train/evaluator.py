@@ -15,8 +15,6 @@ from dalle_jax.train.monitor.report import surviving_a_full_disk
 from dalle_jax.train.objectives.task import Batch
 from dalle_jax.train.step import State, TrainStep, ema_params
 
-COLUMNS = 8  # images in a row, where the task does not say
-
 
 @dataclasses.dataclass
 class Evaluator:
@@ -29,10 +27,6 @@ class Evaluator:
     validation: Callable[[], Iterable[Mapping[str, np.ndarray]]] | None  # makes a new iterator over held-out batches,
     max_batches: int  # of which so many are used
     _drawn: Batch | None = None  # the batch that is drawn, the same each time
-
-    @property
-    def validates(self) -> bool:
-        return self.validation is not None
 
     def _batches(self) -> Iterable[tuple[int, dict[str, jax.Array]]]:
         """Number of examples and device batch; a partial batch is cut to what the mesh divides."""
@@ -63,14 +57,14 @@ class Evaluator:
 
     def draw(self, n: int, state: State, batch) -> None:
         """pictures/STEP.png of the first held-out batch, or of this one where nothing is held out."""
+        if (make := self.step.task.pictures) is None:
+            return
         if self._drawn is None:
             self._drawn = next(iter(self._batches()), (0, batch))[1]
-        pictures = self.step.task.pictures(ema_params(state), self.frozen, self._drawn, self.key)
-        pictures = None if pictures is None else distributed.whole(pictures)
-        if pictures is not None and jax.process_index() == 0:
+        pictures = distributed.whole(make(ema_params(state), self.frozen, self._drawn, self.key))
+        if jax.process_index() == 0:
             with surviving_a_full_disk(f"pictures/{n:07d}.png"):
                 folder = self.workdir / "pictures"
                 folder.mkdir(exist_ok=True)
-                columns = pictures.shape[1] if pictures.ndim == 5 else COLUMNS
-                images = pictures.reshape(-1, *pictures.shape[-3:])
-                contact_sheet(images, columns=columns).save(folder / f"{n:07d}.png")
+                images = pictures.reshape(-1, *pictures.shape[2:])
+                contact_sheet(images, columns=pictures.shape[1]).save(folder / f"{n:07d}.png")

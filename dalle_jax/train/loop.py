@@ -61,7 +61,7 @@ def run(
     validation: Callable[[], Iterable[Mapping[str, np.ndarray]]] | None = None,
     hooks: Sequence[Hook] = (),
     progress: bool = True,
-    profile: tracing.Window | None = None,
+    profile: range | None = None,
     beat: Beat = lambda step, phase: None,
 ) -> Result:
     """Train until `settings.run.steps`, from the newest complete checkpoint in the workdir if there is one.
@@ -120,7 +120,7 @@ def run(
     ledger.write(ended=True)
     report.draw_goodput(ledger, loop.saved)
     stopped_by = interrupted.signal or (signal.SIGTERM if stopped else 0)
-    report.summary(loop.saved, seconds, start=start, workdir=workdir, ledger=ledger, interrupted=bool(stopped_by))
+    report.summary(loop.saved, seconds, start=start, ledger=ledger, interrupted=bool(stopped_by))
     return Result(loop.saved, seconds, report.latest, int(stopped_by), loop.state)
 
 
@@ -225,7 +225,7 @@ class _Loop:
 
     def look(self, n: int, batch: Any, *, last: bool) -> None:
         """Validation, pictures and hooks, those that are due."""
-        if self.evaluator.validates and (last or _due(n, self.run.validate_every)):
+        if self.evaluator.validation and (last or _due(n, self.run.validate_every)):
             with self.phase("validation", n):
                 self.report.write(n, self.evaluator.validate(self.state))
         if last or _due(n, self.run.picture_every):

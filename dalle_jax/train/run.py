@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax import config as configs
-from dalle_jax import distributed, files, model_dir, sharding
+from dalle_jax import config, distributed, files, model_dir, sharding
 from dalle_jax.checkpoint import reader
 from dalle_jax.data import sources
 from dalle_jax.data.pipeline import Batches, Prepare
@@ -31,7 +30,6 @@ from dalle_jax.models.layers import compute_dtype
 from dalle_jax.text import load_tokenizer
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import compilation_cache, loop
-from dalle_jax.train.monitor import tracing
 from dalle_jax.train.objectives import build_task, frozen_roles
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import powersgd
@@ -52,7 +50,7 @@ def train(
     *,
     hooks: Sequence[loop.Hook] = (),
     progress: bool = True,
-    profile: tracing.Window | None = None,
+    profile: range | None = None,
 ) -> loop.Result:
     """Train in `workdir`, going on from its newest checkpoint; see `loop.run`.
 
@@ -72,7 +70,15 @@ def train(
 
 
 def _train(settings: TrainSettings, workdir: pathlib.Path, **of_loop) -> loop.Result:
-    _check_machine(settings)
+    device = jax.devices()[0]
+    version = getattr(device, "compute_capability", None)  # '9.0' of an NVIDIA GPU
+    major, _, minor = (version or "").partition(".")
+    check_machine(
+        settings,
+        machine=device.device_kind,
+        platform=jax.default_backend(),
+        capability=(int(major), int(minor)) if version else None,
+    )
     _check_workdir(settings, workdir)
     tokenizer = _load_tokenizer(settings, workdir)
     frozen = load_frozen(settings, workdir)
@@ -109,7 +115,7 @@ def mesh_for(settings: TrainSettings, task: Task, *, devices: Sequence[jax.Devic
                 "no mean over examples (CLIP's pairs, a dVAE's `balance`), of which replicas could take a part each"
             )
         found = powersgd.layouts(model.abstract, model.axes, compression=compression, mesh=mesh)
-        item = compute_dtype(settings.precision)(0).dtype.itemsize
+        item = compute_dtype(settings.model.precision)(0).dtype.itemsize
         powersgd.check_rank(found, form=compression.format, item=item)
     return mesh
 
@@ -171,23 +177,16 @@ def _load_tokenizer(settings: TrainSettings, workdir: pathlib.Path) -> BPETokeni
     return tokenizer
 
 
-def _check_machine(settings: TrainSettings) -> None:
-    """Raises UserError for what these devices cannot run."""
-    if settings.precision.startswith("fp16") and jax.default_backend() == "tpu":
+def check_machine(settings: TrainSettings, *, machine: str, platform: str, capability: tuple[int, int] | None) -> None:
+    """Raises UserError for what these devices cannot run; see `kernels.check_machine`."""
+    precision = settings.model.precision
+    if precision.startswith("fp16") and platform == "tpu":
         raise UserError(
-            f"expected a GPU or CPU for config.model.precision = {settings.precision}, got a TPU, which has no float16 "
+            f"expected a GPU or CPU for config.model.precision = {precision}, got a TPU, which has no float16 "
             "arithmetic: set --config.model.precision=bf16"
         )
     if attention := getattr(settings.model, "attention", None):
-        device = jax.devices()[0]
-        version = getattr(device, "compute_capability", None)  # '9.0' of an NVIDIA GPU
-        major, _, minor = (version or "").partition(".")
-        kernels.check_machine(
-            attention,
-            machine=device.device_kind,
-            platform=jax.default_backend(),
-            capability=(int(major), int(minor)) if version else None,
-        )
+        kernels.check_machine(attention, machine=machine, platform=platform, capability=capability)
 
 
 def _check_workdir(settings: TrainSettings, workdir: pathlib.Path) -> None:
@@ -204,7 +203,7 @@ def _check_workdir(settings: TrainSettings, workdir: pathlib.Path) -> None:
         )
     changed = {
         key: values
-        for key, values in configs.differences(there, dataclasses.asdict(settings)).items()
+        for key, values in config.differences(there, dataclasses.asdict(settings)).items()
         if not key.startswith("run.") and key not in MAY_CHANGE
     }
     if changed:

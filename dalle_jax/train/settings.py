@@ -5,7 +5,6 @@ config.json. Parts that belong to one mechanism stand beside it: models, `data.p
 may change when it goes on in its workdir is under `run`.
 """
 
-import collections
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dalle_jax import config as configs
+from dalle_jax import config
 from dalle_jax.data.pipeline import DataConfig, Reading
 from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.models import make_config
@@ -213,9 +212,9 @@ class TrainSettings:
                 "expected config.ema.decay above 0 with config.run.offload_ema, got 0, with which the average is the "
                 "parameters: leave one of them out"
             )
-        if self.precision.startswith("fp16") and self.storage.params != "fp32":
+        if self.model.precision.startswith("fp16") and self.storage.params != "fp32":
             raise UserError(
-                f"expected config.storage.params = fp32 with config.model.precision = {self.precision}, got "
+                f"expected config.storage.params = fp32 with config.model.precision = {self.model.precision}, got "
                 f"{self.storage.params}: gradients would be rounded a second time, to fewer bits; change one of them"
             )
         image_size = getattr(self.model, "image_size", self.data.image_size)
@@ -224,11 +223,6 @@ class TrainSettings:
                 f"expected config.data.image_size = config.model.image_size = {image_size}, got "
                 f"{self.data.image_size}: set one of them"
             )
-
-    @property
-    def precision(self) -> str:
-        """What products compute in and what keeps gradients in range (docs/numerics.md)."""
-        return self.model.precision
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "TrainSettings":
@@ -253,19 +247,19 @@ class TrainSettings:
 
     def changed(self, values: Mapping[str, Any]) -> "TrainSettings":
         """The same settings with other values of some keys, e.g. {"run.steps": 100}."""
-        nested: dict[str, Any] = collections.defaultdict(dict)
-        for key, value in {**configs.flatten(dataclasses.asdict(self)), **values}.items():
+        nested = dataclasses.asdict(self)
+        for key, value in values.items():
             *parts, last = key.split(".")
             place = nested
             for part in parts:
-                place = place.setdefault(part, {})
+                place = place[part]
             place[last] = value
         return TrainSettings.of(nested)
 
 
 def load_settings(spec: str, overrides: Sequence[str] = ()) -> TrainSettings:
     """The settings of `FILE.py:VARIANT` with overrides like `--config.model.width=128`; see `config.load`."""
-    return TrainSettings.of(configs.load(spec, overrides).to_dict())
+    return TrainSettings.of(config.load(spec, overrides).to_dict())
 
 
 def _made(kind: type, values: Mapping[str, Any], *, key: str) -> Any:
@@ -275,7 +269,7 @@ def _made(kind: type, values: Mapping[str, Any], *, key: str) -> Any:
     for name, value in values.items():
         if name not in hints:
             unknown, *known = (f"{key}.{field}".removeprefix("config.") for field in (name, *hints))
-            raise UserError(f"unknown config key {unknown!r}: {configs.advice(unknown, known)}")
+            raise UserError(f"unknown config key {unknown!r}: {config.advice(unknown, known)}")
         part = _dataclass_of(hints[name])
         arguments[name] = _made(part, value, key=f"{key}.{name}") if part and isinstance(value, Mapping) else value
     try:

@@ -114,7 +114,7 @@ def test_float16_is_for_gpus_and_its_stream_takes_four_bytes():
     seconds = [roofline.estimate(j, []).seconds["compute"] for j in (job, paper)]
     assert seconds[0] == pytest.approx(seconds[1] * 125 / 15.7)
     pod = topology.Topology(hardware.find_chip("tpu", "v5e"), (2, 4))
-    with pytest.raises(UserError, match="TPUs have no float16 arithmetic"):
+    with pytest.raises(UserError, match="a TPU, which has no float16 arithmetic"):
         _ = dataclasses.replace(paper, topology=pod).task
 
 

@@ -52,7 +52,7 @@ def toy_task(*_) -> Task:
 
     def pictures(params, frozen, batch, key):
         made = MODEL.apply(params, batch["image"].reshape(-1, SIDE * SIDE * 3) / 255.0)
-        return jnp.clip(made * 255, 0, 255).astype(jnp.uint8).reshape(-1, SIDE, SIDE, 3)
+        return jnp.clip(made * 255, 0, 255).astype(jnp.uint8).reshape(1, -1, SIDE, SIDE, 3)
 
     return Task("dvae", MODEL, loss, pictures=jax.jit(pictures))
 

@@ -241,7 +241,7 @@ def test_a_line_of_the_metrics_that_is_no_object_is_named(tmp_path):
 
 
 def test_a_tasks_warning_waits_for_the_warm_up_and_is_said_once_until_it_is_gone(tmp_path, capfd):
-    bad = iter([True] * 5 + [False] + [True] * 14)
+    bad = iter([True] * 3 + [False] + [True] * 14)
     task = dataclasses.replace(LINE, warn=lambda means: "something collapsed" if next(bad) else None)
     train(tmp_path, task=task, steps=20, log_every=1)
     said = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]

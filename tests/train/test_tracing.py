@@ -22,7 +22,7 @@ def updates_in(workdir):
 
 
 def traced(workdir, start, stop, **more):
-    return train(workdir, of_loop={"profile": tracing.Window(start, stop)}, **more)
+    return train(workdir, of_loop={"profile": range(start, stop)}, **more)
 
 
 def start_another(folder):

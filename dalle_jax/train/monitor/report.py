@@ -131,10 +131,10 @@ class Report:
             left = (self._run.steps - n) * self._batch_size / means["train/images_per_second"]
             to_terminal(
                 f"{self._task.name} step {n}/{self._run.steps}: loss {means['train/loss']:.4g}, "
-                f"{means['train/images_per_second']:.4g} images/s, {_clock(left)} left"
+                f"{means['train/images_per_second']:.4g} images/s, {tqdm.tqdm.format_interval(left)} left"
             )
-        warning = self._task.warn({name.removeprefix("train/"): value for name, value in means.items()})
-        if n > WARM_UP * self._run.steps:
+        if self._task.warn and n > WARM_UP * self._run.steps:
+            warning = self._task.warn({name.removeprefix("train/"): value for name, value in means.items()})
             if warning and not self._warned:  # said again only after it was gone
                 to_terminal(f"warning: step {n}: {warning}")
             self._warned = bool(warning)
@@ -160,18 +160,19 @@ class Report:
         seconds: float,
         *,
         start: int,
-        workdir: pathlib.Path,
         ledger: goodput.Ledger,
         interrupted: bool,
     ) -> None:
         if not self._progress:
             return
-        figures = [f"{k.replace('train/', '')} {self.latest[k]:.4g}" for k in _SUMMARY if k in self.latest]
+        shown = [name for name in ("train/loss", "validation/loss") if name in self.latest]
+        figures = [f"{name.removeprefix('train/')} {self.latest[name]:.4g}" for name in shown]
         speed = (step - start) * self._batch_size / max(seconds, 1e-9)
         end = "; interrupted, the same command goes on" if interrupted else ""
+        took = tqdm.tqdm.format_interval(seconds)
         to_terminal(
-            f"{self._task.name}: {step} of {self._run.steps} updates in {workdir}, {step - start} of them "
-            f"now in {_clock(seconds)} ({speed:.4g} images/s){''.join(', ' + f for f in figures)}, goodput "
+            f"{self._task.name}: {step} of {self._run.steps} updates in {self._workdir}, {step - start} of them "
+            f"now in {took} ({speed:.4g} images/s){''.join(', ' + f for f in figures)}, goodput "
             f"{goodput.share(ledger.seconds):.1%} over {ledger.starts} start{'s' * (ledger.starts > 1)}{end}"
         )
 
@@ -191,12 +192,3 @@ def surviving_a_full_disk(what: str):
 
 def _finite(values: dict[str, float]) -> bool:
     return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-
-
-_SUMMARY = ("train/loss", "validation/loss")
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

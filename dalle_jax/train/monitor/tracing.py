@@ -6,7 +6,6 @@ ending a run leaves one open.
 
 import argparse
 import contextlib
-import dataclasses
 import pathlib
 import re
 from collections.abc import Callable
@@ -16,19 +15,8 @@ import jax
 FOLDER = "profile"  # inside the workdir
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """The updates `start`, start + 1, ..., stop - 1, of which the first of a run is number 1."""
-
-    start: int
-    stop: int
-
-    def __contains__(self, n: int) -> bool:
-        return self.start <= n < self.stop
-
-
-def window(text: str) -> Window:
-    """The window that 'START:STOP' names, as a type of argparse.
+def window(text: str) -> range:
+    """The updates START to STOP - 1 that 'START:STOP' names, as a type of argparse; the first of a run is number 1.
 
     Raises:
       argparse.ArgumentTypeError: another form, no update in it, or a START below 1.
@@ -38,13 +26,13 @@ def window(text: str) -> Window:
         raise argparse.ArgumentTypeError(
             f"expected START:STOP with 1 <= START < STOP, such as 100:105 for updates 100 to 104, got {text!r}"
         )
-    return Window(int(match[1]), int(match[2]))
+    return range(int(match[1]), int(match[2]))
 
 
 class Trace:
     """A trace that is open while the updates of a window are made."""
 
-    def __init__(self, folder: pathlib.Path, updates: Window | None, *, warn: Callable[[str], None]):
+    def __init__(self, folder: pathlib.Path, updates: range | None, *, warn: Callable[[str], None]):
         self._folder, self._warn = folder, warn
         self._updates = updates if jax.process_index() == 0 else None
         self._open = False

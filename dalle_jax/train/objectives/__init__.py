@@ -6,7 +6,7 @@ are.
 
 from collections.abc import Mapping
 
-from dalle_jax.errors import UserError, check_choice
+from dalle_jax.errors import check_choice
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.train.objectives import clip, dvae, transformer
 from dalle_jax.train.objectives.task import Task
@@ -29,10 +29,7 @@ def build_task(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
     """The task of these settings. frozen: role -> model, of `frozen_roles`; their parameters may be abstract.
 
     Raises:
-      UserError: an unknown name, impossible sizes, or models that do not fit each other.
+      UserError: an unknown name, or models that do not fit each other.
     """
-    roles = frozen_roles(settings)
-    try:
-        return OBJECTIVES[settings.name].build(settings, {role: frozen[role] for role in roles})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"expected a possible {settings.name}, got one where {error}: change config.model") from error
+    check_choice("config.name", settings.name, OBJECTIVES)
+    return OBJECTIVES[settings.name].build(settings, frozen)

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
-import numpy as np
 
 from dalle_jax.models.layers import Model, Params
 
@@ -16,14 +15,6 @@ from dalle_jax.models.layers import Model, Params
 Batch = Mapping[str, jax.Array]
 Frozen = Mapping[str, Params]  # role -> parameters
 Metrics = dict[str, jax.Array]  # name -> float32 scalar
-
-
-def _no_pictures(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> None:
-    return None
-
-
-def _no_warning(metrics: Mapping[str, float]) -> None:
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +30,8 @@ class Task:
     mean_over_examples: is the loss of a batch the mean of its examples' own losses, so that each replica can take it of
       its part of the batch?
     frozen: role -> parameters of a model that gets no update. Passed as an argument, never baked in.
-    pictures: (params, frozen, batch, key) -> uint8 [N, H, W, 3], which the loop lays out in rows of eight, or uint8
-      [rows, columns, H, W, 3], or None. Runs outside the update and may jit what it likes.
+    pictures: (params, frozen, batch, key) -> uint8 [rows, columns, H, W, 3], or None for a model that draws nothing.
+      Runs outside the update and may jit what it likes.
     warn: (metrics of the last interval as floats) -> one sentence for the person who watches, or None.
     """
 
@@ -49,5 +40,5 @@ class Task:
     loss: Callable[..., tuple[jax.Array, Metrics]]
     mean_over_examples: bool = True
     frozen: Frozen = dataclasses.field(default_factory=dict)
-    pictures: Callable[[Params, Frozen, Batch, jax.Array], np.ndarray | None] = _no_pictures
-    warn: Callable[[Mapping[str, float]], str | None] = _no_warning
+    pictures: Callable[[Params, Frozen, Batch, jax.Array], jax.Array] | None = None
+    warn: Callable[[Mapping[str, float]], str | None] | None = None
