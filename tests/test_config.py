@@ -17,7 +17,7 @@ from dalle_jax.train.settings import TrainSettings, load_settings
 from tests.support import ROOT
 
 FILES = [f"configs/{name}.py" for name in ("dvae", "transformer", "clip")]
-SPECS = [f"{file}:{variant}" for file in FILES for variant in configs.variants(file)]
+SPECS = [f"{file}:{variant}" for file in FILES for variant in config.variants(file)]
 
 
 def given(values):
