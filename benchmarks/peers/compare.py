@@ -29,7 +29,7 @@ from benchmarks.peers.peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THR
 from benchmarks.peers.process import PeerProcess, Works
 from dalle_jax import sharding
 from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT, Layout
-from dalle_jax.mesh import make_mesh
+from dalle_jax.mesh import local_mesh, make_mesh
 from dalle_jax.models import build
 from dalle_jax.models.dvae import decode_images
 from dalle_jax.preflight import flops
@@ -150,12 +150,13 @@ def sampler(pattern: str):
     dvae = dvae_model()
     assert dvae.config.grid == SHAPE["grid"]
     params, dvae_params = jax.jit(model.init)(jax.random.key(0)), jax.jit(dvae.init)(jax.random.key(1))
-    text_CT, seed, engine = captions(), iter(range(1_000_000)), Engine(model, params)
+    text_CT, seed, engine = captions(), iter(range(1_000_000)), Engine(model, params, mesh=local_mesh())
 
     to_pixels = jax.jit(decode_images, static_argnums=0)
 
     def sample():
-        ids_CMI = engine.generate(text_CT, image_keys(next(seed) + np.arange(BATCH)[:, None]))
+        batch = engine.begin(text_CT, image_keys(next(seed) + np.arange(BATCH)[:, None]))
+        ids_CMI = engine.tokens(engine.advance(batch, 0, engine.config.grid))
         np.asarray(to_pixels(dvae, dvae_params, ids_CMI.reshape(BATCH, -1)))
 
     return sample

@@ -71,13 +71,12 @@ def plan(counts: Mapping[int, int], *, capacity: int, multiple: int = 1) -> list
     return [Plan(height, width, tuple(slots[i : i + height])) for i in range(0, len(slots), height)]
 
 
-def capacity(*, image_bytes: int, prompt_bytes: int, mesh: Mesh, multiple: int, free: int | None = None) -> Capacity:
+def capacity(*, image_bytes: int, prompt_bytes: int, mesh: Mesh, multiple: int) -> Capacity:
     """The largest batch that fits the free memory of the mesh and is still worth it.
 
     image_bytes: of one candidate on all devices together. prompt_bytes: of what all candidates of a prompt share.
-    free: bytes of one device; default: what is free of it now.
     """
-    free = (free_bytes(mesh.local_devices[0]) if free is None else free) * mesh.size
+    free = free_bytes(mesh.local_devices[0]) * mesh.size
     fit = max(1, int((MEMORY_SHARE * free - prompt_bytes) // image_bytes)) // multiple * multiple
     useful = MAX_IMAGES.get(mesh.devices.flat[0].platform, MAX_IMAGES["gpu"]) * multiple
     images = max(multiple, min(fit, useful))

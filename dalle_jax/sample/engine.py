@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
-from dalle_jax.mesh import local_mesh
 from dalle_jax.models import Model, Params, decoding
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sample import batches
@@ -59,14 +58,7 @@ def image_keys(seeds):
 class Engine:
     """A transformer's weights, laid out for sampling on a mesh of this process's devices."""
 
-    def __init__(
-        self,
-        model: Model,
-        params: Params,
-        *,
-        mesh: Mesh | None = None,
-        weights: str = "model",
-    ):
+    def __init__(self, model: Model, params: Params, *, mesh: Mesh, weights: str = "model"):
         """params: float32, on the host or a device; converted layer by layer, so the devices never hold them whole.
         weights: 'model' (the model's compute dtype) or 'int8', see `decoding.layer_weights`.
 
@@ -75,12 +67,11 @@ class Engine:
         """
         if weights not in decoding.WEIGHTS:
             raise UserError(f"weights must be one of {decoding.WEIGHTS}, got {weights!r}")
-        self.config = model.config
-        self.mesh = local_mesh() if mesh is None else mesh
+        self.config, self.mesh = model.config, mesh
         blocks = params["blocks"]
         layers = []
         for i in range(self.config.num_layers):
-            layer = _layer_weights(self.config, {name: a[i] for name, a in blocks.items()}, weights)
+            layer = _layer_weights(self.config, {name: a[i] for name, a in blocks.items()}, weights=weights)
             layers.append(jax.device_put(layer, _places(layer, decoding.LAYER_AXES, self.mesh)))
         ends = _end_weights(self.config, {name: array for name, array in params.items() if name != "blocks"})
         self._weights = layers, jax.device_put(ends, _places(ends, decoding.END_AXES, self.mesh))
@@ -134,11 +125,9 @@ class Engine:
             text_PT = np.concatenate([text_PT, np.tile(layout.caption_ids([]), (prompts, 1))])
         given_PI = np.zeros((prompts, layout.image_len), np.int32) if given_PI is None else np.asarray(given_PI)
         keys_B, tokens_IB = keys_PM.reshape(-1), np.repeat(given_PI, candidates, axis=0).T
-        program = Program(self.config, self.mesh, guided=guided, filtered=filtered)
-        arrays = _begin(
-            _of_begin(program), self._weights, jnp.asarray(text_PT), keys_B, jnp.asarray(tokens_IB), settings
-        )
-        return Batch(program, arrays, (prompts, candidates))
+        program = Program(self.config, self.mesh, guided=guided, filtered=False)  # `_begin` is the same for both
+        arrays = _begin(program, self._weights, jnp.asarray(text_PT), keys_B, jnp.asarray(tokens_IB), settings)
+        return Batch(dataclasses.replace(program, filtered=filtered), arrays, (prompts, candidates))
 
     def advance(self, batch: Batch, first_row: int, last_row: int) -> Batch:
         """The batch with rows first_row .. last_row - 1 drawn; rows come in order, each once."""
@@ -148,10 +137,6 @@ class Engine:
     def tokens(self, batch: Batch) -> np.ndarray:
         """int32 [P, M, I]: the image tokens; in rows that are not drawn yet as they were given, or zero."""
         return np.asarray(batch.arrays["tokens"]).T.reshape(*batch.shape, -1)
-
-    def generate(self, text_PT, keys_PM, **settings) -> np.ndarray:
-        """All rows of a batch at once: `begin`, `advance`, `tokens`."""
-        return self.tokens(self.advance(self.begin(text_PT, keys_PM, **settings), 0, self.config.grid))
 
     def batch_bytes(self, prompts: int, candidates: int, *, guided: bool) -> int:
         """Bytes that a batch of this shape holds or makes at a time on all devices together: text and image stores,
@@ -166,23 +151,17 @@ class Engine:
         repeated = self.mesh.size // self.batch_multiple  # of what is not cut along heads
         return held + repeated * 4 * images * config.image_vocab * (config.grid + 4 * streams)
 
-    def capacity(self, *, guided: bool, free: int | None = None) -> batches.Capacity:
-        """The maximum number of images in a batch, and why. free: bytes of one device; default: what is free now."""
+    def capacity(self, *, guided: bool) -> batches.Capacity:
+        """The maximum number of images in a batch with what memory is free now, and why."""
         first = self.batch_bytes(1, 1, guided=guided)
         image = self.batch_bytes(1, 2, guided=guided) - first
         return batches.capacity(
-            image_bytes=image, prompt_bytes=first - image, mesh=self.mesh, multiple=self.batch_multiple, free=free
+            image_bytes=image, prompt_bytes=first - image, mesh=self.mesh, multiple=self.batch_multiple
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _layer_weights(config: TransformerConfig, block, weights: str):
-    return decoding.layer_weights(config, block, weights=weights)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _end_weights(config: TransformerConfig, params):
-    return decoding.end_weights(config, params)
+_layer_weights = jax.jit(decoding.layer_weights, static_argnums=0, static_argnames="weights")
+_end_weights = jax.jit(decoding.end_weights, static_argnums=0)
 
 
 def _places(weights, axes, mesh: Mesh):
@@ -193,11 +172,6 @@ def _places(weights, axes, mesh: Mesh):
         return jax.sharding.NamedSharding(mesh, sharding.spec(leaf.shape, names, mesh))
 
     return jax.tree_util.tree_map_with_path(place, weights)
-
-
-def _of_begin(program: Program) -> Program:
-    """The part of a program that `_begin` depends on, so that it is not compiled twice."""
-    return dataclasses.replace(program, filtered=False)
 
 
 @functools.partial(jax.jit, static_argnums=0)

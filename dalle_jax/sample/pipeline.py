@@ -7,7 +7,7 @@ Cuts requests into batches, ranks candidates, reports progress and stops what no
 from captions is a `Generator`; nothing here knows its model.
 """
 
-import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -20,7 +20,6 @@ from dalle_jax.errors import UserError
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample import batches
 from dalle_jax.sample.autoregressive import Autoregressive, Placement
-from dalle_jax.sample.candidates import Candidates
 from dalle_jax.sample.generator import Generator
 from dalle_jax.sample.request import MAX_SEEDS, Preview, Request, RequestError, check
 from dalle_jax.sample.rerank import Reranker
@@ -183,7 +182,8 @@ class _Drawing:
     ):
         self._generator, self._reranker = generator, reranker
         self._requests, self._on_progress = requests, on_progress
-        self._candidates = [Candidates(request.n, ranked=request.best_of is not None) for request in requests]
+        self._best: list[list[tuple[float | None, int, np.ndarray]]] = [[] for _ in requests]  # score, seed, draft
+        self._seen = [0] * len(requests)  # candidates drawn
         self._ended: set[int] = set()
 
     def draw(self, plan: batches.Plan) -> None:
@@ -214,7 +214,8 @@ class _Drawing:
         """The images of a request, none if it was ended."""
         if index in self._ended:
             return []
-        request, candidates = self._requests[index], self._candidates[index]
+        request = self._requests[index]
+        scores, seeds, drafts = zip(*self._best[index], strict=True)
         settings = {
             "guidance": float(request.guidance),
             "best_of": request.best_of,
@@ -223,10 +224,10 @@ class _Drawing:
         }
         if request.best_of is not None and self._reranker is not None:
             settings["clip"] = self._reranker.digest
-        images = self._generator.finish(candidates.drafts(), request, candidates.seeds())
+        images = self._generator.finish(np.stack(drafts), request, seeds)
         return [
             Picture.from_array(image, caption=request.caption, seed=seed, score=score, settings=settings)
-            for image, seed, score in zip(images, candidates.seeds(), candidates.scores(), strict=True)
+            for image, seed, score in zip(images, seeds, scores, strict=True)
         ]
 
     def _nobody_waits(self, plan: batches.Plan) -> bool:
@@ -235,24 +236,27 @@ class _Drawing:
     def _report(self, slot: batches.Slot, drafts, *, step: int, steps: int) -> None:
         if self._on_progress is None or slot.request in self._ended:
             return
-        request, seen = self._requests[slot.request], self._candidates[slot.request].seen
-        share = (seen + slot.count * step / steps) / request.candidates
-        images = functools.partial(self._images, drafts[: request.n], step)
+        request = self._requests[slot.request]
+        share = (self._seen[slot.request] + slot.count * step / steps) / request.candidates
+
+        def images() -> list[Image.Image]:
+            return [Image.fromarray(image) for image in self._generator.preview(drafts[: request.n], step)]
+
         answer = self._on_progress(Preview(slot.request, step, steps, share, images))
         if isinstance(answer, bool | np.bool) and not answer:
             self._ended.add(slot.request)
 
-    def _images(self, drafts, step: int) -> list[Image.Image]:
-        return [Image.fromarray(image) for image in self._generator.preview(drafts, step)]
-
     def _keep(self, slot: batches.Slot, drafts) -> None:
-        request, candidates = self._requests[slot.request], self._candidates[slot.request]
-        seeds = request.seed + slot.first + np.arange(slot.count)
-        if request.best_of is None or self._reranker is None:
-            candidates.add(seeds, drafts)
-            return
+        """Take candidates among the n best of their request; of equal scores the smaller seed goes first."""
+        request, best = self._requests[slot.request], self._best[slot.request]
         size, last = self._generator.decode_batch, self._generator.steps(request).stop
         for start in range(0, slot.count, size):
-            chunk = drafts[start : start + size]
-            scores = self._reranker.score(self._generator.preview(chunk, last), request.caption)
-            candidates.add(seeds[start : start + size], chunk, scores)
+            chunk = np.array(drafts[start : start + size])
+            scores: Iterable[float | None] = itertools.repeat(None)
+            if request.best_of is not None and self._reranker is not None:
+                scores = map(float, self._reranker.score(self._generator.preview(chunk, last), request.caption))
+            best += zip(scores, itertools.count(request.seed + slot.first + start), chunk, strict=False)
+            if request.best_of is not None:
+                best.sort(key=lambda candidate: -(candidate[0] or 0.0))
+            del best[request.n :]
+        self._seen[slot.request] += slot.count

@@ -7,7 +7,6 @@ The score is the cosine of the two vectors without CLIP's scale, so it compares 
 tokenizer and how an image is brought to its size; nothing of how images were made.
 """
 
-import collections
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ class Reranker:
         self.model, self.tokenizer = model, tokenizer
         self.digest = of_parts({"params": of_tree(params), "tokenizer": tokenizer.digest})
         self._params = jax.device_put(params)
-        self._captions: collections.OrderedDict[str, jax.Array] = collections.OrderedDict()
+        self._caption = functools.lru_cache(CACHED_CAPTIONS)(self._encode_caption)
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> "Reranker":
@@ -71,6 +70,8 @@ class Reranker:
             raise UserError(f"expected images as uint8 [B, H, W, 3], got {got}: convert them")
         if 0 in images_uint8.shape[1:3]:
             raise UserError(f"expected images with pixels, got {list(images_uint8.shape)}: check how they were made")
+        if not isinstance(caption, str):
+            raise UserError(f"expected the caption as text, got {caption!r}: give one caption")
         text_E = self._caption(caption)
 
         def score(images_uint8):
@@ -92,16 +93,8 @@ class Reranker:
     def _text(self, caption: str) -> np.ndarray:
         return self.model.config.layout.caption_ids(self.tokenizer.encode(caption))
 
-    def _caption(self, caption: str) -> jax.Array:
-        """The caption's vector [E]; the latest CACHED_CAPTIONS are kept."""
-        if not isinstance(caption, str):
-            raise UserError(f"expected the caption as text, got {caption!r}: give one caption")
-        if caption not in self._captions:
-            self._captions[caption] = _encode_captions(self.model, self._params, self._text(caption)[None])[0]
-            if len(self._captions) > CACHED_CAPTIONS:
-                self._captions.popitem(last=False)
-        self._captions.move_to_end(caption)
-        return self._captions[caption]
+    def _encode_caption(self, caption: str) -> jax.Array:
+        return _encode_captions(self.model, self._params, self._text(caption)[None])[0]
 
 
 _encode_captions = jax.jit(encode_captions, static_argnums=0)

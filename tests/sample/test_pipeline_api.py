@@ -16,7 +16,6 @@ from dalle_jax.cli.sample import file_names, read_image
 from dalle_jax.errors import UserError
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.batches import bucket, plan
-from dalle_jax.sample.candidates import Candidates
 from dalle_jax.sample.request import Request
 from tests.support.stand_in_server import NoisePipeline
 from tests.support.tiny_model import CAPTION, BrightIsBest, pixels_of
@@ -140,11 +139,10 @@ def test_eight_devices_that_share_models_in_pairs_draw_what_one_draws(model_fold
     assert [picture.seed for picture in shared] == [picture.seed for picture in alone]
 
 
-def test_the_best_candidates_stay_and_of_equals_those_of_smaller_seeds():
-    best = Candidates(2, ranked=True)
-    best.add([5, 6], np.array([[5], [6]]), [0.5, 0.25])
-    best.add([7, 4], np.array([[7], [4]]), [0.5, 0.5])
-    assert (best.seeds(), best.scores(), best.drafts().tolist(), best.seen) == ([4, 5], [0.5, 0.5], [[4], [5]], 4)
+def test_of_equal_candidates_those_of_smaller_seeds_are_chosen(monkeypatch):
+    pipe = NoisePipeline()
+    monkeypatch.setattr(pipe.reranker, "score", lambda images, caption: np.arange(len(images)) // 2 % 2)
+    assert [picture.seed for picture in pipe("a star", n=3, best_of=40, seed=3)] == [5, 6, 9]
 
 
 def test_progress_is_seen_step_by_step_and_a_request_can_be_ended(pipe, small_batches):

@@ -70,11 +70,16 @@ def test_cached_logits_equal_uncached_at_every_position(sizes, atol):
     np.testing.assert_allclose(cached(config, params, text_PT, image), want, rtol=atol if atol < 1e-3 else 0, atol=atol)
 
 
+def draw_all(engine, *of_begin, **settings):
+    """The image tokens of a batch, all rows at once."""
+    return engine.tokens(engine.advance(engine.begin(*of_begin, **settings), 0, engine.config.grid))
+
+
 def sample(config=TINY, captions=2, candidates=3, seed=0, params=None, text=None, **kwargs):
     params = random_params(config) if params is None else params
     text = random_batch(config, batch=captions)[0] if text is None else text
     seeds = seed + np.arange(captions * candidates).reshape(captions, candidates)
-    return Engine(transformer.model(config), params, mesh=ONE).generate(text, image_keys(seeds), **kwargs)
+    return draw_all(Engine(transformer.model(config), params, mesh=ONE), text, image_keys(seeds), **kwargs)
 
 
 def test_greedy_sampling_takes_the_most_likely_token_of_the_uncached_model():
@@ -214,7 +219,7 @@ def test_rows_drawn_one_by_one_are_those_drawn_at_once():
     for row in range(TINY.grid):
         batch = engine.advance(batch, row, row + 1)
         assert not engine.tokens(batch)[..., (row + 1) * TINY.grid :].any()
-    np.testing.assert_array_equal(engine.tokens(batch), engine.generate(text, keys))
+    np.testing.assert_array_equal(engine.tokens(batch), draw_all(engine, text, keys))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +239,7 @@ def test_same_pictures_on_any_number_of_devices(sizes):
     batch = engine.begin(text, keys, guidance=2.0)
     batch = engine.advance(batch, 0, TINY.grid)
     alone = Engine(model, params, mesh=ONE)
-    np.testing.assert_array_equal(engine.tokens(batch), alone.generate(text, keys, guidance=2.0))
+    np.testing.assert_array_equal(engine.tokens(batch), draw_all(alone, text, keys, guidance=2.0))
     store = batch.arrays["cache"][0]["k"]
     assert store.addressable_shards[0].data.size * mesh.size == store.size
     with pytest.raises(ValueError, match="multiple of"):
@@ -255,9 +260,9 @@ def test_bf16_and_8_bit_weights_stay_close_and_are_small():
     wide, small = Engine(model, params, mesh=ONE), Engine(model, params, mesh=ONE, weights="int8")
     matrix = small._weights[0][0]["up"]
     assert matrix["int8"].dtype == jnp.int8 and matrix["int8"].shape == wide._weights[0][0]["up"].shape
-    assert small.generate(text, image_keys(np.arange(8).reshape(2, 4))).shape == (2, 4, 16)
+    assert draw_all(small, text, image_keys(np.arange(8).reshape(2, 4))).shape == (2, 4, 16)
     with pytest.raises(UserError, match="weights must be one of"):
-        Engine(model, params, weights="int4")
+        Engine(model, params, mesh=ONE, weights="int4")
 
 
 def test_cache_holds_and_reads_what_the_window_needs():
@@ -309,11 +314,13 @@ def test_8_bit_engine_draws_guided_captions_of_mixed_settings():
     """Whatever the weights are kept in, a caption's settings are its own, and guidance does something."""
     text, keys = random_batch(TINY, batch=2)[0], image_keys(np.arange(4).reshape(2, 2))
     engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE, weights="int8")
-    mixed = engine.generate(text, keys, guidance=[3.0, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, None])
+    mixed = draw_all(
+        engine, text, keys, guidance=[3.0, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, None]
+    )
     assert mixed.min() >= 0 and mixed.max() < TINY.image_vocab
-    alike = engine.generate(text, keys, guidance=1.5, temperature=0.7, top_k=5)
+    alike = draw_all(engine, text, keys, guidance=1.5, temperature=0.7, top_k=5)
     np.testing.assert_array_equal(mixed[1], alike[1])
-    weaker = engine.generate(text, keys, guidance=[1.1, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, 1])
+    weaker = draw_all(engine, text, keys, guidance=[1.1, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, 1])
     np.testing.assert_array_equal(mixed[1], weaker[1])
     assert not np.array_equal(mixed[0], weaker[0])
 

@@ -1,5 +1,7 @@
 """An engine without weights: it counts bytes and compiles for devices that are not here."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ class AbstractEngine(Engine):
     def __init__(self, model, *, mesh, weights: str = "model"):
         self.config, self.mesh = model.config, mesh
         block = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in model.abstract["blocks"].items()}
-        layer = jax.eval_shape(lambda block: engine._layer_weights(model.config, block, weights), block)
+        layer = jax.eval_shape(lambda block: engine._layer_weights(model.config, block, weights=weights), block)
         ends = jax.eval_shape(lambda params: engine._end_weights(model.config, params), model.abstract)
         layer, ends = (
             _with_places(tree, engine._places(tree, axes, mesh))
@@ -37,10 +39,14 @@ class AbstractEngine(Engine):
         text_PT = of(prompts * (2 if guided else 1), config.text_len)
         keys_B, tokens_IB = of(images, dtype=jax.random.key(0).dtype), of(config.layout.image_len, images)
         program = Program(config, self.mesh, guided=guided, filtered=filtered)
-        begin = engine._begin.lower(engine._of_begin(program), self._weights, text_PT, keys_B, tokens_IB, settings)
+        begin = engine._begin.lower(
+            dataclasses.replace(program, filtered=False), self._weights, text_PT, keys_B, tokens_IB, settings
+        )
         begun = begin.compile()
         arrays = _with_places(begin.out_info, begun.output_shardings)
-        advance = engine._advance.lower(program, self._weights, arrays, of(), of())
+        advance = engine._advance.lower(
+            dataclasses.replace(program, filtered=filtered), self._weights, arrays, of(), of()
+        )
         return {"begin": begun, "advance": advance.compile()}
 
 
