@@ -180,7 +180,7 @@ def _fingerprint(kind: str, path: str) -> str:
     """A name that changes with the file's path, size or time, and with the meaning of what is stored."""
     try:
         stat = os.stat(path)
-        of_file = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+        of_file: tuple[object, ...] = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
     except OSError:
         of_file = (path, "missing")
     meaning = (kind, INDEX_VERSION, _FAULTS, sorted(SUFFIXES), MAX_EXPANSION)
