@@ -21,9 +21,9 @@ import tqdm
 
 from dalle_jax import files
 from dalle_jax.data import filters, transforms
-from dalle_jax.data.decode import BadImage, decode_image
+from dalle_jax.data.decode import decode_image
 from dalle_jax.data.pipeline import DataConfig
-from dalle_jax.data.record import Dropped, Encoded, Record, Source
+from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
 from dalle_jax.data.sources import HELP, open_source
 from dalle_jax.errors import UserError, check_number, say
 from dalle_jax.pictures.fonts import fonts_for
@@ -142,12 +142,10 @@ def check_record(
     assert isinstance(record, Record)  # `open_source` refuses image tokens here
     try:
         height, width = decode_image(record.image, max_pixels=config.max_pixels).shape[:2]
-    except BadImage as bad:
+        captions = filters.good_captions(record.captions, width, height, config)
+    except BadRecord as bad:
         return Dropped(record.key, bad.reason, bad.detail)
-    if reason := filters.check(record.captions, width, height, config):
-        return Dropped(record.key, reason, f"{width}x{height} pixels; {' | '.join(record.captions)[:80]}")
     split = tokenizer.encode if tokenizer else str.split
-    captions = filters.good_captions(record.captions, config)
     return Usable(width, height, tuple(len(split(caption)) for caption in captions))
 
 

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Sequence
 
+from dalle_jax.data.record import BadRecord
 from dalle_jax.errors import check_number
 from dalle_jax.text.bpe import normalize
 
@@ -42,29 +43,28 @@ class Filters:
         check_number("max_aspect_ratio", self.max_aspect_ratio, min=1, optional=True)
 
 
-def check(captions: Sequence[str], width: int, height: int, config: Filters) -> str | None:
-    """The reason to drop this record, or None. One good caption keeps it; without captions only the size counts."""
-    reason = check_size(width, height, config)
-    if reason is None and captions and not good_captions(captions, config):
-        return check_caption(captions[0], config)
-    return reason
+def good_captions(captions: Sequence[str], width: int, height: int, config: Filters) -> tuple[str, ...]:
+    """The captions that pass all filters, in order, of an image of this size in pixels.
 
-
-def check_size(width: int, height: int, config: Filters) -> str | None:
-    """The reason to drop an image of this size in pixels, or None."""
+    Raises:
+      BadRecord: a name of REASONS, that of the first caption if none passes. Without captions only the size counts.
+    """
+    good: tuple[str, ...] = ()
+    reason: str | None = None
     if min(width, height) < config.min_image_side:
-        return TOO_SMALL
-    if config.max_aspect_ratio and max(width, height) > config.max_aspect_ratio * min(width, height):
-        return ASPECT_RATIO
-    return None
+        reason = TOO_SMALL
+    elif config.max_aspect_ratio and max(width, height) > config.max_aspect_ratio * min(width, height):
+        reason = ASPECT_RATIO
+    else:
+        good = tuple(caption for caption in captions if _fault(caption, config) is None)
+        if captions and not good:
+            reason = _fault(captions[0], config)
+    if reason:
+        raise BadRecord(reason, f"{width}x{height} pixels; {' | '.join(captions)[:80]}")
+    return good
 
 
-def good_captions(captions: Sequence[str], config: Filters) -> tuple[str, ...]:
-    """The captions that pass all filters, in order."""
-    return tuple(caption for caption in captions if check_caption(caption, config) is None)
-
-
-def check_caption(caption: str, config: Filters) -> str | None:
+def _fault(caption: str, config: Filters) -> str | None:
     """The reason to drop this caption, or None. A caption without any text is always too short."""
     text = normalize(caption)
     if not text or len(text) < config.min_caption_characters or len(text.split()) < config.min_caption_words:

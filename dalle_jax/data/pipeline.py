@@ -129,11 +129,7 @@ class Prepare:
             height, width = record.height, record.width
         else:
             image, (height, width) = decode_scaled(record.image, shortest=self._shortest, max_pixels=config.max_pixels)
-        if reason := filters.check_size(width, height, config):
-            raise BadRecord(reason)
-        captions = filters.good_captions(record.captions, config) if layout is not None else ()
-        if layout is not None and not captions:
-            raise BadRecord(str(filters.check_caption(record.captions[0], config)))
+        captions = filters.good_captions(() if layout is None else record.captions, width, height, config)
         if isinstance(record, Encoded):
             crop = int(rng.integers(len(record.tokens_AI))) if at_random else 0
             arrays = {"image_tokens": record.tokens_AI[crop].astype(np.int32)}

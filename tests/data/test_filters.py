@@ -5,10 +5,19 @@ import math
 import pytest
 
 from dalle_jax.data import filters
-from dalle_jax.data.filters import Filters, check
+from dalle_jax.data.filters import Filters, good_captions
+from dalle_jax.data.record import BadRecord
 from dalle_jax.errors import UserError
 
 GOOD = "two brown dogs playing in the snow"
+
+
+def check(captions, width, height, config):
+    """The reason to drop a record, or None."""
+    try:
+        assert good_captions(captions, width, height, config) or not captions
+    except BadRecord as bad:
+        return bad.reason
 
 
 def test_everything_is_off_by_default():
@@ -114,7 +123,7 @@ def test_image_too_small_is_about_the_shorter_side():
 def test_one_good_caption_keeps_the_record():
     config = Filters(min_caption_words=2, drop_boilerplate=True)
     assert check(("dog", GOOD), 10, 10, config) is None
-    assert filters.good_captions(("dog", GOOD, "IMG_1234 1234"), config) == (GOOD,)
+    assert good_captions(("dog", GOOD, "IMG_1234 1234"), 10, 10, config) == (GOOD,)
     assert check(("IMG_1234 5", "dog"), 10, 10, config) == filters.BOILERPLATE  # the first caption gives the reason
 
 
