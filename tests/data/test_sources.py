@@ -254,7 +254,7 @@ def test_tfds_image_folder_labels_are_captions(tmp_path):
         ("coco:{0}/list.json,{0}", "expected lists"),
         ("tfds:nope/train@{}", "nope"),
         ("tfds:nope", "expected tfds:NAME/SPLIT"),
-        ("tfds:image_folder/train@{}", "sub-folder per label"),
+        ("tfds:image_folder/train@{}", "no folder"),
         ("scenes:nope", "scenes:train"),
     ],
 )

@@ -14,10 +14,9 @@ import threading
 
 import numpy as np
 
-from dalle_jax.data.decode import SUFFIXES
 from dalle_jax.data.record import BadRecord, Dropped, Record
 from dalle_jax.data.sources import captions
-from dalle_jax.data.sources.folder import read_image
+from dalle_jax.data.sources.folder import FolderSource
 from dalle_jax.errors import UserError
 
 CAPTION_FEATURES = ("captions", "caption", "text", "description")
@@ -116,36 +115,12 @@ class TfdsSource:
             return ()
 
 
-class LabelFolderSource:
-    """Images in one sub-folder per label; the label is the caption. See `record.Source`."""
+class LabelFolderSource(FolderSource):
+    """Images in one sub-folder per label; the label is the caption."""
 
-    def __init__(self, name: str, folder: str):
-        self.name, self._folder = name, folder
-        try:
-            labels = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        except OSError as error:
-            raise UserError(
-                f"expected a folder with one sub-folder per label, got {folder} ({error.strerror})"
-            ) from error
-        self._paths = [
-            f"{label}/{file}"
-            for label in labels
-            for file in sorted(os.listdir(os.path.join(folder, label)))
-            if file.rpartition(".")[2].lower() in SUFFIXES and not file.startswith(".")
-        ]
-        if not self._paths:
-            raise UserError(f"expected images in {folder}/LABEL/, got none: check the path")
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Record | Dropped:
-        path = self._paths[index]
-        try:
-            label = path.partition("/")[0].replace("_", " ")
-            return Record(path, read_image(self._folder, path), captions.checked([label]))
-        except BadRecord as bad:
-            return Dropped(path, bad.reason, bad.detail)
+    def _read_captions(self, path: str) -> tuple[str, ...]:
+        label, inside, _ = path.partition(os.sep)
+        return captions.checked([label.replace("_", " ") if inside else ""])
 
 
 def _leaves(value) -> list[str]:
