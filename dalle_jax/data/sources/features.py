@@ -17,7 +17,6 @@ and is mapped into memory, never read whole. The model that made the tokens is k
 
 import collections
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -104,27 +103,22 @@ def pack(slots: list[Encoded | Dropped], settings: Settings) -> bytes:
     good = [slot for slot in slots if isinstance(slot, Encoded)]
     none = np.empty((0, settings.augmentations, settings.grid**2), np.uint16)
     usable = np.array([isinstance(slot, Encoded) for slot in slots])
-    texts = [json.dumps(_described(slot), ensure_ascii=False).encode() for slot in slots]
+    sizes = [(slot.height, slot.width) if isinstance(slot, Encoded) else (0, 0) for slot in slots]
+    fields = [
+        {"key": slot.key, "captions": slot.captions} if isinstance(slot, Encoded) else dataclasses.asdict(slot)
+        for slot in slots
+    ]
+    texts = [json.dumps(of_slot, ensure_ascii=False).encode() for of_slot in fields]
     arrays = {
         "codes": np.stack([slot.tokens_AI for slot in good]) if good else none,
         "row": np.where(usable, np.cumsum(usable) - 1, -1).astype(np.int32),
-        "size": np.array([_size(slot) for slot in slots], np.int32),
+        "size": np.array(sizes, np.int32),
         "text": np.frombuffer(b"".join(texts), np.uint8),
         "text_ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
     }
     reasons = collections.Counter(slot.reason for slot in slots if isinstance(slot, Dropped))
     # A single entry, because safetensors writes several in any order.
     return safetensors.numpy.save(arrays, metadata={COUNTS: json.dumps({"good": len(good), "dropped": reasons})})
-
-
-def _described(slot: Encoded | Dropped) -> dict:
-    if isinstance(slot, Dropped):
-        return {"key": slot.key, "reason": slot.reason, "detail": slot.detail}
-    return {"key": slot.key, "captions": slot.captions}
-
-
-def _size(slot: Encoded | Dropped) -> tuple[int, int]:
-    return (slot.height, slot.width) if isinstance(slot, Encoded) else (0, 0)
 
 
 def count(path: pathlib.Path) -> tuple[int, collections.Counter[str]]:
@@ -159,7 +153,7 @@ class TokenSource:
                 f"expected {self.settings.shards} shards in {folder}, {missing} of them are not there: give the "
                 "`dalle-jax encode` command again, which does what is left"
             )
-        self._open = OpenFiles(functools.partial(_open_shard, self._folder))
+        self._open = OpenFiles(_Shard)
 
     def __len__(self) -> int:
         return self.settings.records
@@ -168,7 +162,7 @@ class TokenSource:
         index = range(len(self))[index]
         shard, slot = divmod(index, self.settings.shard_records)
         try:
-            return self._open[shard].read(slot, vocab=self.settings.vocab)
+            return self._open[self._folder / shard_name(shard)].read(slot, vocab=self.settings.vocab)
         except BadRecord as bad:
             return Dropped(f"{shard_name(shard)}/{slot}", bad.reason, bad.detail)
 
@@ -186,10 +180,6 @@ class TokenSource:
                 f"expected crops of kind {augment!r} in {self._folder}, as {asked_by} asks, got {made.augment!r}: "
                 f"change that, or encode the images with --augment {augment}"
             )
-
-
-def _open_shard(folder: pathlib.Path, number: int) -> "_Shard":
-    return _Shard(folder / shard_name(number))
 
 
 class _Shard:
