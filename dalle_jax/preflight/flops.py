@@ -74,15 +74,10 @@ def attention(config: TransformerConfig) -> int:
     return 4 * config.heads * config.head_size * sum(pairs[kind] for kind in config.kinds)
 
 
-def transformer_heads(config: TransformerConfig) -> int:
-    """FLOPs of the logits of one sequence, forward: of each position over the vocabulary of its region."""
-    layout = config.layout
-    return 2 * config.width * layout.logits
-
-
 def transformer(config: TransformerConfig) -> int:
     """FLOPs of one training sequence of the transformer, forward and backward."""
-    return TRAINING_PASSES * (transformer_layers(config) + transformer_heads(config))
+    heads = 2 * config.width * config.layout.logits
+    return TRAINING_PASSES * (transformer_layers(config) + heads)
 
 
 def recomputed(config: TransformerConfig) -> int:

@@ -23,59 +23,6 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """One accelerator chip, which is one JAX device.
-
-    platform: 'tpu' or 'gpu'. memory_bytes: of device memory. peak_flops: multiply-adds count two; by 'fp32', 'bf16'
-    or, where there is such arithmetic, 'fp16'. 'fp32' is what a float32 matrix product really runs as by default (one
-    bf16 pass on TPU, TF32 on A100 and later). memory_bandwidth, inside_bandwidth, outside_bandwidth: bytes per second
-    that a chip reads, receives inside its slice (TPU) or NVLink domain (GPU), and receives from others, 0 without
-    others. usable_share: of memory_bytes that one program may take.
-    """
-
-    name: str
-    platform: str
-    memory_bytes: int
-    peak_flops: Mapping[str, float]
-    memory_bandwidth: float
-    inside_bandwidth: float
-    outside_bandwidth: float = 0.0
-    usable_share: float = 1.0
-
-
-# A GPU process also holds the CUDA context, NCCL's and cuDNN's buffers: about 1.5 GB to 5 GB are not for the program.
-GPU_USABLE = 0.92
-
-
-def _tpu(name, gib, bf16, memory, interconnect) -> Chip:
-    return Chip(name, "tpu", int(gib * GIB), {"bf16": bf16, "fp32": bf16}, memory, interconnect)
-
-
-def _gpu(name, size, peaks, memory, inside, outside) -> Chip:
-    return Chip(name, "gpu", size, peaks, memory, inside, outside, usable_share=GPU_USABLE)
-
-
-# Volta has no bf16 arithmetic: the compiler widens it to float32, which runs outside the tensor cores.
-_VOLTA = {"fp16": 125e12, "bf16": 15.7e12, "fp32": 15.7e12}
-_AMPERE = {"fp16": 312e12, "bf16": 312e12, "fp32": 156e12}
-_HOPPER = {"fp16": 989e12, "bf16": 989e12, "fp32": 494e12}
-
-_CHIPS = (
-    _tpu("v4", 30.75, 275e12, 1.228e12, 300e9),
-    _tpu("v5e", 15.75, 197e12, 0.819e12, 200e9),
-    _tpu("v5p", 95.74, 459e12, 2.765e12, 600e9),
-    _tpu("v6e", 31.25, 918e12, 1.638e12, 400e9),
-    _gpu("v100-16", 16_935_682_048, _VOLTA, 0.898e12, 150e9, 6.25e9),
-    _gpu("v100-32", 34_079_899_648, _VOLTA, 0.898e12, 150e9, 6.25e9),
-    _gpu("a100-40", 42_298_834_944, _AMPERE, 1.555e12, 300e9, 25e9),
-    _gpu("a100-80", 84_974_239_744, _AMPERE, 2.039e12, 300e9, 25e9),
-    _gpu("h100", 84_942_979_072, _HOPPER, 3.352e12, 450e9, 50e9),
-    _gpu("h200", 150_754_820_096, _HOPPER, 4.8e12, 450e9, 50e9),
-)
-CHIPS = {platform: {c.name: c for c in _CHIPS if c.platform == platform} for platform in ("tpu", "gpu")}
-
-
-@dataclasses.dataclass(frozen=True)
 class GpuCore:
     """Properties of a GPU that XLA's compiler asks for besides its memory, as CUDA's device query prints them."""
 
@@ -89,26 +36,73 @@ class GpuCore:
     clock_ghz: float
 
 
-_V100 = ("Tesla V100-SXM2", (7, 0), 80, 64, 96 << 10, 96 << 10, 6 << 20, 1.53)
-_A100 = ("NVIDIA A100-SXM4", (8, 0), 108, 64, 164 << 10, 163 << 10, 40 << 20, 1.41)
-_H100 = ("NVIDIA H100", (9, 0), 132, 128, 228 << 10, 227 << 10, 50 << 20, 1.98)
-_GPU_CORES = {
-    "v100-16": GpuCore(*_V100),
-    "v100-32": GpuCore(*_V100),
-    "a100-40": GpuCore(*_A100),
-    "a100-80": GpuCore(*_A100),
-    "h100": GpuCore(*_H100),
-    "h200": GpuCore("NVIDIA H200", *_H100[1:]),
-}
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator chip, which is one JAX device.
+
+    platform: 'tpu' or 'gpu'. memory_bytes: of device memory. peak_flops: multiply-adds count two; by 'fp32', 'bf16'
+    or, where there is such arithmetic, 'fp16'. 'fp32' is what a float32 matrix product really runs as by default (one
+    bf16 pass on TPU, TF32 on A100 and later). memory_bandwidth, inside_bandwidth, outside_bandwidth: bytes per second
+    that a chip reads, receives inside its slice (TPU) or NVLink domain (GPU), and receives from others, 0 without
+    others. usable_share: of memory_bytes that one program may take. core: of an NVIDIA GPU.
+    """
+
+    name: str
+    platform: str
+    memory_bytes: int
+    peak_flops: Mapping[str, float]
+    memory_bandwidth: float
+    inside_bandwidth: float
+    outside_bandwidth: float = 0.0
+    usable_share: float = 1.0
+    core: GpuCore | None = None
+
+
+# A GPU process also holds the CUDA context, NCCL's and cuDNN's buffers: about 1.5 GB to 5 GB are not for the program.
+GPU_USABLE = 0.92
+
+
+def _tpu(name, gib, bf16, memory, interconnect) -> Chip:
+    return Chip(name, "tpu", int(gib * GIB), {"bf16": bf16, "fp32": bf16}, memory, interconnect)
+
+
+def _gpu(name, core, size, peaks, memory, inside, outside) -> Chip:
+    return Chip(name, "gpu", size, peaks, memory, inside, outside, usable_share=GPU_USABLE, core=core)
+
+
+# Volta has no bf16 arithmetic: the compiler widens it to float32, which runs outside the tensor cores.
+_VOLTA = {"fp16": 125e12, "bf16": 15.7e12, "fp32": 15.7e12}
+_AMPERE = {"fp16": 312e12, "bf16": 312e12, "fp32": 156e12}
+_HOPPER = {"fp16": 989e12, "bf16": 989e12, "fp32": 494e12}
+
+_V100 = GpuCore("Tesla V100-SXM2", (7, 0), 80, 64, 96 << 10, 96 << 10, 6 << 20, 1.53)
+_A100 = GpuCore("NVIDIA A100-SXM4", (8, 0), 108, 64, 164 << 10, 163 << 10, 40 << 20, 1.41)
+_H100 = GpuCore("NVIDIA H100", (9, 0), 132, 128, 228 << 10, 227 << 10, 50 << 20, 1.98)
+_H200 = dataclasses.replace(_H100, product="NVIDIA H200")
+
+_CHIPS = (
+    _tpu("v4", 30.75, 275e12, 1.228e12, 300e9),
+    _tpu("v5e", 15.75, 197e12, 0.819e12, 200e9),
+    _tpu("v5p", 95.74, 459e12, 2.765e12, 600e9),
+    _tpu("v6e", 31.25, 918e12, 1.638e12, 400e9),
+    _gpu("v100-16", _V100, 16_935_682_048, _VOLTA, 0.898e12, 150e9, 6.25e9),
+    _gpu("v100-32", _V100, 34_079_899_648, _VOLTA, 0.898e12, 150e9, 6.25e9),
+    _gpu("a100-40", _A100, 42_298_834_944, _AMPERE, 1.555e12, 300e9, 25e9),
+    _gpu("a100-80", _A100, 84_974_239_744, _AMPERE, 2.039e12, 300e9, 25e9),
+    _gpu("h100", _H100, 84_942_979_072, _HOPPER, 3.352e12, 450e9, 50e9),
+    _gpu("h200", _H200, 150_754_820_096, _HOPPER, 4.8e12, 450e9, 50e9),
+)
+CHIPS = {platform: {c.name: c for c in _CHIPS if c.platform == platform} for platform in ("tpu", "gpu")}
 
 
 def gpu_target(chip: Chip) -> str:
-    """XLA's GpuTargetConfig of this GPU as protobuf text, which lets it compile without one.
+    """XLA's GpuTargetConfig of an NVIDIA GPU as protobuf text, which lets it compile without one.
 
     The block and thread limits are those of every CUDA GPU since Kepler, the register file that of every one since
     Volta. CUDA and cuDNN versions are lower bounds of what JAX installs.
     """
-    core = _GPU_CORES[chip.name]
+    core = chip.core
+    assert core is not None
     major, minor = core.compute_capability
     # Hopper's matrix instructions exist only in its 'a' variant of the instruction set.
     feature = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
@@ -143,12 +137,6 @@ dnn_version_info {{ major: 9 minor: 10 }}
 platform_name: "CUDA"
 device_description_str: "{core.product}"
 """
-
-
-def compute_capability(chip: Chip) -> tuple[int, int] | None:
-    """Of an NVIDIA GPU, for example (9, 0); None for other chips."""
-    core = _GPU_CORES.get(chip.name)
-    return core.compute_capability if core else None
 
 
 def find_chip(platform: str, name: str) -> Chip:

@@ -23,7 +23,6 @@ from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.preflight import flops
-from dalle_jax.preflight.hardware import compute_capability
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train import run
 from dalle_jax.train.objectives import build_task
@@ -72,9 +71,8 @@ class Job:
                 "is small"
             )
         chip = self.topology.chip
-        run.check_machine(
-            self.settings, machine=str(self.topology), platform=chip.platform, capability=compute_capability(chip)
-        )
+        capability = chip.core and chip.core.compute_capability
+        run.check_machine(self.settings, machine=str(self.topology), platform=chip.platform, capability=capability)
         tokenizer = self.image_tokenizer
         frozen = {} if tokenizer is None else {"image_tokenizer": ModelDir({}, tokenizer, tokenizer.abstract)}
         return build_task(self.settings, frozen)
@@ -83,7 +81,10 @@ class Job:
     def work(self) -> flops.Work:
         """The computation of one example."""
         if self.image_tokenizer is None:
-            return flops.traced_work(self.loss, self.task.model, self.example)
+            example = {name: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for name, a in self.batch.items()}
+            key, step = jax.random.key(0), jnp.zeros([], jnp.int32)
+            loss = functools.partial(self.task.loss, key=key, step=step)
+            return flops.traced_work(lambda params, batch: loss(params, {}, batch)[0], self.task.model, example)
         return flops.transformer_work(self.task.model.config, None if self.has_image_tokens else self.image_tokenizer)
 
     @functools.cached_property
@@ -163,15 +164,6 @@ class Job:
             shapes["text"] = size, model.text_len
         dtypes = {"image": jnp.uint8, "image_tokens": jnp.int32, "text": jnp.int32}
         return {name: jax.ShapeDtypeStruct(s, dtypes[name], sharding=place) for name, s in shapes.items()}
-
-    @property
-    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch of one, without a sharding."""
-        return {name: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for name, a in self.batch.items()}
-
-    def loss(self, params: Any, example: Any) -> jax.Array:
-        """The task's loss where it needs no frozen model, to be traced."""
-        return self.task.loss(params, {}, example, key=jax.random.key(0), step=jnp.zeros([], jnp.int32))[0]
 
     @property
     def sequences(self) -> int:

@@ -149,11 +149,10 @@ def _more_chips(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
     chosen = {"run.mesh.replica": None, "run.mesh.fsdp": None}  # sizes for these chips say nothing about more
     mesh = dataclasses.asdict(job.settings.run.mesh)
     asked = {key: None for key in chosen if mesh[key.removeprefix("run.mesh.")] is not None}
-    for doubling in range(1, 6):
-        shape = list(job.topology.shape)
-        for _ in range(doubling):
-            smallest = 0 if job.topology.chip.platform == "gpu" else shape.index(min(shape))
-            shape[smallest] *= 2
+    shape = list(job.topology.shape)
+    for _ in range(5):
+        smallest = 0 if job.topology.chip.platform == "gpu" else shape.index(min(shape))
+        shape[smallest] *= 2
         pod = dataclasses.replace(job.topology, shape=tuple(shape))
         try:
             larger = dataclasses.replace(job.changed(chosen), topology=pod, devices=tuple(devices(pod)))

@@ -18,14 +18,29 @@ from dalle_jax.preflight.hardware import Chip, find_chip, gpu_target
 
 FORM = "tpu:CHIP:XxYxZ or gpu:CHIP:HOSTSxGPUS"
 
-# This host is no TPU machine: the cloud's metadata service is not asked which one it is, any answer does, and there is
-# no chip to protect from a second process.
-NO_TPU_HOST = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
+# Modules of a platform's compiler, what it is, the extra that installs it, a note.
+COMPILERS = {
+    "tpu": (["libtpu"], "libtpu", "tpu", "no TPU is needed"),
+    "gpu": (
+        ["jax_cuda12_plugin", "jax_cuda13_plugin"],
+        "JAX's CUDA plugin",
+        "preflight-gpu",
+        "5 GB; no GPU is needed",
+    ),
+}
+NO_HOST = {
+    # This host is no TPU machine: the cloud's metadata service is not asked which one it is, any answer does, and there
+    # is no chip to protect from a second process.
+    "tpu": {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_LOG_DIR": "disabled",
+    },
+    # With a platform named, JAX does not load the plugins of others; a GPU that is here must not be touched.
+    "gpu": {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""},
 }
 LAUNCH_FLAGS = pathlib.Path(__file__).resolve().parents[2] / "launch" / "xla_flags.sh"
 FLAGS = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}  # where that file puts them
@@ -93,25 +108,13 @@ def environment(topology: Topology) -> dict[str, str]:
     Raises:
       UserError: the platform's compiler is not installed.
     """
-
-    def installed(name: str) -> bool:
-        return importlib.util.find_spec(name) is not None
-
-    if topology.chip.platform == "tpu":
-        if not installed("libtpu"):
-            raise UserError(
-                f"expected libtpu to compile for {topology}, got none installed: "
-                "pip install -e '.[tpu]' (no TPU is needed)"
-            )
-        return {"JAX_PLATFORMS": "cpu", **NO_TPU_HOST, **QUIET, **_launch_flags("tpu")}
-    if not installed("jax_cuda12_plugin") and not installed("jax_cuda13_plugin"):
+    platform = topology.chip.platform
+    modules, what, extra, note = COMPILERS[platform]
+    if not any(map(importlib.util.find_spec, modules)):
         raise UserError(
-            f"expected JAX's CUDA plugin to compile for {topology}, got none installed: "
-            "pip install -e '.[preflight-gpu]' (5 GB; no GPU is needed)"
+            f"expected {what} to compile for {topology}, got none installed: pip install -e '.[{extra}]' ({note})"
         )
-    # With a platform named, JAX does not load the plugins of others; a GPU that is here must not be touched.
-    here = {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {**here, **QUIET, **_launch_flags("gpu")}
+    return {**NO_HOST[platform], **QUIET, **_launch_flags(platform)}
 
 
 def _launch_flags(platform: str) -> dict[str, str]:
