@@ -95,9 +95,9 @@ def _json(result) -> dict[str, Any]:
         "compression_saved": 1 - job.across_replicas[0] / job.across_replicas[1],
         "chip_bytes": job.topology.chip.memory_bytes,
         "usable_bytes": job.topology.usable_bytes,
-        "flops_per_sequence": guess.flops_per_sequence,
-        "executed_flops_per_sequence": guess.executed_flops_per_sequence,
-        "flops_per_step": guess.flops_per_sequence * job.settings.batch_size,
+        "flops_per_sequence": job.work.model_flops,
+        "executed_flops_per_sequence": job.work.executed_flops,
+        "flops_per_step": job.work.model_flops * job.settings.batch_size,
         "collectives": [dataclasses.asdict(c) for c in result.collectives],
         "collectives_compiled": verdict.collectives is not None,  # else what the mesh makes necessary, by our model
         "seconds_per_step": {**guess.seconds, "total": guess.step_seconds},

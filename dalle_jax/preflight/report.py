@@ -11,7 +11,7 @@ NAMES = {"frozen": "image tokenizer", "ema": "moving average", "compression": "l
 def table(result: Result, change: Result | None) -> str:
     """All figures of one job, the verdict last. change: what makes it fit, if it does not."""
     job, verdict, guess = result.job, result.verdict, result.estimate
-    chip, mesh = job.topology.chip, job.mesh.shape
+    chip, mesh, work = job.topology.chip, job.mesh.shape, job.work
     total = sum(result.bytes.values())
     lines = [
         f"{job.settings.name} of {job.task.model.num_params:,} parameters on {job.topology}, "
@@ -27,8 +27,8 @@ def table(result: Result, change: Result | None) -> str:
     lines += [
         f"  {'chip':<16}{chip.memory_bytes / GB:>9.3f}   a program may use {job.topology.usable_bytes / GB:.3f}",
         "",
-        f"FLOPs per sequence {guess.flops_per_sequence:.4g}, with recomputation and the image tokenizer "
-        f"{guess.executed_flops_per_sequence:.4g}; per step {guess.flops_per_sequence * job.settings.batch_size:.4g}",
+        f"FLOPs per sequence {work.model_flops:.4g}, with recomputation and the image tokenizer "
+        f"{work.executed_flops:.4g}; per step {work.model_flops * job.settings.batch_size:.4g}",
         "",
         *_collectives(result),
         *_compression(job),

@@ -28,13 +28,10 @@ SECONDS_PER_DAY = 86_400
 class Estimate:
     """One step of the whole job.
 
-    seconds: by resource. flops_per_sequence: the model's, forward and backward, by the rules of `flops.py`.
-    executed_flops_per_sequence: with recomputation and the frozen image tokenizer. tokens: of one step, all chips.
+    seconds: by resource. tokens: of one step, all chips. steps: of the whole training.
     """
 
     seconds: Mapping[str, float]
-    flops_per_sequence: int
-    executed_flops_per_sequence: int
     tokens: int
     steps: int
 
@@ -70,8 +67,7 @@ def estimate(job: Job, found: Sequence[Collective]) -> Estimate:
         seconds["inside"] = inside / (chip.inside_bandwidth * LINK_SHARE)
     if outside:
         seconds["outside"] = outside / (chip.outside_bandwidth * LINK_SHARE)
-    tokens = work.tokens * settings.batch_size
-    return Estimate(seconds, work.model_flops, work.executed_flops, tokens, settings.run.steps)
+    return Estimate(seconds, work.tokens * settings.batch_size, settings.run.steps)
 
 
 def expected(job: Job) -> list[Collective]:
