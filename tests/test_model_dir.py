@@ -8,7 +8,9 @@ import pytest
 
 from dalle_jax import files, model_dir
 from dalle_jax.errors import UserError
+from dalle_jax.models import build
 from tests.support.checkpoints import equal, state
+from tests.support.parameters import random_parameters
 
 CONFIG = {"name": "dvae", "model": {"width": 4}}
 
@@ -64,3 +66,18 @@ def test_parameters_of_another_model_are_refused():
         model_dir.check_params(params, {"block": {"w": np.zeros((4, 2))}, "b": np.zeros(3)}, where="x")
     with pytest.raises(UserError, match="parameter b of shape None"):
         model_dir.check_params(params, {"block": {"w": np.zeros((8, 2))}}, where="x")
+
+
+def test_a_frozen_model_of_any_role_comes_back_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setitem(model_dir.ROLES, "teacher", ("dvae",))
+    sizes = {"image_size": 16, "vocab": 8, "width": 8, "groups": 1, "blocks_per_group": 1, "stem": 4, "patch": 4}
+    model_dir.save(tmp_path / "given", {"name": "dvae", "model": sizes}, random_parameters(build("dvae", sizes)))
+    found = model_dir.load(tmp_path / "given")
+    run = tmp_path / "run"
+    run.mkdir()
+    assert not model_dir.has_frozen(run, "teacher")
+    model_dir.save_frozen(run, {"teacher": found})
+    assert model_dir.has_frozen(run, "teacher") and model_dir.load_frozen(run, "teacher").digest == found.digest
+    (run / model_dir.FROZEN).write_text(json.dumps({"teacher": "0" * 64}))
+    with pytest.raises(UserError, match="expected the teacher that the model in .* was trained with"):
+        model_dir.load_frozen(run, "teacher")
