@@ -53,7 +53,7 @@ def center_crop(image_uint8: np.ndarray, size: int, rng: np.random.Generator | N
     height, width = image_uint8.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return _lanczos(image_uint8[top : top + side, left : left + side], size)
+    return _resized(image_uint8[top : top + side, left : left + side], size)
 
 
 def clip_window(height: int, width: int, size: int) -> tuple[int, int, int, int]:
@@ -140,15 +140,11 @@ def _random_window(square: np.ndarray, side: int, size: int, rng: np.random.Gene
     """The square resized to `side`, and a window of `size` at a uniform position in it."""
     top, left = (int(offset) for offset in rng.integers(0, side - size, size=2, endpoint=True))
     if side > len(square):
-        return np.ascontiguousarray(_lanczos(square, side)[top : top + size, left : left + size])
+        return np.ascontiguousarray(_resized(square, side)[top : top + size, left : left + size])
     return shrink_by_area(square, side, top=top, left=left, size=size)
 
 
-def _lanczos(square: np.ndarray, side: int) -> np.ndarray:
-    return _resized(square, side, Image.Resampling.LANCZOS)
-
-
-def _resized(square: np.ndarray, side: int, filter_: Image.Resampling) -> np.ndarray:
+def _resized(square: np.ndarray, side: int, filter_: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
     if side == len(square):  # Pillow copies it too
         return square.copy()
     return np.array(Image.fromarray(np.ascontiguousarray(square)).resize((side, side), filter_))
