@@ -1,17 +1,10 @@
-"""Files that appear whole or not at all, and a bounded number of open ones."""
+"""Files that appear whole or not at all."""
 
-import collections
 import contextlib
-import functools
 import os
 import pathlib
-import threading
 import uuid
-from collections.abc import Callable, Hashable, Iterator
-from typing import Generic, TypeVar
-
-Key = TypeVar("Key", bound=Hashable)
-File = TypeVar("File")
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
@@ -43,28 +36,3 @@ def write(path: str | os.PathLike, data: bytes | str) -> None:
     """
     with replacing(path) as aside:
         aside.write_bytes(data if isinstance(data, bytes) else data.encode())
-
-
-class OpenFiles(Generic[Key, File]):
-    """The files used last, at most `max_open` of them; thread-safe, and a pickled copy opens its own.
-
-    A file that falls out is closed when its last user lets go of it.
-    """
-
-    def __init__(self, open_file: Callable[[Key], File], *, max_open: int = 64):
-        """open_file: opens the file of a key. max_open: far below the usual limit of 1,024 open files a process."""
-        self._open_file, self._max_open = open_file, max_open
-        self._files: collections.OrderedDict[Key, File] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def __reduce__(self):
-        return functools.partial(OpenFiles, max_open=self._max_open), (self._open_file,)
-
-    def __getitem__(self, key: Key) -> File:
-        """The open file of `key`; raises what `open_file` raises."""
-        with self._lock:
-            file = self._files.pop(key, None) or self._open_file(key)
-            self._files[key] = file
-            if len(self._files) > self._max_open:
-                self._files.popitem(last=False)
-            return file

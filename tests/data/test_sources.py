@@ -126,6 +126,7 @@ def test_sources_are_picklable_and_thread_safe(two_shards, monkeypatch):
     order = np.random.default_rng(0).integers(0, len(source), 600)
     with futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(copy.__getitem__, order)) == [expected[i] for i in order]
+    assert copy._file.cache_info().currsize == 1
 
 
 def test_a_shard_that_shrinks_or_vanishes_while_it_is_read(two_shards):

@@ -17,6 +17,7 @@ and is mapped into memory, never read whole. The model that made the tokens is k
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -27,10 +28,10 @@ import safetensors.numpy
 
 from dalle_jax.data.record import BadRecord, Dropped, Encoded
 from dalle_jax.errors import UserError, check_number
-from dalle_jax.files import OpenFiles
 
 SETTINGS, COUNTS = "tokens.json", "counts"  # the file in a folder, the entry in a shard's metadata
 FORMAT = 1
+OPEN_SHARDS = 64  # far below the usual limit of 1,024 open files a process
 MAX_VOCAB = 1 << 16  # image tokens that uint16 can name
 
 
@@ -153,7 +154,10 @@ class TokenSource:
                 f"expected {self.settings.shards} shards in {folder}, {missing} of them are not there: give the "
                 "`dalle-jax encode` command again, which does what is left"
             )
-        self._open = OpenFiles(_Shard)
+        self._shard = functools.lru_cache(OPEN_SHARDS)(_Shard)  # the shards used last
+
+    def __reduce__(self):
+        return TokenSource, (self.name, str(self._folder))
 
     def __len__(self) -> int:
         return self.settings.records
@@ -162,7 +166,7 @@ class TokenSource:
         index = range(len(self))[index]
         shard, slot = divmod(index, self.settings.shard_records)
         try:
-            return self._open[self._folder / shard_name(shard)].read(slot, vocab=self.settings.vocab)
+            return self._shard(self._folder / shard_name(shard)).read(slot, vocab=self.settings.vocab)
         except BadRecord as bad:
             return Dropped(f"{shard_name(shard)}/{slot}", bad.reason, bad.detail)
 

@@ -7,6 +7,7 @@ last part. A key that comes back later is a fault, so no caption is ever joined 
 
 import bz2
 import dataclasses
+import functools
 import glob
 import gzip
 import hashlib
@@ -27,7 +28,6 @@ from dalle_jax.data.record import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, REASONS, B
 from dalle_jax.data.sources import cache, captions
 from dalle_jax.data.sources.tar_members import CHUNK, Member, members
 from dalle_jax.errors import UserError
-from dalle_jax.files import OpenFiles
 
 INDEX_VERSION = 1  # raise it when `scan` reads the same file differently, so that cached indexes are rebuilt
 MAX_EXPANSION = 100  # of a compressed shard; images hardly compress
@@ -103,13 +103,16 @@ class ShardSource:
     """Records of tar shards in file order. See `record.Source`; opened by `sources.open_source('wds:...')`."""
 
     def __init__(self, name: str, paths: list[str], *, captions_required: bool = True):
-        self.name, self._captions_required = name, captions_required
+        self.name, self._given, self._captions_required = name, paths, captions_required
         self._labels = [pathlib.Path(path).name for path in paths]
         with futures.ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
             self._paths = list(pool.map(plain_tar, paths))
             self._indexes = list(pool.map(load_index, self._paths))
         self._ends = np.cumsum([len(index) for index in self._indexes])  # of the shards' rows
-        self._files = OpenFiles(_open, max_open=OPEN_FILES)
+        self._file = functools.lru_cache(OPEN_FILES)(_open)  # the files used last
+
+    def __reduce__(self):
+        return functools.partial(ShardSource, captions_required=self._captions_required), (self.name, self._given)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -150,7 +153,7 @@ class ShardSource:
         if size > limit:
             raise BadRecord("too many bytes", f"{size}, the limit is {limit}")
         try:
-            data = _read(self._files[self._paths[shard]], offset, size)
+            data = _read(self._file(self._paths[shard]), offset, size)
         except OSError as error:
             raise BadRecord("unreadable file", str(error)) from None
         if len(data) < size:
