@@ -22,7 +22,7 @@ from dalle_jax import model_dir, sharding
 from dalle_jax.cli.hooks import first_captions, sample_hook
 from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source, scenes
-from dalle_jax.data.sources.scene_checker import accuracy, shows
+from dalle_jax.data.sources.scene_checker import accuracy, fault
 from dalle_jax.data.sources.scenes import Scene
 from dalle_jax.errors import UserError, check_number, say
 from dalle_jax.evaluate.probe import by_clip
@@ -356,5 +356,5 @@ def sheet(parts: Sequence[Drawn]) -> Image.Image:
     """Rows of images, framed green or red as the checker judges them."""
     asked = [pair for part in parts for pair in part.asked]
     images = [image for part in parts for image in part.images]
-    marks = [shows(image, scene).ok for image, (_, scene) in zip(images, asked, strict=True)]
+    marks = [not fault(image, scene) for image, (_, scene) in zip(images, asked, strict=True)]
     return contact_sheet(images, [caption for caption, _ in asked], columns=COLUMNS, marks=marks)

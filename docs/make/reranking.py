@@ -18,7 +18,7 @@ import tqdm
 import dalle_jax
 from benchmarks import harness
 from dalle_jax.data.sources import scenes
-from dalle_jax.data.sources.scene_checker import shows
+from dalle_jax.data.sources.scene_checker import fault
 
 FIGURE = pathlib.Path(__file__).resolve().parent.parent / "reranking.png"
 SET = "two_unseen_combination"
@@ -46,7 +46,7 @@ def main() -> None:
         )
         pictures.sort(key=lambda picture: picture.seed)  # in the order that they were drawn
         scores_CM.append([picture.score for picture in pictures])
-        right_CM.append([bool(shows(np.asarray(picture), scene).ok) for picture in pictures])
+        right_CM.append([not fault(np.asarray(picture), scene) for picture in pictures])
     curve = accuracies(np.asarray(scores_CM), np.asarray(right_CM))
     lines = [
         harness.machine(f"{time.monotonic() - began:.0f} s"),

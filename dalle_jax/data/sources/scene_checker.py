@@ -45,14 +45,6 @@ _PALETTE = {name: np.array(value) / 255 for name, value in COLORS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Whether the picture shows the caption, and the first rule that it breaks ('' if none)."""
-
-    ok: bool
-    reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Detected:
     """An object in a picture; lengths in fractions of the side."""
 
@@ -158,30 +150,29 @@ def _difference(found: Detected, expected: Object) -> str:
     return "" if right else f"a {found.size} {found.color} {found.shape} instead of {expected}"
 
 
-def shows(image_uint8: np.ndarray, scene: Scene) -> Verdict:
-    """Whether a picture uint8 [H, W, 3] shows the scene.
+def fault(image_uint8: np.ndarray, scene: Scene) -> str:
+    """The first rule that a picture uint8 [H, W, 3] of this scene breaks, in words; '' if the picture shows the scene.
 
     Raises:
       ValueError: not a square uint8 picture with three channels.
     """
     objects, dirt = detect(image_uint8)
     if len(objects) != len(scene.objects):
-        return Verdict(False, f"{len(objects)} objects instead of {len(scene.objects)}")
+        return f"{len(objects)} objects instead of {len(scene.objects)}"
     if dirt > DIRT:
-        return Verdict(False, f"{dirt:.1%} of the picture is neither white nor an object")
+        return f"{dirt:.1%} of the picture is neither white nor an object"
     if scene.relation is not None:
         right, down = objects[1].x - objects[0].x, objects[1].y - objects[0].y
         if (abs(down) > abs(right)) != (scene.relation in ("above", "below")):
             where = "one above the other" if abs(down) > abs(right) else "side by side"
-            return Verdict(False, f"the objects are {where}, not {scene.relation}")
+            return f"the objects are {where}, not {scene.relation}"
         first_is_lower = (down if abs(down) > abs(right) else right) < 0
         if first_is_lower != (scene.relation in ("below", "right of")):
             objects = objects[::-1]
     faults = [_difference(found, expected) for found, expected in zip(objects, scene.objects, strict=True)]
-    reason = "; ".join(filter(None, faults))
-    return Verdict(not reason, reason)
+    return "; ".join(filter(None, faults))
 
 
 def accuracy(images_uint8: np.ndarray, scenes: list[Scene]) -> float:
     """The share of the pictures uint8 [B, H, W, 3] that show their scenes."""
-    return float(np.mean([shows(image, scene).ok for image, scene in zip(images_uint8, scenes, strict=True)]))
+    return float(np.mean([not fault(image, scene) for image, scene in zip(images_uint8, scenes, strict=True)]))
