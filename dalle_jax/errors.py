@@ -30,9 +30,9 @@ class UserError(Exception):
     """Something the user gave is wrong; `str(error)` is one clear sentence that says how to mend it."""
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises UserError for a value that is none of the choices; name: as the user wrote it."""
-    if value not in (choices := tuple(choices)):
+def check_choice(name: str, value: object, choices: Iterable[str], *, optional: bool = False) -> None:
+    """Raises UserError for a value that is none of the choices, nor None if optional; name: as the user wrote it."""
+    if not (optional and value is None) and value not in (choices := tuple(choices)):
         raise UserError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}: choose one of them")
 
 

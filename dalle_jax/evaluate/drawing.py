@@ -51,6 +51,15 @@ class Plan:
         """sha256 of ids and captions."""
         return hashlib.sha256(json.dumps([self.ids, self.captions]).encode()).hexdigest()
 
+    def summary(self) -> dict[str, Any]:
+        """The plan in a report."""
+        return {
+            "captions_sha256": self.digest,
+            "records": self.records,
+            "records_dropped": self.dropped,
+            "seeds": {caption_id: self.seed(i) for i, caption_id in enumerate(self.ids)},
+        }
+
     def seed(self, index: int) -> int:
         """Seed of the first candidate of a caption."""
         draw = self.settings["draw"]

@@ -1,8 +1,10 @@
 """Everything that an evaluation reads, opened and checked against each other before the long parts begin."""
 
 import dataclasses
+from typing import Any
 
 from dalle_jax.checkpoint.digest import of_tree
+from dalle_jax.config import flatten
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import report, statistics
 from dalle_jax.evaluate.clip import ClipExtractor
@@ -10,7 +12,7 @@ from dalle_jax.evaluate.drawing import Drawing
 from dalle_jax.evaluate.feature_cache import ImageSet, open_images
 from dalle_jax.evaluate.features import Extractor
 from dalle_jax.evaluate.preprocess import CLIP_RESIZE, Preprocess
-from dalle_jax.evaluate.protocol import Evaluation
+from dalle_jax.evaluate.protocol import COMPUTED, DIGESTS, Evaluation
 from dalle_jax.evaluate.statistics import Statistics
 from dalle_jax.sample.rerank import Reranker
 
@@ -33,21 +35,23 @@ class Inputs:
     images: ImageSet | Drawing
     notes: tuple[str, ...]
 
-    @property
-    def digests(self) -> dict[str, str | None]:
-        """sha256 of what was opened, by the names of `protocol.DIGESTS`."""
-        found = {
-            "weights": self.extractor.digest,
-            "scored_by.digest": None if self.scorer is None else self.scorer.digest,
-            "clip.digest": None if self.clip is None else self.clip.digest,
-            "drawn.checkpoint": None,
-            "drawn.ranked_by": None,
-        }
-        if isinstance(self.images, Drawing):
-            found |= {"drawn.checkpoint": self.images.pipe.digest, "drawn.ranked_by": self.images.ranked_by}
+    def summary(self) -> dict[str, Any]:
+        """The sections of a report on what was opened; by their digests a repetition finds what has changed."""
+        evaluation, network = self.evaluation, self.extractor
+        resize = made_of(evaluation, network, 0.0)["resize"]
+        summary: dict[str, Any] = {"network": network.network, "weights": network.digest, "resize": resize}
         if isinstance(self.reference, Statistics):
-            found["reference.sha256"] = digest_of(self.reference)
-        return found
+            about = {"source": evaluation.reference, "count": self.reference.count, **self.reference.about}
+            sha256 = of_tree({"mu": self.reference.mean_F, "sigma": self.reference.covariance_FF})
+            summary["reference"] = {**about, "sha256": sha256}
+        if self.scorer is not None:
+            resize = evaluation.measure.score_resize or evaluation.measure.resize
+            summary["scored_by"] = {"network": self.scorer.network, "digest": self.scorer.digest, "resize": resize}
+        if self.clip is not None:
+            summary["clip"] = {"path": evaluation.clip, "digest": self.clip.digest}
+        if isinstance(self.images, Drawing):
+            summary["drawn"] = {"checkpoint": self.images.pipe.digest, "ranked_by": self.images.ranked_by}
+        return summary
 
     def preprocess(self, images: ImageSet, radius: float = 0.0, *, resize: str | None = None) -> Preprocess:
         """The way a set is brought to a network. resize: default: that of the features."""
@@ -81,8 +85,10 @@ def open_inputs(evaluation: Evaluation, *, model: str | None) -> Inputs:
     images = _images(evaluation, model)
     inputs = Inputs(evaluation, extractor, scorer, clip, reference, training, images, tuple(notes))
     if evaluation.expected is not None:
-        for name, digest in inputs.digests.items():
-            evaluation.expected.check(name, digest)
+        found = flatten(inputs.summary())
+        for name in DIGESTS:
+            if name in found or name not in COMPUTED:
+                evaluation.expected.check(name, found.get(name))
     return inputs
 
 
@@ -144,11 +150,6 @@ def made_of(evaluation: Evaluation, extractor: Extractor, radius: float) -> dict
     resize = CLIP_RESIZE if measure.features == "clip" else measure.resize
     preprocess = Preprocess(resize=resize, crop=measure.crops[1], side=measure.side, blur=radius)
     return {"network": extractor.network, "weights": extractor.digest, **preprocess.to_words()}
-
-
-def digest_of(stored: Statistics) -> str:
-    """sha256 of the mean and the covariance."""
-    return of_tree({"mu": stored.mean_F, "sigma": stored.covariance_FF})
 
 
 def _images(evaluation: Evaluation, model: str | None) -> ImageSet | Drawing:

@@ -5,10 +5,10 @@ ones, and a report gives them back. Knows which values are possible, and does no
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from dalle_jax.errors import UserError, check_number
+from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.evaluate.preprocess import CROPS, RESIZES
 from dalle_jax.models import inception
 from dalle_jax.sample.request import MAX_CANDIDATES, MAX_SEEDS
@@ -52,13 +52,13 @@ class Metrics:
     seed: int = 0
 
     def __post_init__(self):
-        _check_choice("features", self.features, FEATURES)
-        _check_choice("resize", self.resize, RESIZES)
-        _check_choice("crop", self.crop, CROPS)
-        _check_choice("pools", self.pools, (None, *inception.CLASSES))
-        _check_choice("score_pools", self.score_pools, (None, *inception.CLASSES))
-        _check_choice("score_resize", self.score_resize, (None, *RESIZES))
-        _check_choice("reference_crop", self.reference_crop, (None, *CROPS))
+        check_choice("features", self.features, FEATURES)
+        check_choice("resize", self.resize, RESIZES)
+        check_choice("crop", self.crop, CROPS)
+        check_choice("pools", self.pools, inception.CLASSES, optional=True)
+        check_choice("score_pools", self.score_pools, inception.CLASSES, optional=True)
+        check_choice("score_resize", self.score_resize, RESIZES, optional=True)
+        check_choice("reference_crop", self.reference_crop, CROPS, optional=True)
         for radius in self.blur:
             check_number("blur", radius, min=0, max=MAX_BLUR)
         object.__setattr__(self, "blur", tuple(map(float, self.blur)))
@@ -123,7 +123,7 @@ class Overlap:
         check_number("overlap.least", self.least, min=-1, max=1)
 
 
-# What must not have changed when a report is repeated: where the report has the sha256, and what it is.
+# What must not have changed when a report is repeated: where the report has the sha256, and what it is of.
 DIGESTS = {
     "weights": "weights of the network",
     "scored_by.digest": "weights of the Inception score's network",
@@ -134,6 +134,7 @@ DIGESTS = {
     "reference.sha256": "pictures of the reference",
     "pictures.sha256": "pictures",
 }
+COMPUTED = ("drawn.captions_sha256", "reference.sha256", "pictures.sha256")  # those that take more than opening files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,16 +152,12 @@ class Expected:
 
     def check(self, name: str, digest: str | None) -> None:
         """Raises UserError unless the digest is that of the report."""
-        was, got = (_short(sha256) for sha256 in (self.digests[name], digest))
         if self.digests[name] != digest:
+            was, got = (f"{sha256[:16]}..." if sha256 else "none" for sha256 in (self.digests[name], digest))
             raise UserError(
                 f"expected the {DIGESTS[name]} of {self.report}, sha256 {was}, got {got}: give the same, or the config "
                 "of a protocol instead of this report"
             )
-
-
-def _short(digest: str | None) -> str:
-    return "none" if digest is None else f"{digest[:16]}..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +215,3 @@ class Evaluation:
             return cls(**values)
         except TypeError as error:
             raise UserError(f"expected the values of an evaluation in {where}, got one where {error}") from error
-
-
-def _check_choice(name: str, value: str | None, choices: Collection[str | None]) -> None:
-    if value not in choices:
-        raise UserError(f"expected {name} to be one of {', '.join(map(repr, choices))}, got {value!r}: choose another")

@@ -19,7 +19,7 @@ from dalle_jax.evaluate.clip import caption_scores
 from dalle_jax.evaluate.drawing import Drawing, Plan
 from dalle_jax.evaluate.feature_cache import FeatureCache, ImageSet, Parts, open_images
 from dalle_jax.evaluate.features import FeatureSet, counted
-from dalle_jax.evaluate.inputs import Inputs, digest_of, made_of, open_inputs
+from dalle_jax.evaluate.inputs import Inputs, made_of, open_inputs
 from dalle_jax.evaluate.protocol import Evaluation
 from dalle_jax.evaluate.statistics import Statistics
 from dalle_jax.evaluate.workers import Worker
@@ -80,10 +80,14 @@ def run(
     excluded, overlap_summary = _overlap(inputs, cache, out)
     images = _images(inputs, plan, out, worker)
     parts = [cache.make(inputs.extractor, images, inputs.preprocess(images, radius)) for radius in measure.blur]
-    class_parts = parts
-    if inputs.scorer is not None:
-        prepared = [inputs.preprocess(images, radius, resize=measure.score_resize) for radius in measure.blur]
-        class_parts = [cache.make(inputs.scorer, images, preprocess) for preprocess in prepared]
+    class_parts = (
+        []
+        if inputs.scorer is None
+        else [
+            cache.make(inputs.scorer, images, inputs.preprocess(images, radius, resize=measure.score_resize))
+            for radius in measure.blur
+        ]
+    )
     clip_parts = None if inputs.clip is None else cache.make(inputs.clip, images, inputs.preprocess(images))
     if not worker.first:
         return None
@@ -91,7 +95,7 @@ def run(
     for number, radius in enumerate(measure.blur):
         worker.beat("score")
         found = parts[number].load()
-        logits_XV = found.logits_XV if inputs.scorer is None else class_parts[number].load().logits_XV
+        logits_XV = class_parts[number].load().logits_XV if class_parts else found.logits_XV
         if isinstance(inputs.reference, Statistics):
             stored, reference = inputs.reference, None
         else:
@@ -108,7 +112,9 @@ def run(
         rows.append({"radius": radius, **scores})
         notes += [note for note in warnings if note not in notes]
         if number == 0:
-            summary = _summary(inputs, plan, images, found, reference)
+            summary = inputs.summary() | _sets(inputs, images, found, reference)
+            if plan is not None:
+                summary["drawn"] |= plan.summary()
             notes += _warnings(inputs, plan, found, reference)
     if inputs.clip is not None and clip_parts is not None:
         scores, warnings = caption_scores(
@@ -187,38 +193,14 @@ def _images(inputs: Inputs, plan: Plan | None, out: pathlib.Path, worker: Worker
     return ImageSet.choose("pictures", source, crop=measure.crop, count=count, seed=measure.seed)
 
 
-def _summary(
-    inputs: Inputs, plan: Plan | None, images: ImageSet, found: FeatureSet, reference: FeatureSet | None
-) -> dict[str, Any]:
-    """The sections of the report on what was compared, with digests by which a repetition finds what has changed."""
-    evaluation = inputs.evaluation
-    summary: dict[str, Any] = {
-        "network": inputs.extractor.network,
-        "weights": inputs.extractor.digest,
-        "resize": made_of(evaluation, inputs.extractor, 0.0)["resize"],
-        "pictures": report.described(evaluation.pictures or images.source.name, found, images.crop),
-    }
-    if isinstance(inputs.reference, Statistics):
-        about = {"source": evaluation.reference, "count": inputs.reference.count, **inputs.reference.about}
-        summary["reference"] = {**about, "sha256": digest_of(inputs.reference)}
-    elif reference is not None:
+def _sets(inputs: Inputs, images: ImageSet, found: FeatureSet, reference: FeatureSet | None) -> dict[str, Any]:
+    """The sections of the report on the pictures that were compared."""
+    evaluation, crops = inputs.evaluation, inputs.evaluation.measure.crops
+    sets = {"pictures": report.described(evaluation.pictures or images.source.name, found, crops[0])}
+    if reference is not None:
         where = evaluation.reference or evaluation.source or ""
-        summary["reference"] = report.described(where, reference, inputs.reference.crop)
-    if inputs.scorer is not None:
-        resize = evaluation.measure.score_resize or evaluation.measure.resize
-        summary["scored_by"] = {"network": inputs.scorer.network, "digest": inputs.scorer.digest, "resize": resize}
-    if inputs.clip is not None:
-        summary["clip"] = {"path": evaluation.clip, "digest": inputs.clip.digest}
-    if plan is not None:
-        summary["drawn"] = {
-            "checkpoint": inputs.digests["drawn.checkpoint"],
-            "ranked_by": inputs.digests["drawn.ranked_by"],
-            "captions_sha256": plan.digest,
-            "records": plan.records,
-            "records_dropped": plan.dropped,
-            "seeds": {caption_id: plan.seed(i) for i, caption_id in enumerate(plan.ids)},
-        }
-    return summary
+        sets["reference"] = report.described(where, reference, crops[1])
+    return sets
 
 
 def _warnings(inputs: Inputs, plan: Plan | None, found: FeatureSet, reference: FeatureSet | None) -> list[str]:
@@ -235,7 +217,7 @@ def _warnings(inputs: Inputs, plan: Plan | None, found: FeatureSet, reference: F
             warnings.append(f"{name} of {sizes} different sizes, each squeezed to a square")
     if plan is not None and plan.dropped:
         warnings.append(f"records left out, which give no caption to draw: {counted(plan.dropped)}")
-    if inputs.clip is not None and inputs.digests["drawn.ranked_by"] == inputs.clip.digest:
+    if inputs.clip is not None and plan is not None and plan.settings["ranked_by"] == inputs.clip.digest:
         warnings.append("the CLIP that judges has also chosen the pictures: its scores favor them")
     if inputs.evaluation.measure.features == "clip":
         warnings.append(report.NO_INCEPTION)
