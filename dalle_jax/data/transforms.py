@@ -50,10 +50,15 @@ def augment_clip(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -
 
 def center_crop(image_uint8: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """The middle square, resized to `size` (Lanczos); `rng` is not used."""
+    return _resized(middle_square(image_uint8), size)
+
+
+def middle_square(image_uint8: np.ndarray) -> np.ndarray:
+    """The largest square about the center: how the paper prepared validation images (Nichol et al. 2021, A.2)."""
     height, width = image_uint8.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return _resized(image_uint8[top : top + side, left : left + side], size)
+    return image_uint8[top : top + side, left : left + side]
 
 
 def clip_window(height: int, width: int, size: int) -> tuple[int, int, int, int]:

@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from dalle_jax import pixels
-from dalle_jax.data.transforms import center_crop, clip_window
+from dalle_jax.data.transforms import center_crop, clip_window, middle_square
 from dalle_jax.models.inception import SIZE
 
 # Of the channels over ImageNet, as torchvision has them.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+CROPS = ("none", "center")  # as it is, and the largest square about the center
 CLIP_RESIZE = "clip"  # the name of CLIP's only resize
 
 
@@ -32,9 +33,8 @@ class Preprocess:
 
     def framed(self, image_uint8: np.ndarray) -> np.ndarray:
         """Cropped and blurred, still uint8 [H, W, 3]."""
-        image_uint8 = CROPS[self.crop](image_uint8)
-        if self.side and self.crop != "none":
-            image_uint8 = center_crop(image_uint8, self.side)
+        if self.crop == "center":
+            image_uint8 = center_crop(image_uint8, self.side) if self.side else middle_square(image_uint8)
         return blurred(image_uint8, self.blur)
 
     def for_inception(self, image_uint8: np.ndarray) -> np.ndarray:
@@ -63,14 +63,6 @@ def blurred(image_uint8: np.ndarray, radius: float) -> np.ndarray:
     if not radius:
         return image_uint8
     return np.asarray(Image.fromarray(image_uint8).filter(ImageFilter.GaussianBlur(radius)))
-
-
-def middle_square(image_uint8: np.ndarray) -> np.ndarray:
-    """The largest square about the center: how the paper prepared validation images (Nichol et al. 2021, A.2)."""
-    height, width = image_uint8.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image_uint8[top : top + side, left : left + side]
 
 
 def pytorch(image_uint8: np.ndarray) -> np.ndarray:
@@ -149,4 +141,3 @@ RESIZES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "dm-gan": dm_gan,
     "dm-gan-score": dm_gan_score,
 }
-CROPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"none": lambda image: image, "center": middle_square}

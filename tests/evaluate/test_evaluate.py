@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from dalle_jax.data.record import Source
 from dalle_jax.data.sources import open_source
-from dalle_jax.data.transforms import clip_window
+from dalle_jax.data.transforms import clip_window, middle_square
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import distances, features, preprocess
 from dalle_jax.evaluate.distances import mean_and_covariance
@@ -97,7 +97,7 @@ def test_blur_and_crop_stay_uint8():
     want = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(2)))
     np.testing.assert_array_equal(preprocess.blurred(image, 2), want)
     np.testing.assert_array_equal(preprocess.blurred(image, 0), image)
-    np.testing.assert_array_equal(preprocess.middle_square(image), image[:, 8:48])
+    np.testing.assert_array_equal(middle_square(image), image[:, 8:48])
     both = Preprocess(resize="tf1", crop="center", blur=2.0).for_inception(image)
     np.testing.assert_array_equal(both, preprocess.tf1(preprocess.blurred(image[:, 8:48], 2)))
 
