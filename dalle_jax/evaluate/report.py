@@ -6,7 +6,6 @@ reading. Knows the report's form; computes no score.
 """
 
 import collections
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -44,27 +43,16 @@ PUBLISHED_WARNING = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """FID by radius of blur, and the Inception score without, as a paper prints them."""
-
-    model: str
-    source: str
-    fid: dict[float, float]
-    inception_score: float
-
-
 COGVIEW = "Ding et al. 2021 (CogView), table 1"
-CURVES = tuple(
-    Curve(model, COGVIEW, dict(zip((0.0, 1.0, 2.0, 4.0, 8.0), fid, strict=True)), score)
-    for model, fid, score in (
-        ("AttnGAN", (35.2, 44.0, 72.0, 108.0, 100.0), 23.3),
-        ("DM-GAN", (26.5, 39.0, 73.0, 119.0, 112.3), 32.2),
-        ("DF-GAN", (26.5, 33.8, 55.9, 91.0, 97.0), 18.7),
-        ("DALL-E", (27.5, 28.0, 45.5, 83.5, 85.0), 17.9),
-        ("CogView", (27.1, 19.4, 13.9, 19.4, 23.6), 18.2),
-    )
-)
+RADII = (0.0, 1.0, 2.0, 4.0, 8.0)
+# FID at each of RADII, and the Inception score without blur, as CogView prints them.
+CURVES = {
+    "AttnGAN": ((35.2, 44.0, 72.0, 108.0, 100.0), 23.3),
+    "DM-GAN": ((26.5, 39.0, 73.0, 119.0, 112.3), 32.2),
+    "DF-GAN": ((26.5, 33.8, 55.9, 91.0, 97.0), 18.7),
+    "DALL-E": ((27.5, 28.0, 45.5, 83.5, 85.0), 17.9),
+    "CogView": ((27.1, 19.4, 13.9, 19.4, 23.6), 18.2),
+}
 # FID of DALL-E on MS-COCO without blur, by who prints it.
 CONFLICTING = (
     ("27.5", "CogView (Ding et al. 2021), NUWA (Wu et al. 2021), ERNIE-ViLG (Zhang et al. 2021), minDALL-E (2021)"),
@@ -228,12 +216,10 @@ def _more(report: Mapping[str, Any]) -> list[str]:
 
 
 def _published() -> list[str]:
-    radii = list(CURVES[0].fid)
     lines = ["## Published", "", PUBLISHED_WARNING, ""]
-    lines += [_row("FID by blur radius", *(f"{radius:g}" for radius in radii), "IS", "source")]
-    lines += [_row(*["---"] * (len(radii) + 3))]
-    for curve in CURVES:
-        lines.append(_row(curve.model, *(f"{curve.fid[r]:g}" for r in radii), curve.inception_score, curve.source))
+    lines += [_row("FID by blur radius", *(f"{radius:g}" for radius in RADII), "IS", "source")]
+    lines += [_row(*["---"] * (len(RADII) + 3))]
+    lines += [_row(model, *(f"{fid:g}" for fid in fids), score, COGVIEW) for model, (fids, score) in CURVES.items()]
     lines += ["", _row("FID of DALL-E without blur", "who prints it"), _row("---", "---")]
     return [*lines, *(_row(*pair) for pair in CONFLICTING), ""]
 
@@ -254,11 +240,11 @@ def _save_curve(path: pathlib.Path, report: Mapping[str, Any]) -> None:
             axes = figure.add_subplot(1, len(scores), index + 1)
             radii, values = zip(*sorted((row["radius"], row[name]) for row in rows), strict=True)
             axes.plot(radii, values, marker="o", linewidth=2.5, color="black", label=ours)
-            for curve in CURVES if with_published else ():
+            for model, (fids, score) in CURVES.items() if with_published else ():
                 if name == "fid":
-                    axes.plot(*zip(*curve.fid.items(), strict=True), marker=".", alpha=0.7, label=curve.model)
+                    axes.plot(RADII, fids, marker=".", alpha=0.7, label=model)
                 else:
-                    axes.plot([0], [curve.inception_score], marker="_", markersize=12, linestyle="", label=curve.model)
+                    axes.plot([0], [score], marker="_", markersize=12, linestyle="", label=model)
             axes.set_xlabel("radius of the Gaussian blur of both sets, pixels")
             axes.set_xticks(radii)
             low, high = min(0, *values), max(axes.dataLim.y1, 1e-6)  # a set and itself: 0, or rounding below it
