@@ -121,19 +121,8 @@ def fid(mean_F, covariance_FF, other_mean_F, other_covariance_FF) -> float:
     The trace of the root is the sum of the roots of the eigenvalues of L^T B L, symmetric, where A = L L^T by a
     pivoted Cholesky factorization, which exists for singular A too. Negative eigenvalues are rounding and count as 0.
 
-    Raises:
-      UserError: another number of features in the two sets, or values that are not finite.
+    All four are float64 and finite, as `mean_and_covariance` and `statistics.load` give them.
     """
-    sizes = np.shape(mean_F)[:1], np.shape(other_mean_F)[:1]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"expected statistics of equally many features, got {sizes[0][0]} and {sizes[1][0]}: "
-            "both sets must come from one network"
-        )
-    arrays = [np.asarray(x, np.float64) for x in (mean_F, covariance_FF, other_mean_F, other_covariance_FF)]
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise UserError("expected finite statistics, got NaN or infinity: compute them again")
-    mean_F, covariance_FF, other_mean_F, other_covariance_FF = arrays
     factor = _factor(covariance_FF)
     middle = factor @ other_covariance_FF @ factor.T
     roots = np.sqrt(np.clip(np.linalg.eigvalsh(middle), 0, None))  # which reads one half of it

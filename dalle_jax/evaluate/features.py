@@ -143,7 +143,17 @@ class Extractor:
         batches, kept, dropped = [], [], collections.Counter()
 
         def read(index: int) -> tuple[Row, np.ndarray] | Dropped:
-            return _read(source, index, lambda image_uint8: self.prepared(image_uint8, preprocess))
+            record = record_at(source, index)
+            if isinstance(record, Dropped):
+                return record
+            try:
+                image_uint8 = decode_image(record.image)
+            except BadImage as bad:
+                return Dropped(record.key, bad.reason, bad.detail)
+            caption = record.captions[0] if record.captions else ""
+            height, width = image_uint8.shape[:2]
+            row = Row(record.key, index, caption, hash_of(record.image), (height, width))
+            return row, self.prepared(image_uint8, preprocess)
 
         with futures.ThreadPoolExecutor() as pool:
             for found in _read_ahead(pool, read, indices, self.batch):
@@ -175,19 +185,6 @@ def hash_of(image: bytes | np.ndarray) -> str:
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
-
-
-def _read(source: Source, index: int, prepared: Callable) -> tuple[Row, np.ndarray] | Dropped:
-    record = record_at(source, index)
-    if isinstance(record, Dropped):
-        return record
-    try:
-        image_uint8 = decode_image(record.image)
-    except BadImage as bad:
-        return Dropped(record.key, bad.reason, bad.detail)
-    caption = record.captions[0] if record.captions else ""
-    height, width = image_uint8.shape[:2]
-    return Row(record.key, index, caption, hash_of(record.image), (height, width)), prepared(image_uint8)
 
 
 def _read_ahead(pool: futures.Executor, work: Callable, indices, size: int) -> Iterator[list]:
