@@ -120,7 +120,7 @@ def demand(abstract: Any, axes: Any, *, batch_size: int, accumulate: int = 1) ->
 def slice_size(devices: Sequence[jax.Device]) -> int:
     """Devices that share a fast network: of one slice (TPU slice, NVLink domain) where there are several, all of a
     TPU slice, else those of one process; 1 process or 1 device each: all."""
-    return len(devices) // len({_slice_of(device, devices) for device in devices})
+    return len(devices) // len(set(_slices(devices)))
 
 
 def describe(mesh: Mesh) -> str:
@@ -129,16 +129,12 @@ def describe(mesh: Mesh) -> str:
     return f"mesh {_text(mesh.devices.shape)} on {len(devices)} device(s) in slices of {slice_size(devices)}"
 
 
-def _slice_of(device: jax.Device, devices: Sequence[jax.Device]) -> int:
-    if len({_slice(d) for d in devices}) > 1:
-        return _slice(device)
-    processes = {d.process_index for d in devices}
-    one_each = len(processes) == len(devices)
-    return 0 if device.platform == "tpu" or one_each else device.process_index
-
-
-def _slice(device: jax.Device) -> int:
-    return getattr(device, "slice_index", None) or 0
+def _slices(devices: Sequence[jax.Device]) -> list[int]:
+    """Number of the slice of each device."""
+    slices = [getattr(device, "slice_index", None) or 0 for device in devices]
+    processes = [device.process_index for device in devices]
+    one_each = len(set(processes)) == len(devices)
+    return slices if len(set(slices)) > 1 or devices[0].platform == "tpu" or one_each else processes
 
 
 def _layouts(count: int, slice_size: int) -> list[Shape]:
@@ -165,8 +161,8 @@ def _along_slices(shape: Shape, slice_size: int) -> bool:
 def _arranged(shape: Shape, devices: tuple[jax.Device, ...]) -> np.ndarray:
     """The devices as an array of this shape, laid along the machines' networks."""
     slices: dict[int, list] = {}
-    for device in devices:
-        slices.setdefault(_slice_of(device, devices), []).append(device)
+    for device, number in zip(devices, _slices(devices), strict=True):
+        slices.setdefault(number, []).append(device)
     inside = _inside(shape, len(devices) // len(slices))
     outside = [size // part for size, part in zip(shape, inside, strict=True)]
     grids = [

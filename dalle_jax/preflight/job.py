@@ -71,7 +71,7 @@ class Job:
                 "is small"
             )
         chip = self.topology.chip
-        capability = chip.core and chip.core.compute_capability
+        capability = chip.core.compute_capability if chip.core else None
         run.check_machine(self.settings, machine=str(self.topology), platform=chip.platform, capability=capability)
         tokenizer = self.image_tokenizer
         frozen = {} if tokenizer is None else {"image_tokenizer": ModelDir({}, tokenizer, tokenizer.abstract)}
