@@ -118,7 +118,7 @@ def read(path: epath.Path, key: str) -> Any:
     Raises:
       UserError: the checkpoint is damaged.
     """
-    part = _plain(_parts(path)[key])
+    part = _parts(path)[key]
     restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
     wanted = ocp.args.PyTreeRestore(item={key: part}, restore_args={key: restore}, partial_restore=True)
     with _opened(path, ocp.PyTreeCheckpointHandler()) as opened:
@@ -151,8 +151,3 @@ def _opened(path: epath.Path, handler: ocp.CheckpointHandler) -> Iterator[ocp.Ch
         raise unreadable(path, error) from error
     finally:
         absl.logging.set_verbosity(before)
-
-
-def _plain(tree: Any) -> Any:
-    """Nested mappings as dicts; leaves as they are."""
-    return {key: _plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
