@@ -1,4 +1,4 @@
-"""Model definitions. Only this file dispatches on a model's name."""
+"""Model definitions, and the table of their names."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
