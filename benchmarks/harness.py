@@ -91,13 +91,19 @@ def command(args: argparse.Namespace, **shown: str) -> str:
     return f"{run} {shlex.join(values.get(word, word) for word in sys.argv[1:])}".strip()
 
 
-def in_turns(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure each work once a round, all in turns, so that what else the machine does hits them alike."""
+def in_turns(
+    works: Mapping[str, Callable[[], float]], rounds: int, *, slow: Mapping[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Measure each work once a round, all in turns, so that what else the machine does hits them alike.
+
+    slow: works that only the first so many rounds measure.
+    """
     found: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds):
         for name, work in works.items():
-            found[name].append(work())
-            log(f"round {number + 1}: {name} {found[name][-1]:.4g}")
+            if number < (slow or {}).get(name, rounds):
+                found[name].append(work())
+                log(f"round {number + 1}: {name} {found[name][-1]:.4g}")
     return found
 
 

@@ -2,11 +2,12 @@
 
     python -m benchmarks.peers.compare --peer-python PEER/bin/python
     python -m benchmarks.peers.compare --peer emu3 --peer-python PEER/bin/python
+    python -m benchmarks.peers.compare --peer dvae --peer-python PEER/bin/python
 
-`peer_dalle_pytorch.py` and `peer_emu3.py` say how to make their environments. Each round measures every work once,
-ours and theirs in turns, so that what else the machine does hits both; a ratio is the middle one of the rounds.
-`--slow-rounds` is for what takes the peer minutes (DALLE-pytorch's sampling as shipped). Writes
-`results/dalle_pytorch.md` or `emu3.md`.
+`peer_dalle_pytorch.py`, `peer_emu3.py` and `peer_openai_dvae.py` say how to make their environments. Each round
+measures every work once, ours and theirs in turns, so that what else the machine does hits both; a ratio is the middle
+one of the rounds. `--slow-rounds` is for what takes the peer minutes (DALLE-pytorch's sampling as shipped). Writes
+`results/PEER.md`. The dVAE's works are in `dvae.py`, the transformer's here:
 
 A training step is loss, gradients and AdamW on given image tokens; ours also keeps its moving average. A sample is
 captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Width and blocks of our decoder are
@@ -15,9 +16,12 @@ half of text and image vocabulary together, which at this shape is nearly all im
 without pixels. Both sides keep freed memory (`harness.KEEP_FREED`).
 """
 
+import dataclasses
 import functools
 import statistics
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +29,7 @@ import numpy as np
 import optax
 
 from benchmarks import harness
+from benchmarks.peers import dvae
 from benchmarks.peers.peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
 from benchmarks.peers.process import PeerProcess, Works
 from dalle_jax import sharding
@@ -39,45 +44,27 @@ from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.objectives.transformer import token_losses
 from dalle_jax.train.step import TrainStep
 
-OURS = ("train_paper", "train_full", "sample_paper", "sample_full")
-EACH = {"train": BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2), "sample": BATCH}  # tokens, images
-# name -> title, script, its works, those that take minutes, and rows of the table: our work, theirs, the ratio to reach
-# or None if it is only reported.
-PEERS = {
-    "dalle_pytorch": (
-        "DALLE-pytorch 1.6.6",
-        "peer_dalle_pytorch",
-        ("train_dense", "train_sparse", "sample_dense_cached"),
-        ("sample_dense_shipped", "sample_sparse_shipped"),
-        (
-            ("train_paper", "train_dense", 1.0),
-            ("train_paper", "train_sparse", 1.5),
-            ("train_full", "train_dense", None),
-            ("sample_paper", "sample_dense_cached", 8.0),
-            ("sample_full", "sample_dense_cached", None),
-            ("sample_paper", "sample_dense_shipped", 50.0),
-            ("sample_paper", "sample_sparse_shipped", None),
-        ),
-    ),
-    "emu3": (
-        "Emu3 of transformers 5.24.0",
-        "peer_emu3",
-        ("train_eager", "train_compiled", "sample_cached"),
-        (),
-        (
-            *(
-                (ours, theirs, None)
-                for ours in ("train_paper", "train_full")
-                for theirs in ("train_eager", "train_compiled")
-            ),
-            *((ours, "sample_cached", None) for ours in OURS[2:]),
-        ),
-    ),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """Works of ours beside those of a peer's script.
+
+    rows: our work, theirs, and the ratio to reach, or None if it is only reported. slow: their works that take minutes.
+    build: makes our works. does: what a work's name begins with -> how much it does, the unit, and digits to show.
+    notes: lines about what both sides compute, from the peer's last answer.
+    """
+
+    title: str
+    script: str
+    rows: tuple[tuple[str, str, float | None], ...]
+    build: Callable[[str], Callable[[], None]]
+    does: Mapping[str, tuple[int, str, int]]
+    notes: Callable[[Mapping[str, Any]], list[str]]
+    slow: tuple[str, ...] = ()
 
 
 def build_work(work: str):
-    """The function that does one of OURS once."""
+    """The function that does one of our works once."""
     verb, pattern = work.split("_")
     return (trainer if verb == "train" else sampler)(pattern)
 
@@ -133,7 +120,7 @@ def decoder_multiply_adds() -> int:
     return flops.traced(functools.partial(decode_images, dvae), dvae.abstract, ids_BI) // 2
 
 
-def arithmetic(about: dict) -> str:
+def arithmetic(about: Mapping[str, Any]) -> str:
     """How much both sides compute, in a sentence. about: the peer's last answer."""
     if "decoder_multiply_adds" in about:
         sides = {"ours": decoder_multiply_adds(), "theirs": about["decoder_multiply_adds"]}
@@ -162,52 +149,101 @@ def sampler(pattern: str):
     return sample
 
 
-def run_rounds(peer: PeerProcess, fast, slow, args) -> dict[str, list[float]]:
-    """work -> the middle of its seconds in each round."""
-    ours, seconds = Works(build_work), {}
-    for index in range(max(args.rounds, args.slow_rounds)):
-        theirs = fast * (index < args.rounds) + slow * (index < args.slow_rounds)
-        turns = [(ours, work) for work in OURS] + [(peer, work) for work in theirs]
-        for side, work in sorted(turns, key=lambda turn: turn[1]):  # works of one kind of both sides in a row
-            found = statistics.median(side.measure(work, args.train_steps if work.startswith("train") else 1))
-            seconds.setdefault(work, []).append(found)
-            harness.log(f"round {index + 1}: {work} {found:.3f} s")
-    return seconds
+def notes(about: Mapping[str, Any]) -> list[str]:
+    return [
+        f"Shape: {', '.join(f'{key} {value}' for key, value in SHAPE.items())}, batch {BATCH}; float32.",
+        "",
+        arithmetic(about),
+    ]
+
+
+DOES = {"train": (BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2), "tokens/s", 0), "sample": (BATCH, "images/s", 3)}
+PEERS = {
+    "dalle_pytorch": Peer(
+        "Speed next to DALLE-pytorch 1.6.6",
+        "peer_dalle_pytorch",
+        (
+            ("train_paper", "train_dense", 1.0),
+            ("train_paper", "train_sparse", 1.5),
+            ("train_full", "train_dense", None),
+            ("sample_paper", "sample_dense_cached", 8.0),
+            ("sample_full", "sample_dense_cached", None),
+            ("sample_paper", "sample_dense_shipped", 50.0),
+            ("sample_paper", "sample_sparse_shipped", None),
+        ),
+        build_work,
+        DOES,
+        notes,
+        slow=("sample_dense_shipped", "sample_sparse_shipped"),
+    ),
+    "emu3": Peer(
+        "Speed next to Emu3 of transformers 5.24.0",
+        "peer_emu3",
+        (
+            ("train_paper", "train_eager", None),
+            ("train_paper", "train_compiled", None),
+            ("train_full", "train_eager", None),
+            ("train_full", "train_compiled", None),
+            ("sample_paper", "sample_cached", None),
+            ("sample_full", "sample_cached", None),
+        ),
+        build_work,
+        DOES,
+        notes,
+    ),
+    "dvae": Peer(
+        "The dVAE next to OpenAI's modules in torch",
+        "peer_openai_dvae",
+        (
+            ("train_fp32", "train_nchw", None),
+            ("train_fp32", "train_nhwc", None),
+            ("train_bf16", "train_nhwc_bf16", None),
+            ("encode_fp32", "encode_nchw", None),
+            ("encode_fp32", "encode_nhwc", None),
+            ("encode_bf16", "encode_nhwc_bf16", None),
+        ),
+        dvae.build_work,
+        dict.fromkeys(("train", "encode"), (dvae.BATCH, "images/s", 1)),
+        dvae.notes,
+    ),
+}
 
 
 def main() -> int:
     parser = harness.parser(__doc__, rounds=5, peer=True)
     parser.add_argument("--peer", choices=PEERS, default="dalle_pytorch")
     parser.add_argument("--slow-rounds", type=int, default=1, help="rounds that include the peer as shipped")
-    parser.add_argument("--train-steps", type=int, default=5, help="training steps of each work in each round")
+    parser.add_argument("--steps", type=int, default=5, help="of each work but sampling in each round")
     args = parser.parse_args()
     harness.two_cpus(THREADS)
-    machine = harness.machine()
-    title, script, fast, slow, bars = PEERS[args.peer]
-    peer = PeerProcess(args.peer_python, script, "--serve")
-    seconds = run_rounds(peer, fast, slow, args)
+    machine, this = harness.machine(), PEERS[args.peer]
+    peer, ours = PeerProcess(args.peer_python, this.script, "--serve"), Works(this.build)
+    sides = {row[0]: ours for row in this.rows} | {row[1]: peer for row in this.rows}
+
+    def middle(work: str) -> float:
+        return statistics.median(sides[work].measure(work, 1 if work.startswith("sample") else args.steps))
+
+    works = {work: functools.partial(middle, work) for work in sorted(sides)}  # those of one kind in a row
+    seconds = harness.in_turns(works, args.rounds, slow=dict.fromkeys(this.slow, args.slow_rounds))
     peer.close()
     rows, missed = [], False
-    for ours, theirs, bar in bars:
-        if theirs in seconds:
-            verb = ours.partition("_")[0]
-            unit, digits = ("tokens/s", 0) if verb == "train" else ("images/s", 3)
-            rates = [f"{EACH[verb] / statistics.median(seconds[work]):,.{digits}f} {unit}" for work in (ours, theirs)]
-            ratios = harness.ratios(seconds[theirs], seconds[ours])
+    for own, theirs, bar in this.rows:
+        if seconds[theirs]:
+            amount, unit, digits = this.does[own.partition("_")[0]]
+            rates = [f"{amount / statistics.median(seconds[work]):,.{digits}f} {unit}" for work in (own, theirs)]
+            ratios = harness.ratios(seconds[theirs], seconds[own])
             met = harness.met(statistics.median(ratios), bar)
-            rows.append((ours, theirs, *rates, harness.spread(ratios), met))
+            rows.append((own, theirs, *rates, harness.spread(ratios), met))
             missed |= met.endswith("not met")
     lines = [
         f"{machine[:-1]}, torch {peer.about['torch']}.",
-        f"Shape: {', '.join(f'{key} {value}' for key, value in SHAPE.items())}, batch {BATCH}; float32.",
+        *this.notes(peer.about),
         "",
         f"    {harness.command(args, peer_python='PEER/bin/python')}",
         "",
-        arithmetic(peer.about),
-        "",
         *harness.table("ours | theirs | our rate | their rate | ratio (lowest and highest round) | bar", rows),
     ]
-    harness.write(args.results / f"{args.peer}.md", f"Speed next to {title}", lines)
+    harness.write(args.results / f"{args.peer}.md", this.title, lines)
     return int(missed)
 
 

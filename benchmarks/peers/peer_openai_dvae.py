@@ -1,4 +1,4 @@
-"""OpenAI's dVAE modules in torch, trained on the CPU: seconds, as JSON lines. `dvae.py` alternates with it.
+"""OpenAI's dVAE modules in torch, trained on the CPU: seconds, as JSON lines. `compare.py` alternates with it.
 
 Runs in an environment of its own, which has torch and no JAX:
 
