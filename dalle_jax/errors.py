@@ -4,10 +4,11 @@ Raise `UserError` where a file, an option, a caption or a checkpoint from outsid
 one sentence: what was expected, what came, what to do. The command line prints it without a traceback and exits 2.
 """
 
+import contextlib
 import math
 import numbers
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 EXIT_USER_ERROR = 2  # another try would end the same way
@@ -28,6 +29,17 @@ def first_line(error: Exception) -> str:
 
 class UserError(Exception):
     """Something the user gave is wrong; `str(error)` is one clear sentence that says how to mend it."""
+
+
+@contextlib.contextmanager
+def writing_to(place: object, kind: str = "folder") -> Iterator[None]:
+    """Raise UserError where the block cannot write to a place that the user named; kind: in the message."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"expected a {kind} to write to, got {place} ({error.strerror or error}): choose another"
+        ) from error
 
 
 def check_choice(name: str, value: object, choices: Iterable[str], *, optional: bool = False) -> None:

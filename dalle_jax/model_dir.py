@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dalle_jax import files
 from dalle_jax.checkpoint import digest, reader
-from dalle_jax.errors import UserError, first_line
+from dalle_jax.errors import UserError, first_line, writing_to
 from dalle_jax.models import Model, Params, build, image_tokenizer
 
 CONFIG, PARAMS = "config.json", "params.safetensors"
@@ -104,13 +104,11 @@ def save(folder: str | os.PathLike, config: Mapping[str, Any], params: Params) -
     """
     folder = pathlib.Path(folder)
     flat = {path: np.ascontiguousarray(value) for path, value in flatten_dict(params, sep="/").items()}
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # without it, the folder is no model
         files.write(folder / PARAMS, safetensors.numpy.save(flat))
         files.write(folder / CONFIG, json.dumps(dict(config), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"expected a folder to write to, got {folder} ({error.strerror}): choose another") from error
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

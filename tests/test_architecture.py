@@ -168,6 +168,7 @@ def test_facts_need_numpy_at_most(unit):
     libraries = {name.partition(".")[0] for name, _ in imported(parse(PACKAGE / f"{unit}.py"))}
     assert libraries <= {
         "collections",
+        "contextlib",
         "numpy",
         "dataclasses",
         "functools",

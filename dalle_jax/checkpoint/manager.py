@@ -22,7 +22,7 @@ from etils import epath
 from dalle_jax import distributed
 from dalle_jax.checkpoint import digest, reader
 from dalle_jax.checkpoint.save_barrier import OtherProcessFailed, SaveBarrier
-from dalle_jax.errors import UserError, first_line, say
+from dalle_jax.errors import first_line, say, writing_to
 
 DAMAGED = "damaged"  # damaged-STEP-N beside the checkpoints
 ORBAX_WRITER = "async_save"  # Orbax's thread that writes and renames
@@ -62,13 +62,9 @@ class Checkpoints:
         self._copy: Any = None  # of the state, that is written; see `_copied`
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._started: concurrent.futures.Future | None = None  # Orbax's `save`, where it runs in the background
-        try:
+        with writing_to(self._folder, "workdir"):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
-        except OSError as error:
-            raise UserError(
-                f"expected a workdir to write to, got {self._folder} ({error.strerror}): choose another"
-            ) from error
         self._manager: ocp.CheckpointManager | None = None
         self._opened()
 

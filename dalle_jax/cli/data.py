@@ -25,7 +25,7 @@ from dalle_jax.data.decode import decode_image
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
 from dalle_jax.data.sources import HELP, open_source
-from dalle_jax.errors import UserError, check_number, say
+from dalle_jax.errors import UserError, check_number, say, writing_to
 from dalle_jax.pictures.fonts import fonts_for
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.text import Tokenizer, load_tokenizer
@@ -95,12 +95,8 @@ def main(args: argparse.Namespace) -> int:
     summary = summarize(source.name, found, unit="tokens" if tokenizer else "words", total=len(source))
     if args.dropped:
         lines = [json.dumps(dataclasses.asdict(outcome)) + "\n" for outcome in found if isinstance(outcome, Dropped)]
-        try:
+        with writing_to(args.dropped, "file"):
             files.write(args.dropped, "".join(lines))
-        except OSError as error:
-            raise UserError(
-                f"expected a file to write to, got {args.dropped} ({error.strerror}): choose another"
-            ) from error
     good = [row for row, outcome in zip(rows, found, strict=True) if isinstance(outcome, Usable)]
     if picture and good:
         chosen_rows = [good[i] for i in np.linspace(0, len(good) - 1, min(EXAMPLES, len(good))).astype(int)]
@@ -242,11 +238,8 @@ def draw(records: list[Record], path: str, *, config: DataConfig) -> None:
     images = [decode_image(record.image, max_pixels=config.max_pixels) for record in records]
     crops = [transforms.center_crop(image, config.image_size) for image in images]
     captions = [_printable(record.captions[0])[:MAX_CAPTION] if record.captions else "" for record in records]
-    try:
-        with files.replacing(path) as aside:
-            contact_sheet(crops, captions, columns=COLUMNS).save(aside, "PNG")
-    except OSError as error:
-        raise UserError(f"expected to write the picture {path}, got {error}: choose another with --picture") from error
+    with writing_to(path, "file"), files.replacing(path) as aside:
+        contact_sheet(crops, captions, columns=COLUMNS).save(aside, "PNG")
     if undrawable := fonts_for(captions)[1]:
         say(
             f"dalle-jax: no installed font has {len(undrawable)} of the letters in {path}, such as "

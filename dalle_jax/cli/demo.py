@@ -24,7 +24,7 @@ from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source, scenes
 from dalle_jax.data.sources.scene_checker import accuracy, fault
 from dalle_jax.data.sources.scenes import Scene
-from dalle_jax.errors import UserError, check_number, say
+from dalle_jax.errors import check_number, say, writing_to
 from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.pictures.sheet import contact_sheet
@@ -193,12 +193,10 @@ def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
     settings = load_settings("configs/transformer.py:demo")
     assert isinstance(settings.model, TransformerConfig)
     file = workdir / "tokenizer.model"
-    try:
+    with writing_to(workdir, "workdir"):
         if not file.exists():
             captions = first_captions(settings.run.data.train or "", TOKENIZER_CAPTIONS)
             BPETokenizer.train(captions, vocab_size=settings.model.text_vocab).save(file)
-    except OSError as error:
-        raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error
     return file
 
 

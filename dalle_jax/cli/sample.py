@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from dalle_jax.data.decode import BadImage, decode_image
-from dalle_jax.errors import UserError, say
+from dalle_jax.errors import UserError, say, writing_to
 from dalle_jax.models import decoding
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.pictures.sheet import contact_sheet
@@ -80,13 +80,11 @@ def main(args: argparse.Namespace) -> int:
     sheet = contact_sheet(
         [np.asarray(picture) for picture in flat], [_title(picture) for picture in flat], columns=min(args.n, 8)
     )
-    try:
+    with writing_to(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         for picture, file in zip(flat, files, strict=True):
             picture.save(file)
         sheet.save(args.out / SHEET)
-    except OSError as error:
-        raise UserError(f"expected a folder to write to, got {args.out} ({error.strerror}): choose another") from error
     seconds = time.monotonic() - start
     if args.json:
         made = [{"file": str(file), **picture.metadata()} for picture, file in zip(flat, files, strict=True)]

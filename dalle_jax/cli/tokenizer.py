@@ -8,7 +8,7 @@ import tqdm
 
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import HELP, open_source
-from dalle_jax.errors import UserError, check_number
+from dalle_jax.errors import check_number, writing_to
 from dalle_jax.text import Tokenizer
 from dalle_jax.text.bpe import RESERVED, BPETokenizer
 
@@ -39,10 +39,8 @@ def main(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     captions = read_captions(open_source(args.source, pictures_required=False))
     tokenizer = BPETokenizer.train(captions, vocab_size=args.vocab_size)
-    try:
+    with writing_to(args.out):
         path = tokenizer.save(args.out)
-    except OSError as error:
-        raise UserError(f"expected a folder to write to, got {args.out} ({error.strerror}): choose another") from error
     print(f"{path}: {describe(tokenizer, captions)}")
     return 0
 

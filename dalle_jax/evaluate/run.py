@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, writing_to
 from dalle_jax.evaluate import distances, drawing, overlap, report, statistics
 from dalle_jax.evaluate.clip import caption_scores
 from dalle_jax.evaluate.drawing import Drawing, Plan
@@ -47,7 +47,7 @@ def evaluate(
         raise UserError(f"expected one radius of blur to save statistics of, got {evaluation.measure.blur}: name one")
     if evaluation.draw is None and (out / drawing.PLAN).exists():
         raise UserError(f"{out} holds an evaluation that draws its pictures: give another --out for given ones")
-    try:
+    with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         inputs = open_inputs(evaluation, model=model)
         plan = inputs.images.plan(out, worker) if isinstance(inputs.images, Drawing) else None
@@ -62,10 +62,6 @@ def evaluate(
             report.write(out, made)
         worker.wait([out / report.REPORT])
         worker.meet()  # nobody looks for a part any more
-    except OSError as error:
-        raise UserError(
-            f"expected a folder to write to, got {out} ({error.strerror or error}): choose another"
-        ) from error
     if worker.first:
         shutil.rmtree(out / FEATURES, ignore_errors=True)
     return made

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, writing_to
 
 COMMON = ("network", "weights", "resize", "crop", "side", "blur")  # what two sets must have in common
 SYMMETRIC = 1e-6  # of the largest entry: single precision files are read too
@@ -42,11 +42,9 @@ def save(path: str | os.PathLike, statistics: Statistics) -> None:
     if path.suffix != ".npz":
         raise UserError(f"expected a statistics file ending in .npz, got {path}: name it so")
     about = json.dumps({"count": statistics.count, **statistics.about})
-    try:
+    with writing_to(path, "place"):
         with path.open("wb") as file:
             np.savez(file, mu=statistics.mean_F, sigma=statistics.covariance_FF, about=about)
-    except OSError as error:
-        raise UserError(f"expected a place to write to, got {path} ({error.strerror}): choose another") from error
 
 
 def load(path: str | os.PathLike) -> Statistics:

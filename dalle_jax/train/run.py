@@ -22,7 +22,7 @@ from dalle_jax.data.record import Source
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources.features import TokenSource
-from dalle_jax.errors import UserError, say
+from dalle_jax.errors import UserError, say, writing_to
 from dalle_jax.mesh import CHOOSE, demand, describe, make_mesh
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models.attention import kernels
@@ -280,12 +280,10 @@ def _fill_workdir(
     """Write what a resumed run and a sampler need; config.json last, as it says that the rest is there."""
     if jax.process_index() != 0:
         return
-    try:
+    with writing_to(workdir, "workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not (workdir / TOKENIZER).exists():
             tokenizer.save(workdir)
         if not all(model_dir.has_frozen(workdir, role) for role in frozen):
             model_dir.save_frozen(workdir, frozen)
         files.write(workdir / model_dir.CONFIG, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"expected a workdir to write to, got {workdir} ({error.strerror}): choose another") from error
