@@ -243,10 +243,7 @@ def clip_score(images_XE: np.ndarray, captions_XE: np.ndarray) -> float:
     Raises:
       UserError: not one caption a picture, or vectors that are not finite or 0.
     """
-    images_XE, captions_XE = _pair(images_XE, captions_XE)
-    if len(images_XE) != len(captions_XE) or not len(images_XE):
-        raise UserError(f"expected one caption a picture, got {len(captions_XE)} and {len(images_XE)}")
-    cosines = np.einsum("xe,xe->x", _unit(images_XE), _unit(captions_XE))
+    cosines = np.einsum("xe,xe->x", *_captioned(images_XE, captions_XE))
     return float(CLIP_SCORE_WEIGHT * np.clip(cosines, 0, None).mean())
 
 
@@ -258,10 +255,7 @@ def r_precision(images_XE: np.ndarray, captions_XE: np.ndarray, *, candidates: i
     Raises:
       UserError: not one caption a picture, fewer different captions than candidates, vectors not finite or 0.
     """
-    images_XE, captions_XE = _pair(images_XE, captions_XE)
-    if len(images_XE) != len(captions_XE):
-        raise UserError(f"expected one caption a picture, got {len(captions_XE)} and {len(images_XE)}")
-    images_XE, captions_XE = _unit(images_XE), _unit(captions_XE)
+    images_XE, captions_XE = _captioned(images_XE, captions_XE)
     unique_YE, right_X = np.unique(captions_XE, axis=0, return_inverse=True)
     if candidates < 2 or len(unique_YE) < candidates:
         raise UserError(f"expected at least {max(candidates, 2)} different captions, got {len(unique_YE)}: give more")
@@ -271,6 +265,14 @@ def r_precision(images_XE: np.ndarray, captions_XE: np.ndarray, *, candidates: i
         others += others >= right
         hits += image_E @ unique_YE[right] > (unique_YE[others] @ image_E).max()
     return hits / len(images_XE)
+
+
+def _captioned(images_XE, captions_XE) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of pictures and of one caption each."""
+    images_XE, captions_XE = _pair(images_XE, captions_XE)
+    if len(images_XE) != len(captions_XE) or not len(images_XE):
+        raise UserError(f"expected one caption a picture, got {len(captions_XE)} and {len(images_XE)}")
+    return _unit(images_XE), _unit(captions_XE)
 
 
 def _unit(x_XE):
