@@ -15,6 +15,7 @@ from concurrent import futures
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from dalle_jax import files
 from dalle_jax.config import differences
@@ -173,15 +174,13 @@ class Drawing:
         self.pipe.check(self.request(plan.captions[-1], plan.seed(count - 1)))  # the largest seed
         shards = [range(start, min(start + size, count)) for start in range(0, count, size)]
         paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
-        mine = worker.share.of(range(len(shards)))
-        todo = [number for number in mine if not paths[number].exists()]
-        total = sum(len(shards[number]) for number in mine)
-        done = total - sum(len(shards[number]) for number in todo)
-        with worker.bar("drawing", total=total, done=done) as bar:
-            for number in todo:
-                self._draw_shard(paths[number], shards[number], plan, worker, bar.update)
-                bar.set_description(f"{paths[number].name} of {len(shards)} shards drawn", refresh=False)
-                worker.log(bar)
+
+        def make(number: int, bar: tqdm.tqdm) -> None:
+            self._draw_shard(paths[number], shards[number], plan, worker, bar.update)
+            bar.set_description_str(f"{paths[number].name} of {len(shards)} shards drawn", refresh=False)
+
+        sizes = [len(shard) for shard in shards]
+        worker.make_parts("drawing", sizes, is_done=lambda number: paths[number].exists(), make=make)
         return paths
 
     def _draw_shard(self, path: pathlib.Path, indices: range, plan: Plan, worker: Worker, advance: Callable) -> None:

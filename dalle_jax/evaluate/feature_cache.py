@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent import futures
 
 import numpy as np
+import tqdm
 
 from dalle_jax import files
 from dalle_jax.data.record import Dropped, Source
@@ -129,22 +130,19 @@ class FeatureCache:
         pieces = [images.rows[start : start + PART] for start in range(0, len(images.rows), PART)]
         paths = [self.folder / f"{name}-{number:05d}.npz" for number in range(len(pieces))]
         self.folder.mkdir(parents=True, exist_ok=True)
-        todo, done = [], 0
-        for number in worker.share.of(range(len(pieces))):
+
+        def is_done(number: int) -> bool:
             worker.beat("features")
-            if _is_current(paths[number], source):
-                done += len(pieces[number])
-            else:
-                todo.append(number)
+            return _is_current(paths[number], source)
+
+        def make(number: int, bar: tqdm.tqdm) -> None:
+            worker.beat("features")
+            found = extractor.of_source(source, preprocess=preprocess, rows=pieces[number], advance=bar.update)
+            check_features(found.features_XF)  # before hours go by
+            files.write(paths[number], _packed(found))
+
         what = f"{images.name} by {extractor.network}" + (f", blur {preprocess.blur:g}" if preprocess.blur else "")
-        total = done + sum(len(pieces[number]) for number in todo)
-        with worker.bar(what, total=total, done=done) as bar:
-            for number in todo:
-                worker.beat("features")
-                found = extractor.of_source(source, preprocess=preprocess, rows=pieces[number], advance=bar.update)
-                check_features(found.features_XF)  # before hours go by
-                files.write(paths[number], _packed(found))
-                worker.log(bar)
+        worker.make_parts(what, [len(piece) for piece in pieces], is_done=is_done, make=make)
         return Parts(images, paths, worker)
 
 

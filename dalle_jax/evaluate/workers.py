@@ -17,7 +17,6 @@ from dalle_jax import errors
 from dalle_jax.data.share import Share
 
 POLL_SECONDS = 0.5
-UNIT = " pictures"
 LOG_FORMAT = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left"
 
 
@@ -50,14 +49,26 @@ class Worker:
                 self.beat("wait")
                 time.sleep(POLL_SECONDS)
 
-    def bar(self, name: str, *, total: int, done: int = 0) -> tqdm.tqdm:
-        """Pictures done, their speed and the time left: a bar on a terminal, a line for each `log` elsewhere."""
-        if self.show and sys.stderr.isatty():
-            return tqdm.tqdm(total=total, initial=done, desc=name, unit=UNIT)
-        lines = {"bar_format": LOG_FORMAT, "smoothing": 0, "file": io.StringIO()}
-        return tqdm.tqdm(total=total, initial=done, desc=name, unit=UNIT, **lines)
+    def make_parts(
+        self,
+        name: str,
+        sizes: Sequence[int],
+        *,
+        is_done: Callable[[int], bool],
+        make: Callable[[int, tqdm.tqdm], None],
+    ) -> None:
+        """Make those parts of this worker that are not on disk yet.
 
-    def log(self, bar: tqdm.tqdm) -> None:
-        """Say how far a bar is, unless it is on a terminal."""
-        if self.show and not sys.stderr.isatty():
-            errors.say(str(bar))
+        name: of the work, for people. sizes: pictures of each part. is_done, make: called with the number of a part;
+        make also with the bar to update. Progress is a bar on a terminal, and a line for each part elsewhere.
+        """
+        terminal = self.show and sys.stderr.isatty()
+        lines = {} if terminal else {"bar_format": LOG_FORMAT, "smoothing": 0, "file": io.StringIO()}
+        mine = self.share.of(range(len(sizes)))
+        todo = [number for number in mine if not is_done(number)]
+        total, left = (sum(sizes[number] for number in numbers) for numbers in (mine, todo))
+        with tqdm.tqdm(total=total, initial=total - left, desc=name, unit=" pictures", **lines) as bar:
+            for number in todo:
+                make(number, bar)
+                if self.show and not terminal:
+                    errors.say(str(bar))
