@@ -9,8 +9,9 @@ import pytest
 from dalle_jax import files, model_dir
 from dalle_jax.errors import UserError
 from dalle_jax.models import build
-from tests.support.checkpoints import equal, state
+from tests.support.checkpoints import state
 from tests.support.parameters import random_parameters
+from tests.support.trees import identical
 
 CONFIG = {"name": "dvae", "model": {"width": 4}}
 
@@ -20,9 +21,9 @@ def test_an_exported_model_comes_back_as_it_was(tmp_path):
     model_dir.save(tmp_path / "a" / "b", CONFIG, params)
     config, loaded = model_dir.read_config(tmp_path / "a" / "b"), model_dir.read_params(tmp_path / "a" / "b")
     assert config == CONFIG and loaded["whole"].dtype == np.int32
-    equal(loaded, params)
+    identical(loaded, params)
     model_dir.save(tmp_path / "a" / "b", CONFIG, {"b": np.zeros(1)})
-    equal(model_dir.read_params(tmp_path / "a" / "b"), {"b": np.zeros(1)})
+    identical(model_dir.read_params(tmp_path / "a" / "b"), {"b": np.zeros(1)})
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["config.json", "params.safetensors"]
 
 

@@ -9,7 +9,8 @@ import pytest
 from dalle_jax.checkpoint import digest, manager, reader
 from dalle_jax.mesh import make_mesh
 from tests.support import stand_in_bucket
-from tests.support.checkpoints import abstract, equal, state
+from tests.support.checkpoints import abstract, state
+from tests.support.trees import identical
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs, of the extra test")
 
@@ -59,7 +60,7 @@ def test_a_run_goes_on_from_its_bucket_on_another_mesh(open_run, bucket, name):
     run, said = open_run()
     step, restored, position = run.restore_latest(abstract(make_mesh({"fsdp": -1})))
     assert (step, position, said) == (9, {"position": [9]}, [])
-    equal(restored, state(9))
+    identical(restored, state(9))
     assert restored["params"]["block"]["w"].addressable_shards[0].data.shape == (1, 2)
     assert reader.state_digests(path / "9")["params"] == digest.of_tree(jax.device_get(state(9)["params"]))
 
@@ -74,7 +75,7 @@ def test_damage_in_a_bucket_is_found_and_set_aside(open_run, bucket, name):
     bucket.put(largest, bytes(content))
     step, restored, _ = run.restore_latest(abstract())
     assert step == 5
-    equal(restored, state(5))
+    identical(restored, state(5))
     (line,) = said
     assert "damaged-9-1" in line
     assert any(file.startswith(f"{name}/damaged-9-1/state/") for file in bucket.objects)
@@ -90,7 +91,7 @@ def test_an_unfinished_checkpoint_in_a_bucket_is_never_read(open_run, bucket, na
     run, _ = open_run()
     step, restored, _ = run.restore_latest(abstract())
     assert step == 5
-    equal(restored, state(5))
+    identical(restored, state(5))
     saved(run, 9)
 
 
@@ -106,4 +107,4 @@ def test_a_bucket_that_refuses_costs_a_checkpoint_and_no_more(open_run, bucket, 
     assert len(said) == 2 and "step 9 " in said[0] and "step 12 " in said[1]
     step, restored, _ = run.restore_latest(abstract())
     assert step == 13
-    equal(restored, state(13))
+    identical(restored, state(13))

@@ -14,7 +14,8 @@ from dalle_jax.data.record import Dropped, Record
 from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError
 from dalle_jax.layout import Layout
-from tests.support.numbers_source import LAYOUT, Numbers, assert_same, batches, caption, numbers_of, take
+from tests.support.numbers_source import LAYOUT, Numbers, batches, caption, numbers_of, take
+from tests.support.trees import identical
 
 LENIENT = Reading(threads=2, max_bad_share=0.5)
 
@@ -95,7 +96,7 @@ def test_seed_and_threads(tokenizer):
         config = DataConfig(image_size=8, augment="dvae", bpe_dropout=0.1)
         return take(batches(Numbers(40), tokenizer, config=config, seed=seed, reading=Reading(threads=threads)), 5)
 
-    assert_same(run(1, 0), run(1, 4))
+    identical(run(1, 0), run(1, 4))
     assert any((a["image"] != b["image"]).any() for a, b in zip(run(1, 2), run(2, 2), strict=True))
 
 
@@ -119,7 +120,7 @@ def test_resume_is_exact(tokenizer, stop):
     resumed = batches(source, tokenizer, config=config, reading=LENIENT)
     take(resumed, 2)  # it may have been used before
     resumed.set_state(state)
-    assert_same(take(resumed, 12), rest)
+    identical(take(resumed, 12), rest)
     assert resumed.get_state() == straight.get_state()
     assert (resumed.good, resumed.dropped, resumed.cut) == (straight.good, straight.dropped, straight.cut)
 
@@ -151,7 +152,7 @@ def test_in_order_for_validation(tokenizer):
         for seed in (1, 2)
     )
     assert [numbers_of(batch, tokenizer) for batch in first] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert_same(first, second)
+    identical(first, second)
 
 
 def test_shuffled_epochs_leave_the_partial_batch_out(tokenizer):

@@ -10,7 +10,8 @@ from dalle_jax.data.pipeline import DataConfig, Prepare, Reading
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError
-from tests.support.numbers_source import LAYOUT, Numbers, assert_same, batches, numbers_of, take
+from tests.support.numbers_source import LAYOUT, Numbers, batches, numbers_of, take
+from tests.support.trees import identical
 
 CONFIG = DataConfig(image_size=8, augment="transformer", bpe_dropout=0.1)
 LENIENT = Reading(threads=2, max_bad_share=0.5)
@@ -42,7 +43,7 @@ def test_one_shard_is_plain_batches(tokenizer):
     source = Numbers(23, faults=(2, 5))
     (sharded,) = readers(source, tokenizer, 1, shards=None, batch_size=4)
     plain = batches(source, tokenizer, config=CONFIG, reading=LENIENT)
-    assert_same(take(sharded, 12), take(plain, 12))
+    identical(take(sharded, 12), take(plain, 12))
     assert sharded.get_state()["lanes"] == [plain.get_state()]
     assert (sharded.good, sharded.dropped) == (plain.good, plain.dropped)
 
@@ -51,7 +52,7 @@ def test_one_shard_is_plain_batches(tokenizer):
 def test_batches_do_not_depend_on_who_reads_the_shards(tokenizer, count):
     source = Numbers(29, faults=(2, 5, 11))
     wanted = global_batches(readers(source, tokenizer, 4, shards=4), 12)
-    assert_same(global_batches(readers(source, tokenizer, count, shards=4), 12), wanted)
+    identical(global_batches(readers(source, tokenizer, count, shards=4), 12), wanted)
 
 
 def test_every_record_once_per_epoch(tokenizer):
@@ -76,7 +77,7 @@ def test_another_number_of_readers_goes_on_at_the_same_records(tokenizer, later)
         reader.set_state(json.loads(states[0]))
     assert sum(reader.good for reader in resumed) == good
     assert sum(reader.dropped.total() for reader in resumed) == dropped
-    assert_same(global_batches(resumed, 7), global_batches(first, 7))
+    identical(global_batches(resumed, 7), global_batches(first, 7))
     assert resumed[0].get_state() == first[0].get_state()
 
 
@@ -123,7 +124,7 @@ def test_the_same_records_under_another_name_go_on_and_others_are_refused(tokeni
     moved.name = "elsewhere"
     (after,) = readers(moved, tokenizer, 1, shards=None)
     after.set_state(state)
-    assert_same(take(after, 2), take(before, 2))
+    identical(take(after, 2), take(before, 2))
     (other,) = readers(Others(24), tokenizer, 1, shards=None)
     with pytest.raises(UserError, match="got record 'other0' of numbers in the place of 'key0': name the same data"):
         other.set_state(state)

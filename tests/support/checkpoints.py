@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dalle_jax import sharding
 
@@ -24,7 +23,3 @@ def abstract(mesh=None):
         ),
         shapes,
     )
-
-
-def equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -48,11 +48,3 @@ def numbers_of(batch, tokenizer):
 
 def take(iterator, count):
     return [next(iterator) for _ in range(count)]
-
-
-def assert_same(first, second):
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
