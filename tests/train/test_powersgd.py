@@ -245,8 +245,6 @@ def mesh_of(name, values):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Compression(0), "at least 1 .*got 0"),
-        (lambda: Compression(8, "fp16"), "format to be one of fp32, bf16, paper"),
         (lambda: made(1, 8, 8, "bf16"), "expected several replicas .* set --config.run.mesh.replica"),
         (lambda: made(2, 4, 6, "bf16"), "multiple of 4, .* got 6: choose 4"),
         (lambda: mesh_of("dvae", {"compression.rank": 8}), "be no mean"),

@@ -295,6 +295,7 @@ def test_float16_is_refused_on_a_tpu(monkeypatch, tmp_path):
         ("clip", {"model.precision": "fp16-paper"}, "got a CLIP: use fp16-global"),
         ("transformer", {"model.precision": "fp16"}, "precision must be one of .*fp16-global"),
         ("transformer", {"model.precision": "fp16-paper", "storage.params": "bf16"}, "config.storage.params = fp32"),
+        ("transformer", {"optimizer.name": "muon", "optimizer.moments": "paper"}, "made for Adam's two moments"),
         ("transformer", {"run.offload_ema": True, "ema.decay": 0.0}, "average is the parameters"),
     ],
 )

@@ -127,13 +127,6 @@ def test_a_finished_run_is_left_as_it_is_and_more_steps_go_on(straight, dvae_val
     assert again.step == 6
 
 
-def test_another_config_is_refused_with_the_keys(straight, dvae_values):
-    with pytest.raises(UserError, match=r"\(batch_size was 8 and is 16, model.width was 8 and is 12\)"):
-        run.train(
-            demo_settings("dvae", dvae_values | {"model.width": 12, "batch_size": 16}), straight[0], progress=False
-        )
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     captions = [f"picture number {index} of many" for index in range(20)]
@@ -181,7 +174,6 @@ def test_a_transformers_workdir_needs_nothing_from_outside(transformer_values, t
         ("model.heads", 0, "heads must be at least 1"),
         ("batch_size", 9, "multiple of 8"),
         ("run.mesh.fsdp", 3, "does not fit 8 device"),
-        ("data.bpe_dropout", 2.0, "bpe_dropout"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_anything_is_written(
