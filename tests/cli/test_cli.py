@@ -156,14 +156,6 @@ def test_defects_keep_their_traceback(verbs):
         cli.main(["data", "defect"])
 
 
-def test_a_verb_asks_for_nothing_before_it_is_called(monkeypatch, verbs):
-    monkeypatch.delitem(sys.modules, "small_verb")  # importing it would fail now
-    with pytest.raises(SystemExit):
-        cli.parse(["--help"])
-    with pytest.raises(ModuleNotFoundError, match="small_verb"):
-        cli.parse(["data", "--help"])
-
-
 def test_the_package_has_a_lazy_pipeline_and_nothing_else():
     with pytest.raises(AttributeError, match="Piepline"):
         _ = dalle_jax.Piepline

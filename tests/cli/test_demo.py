@@ -2,12 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from dalle_jax.cli import demo, main
-from dalle_jax.data.sources import scenes
 
 FEW = [
     "--config.run.steps=3",
@@ -76,14 +74,6 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path, monkeypatch, caps
     (tmp_path / "file").write_text("")
     assert main.main(["demo", "--workdir", str(tmp_path / "file" / "demo")]) == 2
     assert "error: expected a workdir to write to" in capsys.readouterr().err
-
-
-def test_tuning_and_report_captions_are_disjoint():
-    for name in demo.TUNED_ON:
-        tuned = {caption for caption, _ in scenes.captions(name, "tune", 64)}
-        reported = {caption for caption, _ in scenes.captions(name, "report", 200)}
-        assert not tuned & reported
-    assert len(np.unique(demo.TEMPERATURES)) == len(demo.TEMPERATURES)
 
 
 def test_an_interrupted_stage_ends_the_demo(tmp_path, monkeypatch):

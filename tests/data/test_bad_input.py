@@ -232,28 +232,5 @@ def test_shared_broken_coco_json():
         open_source(f"coco:{SHARED}/bad_folder/captions_cut.json,{SHARED}/folder/images")
 
 
-@shared
-@pytest.mark.parametrize(
-    "spec, good", [("wds:{}/bad/*.tar", None), ("folder:{}/bad_folder", 5), ("wds:{}/odd.tar", 48)]
-)
-def test_shared_files_through_the_report_and_the_batches(spec, good, capsys):
-    """No good record is lost on either way, and both count the same reasons."""
-    spec = spec.format(SHARED)
-    assert main(["data", spec, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    if good is None:
-        good = sum(kept for kept, _ in OUTCOMES.values())
-        assert report["dropped"] == sum(
-            (collections.Counter(bad) for _, bad in OUTCOMES.values()), collections.Counter()
-        )
-    assert report["good"] == good and report["records"] == good + sum(report["dropped"].values())
-    prepare, reading = pipeline.Prepare(pipeline.DataConfig(image_size=16)), pipeline.Reading(max_bad_share=0.6)
-    batches = pipeline.Batches(
-        open_source(spec), prepare, batch_size=8, seed=0, shuffle=False, epochs=1, reading=reading
-    )
-    assert sum(len(batch["image"]) for batch in batches) == good
-    assert batches.dropped == report["dropped"]
-
-
 def test_no_reason_has_two_meanings():
     assert not set(record.REASONS) & set(filters.REASONS)

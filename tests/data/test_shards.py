@@ -55,13 +55,6 @@ def test_batches_do_not_depend_on_who_reads_the_shards(tokenizer, count):
     identical(global_batches(readers(source, tokenizer, count, shards=4), 12), wanted)
 
 
-def test_every_record_once_per_epoch(tokenizer):
-    seen = [numbers_of(batch, tokenizer) for batch in global_batches(readers(Numbers(24), tokenizer, 2, shards=4), 6)]
-    for epoch in (seen[:3], seen[3:]):
-        assert sorted(sum(epoch, [])) == list(range(24))
-    assert seen[:3] != seen[3:]
-
-
 @pytest.mark.parametrize("later", [1, 2, 4])
 def test_another_number_of_readers_goes_on_at_the_same_records(tokenizer, later):
     source = Numbers(29, faults=(2, 5, 11))
