@@ -89,10 +89,6 @@ class Object:
     color: str
     size: str | None = None
 
-    def __post_init__(self):
-        if self.shape not in SHAPES or self.color not in COLORS or self.size not in (None, *SIZES):
-            raise ValueError(f"no such object: {self.size} {self.color} {self.shape}")
-
     def __str__(self):
         words = f"{self.size} {self.color} {self.shape}" if self.size else f"{self.color} {self.shape}"
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -104,10 +100,6 @@ class Scene:
 
     objects: tuple[Object, ...]
     relation: str | None = None
-
-    def __post_init__(self):
-        if len(self.objects) != (1 if self.relation is None else 2) or self.relation not in (None, *RELATIONS):
-            raise ValueError(f"a scene has one object, or two and a relation; got {self.objects}, {self.relation!r}")
 
 
 @dataclasses.dataclass(frozen=True)
