@@ -24,7 +24,7 @@ from dalle_jax import files, model_dir, sharding
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import MAX_PIXELS, BadImage, decode_image
 from dalle_jax.data.record import Dropped, Encoded, Record, Source
-from dalle_jax.data.share import WHOLE, Share
+from dalle_jax.data.share import Share
 from dalle_jax.data.sources import HELP, TOKENS, features, open_source
 from dalle_jax.errors import UserError, check_number
 from dalle_jax.mesh import local_mesh
@@ -166,8 +166,8 @@ def encode(
     settings: features.Settings,
     encoder: Encoder,
     *,
-    share: Share = WHOLE,
-    threads: int = 1,
+    share: Share,
+    threads: int,
 ) -> dict:
     """Write the shards of this share that are not there yet, with a bar on stderr.
 

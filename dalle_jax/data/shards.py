@@ -14,16 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from dalle_jax.data.pipeline import READING, Batches, Prepare, Reading
+from dalle_jax.data.pipeline import Batches, Prepare, Reading
 from dalle_jax.data.record import Source
-from dalle_jax.data.share import WHOLE, Share
+from dalle_jax.data.share import Share
 from dalle_jax.errors import UserError
 
 KEYS = 16  # records by whose keys a source is known again
-
-
-def _alone(value: Any) -> list[Any]:
-    return [value]
 
 
 class ShardedBatches:
@@ -36,10 +32,10 @@ class ShardedBatches:
         *,
         batch_size: int,
         seed: int,
-        shards: int | None = None,
-        share: Share = WHOLE,
-        reading: Reading = READING,
-        gather: Callable[[Any], list[Any]] = _alone,
+        shards: int | None,
+        share: Share,
+        reading: Reading,
+        gather: Callable[[Any], list[Any]],
     ):
         """batch_size: of all readers together. shards: None takes those of the state to resume, or one a reader.
 
