@@ -11,7 +11,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import io
 import lzma
 import os
 import pathlib
@@ -109,7 +108,7 @@ class ShardSource:
             self._paths = list(pool.map(plain_tar, paths))
             self._indexes = list(pool.map(load_index, self._paths))
         self._ends = np.cumsum([len(index) for index in self._indexes])  # of the shards' rows
-        self._file = functools.lru_cache(OPEN_FILES)(_open)  # the files used last
+        self._file = functools.lru_cache(OPEN_FILES)(functools.partial(open, mode="rb", buffering=0))  # the last ones
 
     def __reduce__(self):
         return functools.partial(ShardSource, captions_required=self._captions_required), (self.name, self._given)
@@ -153,24 +152,15 @@ class ShardSource:
         if size > limit:
             raise BadRecord("too many bytes", f"{size}, the limit is {limit}")
         try:
-            data = _read(self._file(self._paths[shard]), offset, size)
+            file = self._file(self._paths[shard])
+            data = os.pread(file.fileno(), size, offset)  # needs no seek and so no lock
+            while len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
+                data += more  # one read stops at about 2 GiB or at a signal
         except OSError as error:
             raise BadRecord("unreadable file", str(error)) from None
         if len(data) < size:
             raise BadRecord("truncated tar", f"{self._paths[shard]} has shrunk since it was indexed")
         return data
-
-
-def _open(path: str) -> io.FileIO:
-    return open(path, "rb", buffering=0)
-
-
-def _read(file: io.FileIO, offset: int, size: int) -> bytes:
-    """Up to `size` bytes by `os.pread`, which needs no seek and so no lock."""
-    data = os.pread(file.fileno(), size, offset)
-    while len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
-        data += more  # one read stops at about 2 GiB or at a signal
-    return data
 
 
 def load_index(path: str) -> Index:
