@@ -7,7 +7,7 @@ pictures, Y: training pictures.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,22 +25,18 @@ SIDE = 128  # pixels of a picture on the sheet
 
 
 @dataclasses.dataclass(frozen=True)
-class Nearest:
-    """The nearest training picture of each reference picture.
+class Pair:
+    """A reference picture and the training picture nearest to it. cosine: float32."""
 
-    cosine_X: float32. rows: the training picture by the number of the reference picture. seen: how many training
-    pictures were compared.
-    """
-
-    cosine_X: np.ndarray
-    rows: dict[int, Row]
-    seen: int
+    cosine: np.floating
+    reference: Row
+    training: Row
 
 
-def nearest(reference: FeatureSet, training: Iterable[FeatureSet]) -> Nearest:
-    """Compare the reference with one part of the training set after the other.
+def nearest(reference: FeatureSet, training: Iterable[FeatureSet]) -> tuple[list[Pair], int]:
+    """A pair for each reference picture, the closest first, and how many training pictures were compared.
 
-    reference, training: unit vectors by one CLIP.
+    reference, training: unit vectors by one CLIP; the training set comes in parts.
     """
     cosine_X, rows, seen = np.full(len(reference), -np.inf, np.float32), {}, 0
     for part in training:
@@ -51,41 +47,30 @@ def nearest(reference: FeatureSet, training: Iterable[FeatureSet]) -> Nearest:
         for i in np.flatnonzero(value_X > cosine_X):
             cosine_X[i], rows[int(i)] = value_X[i], part.rows[best_X[i]]
         seen += len(part)
-    return Nearest(cosine_X, rows, seen)
+    order = np.argsort(-cosine_X, kind="stable").tolist()
+    return [Pair(cosine_X[i], reference.rows[i], rows[i]) for i in order if i in rows], seen
 
 
-def summary(reference: FeatureSet, found: Nearest, *, least: float) -> tuple[dict[str, Any], set[int]]:
-    """The overlap as a report has it, the closest pairs first, and the places of duplicates in the reference."""
-    order = [int(i) for i in np.argsort(-found.cosine_X, kind="stable")]
-    same = [i for i in order if found.cosine_X[i] >= least]
-    pairs = [
-        {
-            "reference": reference.rows[i].key,
-            "training": found.rows[i].key,
-            "cosine": round(float(found.cosine_X[i]), 6),
-        }
-        for i in order[:LISTED]
+def summary(pairs: Sequence[Pair], *, seen: int, least: float) -> tuple[dict[str, Any], set[int]]:
+    """The overlap as a report has it, and the places of duplicates in the reference."""
+    same = [pair for pair in pairs if pair.cosine >= least]
+    closest = [
+        {"reference": pair.reference.key, "training": pair.training.key, "cosine": round(float(pair.cosine), 6)}
+        for pair in pairs[:LISTED]
     ]
-    about = {
-        "training_pictures": found.seen,
-        "least": least,
-        "duplicates": len(same),
-        "share": len(same) / len(reference),
-        "closest": pairs,
-    }
-    return about, {reference.rows[i].index for i in same}
+    counts = {"training_pictures": seen, "least": least, "duplicates": len(same), "share": len(same) / len(pairs)}
+    return {**counts, "closest": closest}, {pair.reference.index for pair in same}
 
 
-def save_sheet(path: pathlib.Path, reference: FeatureSet, found: Nearest, sources: tuple[Source, Source]) -> None:
+def save_sheet(path: pathlib.Path, pairs: Sequence[Pair], sources: tuple[Source, Source]) -> None:
     """The closest pairs side by side, for a person to choose the threshold. sources: reference and training."""
     images, captions = [], []
-    for i in np.argsort(-found.cosine_X, kind="stable")[:SHOWN].tolist():
-        pair = reference.rows[i], found.rows[i]
-        for source, row in zip(sources, pair, strict=True):
+    for pair in pairs[:SHOWN]:
+        for source, row in zip(sources, (pair.reference, pair.training), strict=True):
             record = record_at(source, row.index)
             assert not isinstance(record, Dropped)  # it was decoded before
             thumbnail = Image.fromarray(decode_image(record.image))
             thumbnail.thumbnail((SIDE, SIDE))
             images.append(np.asarray(thumbnail))
-        captions += [f"{found.cosine_X[i]:.4f} {pair[0].key}", pair[1].key]
+        captions += [f"{pair.cosine:.4f} {pair.reference.key}", pair.training.key]
     contact_sheet(images, captions, columns=8).save(path)

@@ -162,12 +162,11 @@ def _overlap(inputs: Inputs, cache: FeatureCache, out: pathlib.Path) -> tuple[Co
     reference_parts, training_parts = (cache.make(clip, one, inputs.preprocess(one)) for one in (whole, training))
     if not cache.worker.first:
         return (), {}
-    found = reference_parts.load()
-    nearest = overlap.nearest(found, training_parts)
-    if not nearest.seen:
+    pairs, seen = overlap.nearest(reference_parts.load(), training_parts)
+    if not seen:
         raise UserError(f"expected pictures in {training.source.name}, got none that can be read: see `dalle-jax data`")
-    summary, duplicates = overlap.summary(found, nearest, least=asked.least)
-    overlap.save_sheet(out / overlap.SHEET, found, nearest, (reference.source, training.source))
+    summary, duplicates = overlap.summary(pairs, seen=seen, least=asked.least)
+    overlap.save_sheet(out / overlap.SHEET, pairs, (reference.source, training.source))
     summary = {"source": asked.source, "clip": clip.digest, **summary, "removed": asked.remove}
     return (duplicates if asked.remove else ()), {"overlap": summary}
 
