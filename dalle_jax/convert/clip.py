@@ -87,8 +87,13 @@ def load_published(
       UserError: a part is missing or unreadable, or the tokenizer has another size than the weights.
     """
     source = pathlib.Path(source)
-    folder = source if source.is_dir() else source.parent
-    config, params = convert(read(source / WEIGHTS if source.is_dir() else source), **read_settings(folder))
+    folder, file = (source, source / WEIGHTS) if source.is_dir() else (source.parent, source)
+    if file.is_file() and file.suffix != ".safetensors":
+        raise UserError(
+            f"expected a .safetensors file, got {file}: pickled files (.pt, .bin) can run any code and are not read; "
+            "load it where you trust it and save its state dict with safetensors.torch.save_file"
+        )
+    config, params = convert(weights.read(file), **read_settings(folder))
     found = CLIPTokenizer.load(tokenizer or folder)
     if found.vocab_size != config.text_vocab:
         raise UserError(
@@ -96,20 +101,6 @@ def load_published(
             f"got {found.vocab_size} in {tokenizer or folder}: give the one that belongs to them as --tokenizer"
         )
     return config, params, found
-
-
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file.
-
-    Raises:
-      UserError: not there, not safetensors.
-    """
-    if path.is_file() and path.suffix != ".safetensors":
-        raise UserError(
-            f"expected a .safetensors file, got {path}: pickled files (.pt, .bin) can run any code and are not read; "
-            "load it where you trust it and save its state dict with safetensors.torch.save_file"
-        )
-    return weights.read(path)
 
 
 def read_settings(folder: pathlib.Path) -> dict:
