@@ -79,8 +79,11 @@ def machine(*more: str) -> str:
     return ", ".join([*parts, *more]) + "."
 
 
-def command(args: argparse.Namespace, **shown: str) -> str:
-    """The command that runs, with placeholders: DIR for folders, and for the options named in `shown` their text."""
+def command(args: argparse.Namespace, **shown: str) -> list[str]:
+    """Lines of Markdown with the command that runs.
+
+    Placeholders: DIR for folders, and for the options named in `shown` their text.
+    """
     path = pathlib.Path(sys.argv[0]).resolve()
     if path.is_relative_to(ROOT / "benchmarks"):
         run = f"python -m {'.'.join(path.relative_to(ROOT).with_suffix('').parts)}"
@@ -88,7 +91,8 @@ def command(args: argparse.Namespace, **shown: str) -> str:
         run = f"PYTHONPATH=. python docs/make/{path.name}"
     values = {str(vars(args)[name]): text for name, text in ({"out": "DIR", "model": "DIR"} | shown).items()
               if vars(args).get(name) is not None}  # fmt: skip
-    return f"{run} {shlex.join(values.get(word, word) for word in sys.argv[1:])}".strip()
+    words = shlex.join(values.get(word, word) for word in sys.argv[1:])
+    return ["", f"    {run} {words}".rstrip(), ""]
 
 
 def in_turns(

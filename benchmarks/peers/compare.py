@@ -238,9 +238,7 @@ def main() -> int:
     lines = [
         f"{machine[:-1]}, torch {peer.about['torch']}.",
         *this.notes(peer.about),
-        "",
-        f"    {harness.command(args, peer_python='PEER/bin/python')}",
-        "",
+        *harness.command(args, peer_python="PEER/bin/python"),
         *harness.table("ours | theirs | our rate | their rate | ratio (lowest and highest round) | bar", rows),
     ]
     harness.write(args.results / f"{args.peer}.md", this.title, lines)

@@ -9,11 +9,8 @@ own way of reading files. Both keep freed memory (`harness.KEEP_FREED`).
 """
 
 import collections
-import json
-import os
 import pathlib
 import statistics
-import subprocess
 import tempfile
 import time
 
@@ -21,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import harness
+from benchmarks.peers.process import PeerProcess
 
 COUNT, FEATURES = 30_000, 2_048
 PICTURES, SIDE = 96, 256
@@ -86,15 +84,6 @@ def write_inputs(folder: pathlib.Path) -> None:
         image.save(folder / "pictures" / f"{number:03d}.png")
 
 
-def peer(python: str, folder: pathlib.Path, work: str) -> dict:
-    command = [python, "-m", "benchmarks.peers.peer_pytorch_fid", str(folder), work]
-    environment = {**os.environ, **harness.KEEP_FREED}
-    run = subprocess.run(command, env=environment, cwd=harness.ROOT, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"expected seconds of {' '.join(command)}, got {run.stderr[-2000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def main() -> None:
     args = harness.parser(__doc__, rounds=3, peer=True).parse_args()
     harness.two_cpus(harness.cores())
@@ -103,12 +92,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write_inputs(folder)
-        ours = Ours(folder)
+        ours, theirs = Ours(folder), PeerProcess(args.peer_python, "peer_pytorch_fid", folder)
         for _ in range(args.rounds):
             answers["our distance"].append(ours.distance())
-            answers["distance"].append(peer(args.peer_python, folder, "distance"))
+            answers["distance"].append(theirs.ask("distance"))
             answers["our features"].append(ours.features())
-            answers["features"].append(peer(args.peer_python, folder, "features"))
+            answers["features"].append(theirs.ask("features"))
+        theirs.close()
         apart = float(np.abs(np.load(folder / "theirs.npy") - ours.found.features_XF).max())
 
     def values(work: str, *keys: str) -> list[float]:
@@ -129,9 +119,7 @@ def main() -> None:
     alone = statistics.median(values("our features", "network_alone"))
     lines = [
         f"{machine[:-1]}, torch {answers['distance'][0]['torch']}, numpy {np.__version__}.",
-        "",
-        f"    {harness.command(args, peer_python='PEER/bin/python')}",
-        "",
+        *harness.command(args, peer_python="PEER/bin/python"),
         "Both sides on the same features, files and cores, random weights.",
         "",
         *harness.table("what | ours | pytorch-fid | ratio (lowest and highest round) | bar", rows),

@@ -166,9 +166,7 @@ def rates(args, folder: Path) -> list[str]:
                 spent.append((name, *(f"{cell:.2f}" for cell in (*ours, whole - sum(ours), whole, pillow))))
     return [
         harness.machine(f"Pillow {Image.__version__}", about),
-        "",
-        f"    {harness.command(args, photos='folder:PHOTOS', icons='wds:EMOJI/*.tar', peer_python='PEER/bin/python')}",
-        "",
+        *harness.command(args, photos="folder:PHOTOS", icons="wds:EMOJI/*.tar", peer_python="PEER/bin/python"),
         *harness.table("what | ours, images/s | theirs | ratio (lowest and highest round) | aim", compared),
         "",
         "Milliseconds of one picture on our side; rest: order, filters, padding, batching and memory that is cold.",
@@ -200,9 +198,7 @@ def resume(args, folder: Path) -> list[str]:
     met = "met" if again + first < MAX_RESUME_SECONDS else "not met"
     return [
         harness.machine(),
-        "",
-        f"    {harness.command(args)}",
-        "",
+        *harness.command(args),
         f"{records:,} records: indexed once in {index:.1f} s, opened again in {again:.2f} s, resumed at record "
         f"{RESUME_AT:,} in {first:.2f} s up to the first batch (aim: under {MAX_RESUME_SECONDS:g} s together, {met}).",
     ]
@@ -231,9 +227,7 @@ def stall(args, folder: Path) -> list[str]:
     met = "met" if share < MAX_STALL else "not met"
     return [
         harness.machine(),
-        "",
-        f"    {harness.command(args)}",
-        "",
+        *harness.command(args),
         f"The demo's transformer, {STALL_STEPS} steps: waited {seconds['data']:.2f} s for data in "
         f"{seconds['step']:.1f} s of steps, {share:.2%} (aim: under {MAX_STALL:.0%}, {met}).",
     ]

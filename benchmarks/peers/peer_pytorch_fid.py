@@ -1,19 +1,20 @@
-"""pytorch-fid 0.3.0 on features and pictures that `evaluate.py` has written: its seconds, as one JSON object.
+"""pytorch-fid 0.3.0 on features and pictures that `evaluate.py` has written: its seconds, as JSON lines.
 
 Runs in an environment of its own, which has torch and no JAX:
 
     python3.11 -m venv PEER
     PEER/bin/pip install torch==2.13.0 torchvision==0.28.0 scipy==1.17.1 pytorch-fid==0.3.0
-    PEER/bin/python -m benchmarks.peers.peer_pytorch_fid FOLDER distance
+    echo distance | PEER/bin/python -m benchmarks.peers.peer_pytorch_fid FOLDER
 
 distance   one.npy and other.npy: statistics of both sets as its `calculate_activation_statistics` makes them, distance
 features   pictures/*.png by the network of weights.npz, with its own loop and its command's batch and workers
 """
 
-import argparse
+import contextlib
 import json
 import os
 import pathlib
+import sys
 import time
 
 import numpy as np
@@ -61,14 +62,8 @@ def features(folder: pathlib.Path) -> dict:
     return {"pictures_a_second": len(files) / seconds[-1]}
 
 
-WORKS = {
-    "distance": distance,
-    "features": features,
-}
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("work", choices=WORKS)
-    args = parser.parse_args()
-    print(json.dumps({**WORKS[args.work](args.folder), "torch": torch.__version__}))
+    for line in sys.stdin:
+        with contextlib.redirect_stdout(sys.stderr):  # it prints warnings
+            found = {"distance": distance, "features": features}[line.strip()](pathlib.Path(sys.argv[1]))
+        print(json.dumps({**found, "torch": torch.__version__}), flush=True)

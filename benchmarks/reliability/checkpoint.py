@@ -86,9 +86,7 @@ def main() -> None:
     rows = [(number, save) for number, save in enumerate(saves, 1)] + [("middle of the later", middle)]
     lines = [
         machine,
-        "",
-        f"    {harness.command(args)}",
-        "",
+        *harness.command(args),
         f"{gigabytes:.2f} GB on this host; an update in place alone takes {alone:.2f} s.",
         "",
         *harness.table(

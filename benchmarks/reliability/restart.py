@@ -157,9 +157,7 @@ def report(args, rounds: dict) -> list[str]:
             rows.append((name, f"{'again, ' * (way != 'cold')}{way}", *seconds[:3], first, seconds[3], numbers))
     return [
         harness.machine(f"load {min(loads)} to {max(loads)} before the rounds"),
-        "",
-        f"    {harness.command(args)}",
-        "",
+        *harness.command(args),
         "Seconds, the middle of the rounds. First update: init and compile of the run's ledger. Numbers: from the",
         "start of the command until the numbers of the first update are in metrics.jsonl.",
         "",

@@ -78,9 +78,7 @@ def main() -> int:
         harness.machine(f"{len(devices)} {devices[0].platform} devices", f"XLA_FLAGS {flags}"),
         f"Model of {config.num_layers} layers of {config.width} in {config.precision}; {EACH} pictures of each of "
         f"{len(CAPTIONS)} captions against those of one call on one device.",
-        "",
-        f"    {harness.command(args)}",
-        "",
+        *harness.command(args),
         *harness.table("settings | drawn | image tokens that differ | values of pixels that differ", rows),
     ]
     harness.write(args.results / "same_pictures.md", "The same pictures", lines)

@@ -209,9 +209,7 @@ def main() -> int:
             f"Model of {model['image_size']} x {model['image_size']} pixels, {model['grid']} x {model['grid']} image "
             f"tokens, ranking {'yes' if model['ranking'] else 'no'}; {args.requests} mixed requests from "
             f"{args.clients} clients. The server {summary}.",
-            "",
-            f"    {harness.command(args, note='...')}",
-            "",
+            *harness.command(args, note="..."),
             *rows(loads, args.requests),
             "",
             f"Sent again alone, {same} of {len(chosen)} requests of the last load gave the same bytes.",

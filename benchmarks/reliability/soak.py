@@ -96,9 +96,7 @@ def main() -> int:
         rows.append((f"{minutes} min", f"{between} / ({between} + {terms})", f"{share:.1%}", f"{every:.0f} s"))
     lines = [
         machine,
-        "",
-        f"    {harness.command(args)}",
-        "",
+        *harness.command(args),
         *harness.table(header, [row]),
         "",
         *harness.table("a fault every | T / (T + R + C / 2 + d T / C) | goodput | checkpoint every C", rows),

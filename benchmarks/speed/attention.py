@@ -168,9 +168,7 @@ def main() -> int:
     ]
     lines = [
         harness.machine(jax.devices()[0].device_kind),
-        "",
-        f"    {harness.command(args)}",
-        "",
+        *harness.command(args),
         f"{LENGTH} tokens, heads of {HEAD_SIZE}, bfloat16, {args.batch} sequences.",
         "",
         *harness.table("kind | heads | way | error | forward ms | with backward ms | of xla's speed", cells),

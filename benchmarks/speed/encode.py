@@ -90,9 +90,7 @@ def main() -> None:
         timed.append((f"`{variant}`", *middles, harness.spread(shares, ".1%", "")))
     lines = [
         machine,
-        "",
-        f"    {harness.command(args)}",
-        "",
+        *harness.command(args),
         *harness.table("config | transformer, GFLOP a sequence | computed again | dVAE | dVAE's share", counted),
         "",
         f"Seconds of a step here, the middle of {STEPS} in each round, images and image tokens in turns:",

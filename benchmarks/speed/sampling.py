@@ -194,7 +194,7 @@ def main() -> None:
 
     on_cpu = jax.default_backend() == "cpu"
     part, section = (on_processor, "On a processor") if on_cpu else (on_accelerator, "On an accelerator")
-    lines = [harness.machine(), "", f"    {harness.command(args)}", "", *part(args)]
+    lines = [harness.machine(), *harness.command(args), *part(args)]
     harness.write(args.results / "sampling.md", "Sampling speed", lines, section=section)
 
 

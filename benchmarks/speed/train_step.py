@@ -214,7 +214,7 @@ def title(variant: str) -> str:
     return variant.replace("model.", "") or "as it is"
 
 
-def table(suite: Suite, rows: Mapping[str, dict], command: str) -> list[str]:
+def table(suite: Suite, rows: Mapping[str, dict], command: list[str]) -> list[str]:
     """Speed and memory of every variant as lines of Markdown."""
     good = {variant: row for variant, row in rows.items() if "failed" not in row}
     if not good:
@@ -233,9 +233,7 @@ def table(suite: Suite, rows: Mapping[str, dict], command: str) -> list[str]:
     return [
         f"{first['date']}; {first['device']}, {first['host']}, load average {min(loads)} to {max(loads)} before the "
         "variants.",
-        "",
-        f"    {command}",
-        "",
+        *command,
         f"All with {values or 'nothing changed'}{f'; a dVAE of {sizes}' if sizes else ''}. "
         f"{reached[0].upper()}{reached[1:]}.",
         "",

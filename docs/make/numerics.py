@@ -91,9 +91,7 @@ def main() -> None:
     variants = {variant: runs for variant, runs in found.items() if any(runs)}
     lines = [
         harness.machine(f"{len(jax.devices())} x {jax.devices()[0].device_kind}"),
-        "",
-        f"    {harness.command(args, demo='DIR')}",
-        "",
+        *harness.command(args, demo="DIR"),
         *table(variants),
     ]
     title = "Less precise arithmetic: does the demo learn as well?"

@@ -51,9 +51,7 @@ def main() -> None:
     lines = [
         harness.machine(f"{time.monotonic() - began:.0f} s"),
         "Two objects, combinations never in training.",
-        "",
-        f"    {harness.command(args)}",
-        "",
+        *harness.command(args),
         *harness.table(
             "k | chosen by CLIP | a blind choice | any of them",
             [(point["k"], *(f"{point[name]:.1%}" for name in ("clip", "chance", "any"))) for point in curve],

@@ -114,7 +114,9 @@ def test_the_table_says_what_was_measured_and_what_failed():
         "memory_bytes": 2e9, "peak_bytes": 3e9, "roofline_seconds": {"compute": 0.15, "memory": 0.2},
         "host_seconds": 0.125, "date": "2026-01-02", "load_before": 0.5,
     }  # fmt: skip
-    lines = train_step.table(suite, {"": row, "model.remat=none": {"failed": "RESOURCE_EXHAUSTED"}}, "the command")
+    lines = train_step.table(
+        suite, {"": row, "model.remat=none": {"failed": "RESOURCE_EXHAUSTED"}}, ["    the command"]
+    )
     text = "\n".join(lines)
     assert "| as it is | 4 | 0.5 | 640 | 20.0% | 30.0% | 40% | 2.00 | 3.00 | 3.0 |" in text
     assert "| remat=none |  | failed: RESOURCE_EXHAUSTED" in text and "    the command\n" in text
