@@ -112,6 +112,12 @@ def test_a_caption_is_read_whatever_its_case_and_spaces():
 # --- the split
 
 
+def combination(scene):
+    """The pairs and the relation, whichever of the two objects is named first."""
+    upper = scenes.canonical(scene)
+    return *((o.color, o.shape) for o in upper.objects), upper.relation
+
+
 def test_training_never_shows_what_is_held_out():
     seen_objects, seen_relations, seen_combinations = set(), set(), set()
     for split, count in (("train", 20_000), ("val", 2_000)):
@@ -121,7 +127,7 @@ def test_training_never_shows_what_is_held_out():
             if scene.relation:
                 upper = scenes.canonical(scene)
                 seen_relations.add((upper.objects[0].shape, upper.relation, upper.objects[1].shape))
-                seen_combinations.add(tuple((o.color, o.shape) for o in upper.objects) + (upper.relation,))
+                seen_combinations.add(combination(scene))
     # 20,000 records are enough to meet all that is allowed, so these are equalities.
     assert len(scenes.UNSEEN_PAIRS) == 5 and len(scenes.UNSEEN_RELATIONS) == 5
     assert seen_objects == set(itertools.product(scenes.COLORS, scenes.SHAPES)) - scenes.UNSEEN_PAIRS
@@ -129,12 +135,9 @@ def test_training_never_shows_what_is_held_out():
     assert len(every) == 32 and seen_relations == every - scenes.UNSEEN_RELATIONS
     for name in ("two_unseen_combination", "two_unseen_pair", "two_unseen_relation"):
         for _, scene in scenes.captions(name, "report", 300):
-            upper = scenes.canonical(scene)
-            assert tuple((o.color, o.shape) for o in upper.objects) + (upper.relation,) not in seen_combinations
-    unseen = {s for part in scenes.PARTS for _, s in scenes.captions("two_unseen_combination", part, 5000)}
-    unseen = {
-        tuple((o.color, o.shape) for o in scenes.canonical(s).objects) + (scenes.canonical(s).relation,) for s in unseen
-    }
+            assert combination(scene) not in seen_combinations
+    every_caption = [scenes.captions("two_unseen_combination", part, 5000) for part in scenes.PARTS]
+    unseen = {combination(scene) for captions in every_caption for _, scene in captions}
     assert 0.05 < len(unseen) / (len(unseen) + len(seen_combinations)) < 0.15  # one in ten, by hash
 
 
@@ -166,12 +169,7 @@ def test_captions_for_tuning_and_for_the_report_are_apart(name):
     tune, report = (scenes.captions(name, part, 1000) for part in scenes.PARTS)
     assert not {c for c, _ in tune} & {c for c, _ in report}
     if name.startswith("two"):
-
-        def combinations(told):
-            upper = [scenes.canonical(s) for _, s in told]
-            return {(*((o.color, o.shape) for o in s.objects), s.relation) for s in upper}
-
-        assert not combinations(tune) & combinations(report)
+        assert not {combination(s) for _, s in tune} & {combination(s) for _, s in report}
     for part, told in (("tune", tune), ("report", report)):
         assert told[:200] == scenes.captions(name, part, 200)
         assert len({c for c, _ in told}) == min(1000, len(scenes._captions(name, part)))

@@ -61,13 +61,14 @@ def test_normalized_text_has_no_control_characters():
     assert not {unicodedata.category(c) for c in text} & {"Cc", "Cs"}
 
 
-@pytest.mark.parametrize("caption", CAPTIONS, ids=ascii)
+@pytest.mark.parametrize("caption", [*CAPTIONS, "circle" * 100 + "漢🙂" * 50], ids=ascii)
 def test_every_caption_comes_back(tokenizer, caption):
     rng = np.random.default_rng(0)
     for dropout in (0.0, 0.1, 0.5, 1.0):
         ids = tokenizer.encode(caption, dropout=dropout, rng=rng)
         assert all(isinstance(i, int) and 0 < i < tokenizer.vocab_size for i in ids)  # 0 is the unknown piece
         assert tokenizer.decode(ids) == normalize(caption)
+        assert tokenizer.longest_piece * len(ids) >= len(normalize(caption))
 
 
 def test_merging_without_dropout_is_sentencepiece(tokenizer):
@@ -114,29 +115,12 @@ def test_dropout_has_the_distribution_of_its_definition(tokenizer, dropout):
         assert abs(ours[ids] - wanted[ids]) / draws < 5 * error, ids
 
 
-def test_dropout_varies_and_is_reproducible(tokenizer):
-    def encodings(seed):
-        rng = np.random.default_rng(seed)
-        return [tokenizer.encode("a small green square on the table", dropout=0.3, rng=rng) for _ in range(20)]
-
-    assert encodings(1) == encodings(1)
-    assert encodings(1) != encodings(2)
-    assert len({tuple(ids) for ids in encodings(1)}) > 5
-
-
 def test_threads_do_not_disturb_each_other(tokenizer):
     def encode(seed):
         return tokenizer.encode(CAPTIONS[seed % len(CAPTIONS)], dropout=0.2, rng=np.random.default_rng(seed))
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(encode, range(400))) == [encode(seed) for seed in range(400)]
-
-
-def test_a_word_of_any_length_comes_back(tokenizer):
-    word = "circle" * 100 + "漢🙂" * 50
-    ids = tokenizer.encode(word, dropout=0.1, rng=np.random.default_rng(0))
-    assert tokenizer.decode(ids) == word
-    assert tokenizer.longest_piece * len(ids) >= len(word)
 
 
 def test_dropout_needs_a_generator(tokenizer):
