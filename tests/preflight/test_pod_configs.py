@@ -36,11 +36,6 @@ def bytes_a_device(tree):
     )
 
 
-def abstract_state(settings, mesh):
-    task = Task(settings.name, build(settings.name, settings.model), loss=None)
-    return run.step_for(settings, task, mesh).abstract
-
-
 @pytest.mark.parametrize("spec, shape, slice_size, parameters, megabytes", list(promised()))
 def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, slice_size, parameters, megabytes):
     settings = load_settings(spec)
@@ -49,7 +44,8 @@ def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, slice
     ask = demand(model.abstract, model.axes, batch_size=settings.batch_size, accumulate=settings.accumulate)
     assert settings.run.mesh in (MeshSizes(), MeshSizes(*shape))  # chosen, or as the file says
     assert choose({"replica": -1, "fsdp": -1}, math.prod(shape), slice_size, unfit=ask) == shape
-    state = abstract_state(settings, AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3))
+    mesh = AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    state = run.step_for(settings, Task(settings.name, model, loss=None), mesh).abstract
     # A gradient has its parameter's shape, dtype and place.
     trees = [state["params"], state["opt_state"], state["ema"], state["params"]]
     found = [bytes_a_device(tree) / 1e6 for tree in trees]

@@ -18,8 +18,8 @@ from dalle_jax.cli import main as cli
 from dalle_jax.cli import serve
 from dalle_jax.errors import UserError
 from dalle_jax.sample.request import Request
-from tests.support import ROOT
-from tests.support.stand_in_server import NoisePipeline, in_background, metric, post, serving, until
+from tests.support import ROOT, until
+from tests.support.stand_in_server import NoisePipeline, in_background, metric, post, serving
 
 
 def test_health_says_loading_then_ready_and_failing_when_the_model_is_broken():

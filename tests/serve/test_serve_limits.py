@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks.reliability import serve
 from dalle_jax.serve import parsing, responses
 from dalle_jax.serve.image_store import LIFE_SECONDS, ImageStore
+from tests.support import until
 from tests.support.stand_in_server import (
     GENERATIONS,
     GRID,
@@ -25,7 +26,6 @@ from tests.support.stand_in_server import (
     metric,
     post,
     serving,
-    until,
 )
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from dalle_jax.sample import request
 from dalle_jax.serve import page, schema
-from tests.support.stand_in_server import GRID, VOCAB, NoisePipeline, metric, post, serving, until
+from tests.support import until
+from tests.support.stand_in_server import GRID, VOCAB, NoisePipeline, metric, post, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -1,6 +1,15 @@
 """Shared parts of tests: places, small models and runs, stand-ins for servers and buckets, programs to start."""
 
 import pathlib
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
+
+
+def until(condition, seconds: float = 10.0):
+    """Waits until it is true; fails if it does not become so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)

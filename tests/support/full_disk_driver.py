@@ -4,18 +4,11 @@ import pathlib
 import resource
 import sys
 import threading
-import time
 
 from dalle_jax.checkpoint import manager, reader
 from dalle_jax.train import loop
+from tests.support import until
 from tests.support.line_task import train
-
-
-def wait_for(condition, *, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def main(workdir):
@@ -35,9 +28,9 @@ def main(workdir):
 
     def full(n, state):
         if n == 7:
-            wait_for(lambda: reader.complete_steps(workdir) == [4])
+            until(lambda: reader.complete_steps(workdir) == [4], 60)
         if n == 9:
-            wait_for(tried)
+            until(tried, 60)
         if n in (7, 9):
             resource.setrlimit(resource.RLIMIT_FSIZE, (64 if n == 7 else before[0], before[1]))
 

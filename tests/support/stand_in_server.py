@@ -23,6 +23,7 @@ from dalle_jax.sample.request import Request
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
 from dalle_jax.serve.metrics import Metrics
+from tests.support import until
 from tests.support.tiny_model import BrightIsBest
 
 GRID, SIDE, VOCAB, CAPTION_TOKENS, NAME = 4, 16, 128, 12, "noise"
@@ -166,14 +167,6 @@ def serving(pipe, *, load=None, token=None, max_batch=16, wait_seconds=0.02, que
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
-
-
-def until(condition, seconds: float = 10.0):
-    """Waits until it is true; fails if it does not become so."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def post(server, content, path=GENERATIONS, headers=JSON, method="POST"):
