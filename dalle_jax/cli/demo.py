@@ -6,8 +6,8 @@ it trains a CLIP, which chooses among 32 candidates for each caption. The report
 """
 
 import argparse
-import dataclasses
 import datetime
+import itertools
 import json
 import pathlib
 import time
@@ -23,10 +23,10 @@ from dalle_jax.cli.hooks import first_captions, sample_hook
 from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source, scenes
 from dalle_jax.data.sources.scene_checker import accuracy, fault
-from dalle_jax.data.sources.scenes import Scene
 from dalle_jax.errors import check_number, say, writing_to
 from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.pictures.picture import Picture
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.autoregressive import Autoregressive, Placement
 from dalle_jax.sample.pipeline import CLIP, Pipeline
@@ -36,10 +36,8 @@ from dalle_jax.text import load_tokenizer
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives import build_task
-from dalle_jax.train.optimizer.build import build_optimizer
-from dalle_jax.train.run import load_frozen, mesh_for, train
+from dalle_jax.train.run import load_frozen, mesh_for, step_for, train
 from dalle_jax.train.settings import TrainSettings, load_settings
-from dalle_jax.train.step import TrainStep
 
 REPORT_KEYS = {
     "one_object_accuracy": "one_seen",
@@ -55,7 +53,7 @@ BEST_OF_TEMPERATURE = 1.0  # candidates should differ: the paper's
 RANKED_SET = "two_unseen_combination"
 TOKENIZER_CAPTIONS = 5_000
 COLUMNS = 8  # of the sheets
-REPORT_SEED = 1_000_000  # first of the report's image seeds; tuning starts at 0
+SEEDS = {"tune": 0, "report": 1_000_000}  # part of the captions -> the first image seed
 
 REST_SECONDS = 60.0  # for timing a step and drawing everything after the transformer, on a CPU half as fast as usual
 CLIP_SECONDS = 65.0  # for training it
@@ -87,10 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM ended a stage, which saved itself; `status` is the exit status."""
-
-    def __init__(self, signal: int):
-        self.status = 128 + signal
+    """Ctrl-C or SIGTERM, the argument, ended a stage, which saved itself."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -111,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
             args.workdir, minutes=args.minutes, num_captions=args.captions, seed=args.seed, best_of=args.best_of
         )
     except Interrupted as interrupted:
-        return interrupted.status
+        return 128 + interrupted.args[0]
     if args.json:
         print(json.dumps(report))
         return 0
@@ -145,7 +140,7 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
     say(f"4/{stages} pictures for captions it never saw")
     generator = Autoregressive.load(folder, Placement())
     report, drawn = judge(generator, num_captions)
-    sheet([drawn[name].part(0, 2 * COLUMNS) for name in TUNED_ON]).save(workdir / "samples.png")
+    sheet([("", drawn[name][: 2 * COLUMNS]) for name in TUNED_ON]).save(workdir / "samples.png")
     steps = {"dvae": dvae_settings.run.steps, "transformer": settings.run.steps}
     parameters = {"dvae": generator.image_tokenizer.num_params, "transformer": generator.model.num_params}
     if best_of:
@@ -159,7 +154,7 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
         report["by_clip_features"] = judge_by_clip(reranker, drawn, num_captions)
         steps["clip"], parameters["clip"] = clip_settings.run.steps, reranker.model.num_params
         rows = (("first: ", drawn[RANKED_SET]), (f"best of {best_of}: ", best))
-        parts = [images.part(i, i + COLUMNS, title=title) for i in (0, COLUMNS) for title, images in rows]
+        parts = [(title, pictures[i : i + COLUMNS]) for i in (0, COLUMNS) for title, pictures in rows]
         sheet(parts).save(workdir / "best.png")
     report |= {
         "captions_each": num_captions,
@@ -228,8 +223,7 @@ def time_step(settings: TrainSettings) -> float:
     """
     task = build_task(settings, load_frozen(settings, pathlib.Path()))
     mesh = mesh_for(settings, task)
-    optimizer = build_optimizer(settings.optimizer, steps=settings.run.steps, axes=task.model.axes)
-    step = TrainStep(task, optimizer, mesh, ema=settings.ema)
+    step = step_for(settings, task, mesh)
     state = step.init(jax.random.key(0))
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     batches = Batches(
@@ -252,107 +246,94 @@ def time_step(settings: TrainSettings) -> float:
     return float(np.median(seconds[2:]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """An image for each caption of a set, with the scene that the caption describes."""
-
-    asked: Sequence[tuple[str, Scene]]
-    images: Sequence[np.ndarray]
-
-    @property
-    def captions(self) -> list[str]:
-        return [caption for caption, _ in self.asked]
-
-    @property
-    def accuracy(self) -> float:
-        """The share of images that show their scene."""
-        return accuracy(np.stack(self.images), [scene for _, scene in self.asked])
-
-    def part(self, start: int, stop: int, *, title: str = "") -> "Drawn":
-        """Images start .. stop - 1, their captions with a title before them."""
-        return Drawn([(title + caption, scene) for caption, scene in self.asked[start:stop]], self.images[start:stop])
-
-
 def draw(
     pipe: Pipeline,
-    asked: Sequence[tuple[str, Scene]],
+    name: str,
     *,
+    part: str,
+    count: int,
     temperature: float,
-    seed: int,
-    spacing: int = 1,
     best_of: int | None = None,
-) -> Drawn:
-    """The first candidate for each caption, or with best_of CLIP's choice. spacing: of the seeds of two captions."""
-    options = {"temperature": temperature}
+    spacing: int = 1,
+) -> list[Picture]:
+    """The first candidate for each caption of a set, or with best_of CLIP's choice. spacing: of the captions' seeds."""
     requests = [
-        Request(caption, best_of=best_of, seed=seed + spacing * i, options=options)
-        for i, (caption, _) in enumerate(asked)
+        Request(caption, best_of=best_of, seed=SEEDS[part] + spacing * i, options={"temperature": temperature})
+        for i, (caption, _) in enumerate(scenes.captions(name, part, count))
     ]
-    return Drawn(asked, [np.asarray(pictures[0]) for pictures in pipe.draw(requests)])
+    return [pictures[0] for pictures in pipe.draw(requests)]
+
+
+def is_right(picture: Picture) -> bool:
+    """Whether a picture shows the scene that its caption describes."""
+    scene = scenes.parse(picture.caption)
+    return scene is not None and not fault(np.asarray(picture), scene)
+
+
+def share_right(pictures: Sequence[Picture]) -> float:
+    return float(np.mean([is_right(picture) for picture in pictures]))
 
 
 def choose_temperature(pipe: Pipeline) -> float:
     """The temperature with the best mean accuracy on the tuning captions."""
     scores = {}
     for temperature in TEMPERATURES:
-        sets = [scenes.captions(name, "tune", TUNING_CAPTIONS) for name in TUNED_ON]
-        drawn = [draw(pipe, asked, temperature=temperature, seed=0) for asked in sets]
-        scores[temperature] = float(np.mean([images.accuracy for images in drawn]))
+        sets = [draw(pipe, n, part="tune", count=TUNING_CAPTIONS, temperature=temperature) for n in TUNED_ON]
+        scores[temperature] = float(np.mean([share_right(pictures) for pictures in sets]))
     say("    temperature: right on tuning captions " + ", ".join(f"{t}: {s:.0%}" for t, s in scores.items()))
     return max(scores, key=lambda temperature: scores[temperature])
 
 
-def judge(generator: Autoregressive, num_captions: int) -> tuple[dict[str, Any], dict[str, Drawn]]:
+def judge(generator: Autoregressive, count: int) -> tuple[dict[str, Any], dict[str, list[Picture]]]:
     """Accuracies of the report's sets at the chosen temperature and of the image tokenizer; and the sets as drawn."""
     pipe = Pipeline(generator)
     temperature = choose_temperature(pipe)
-    drawn = {
-        name: draw(pipe, scenes.captions(name, "report", num_captions), temperature=temperature, seed=REPORT_SEED)
-        for name in REPORT_KEYS.values()
-    }
-    accuracies = {key: drawn[name].accuracy for key, name in REPORT_KEYS.items()}
-    return {"temperature": temperature, **accuracies, "dvae": judge_image_tokenizer(generator, num_captions)}, drawn
+    drawn = {n: draw(pipe, n, part="report", count=count, temperature=temperature) for n in REPORT_KEYS.values()}
+    accuracies = {key: share_right(drawn[name]) for key, name in REPORT_KEYS.items()}
+    return {"temperature": temperature, **accuracies, "dvae": judge_image_tokenizer(generator, count)}, drawn
 
 
-def judge_best(pipe: Pipeline, best_of: int, num_captions: int) -> tuple[dict[str, Any], Drawn]:
+def judge_best(pipe: Pipeline, best_of: int, count: int) -> tuple[dict[str, Any], list[Picture]]:
     """Accuracies of the first candidate and of CLIP's choice of `best_of` on two-object captions, and that choice."""
-    asked = scenes.captions(RANKED_SET, "report", num_captions)
-    first, best = (
-        draw(pipe, asked, temperature=BEST_OF_TEMPERATURE, seed=REPORT_SEED, spacing=best_of, best_of=ranked)
-        for ranked in (None, best_of)
-    )
+    settings: dict[str, Any] = {
+        "part": "report",
+        "count": count,
+        "temperature": BEST_OF_TEMPERATURE,
+        "spacing": best_of,
+    }
+    first, best = (draw(pipe, RANKED_SET, best_of=ranked, **settings) for ranked in (None, best_of))
     return {
         "candidates": best_of,
         "temperature": BEST_OF_TEMPERATURE,
-        "first_candidate_accuracy": first.accuracy,
-        "two_object_unseen_accuracy": best.accuracy,
+        "first_candidate_accuracy": share_right(first),
+        "two_object_unseen_accuracy": share_right(best),
     }, best
 
 
-def judge_by_clip(reranker: Reranker, drawn: Mapping[str, Drawn], num_captions: int) -> dict[str, Any]:
+def judge_by_clip(reranker: Reranker, drawn: Mapping[str, list[Picture]], count: int) -> dict[str, Any]:
     """FID and CLIP score of the first samples against true images of the same captions, which training never has."""
-    captions = [caption for images in drawn.values() for caption in images.captions]
-    images = [image for images in drawn.values() for image in images.images]
-    real = [scenes.true_pictures(name, "report", num_captions, image_size=len(images[0])) for name in drawn]
+    pictures = list(itertools.chain.from_iterable(drawn.values()))
+    real = [scenes.true_pictures(name, "report", count, image_size=pictures[0].width) for name in drawn]
+    images, captions = [np.asarray(picture) for picture in pictures], [picture.caption for picture in pictures]
     return by_clip(reranker, images, captions, list(np.concatenate(real)))
 
 
-def judge_image_tokenizer(generator: Autoregressive, num_images: int) -> dict[str, float]:
+def judge_image_tokenizer(generator: Autoregressive, count: int) -> dict[str, float]:
     """Share of true images that still show their caption after encoding and decoding, and of the codebook in use."""
     sets = {"seen": "one_seen", "unseen": "one_unseen", "two_object_unseen": RANKED_SET}
     scores, used = {}, set()
     for key, name in sets.items():
-        images = scenes.true_pictures(name, "report", num_images, image_size=generator.image_size)
-        described = [scene for _, scene in scenes.captions(name, "report", num_images)]
+        images = scenes.true_pictures(name, "report", count, image_size=generator.image_size)
+        described = [scene for _, scene in scenes.captions(name, "report", count)]
         tokens_BI = np.stack([generator.encode(image) for image in images])
         used.update(map(int, tokens_BI.flat))
         scores[f"{key}_accuracy"] = accuracy(generator.decode(tokens_BI), described)
     return {**scores, "codes_used_share": len(used) / generator.model.config.image_vocab}
 
 
-def sheet(parts: Sequence[Drawn]) -> Image.Image:
-    """Rows of images, framed green or red as the checker judges them."""
-    asked = [pair for part in parts for pair in part.asked]
-    images = [image for part in parts for image in part.images]
-    marks = [not fault(image, scene) for image, (_, scene) in zip(images, asked, strict=True)]
-    return contact_sheet(images, [caption for caption, _ in asked], columns=COLUMNS, marks=marks)
+def sheet(rows: Sequence[tuple[str, Sequence[Picture]]]) -> Image.Image:
+    """Rows of pictures, with a title before their captions, framed green or red as the checker judges them."""
+    pictures = [picture for _, row in rows for picture in row]
+    captions = [title + picture.caption for title, row in rows for picture in row]
+    images = [np.asarray(picture) for picture in pictures]
+    return contact_sheet(images, captions, columns=COLUMNS, marks=[is_right(picture) for picture in pictures])

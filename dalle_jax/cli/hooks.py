@@ -6,6 +6,7 @@ Above `train`, `sample` and `evaluate`, which do not know one another.
 import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,10 +50,10 @@ def sample_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
     that the sheets of a run compare. The captions are the first of the validation source, or of the training source
     without one.
     """
-    sampler = _Sampler(settings, workdir, captions=CAPTIONS)
+    pictures_of = _sampler(settings, workdir, count=CAPTIONS)
 
     def draw(step: int, state) -> None:
-        if pictures := sampler.draw(step, state):
+        if pictures := pictures_of(step, state):
             images = [np.asarray(picture) for picture in pictures]
             sheet = contact_sheet(images, [picture.caption for picture in pictures], columns=COLUMNS)
             (workdir / "pictures").mkdir(exist_ok=True)
@@ -71,11 +72,11 @@ def evaluate_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
       UserError: a network that cannot be read, or a source without images.
     """
     evaluate = settings.run.evaluate or Evaluate()
-    sampler = _Sampler(settings, workdir, captions=evaluate.count)
+    pictures_of = _sampler(settings, workdir, count=evaluate.count)
     probe_of = _open_probe(_spec(settings), evaluate) if jax.process_index() == 0 else None
 
     def score(step: int, state) -> dict[str, float] | None:
-        pictures = sampler.draw(step, state)
+        pictures = pictures_of(step, state)
         if probe_of is None:
             return None
         probe = probe_of(side=pictures[0].width)
@@ -98,28 +99,28 @@ def _open_probe(spec: str, evaluate: Evaluate) -> Callable:
     return functools.cache(functools.partial(Probe, source, rows=rows, inception=inception, clip=clip))
 
 
-class _Sampler:
-    """Draws with the parameters of a training run in its first process; the rest of the model is read once."""
+def _sampler(settings: TrainSettings, workdir: pathlib.Path, *, count: int) -> Callable[[int, Any], list[Picture]]:
+    """A function that draws a picture for each of so many captions with the parameters of a training state.
 
-    def __init__(self, settings: TrainSettings, workdir: pathlib.Path, *, captions: int):
-        self._settings, self._workdir, self._count = settings, workdir, captions
+    It draws in the first process and returns nothing in the others.
+    """
 
-    def draw(self, step: int, state) -> list[Picture]:
-        """A picture for each caption, in the first process; nothing in the others."""
+    @functools.cache
+    def parts() -> tuple[model_dir.ModelDir, Tokenizer, list[str]]:
+        image_tokenizer, tokenizer = model_dir.load_frozen(workdir, "image_tokenizer"), load_tokenizer(workdir)
+        return image_tokenizer, tokenizer, first_captions(_spec(settings), count)
+
+    def draw(step: int, state) -> list[Picture]:
         ema = distributed.whole(ema_params(state))
         if jax.process_index() != 0:
             return []
-        image_tokenizer, tokenizer, captions = self._parts
-        transformer = model_dir.ModelDir({}, build("transformer", self._settings.model), ema)
+        image_tokenizer, tokenizer, captions = parts()
+        transformer = model_dir.ModelDir({}, build("transformer", settings.model), ema)
         generator = Autoregressive(transformer, image_tokenizer, tokenizer, digest=f"step {step}")
         requests = [Request(caption, seed=seed) for seed, caption in enumerate(captions)]
         return [pictures[0] for pictures in Pipeline(generator).draw(requests)]
 
-    @functools.cached_property
-    def _parts(self) -> tuple[model_dir.ModelDir, Tokenizer, list[str]]:
-        """Image tokenizer, tokenizer and captions."""
-        captions = first_captions(_spec(self._settings), self._count)
-        return model_dir.load_frozen(self._workdir, "image_tokenizer"), load_tokenizer(self._workdir), captions
+    return draw
 
 
 def first_captions(spec: str, count: int) -> list[str]:
