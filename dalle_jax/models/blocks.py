@@ -7,8 +7,7 @@ caller's `attend`. `LAYER` is the one description of a layer's parameters. Knows
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.models.layers import layer_norm, param, quick_gelu
 from dalle_jax.models.ops import linear
-from dalle_jax.models.scaled import cast_in, cast_out, cast_param
+from dalle_jax.models.scaled import cast_in, cast_out
 from dalle_jax.sharding import constrain
 
 ATTENTION, MLP = BRANCHES = ("attention", "mlp")  # the residual branches of a layer, in their order
@@ -73,25 +72,18 @@ LAYER = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class InitStd:
-    """Initial standard deviations of a layer's four matrices."""
-
-    qkv: float
-    out: float
-    up: float
-    down: float
-
-
 class Blocks(nnx.Module):
     """The parameters of LAYER, each with a leading dimension for the layers."""
 
-    def __init__(self, rngs: nnx.Rngs, *, layers: int, width: int, heads: int, head_size: int, std: InitStd):
+    def __init__(
+        self, rngs: nnx.Rngs, *, layers: int, width: int, heads: int, head_size: int, std: Mapping[str, float]
+    ):
+        """std: initial standard deviations of a layer's four matrices, by name."""
         sizes = {"embed": width, "qkv": 3, "heads": heads, "head": head_size, "mlp": 4 * width}
         for name, entry in LAYER.items():
-            start = {"std": getattr(std, name)} if entry.inputs else {"fill": entry.fill}
             shape = layers, *(sizes[axis] for axis in entry.axes)
-            setattr(self, name, param(rngs, shape, axes=("layers", *entry.axes), **start))
+            axes = "layers", *entry.axes
+            setattr(self, name, param(rngs, shape, axes=axes, std=std.get(name, 0.0), fill=entry.fill))
 
     def cast(self, dtype, *, vectors=None, scales=None):
         """All layers' parameters as `layer` reads them from rows.
@@ -107,51 +99,33 @@ class Blocks(nnx.Module):
             target = array.dtype if entry.norm else dtype if entry.inputs else vectors
             if scales is None:
                 return array.astype(target)
-            return cast_param(array, scales[:, _index(entry.branch)], target)
+            return cast_in(array, scales[:, BRANCHES.index(entry.branch)], target, zero_overflow=False)
 
         return {n: one(n, a) for n, a in arrays.items()} | ({} if scales is None else {"scales": scales})
 
 
-class Ops(Protocol):
-    """The operations of a layer, for rows in training or columns in sampling."""
-
-    def norm(self, block, name: str, x):
-        """The norm `name` of the stream, in whatever form `product` takes."""
-
-    def product(self, block, name: str, x):
-        """The matrix `name` times x, plus its bias."""
-
-    def heads(self, qkv):
-        """The product with `qkv` as queries, keys and values, in whatever form `attend` takes."""
-
-    def add(self, block, x, branch: str, function: Callable):
-        """The stream x after a residual branch, function(block, x)."""
-
-
-def layer(block, x, *, attend: Callable, ops: Ops):
+def layer(block, x, *, attend: Callable, ops):
     """One layer.
 
     block: its parameters, as `ops` reads them. x: the stream. attend: queries, keys and values of `ops.heads` -> what
-    the product with `out` reads.
+    the product with `out` reads. ops: its operations, `Rows` or `decoding.Columns`: `norm` of the stream, in whatever
+    form `product` takes, which adds the bias; and `add`, the stream after a residual branch function(block, x).
     """
 
     def attention(block, x):
         qkv = checkpoint_name(ops.product(block, "qkv", ops.norm(block, "norm1", x)), "product")
         return ops.product(block, "out", attend(*ops.heads(qkv)))
 
-    x = ops.add(block, x, ATTENTION, attention)
-    return ops.add(block, x, MLP, functools.partial(mlp, ops=ops))
+    def mlp(block, x):
+        hidden = checkpoint_name(ops.product(block, "up", ops.norm(block, "norm2", x)), "product")
+        return ops.product(block, "down", quick_gelu(hidden))
 
-
-def mlp(block, x, *, ops: Ops):
-    """The second branch of a layer."""
-    hidden = checkpoint_name(ops.product(block, "up", ops.norm(block, "norm2", x)), "product")
-    return ops.product(block, "down", quick_gelu(hidden))
+    return ops.add(block, ops.add(block, x, ATTENTION, attention), MLP, mlp)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """`Ops` of whole sequences, [B * S, D], of parameters by `Blocks.cast`.
+    """Operations of whole sequences, [B * S, D], of parameters by `Blocks.cast`.
 
     One row per token is the shape in which a matrix product reads the stream. Given another one, XLA's CPU backend
     computes the gradient of the stream again for every reader of it, from all the terms of all later layers.
@@ -178,8 +152,8 @@ class Rows:
             dtype = block["up"].dtype
             if "scales" not in block:
                 return x + function(block, x.astype(dtype)).astype(x.dtype)
-            scale = block["scales"][_index(branch)]
-            return x + cast_out(function(block, cast_in(x, scale, dtype)), scale)
+            scale = block["scales"][BRANCHES.index(branch)]
+            return x + cast_out(function(block, cast_in(x, scale, dtype, zero_overflow=True)), scale)
 
         x_BSD = self.saving(branch, residual)(block, x).reshape(self.batch, -1, x.shape[-1])
         return constrain(x_BSD, ("batch", "sequence", "embed_activation")).reshape(x.shape)
@@ -238,7 +212,3 @@ def finite_branches(block_grads):
         return functools.reduce(jnp.logical_and, (f for name, f in finite.items() if LAYER[name].branch == branch))
 
     return jnp.stack([of(branch) for branch in BRANCHES], axis=-1)
-
-
-def _index(branch: str) -> int:
-    return BRANCHES.index(branch)

@@ -17,7 +17,7 @@ from flax import nnx
 from dalle_jax import pixels
 from dalle_jax.layout import CaptionLayout
 from dalle_jax.models.attention import blockwise
-from dalle_jax.models.blocks import Blocks, InitStd, check_remat, scan_layers
+from dalle_jax.models.blocks import Blocks, check_remat, scan_layers
 from dalle_jax.models.layers import (
     Model,
     Params,
@@ -188,7 +188,8 @@ class TextTower(nnx.Module):
 
 def _blocks(rngs, *, layers: int, width: int, heads: int) -> Blocks:
     residual = (2 * layers) ** -0.5
-    std = InitStd(qkv=width**-0.5, out=width**-0.5 * residual, up=(2 * width) ** -0.5, down=width**-0.5 * residual)
+    out = width**-0.5 * residual
+    std = {"qkv": width**-0.5, "out": out, "up": (2 * width) ** -0.5, "down": out}
     return Blocks(rngs, layers=layers, width=width, heads=heads, head_size=width // heads, std=std)
 
 

@@ -88,7 +88,10 @@ class _Normed(NamedTuple):
 
 
 class Columns:
-    """`blocks.Ops` of a few columns, [D, B], of parameters by `layer_weights`. Products are summed in float32."""
+    """Operations of `blocks.layer` on a few columns, [D, B], whose parameters are of `layer_weights`.
+
+    Products are summed in float32.
+    """
 
     def __init__(self, dtype):
         self.dtype = dtype

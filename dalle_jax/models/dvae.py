@@ -198,7 +198,9 @@ class Encoder(nnx.Module):
         size = (self.config.image_size, self.config.image_size, 3)
         if x_BHWC.shape[1:] != size:
             raise ValueError(f"the encoder takes images [B, {size[0]}, {size[1]}, 3], got {x_BHWC.shape}")
-        x_BGGC = self.tower(self.stem(_space_to_depth(x_BHWC, self.config.patch)))
+        patch = self.config.patch
+        x_BHWC = einops.rearrange(x_BHWC, "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
+        x_BGGC = self.tower(self.stem(x_BHWC))
         x_BGGC = jax.nn.relu(x_BGGC).astype(jnp.float32)
         if self.config.logits_norm:
             mean_square = jnp.square(x_BGGC).mean(-1, keepdims=True)
@@ -218,7 +220,8 @@ class Decoder(nnx.Module):
 
     def pixels(self, x_BGGC):
         x_BHWC = self.head(jax.nn.relu(self.tower(x_BGGC.astype(compute_dtype(self.config.precision)))))
-        return _depth_to_space(x_BHWC, self.config.patch).astype(jnp.float32)
+        patch = self.config.patch
+        return einops.rearrange(x_BHWC, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch).astype(jnp.float32)
 
 
 def _block_name(group: int, block: int) -> str:
@@ -235,11 +238,3 @@ def _double(x_BHWC):
     B, H, W, C = x_BHWC.shape
     tiled = jnp.broadcast_to(x_BHWC[:, :, None, :, None], (B, H, 2, W, 2, C))
     return tiled.reshape(B, 2 * H, 2 * W, C)
-
-
-def _space_to_depth(x_BHWC, patch: int):
-    return einops.rearrange(x_BHWC, "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
-
-
-def _depth_to_space(x_BHWC, patch: int):
-    return einops.rearrange(x_BHWC, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)

@@ -238,41 +238,33 @@ def _side_by_side(step):
 
 
 def _window(x_BHWC, combine, *, stride: int = 1):
-    """`combine` of three arrays over whole windows of 3 x 3, first down, then across.
+    """`combine` of two arrays over whole windows of 3 x 3, first down, then across.
 
     As slices, because XLA's own windows are slow on CPU.
     """
     _, H, W, _ = x_BHWC.shape
-    x_BHWC = combine(*(x_BHWC[:, i : H - 2 + i : stride] for i in range(3)))
-    return combine(*(x_BHWC[:, :, i : W - 2 + i : stride] for i in range(3)))
+    x_BHWC = functools.reduce(combine, (x_BHWC[:, i : H - 2 + i : stride] for i in range(3)))
+    return functools.reduce(combine, (x_BHWC[:, :, i : W - 2 + i : stride] for i in range(3)))
 
 
 def _padded(x_BHWC, value: float):
     return jnp.pad(x_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=value)
 
 
-def _max(a, b, c):
-    return jnp.maximum(jnp.maximum(a, b), c)
-
-
-def _sum(a, b, c):
-    return a + b + c
-
-
 def _halving_max(x_BHWC):
-    return _window(x_BHWC, _max, stride=2)
+    return _window(x_BHWC, jnp.maximum, stride=2)
 
 
 def _same_max(x_BHWC):
-    return _window(_padded(x_BHWC, -jnp.inf), _max)
+    return _window(_padded(x_BHWC, -jnp.inf), jnp.maximum)
 
 
 def _mean(x_BHWC):
     """Average over those positions of the window that are inside the image."""
     inside = jnp.ones((1, *x_BHWC.shape[1:3], 1), jnp.float32)
-    return _window(_padded(x_BHWC, 0.0), _sum) / _window(_padded(inside, 0.0), _sum)
+    return _window(_padded(x_BHWC, 0.0), jnp.add) / _window(_padded(inside, 0.0), jnp.add)
 
 
 def _mean_with_padding(x_BHWC):
     """Average over nine positions; those outside the image are zeros."""
-    return _window(_padded(x_BHWC, 0.0), _sum) / 9
+    return _window(_padded(x_BHWC, 0.0), jnp.add) / 9

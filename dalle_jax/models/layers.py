@@ -88,8 +88,7 @@ class Model:
 
     @functools.cached_property
     def _split(self):
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))
-        return graphdef, state
+        return nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))
 
     @functools.cached_property
     def abstract(self) -> Params:

@@ -4,8 +4,8 @@ Gradients get smaller from early to late branches and from model to larger model
 them within float16. So each branch has one, and the stream between the branches stays float32. Going backward,
 
     cast_out    the gradient that comes from the stream is multiplied by the branch's scale and cast to float16,
-    cast_in     where it joins the stream again, what is not finite becomes 0, the rest is widened and divided by it,
-    cast_param  the gradient of the branch's parameters is too, but for the zeros: there the update sees an overflow.
+    cast_in     where it joins the stream again, what is not finite becomes 0, the rest is widened and divided by it;
+                the gradient of the branch's parameters is too, but for the zeros: there the update sees an overflow.
 
 So a branch that overflows costs its gradient, and none of the branches before it. Forward these are casts.
 """
@@ -16,21 +16,26 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def cast_in(x, scale, dtype):
-    """The float32 stream as a branch reads it. scale: float32 scalar."""
-    del scale
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def cast_in(x, scale, dtype, zero_overflow: bool):
+    """What a branch reads, in its dtype: the float32 stream, or all layers' float32 parameter [L, ...].
+
+    scale: float32 scalar or, for a parameter, [L]. zero_overflow: a gradient that is not finite becomes 0.
+    """
+    del scale, zero_overflow
     return x.astype(dtype)
 
 
-def _cast_in_forward(x, scale, dtype):
+def _cast_in_forward(x, scale, dtype, zero_overflow):
+    del zero_overflow
     return x.astype(dtype), scale
 
 
-def _cast_in_backward(dtype, scale, cotangent):
+def _cast_in_backward(dtype, zero_overflow, scale, cotangent):
     del dtype
-    kept = jnp.where(jnp.isfinite(cotangent), cotangent, 0).astype(jnp.float32)
-    return kept / scale, jnp.zeros_like(scale)
+    kept = jnp.where(jnp.isfinite(cotangent), cotangent, 0) if zero_overflow else cotangent
+    each = scale.reshape(*scale.shape, *(1,) * (cotangent.ndim - scale.ndim))
+    return kept.astype(jnp.float32) / each, jnp.zeros_like(scale)
 
 
 cast_in.defvjp(_cast_in_forward, _cast_in_backward)
@@ -53,23 +58,3 @@ def _cast_out_backward(saved, cotangent):
 
 
 cast_out.defvjp(_cast_out_forward, _cast_out_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def cast_param(param, scale, dtype):
-    """All layers' float32 parameter [L, ...] in the branch's dtype. scale: float32 [L]."""
-    del scale
-    return param.astype(dtype)
-
-
-def _cast_param_forward(param, scale, dtype):
-    return param.astype(dtype), scale
-
-
-def _cast_param_backward(dtype, scale, cotangent):
-    del dtype
-    each = scale.reshape(-1, *(1,) * (cotangent.ndim - 1))
-    return cotangent.astype(jnp.float32) / each, jnp.zeros_like(scale)
-
-
-cast_param.defvjp(_cast_param_forward, _cast_param_backward)

@@ -16,7 +16,7 @@ from flax import nnx
 from dalle_jax import attention_pattern
 from dalle_jax.layout import Layout
 from dalle_jax.models.attention import kernels
-from dalle_jax.models.blocks import Blocks, InitStd, check_remat, scan_layers
+from dalle_jax.models.blocks import Blocks, check_remat, scan_layers
 from dalle_jax.models.layers import Model, check_positive, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
 
@@ -140,14 +140,14 @@ class Transformer(nnx.Module):
         return _look_up(self.image_embedding, previous, "image_input") + position_ID[None]
 
 
-def _init_std(config: TransformerConfig) -> InitStd:
+def _init_std(config: TransformerConfig) -> dict[str, float]:
     width, residual = config.width, (2 * config.num_layers) ** -0.5  # of the branches' last matrices, Child et al. 2019
-    return InitStd(
-        qkv=INIT * width**-0.5,
-        out=INIT * (config.heads * config.head_size) ** -0.5 * residual,
-        up=INIT * width**-0.5,
-        down=INIT * (4 * width) ** -0.5 * residual,
-    )
+    return {
+        "qkv": INIT * width**-0.5,
+        "out": INIT * (config.heads * config.head_size) ** -0.5 * residual,
+        "up": INIT * width**-0.5,
+        "down": INIT * (4 * width) ** -0.5 * residual,
+    }
 
 
 def _look_up(table, ids_BS, rows: str):

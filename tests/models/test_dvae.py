@@ -56,16 +56,12 @@ def some_images(count: int = 2, size: int = 16) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
 
 
-def test_the_papers_network_has_the_published_size():
+def test_the_papers_network_has_the_published_size_and_shapes():
     model = build("dvae", {})
     count = lambda part: sum(leaf.size for leaf in jax.tree.leaves(model.abstract[part]))  # noqa: E731
     assert (count("encoder"), count("decoder")) == (53_786_240, 43_829_766)
     assert (model.config.grid, model.config.vocab) == (PAPER_GRID, PAPER_VOCAB)
     assert model.config.post_gain == 1 / 64
-
-
-def test_the_papers_shapes_at_full_size():
-    model = build("dvae", {})
     x = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
     logits = jax.eval_shape(lambda p, x: model.apply(p, x, method="encode"), model.abstract, x)
     output = jax.eval_shape(lambda p, z: model.apply(p, z, method="decode"), model.abstract, logits)
@@ -202,12 +198,6 @@ def test_the_loss_is_the_formula(tiny):
     np.testing.assert_allclose(metrics["reconstruction_nats_per_value"], nll / x.size, rtol=1e-5)
     np.testing.assert_allclose(metrics["kl_nats_per_token"], kl / logits[..., 0].size, rtol=1e-4)
     np.testing.assert_allclose(metrics["relaxed_error"], error / x.size, rtol=1e-4)
-
-
-def test_the_paper_weighs_a_token_as_beta_over_192():
-    """Mean over values of a sum over 32 x 32 positions: beta / 192 times the mean KL of a position."""
-    assert DVAEObjective().beta.end / 192 == pytest.approx(0.034375)
-    assert 256 * 256 * 3 / PAPER_GRID**2 == 192
 
 
 def test_kl_is_zero_at_uniform_and_ln_v_at_one_code():
