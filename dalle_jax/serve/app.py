@@ -49,7 +49,7 @@ class _Api:
     async def edits(self, request: Request) -> Response:
         """Completion: the rows that the mask or `keep_rows` keeps (half, if neither says); the others are drawn."""
         fields, files = await parsing.read_form(request)
-        return await self._answer(request, await self._edit(fields, files, masked=True))
+        return await self._complete(request, fields, files, masked=True)
 
     async def variations(self, request: Request) -> Response:
         """The same without a mask. The model draws from captions, so a variation needs its prompt too."""
@@ -59,7 +59,7 @@ class _Api:
         if not dict(fields).get("prompt"):
             message = "this model draws from captions: send the image's as prompt; the upper half of its rows is kept"
             raise invalid("prompt", message, code="missing_required_parameter")
-        return await self._answer(request, await self._edit(fields, files, masked=False))
+        return await self._complete(request, fields, files, masked=False)
 
     async def picture(self, request: Request) -> Response:
         png = self._store.get(request.path_params["name"].removesuffix(".png"))
@@ -89,9 +89,9 @@ class _Api:
         headers = {"Content-Security-Policy": page.policy(), "Cache-Control": "no-cache"}
         return Response(page.html(), media_type="text/html", headers=headers)
 
-    async def _edit(self, fields: list[tuple[str, str]], files: dict[str, bytes], *, masked: bool):
-        """The image request of a form, made in a thread because that decodes images; see `_edit`."""
-        return await asyncio.to_thread(_edit, fields, files, pipe=self._batcher.pipe, model=self._model, masked=masked)
+    async def _complete(self, request: Request, fields, files, *, masked: bool) -> Response:
+        made = functools.partial(_edit, pipe=self._batcher.pipe, model=self._model, masked=masked)
+        return await self._answer(request, await asyncio.to_thread(made, fields, files))  # it decodes images
 
     async def _answer(self, request: Request, image_request: schema.ImageRequest) -> Response:
         job, pipe = self._batcher.submit(image_request), self._batcher.pipe
@@ -185,16 +185,14 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
     api = _Api(batcher, model=model)
     rejected = batcher.metrics.rejected
 
-    async def on_error(request: Request, error: ApiError) -> Response:
+    async def on_error(request: Request, error: HTTPException) -> Response:
+        if not isinstance(error, ApiError):  # of Starlette
+            code = _CODES.get(error.status_code, "invalid_request")
+            where = f"{request.method} {schema.shorten(request.scope['path'])}"
+            detail = error.detail if error.status_code == 400 else f"{error.detail}: {where}"
+            error = ApiError(error.status_code, detail, code=code, headers=error.headers)
         rejected.labels(error.code).inc()
         return error.response()
-
-    async def on_http_error(request: Request, error: HTTPException) -> Response:
-        code = _CODES.get(error.status_code, "invalid_request")
-        where = f"{request.method} {schema.shorten(request.scope['path'])}"
-        detail = error.detail if error.status_code == 400 else f"{error.detail}: {where}"
-        rejected.labels(code).inc()
-        return ApiError(error.status_code, detail, code=code, headers=error.headers).response()
 
     async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=400)  # nobody reads it
@@ -209,8 +207,7 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
         await asyncio.to_thread(batcher.close)
 
     handlers: dict[Any, Any] = {
-        ApiError: on_error,
-        HTTPException: on_http_error,
+        HTTPException: on_error,
         ClientDisconnect: on_disconnect,
         Exception: on_defect,
     }

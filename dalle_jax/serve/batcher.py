@@ -154,7 +154,7 @@ class Batcher:
         )
         with self._changed:
             if len(self._waiting) >= self._queue:
-                ahead = sum(waiting.image_request.candidates for waiting in self._waiting)
+                ahead = sum(waiting.image_request.request.candidates for waiting in self._waiting)
                 seconds = min(max(1, math.ceil(ahead * self._seconds_per_image)), _MAX_RETRY)
                 message = f"{len(self._waiting)} requests are waiting, as many as may: try again in {seconds} s"
                 raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
@@ -221,11 +221,11 @@ class Batcher:
         for job in self._waiting:
             if batch and job.key != batch[0].key:
                 continue
-            if batch and images + job.image_request.candidates > max_images:
+            if batch and images + job.image_request.request.candidates > max_images:
                 full = True
                 continue
             batch.append(job)
-            images += job.image_request.candidates
+            images += job.image_request.request.candidates
         return batch, full or images >= max_images
 
     def _max_images(self, job: Job) -> int:
@@ -234,7 +234,7 @@ class Batcher:
 
     def _draw(self, pipe: Pipeline, batch: list[Job]) -> None:
         start = time.monotonic()
-        images = sum(job.image_request.candidates for job in batch)
+        images = sum(job.image_request.request.candidates for job in batch)
 
         def on_progress(preview: Preview) -> bool:
             job = batch[preview.request]
@@ -271,7 +271,7 @@ class Batcher:
         for job, drawn in zip(batch, results, strict=True):
             if not job.cancelled:
                 self.metrics.images.inc(len(drawn))
-                self.metrics.candidates.inc(job.image_request.candidates)
+                self.metrics.candidates.inc(job.image_request.request.candidates)
                 self._call(job.finish, drawn)
 
     def _call(self, function: Callable, *values: Any) -> None:

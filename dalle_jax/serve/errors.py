@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """Raised wherever a request cannot be served; `response()` is what the client gets.
 
     status: HTTP status. param: the parameter at fault, as the client named it. code: a word for programs.
@@ -22,16 +23,16 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
 
     def body(self) -> dict:
         """{"error": {message, type, param, code}}."""
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        kind = _TYPES.get(self.status_code, "invalid_request_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+        return JSONResponse(self.body(), status_code=self.status_code, headers=self.headers)
 
 
 def invalid(param: str | None, message: str, *, code: str = "invalid_value") -> ApiError:

@@ -19,22 +19,21 @@ from dalle_jax.serve.schema import ImageRequest
 HEARTBEAT_SECONDS = 10  # between comments on a silent stream, so that nothing between here and the client gives up
 
 
-def png(image: Image.Image) -> bytes:
-    """The file; a finished image carries caption, seed and settings in it."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 async def encode(images: Sequence[Image.Image]) -> list[bytes]:
-    """PNG files, made in a thread beside the event loop."""
+    """PNG files, made in a thread beside the event loop; of pictures with caption, seed and settings in them."""
+
+    def png(image: Image.Image) -> bytes:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return file.getvalue()
+
     return await asyncio.to_thread(lambda: [png(image) for image in images])
 
 
 def usage(image_request: ImageRequest) -> dict[str, Any]:
     """OpenAI's count of tokens read and drawn; it includes the candidates that ranking drops."""
     text, image = image_request.usage.text_tokens, image_request.usage.image_tokens
-    drawn = image_request.candidates * image_request.usage.drawn_tokens
+    drawn = image_request.request.candidates * image_request.usage.drawn_tokens
     return {
         "input_tokens": text + image,
         "input_tokens_details": {"text_tokens": text, "image_tokens": image},
@@ -63,7 +62,7 @@ def whole(
         "data": data,
         **_format(pipe),
         "model": model,
-        "candidates": image_request.candidates,
+        "candidates": image_request.request.candidates,
         "usage": usage(image_request),
     }
 

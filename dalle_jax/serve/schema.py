@@ -63,11 +63,6 @@ class ImageRequest:
     preview_steps: frozenset[int]
     usage: Usage
 
-    @property
-    def candidates(self) -> int:
-        """Images drawn, of which n go back."""
-        return self.request.candidates
-
 
 def shorten(value: Any) -> str:
     """A value as an error message quotes it: short, whatever it is."""

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import dalle_jax
-from tests.support.stand_in_server import NAME, serving
+from tests.support.stand_in_server import serving
 from tests.support.tiny_model import CAPTION
 
 WISHES = [
@@ -54,37 +54,6 @@ def test_pictures_are_those_of_the_pipeline_alone_and_in_company(client, pipe):
             drawn = Image.open(io.BytesIO(base64.b64decode(file)))
             np.testing.assert_array_equal(np.asarray(drawn), np.asarray(picture))
             assert (seed, drawn.info["seed"], drawn.info["caption"]) == (picture.seed, str(picture.seed), CAPTION)
-
-
-def test_rows_of_a_stream_are_rows_of_codes_and_the_rest_is_blank(client, pipe):
-    grid, side = pipe.generator.model.config.grid, pipe.image_size
-    events = list(client.images.generate(prompt=CAPTION, stream=True, partial_images=grid - 1, extra_body={"seed": 3}))
-    assert [event.rows for event in events[:-1]] == list(range(1, grid))
-    for event in events[:-1]:
-        assert len(np.unique(pixels(event)[event.rows * side // grid :])) == 1
-    np.testing.assert_array_equal(pixels(events[-1]), np.asarray(pipe(CAPTION, seed=3)[0]))
-
-
-def test_completion_is_that_of_the_pipeline(client, pipe):
-    image = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    answer = client.images.edit(
-        image=("image.png", file.getvalue(), "image/png"),
-        prompt=CAPTION,
-        model=NAME,
-        response_format="b64_json",
-        extra_body={"seed": 1, "keep_rows": 1},
-    )
-    np.testing.assert_array_equal(
-        pixels(answer.data[0]), np.asarray(pipe(CAPTION, seed=1, image=image, keep_rows=1)[0])
-    )
-
-
-def test_a_batch_is_one_of_the_pipeline(server, pipe):
-    images, reason = pipe.capacity()
-    assert server.batcher.summary() == [f"draws up to {images} images together: {reason}"]  # it cannot be guided
-    assert server.batcher.capacity(guided=False) == (images, reason)
 
 
 def test_a_prompt_may_be_as_long_as_openai_lets_it_be(client, pipe):
