@@ -119,13 +119,14 @@ def read_image(path: pathlib.Path) -> np.ndarray:
 
 
 def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    default = option.unset if option.default is None else f"{option.default:g}"
     flag = f"--{option.name.replace('_', '-')}" if len(option.name) > 1 else f"-{option.name}"
     parser.add_argument(
         flag,
         type=option.kind,
         default=option.default,
         metavar="N" if option.kind is int else "X",
-        help=f"{option.help} (default: {option.default_words})",
+        help=f"{option.help} (default: {default})",
     )
 
 

@@ -16,7 +16,6 @@ from dalle_jax.cli.sample import add_loading_arguments, load
 from dalle_jax.errors import UserError, check_number, say
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
-from dalle_jax.serve.metrics import Metrics
 
 TOKEN_VARIABLE = "DALLE_JAX_TOKEN"
 MAX_CONNECTIONS = 1000  # beyond, uvicorn answers 503 at once
@@ -89,7 +88,6 @@ def main(args: argparse.Namespace) -> int:
         wait_seconds=args.batch_wait_ms / 1000,
         queue=args.queue,
         deadline_seconds=args.deadline_s,
-        metrics=Metrics(),
         on_ready=on_ready,
     )
     server = make_server(build_app(batcher, model=name, token=token), deadline_seconds=args.deadline_s)

@@ -32,24 +32,8 @@ BLANK = 255  # value of the pixels of a preview that are not drawn yet
 OPTIONS = (
     Option("temperature", float, 1.0, "1 is the paper's; lower is safer and less varied", min=0.001, max=1000),
     Option("top_k", int, None, "draw only among the k most likely image tokens", min=1, unset="all"),
-    Option(
-        "top_p",
-        float,
-        None,
-        "draw only among the most likely image tokens that together reach this probability",
-        above=0,
-        max=1,
-        unset="all",
-    ),
-    Option(
-        "keep_rows",
-        int,
-        None,
-        "rows of image tokens to keep of the image to complete",
-        min=0,
-        unset="half of them",
-        completes=True,
-    ),
+    Option("top_p", float, None, "draw among the most likely up to this probability", above=0, max=1, unset="all"),
+    Option("keep_rows", int, None, "top rows of image tokens to keep", min=0, unset="half of them", completes=True),
 )
 
 # Compiled once per model, however many generators are made of it.

@@ -45,11 +45,6 @@ class Option:
     unset: str = ""
     completes: bool = False
 
-    @property
-    def default_words(self) -> str:
-        """The default as text for people."""
-        return self.unset if self.default is None else f"{self.default:g}"
-
     def check(self, value: Any) -> None:
         """Raises RequestError for a value of another type or out of bounds."""
         try:
@@ -68,15 +63,7 @@ class Option:
 
 COMMON = (
     Option("n", int, 1, "images for each caption", min=1, max=MAX_CANDIDATES),
-    Option(
-        "best_of",
-        int,
-        None,
-        "candidates to draw for each caption; CLIP chooses the best n of them",
-        min=1,
-        max=MAX_CANDIDATES,
-        unset="no ranking",
-    ),
+    Option("best_of", int, None, "candidates from which CLIP chooses n", min=1, max=MAX_CANDIDATES, unset="no ranking"),
     Option("seed", int, 0, "seed of the first image; the next has seed + 1, and so on", min=0, max=MAX_SEEDS - 1),
     Option("guidance", float, 1.0, "1 is none; above 1 follows the caption more closely", min=0, max=1000),
 )

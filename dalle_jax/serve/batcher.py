@@ -82,10 +82,9 @@ class Batcher:
         wait_seconds: float,
         queue: int,
         deadline_seconds: float,
-        metrics: Metrics,
         on_ready: Callable[[Exception | None], None] = lambda error: None,
     ):
-        self._load, self._on_ready, self.metrics = load, on_ready, metrics
+        self._load, self._on_ready, self.metrics = load, on_ready, Metrics()
         self._max_batch, self.deadline_seconds = max_batch, deadline_seconds
         self._wait_seconds, self._queue = wait_seconds, queue
         self._waiting: list[Job] = []
@@ -94,7 +93,6 @@ class Batcher:
         self._failures = 0
         self._seconds_per_image = 0.0  # a moving average
         self._pipe: Pipeline | None = None
-        self._broken = False
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
 
     def start(self) -> None:
@@ -112,7 +110,7 @@ class Batcher:
     @property
     def state(self) -> str:
         """LOADING, READY or FAILING."""
-        if self._broken or self._failures >= _MAX_FAILURES:
+        if self._failures >= _MAX_FAILURES:
             return FAILING
         return LOADING if self._pipe is None else READY
 
@@ -124,7 +122,7 @@ class Batcher:
           ApiError: it is not loaded.
         """
         if self._pipe is None:
-            message = "the model could not be loaded" if self._broken else "the model is being loaded: try again soon"
+            message = "the model could not be loaded" if self._failures else "the model is being loaded: try again soon"
             raise ApiError(503, message, code=f"model_{self.state}", headers={"Retry-After": "5"})
         return self._pipe
 
@@ -183,7 +181,7 @@ class Batcher:
                 if pipe.can_draw(request):
                     pipe.batch_key(request)
         except Exception as error:
-            self._broken = True
+            self._failures = _MAX_FAILURES
             self._on_ready(error)
             return
         self._pipe = pipe

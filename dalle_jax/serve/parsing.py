@@ -44,19 +44,18 @@ async def read_form(request: Request) -> tuple[list[tuple[str, str]], dict[str, 
         ) from error
     try:
         for name, value in form.multi_items():
+            name = "image" if name == "image[]" else name  # how OpenAI's client sends a list of one
             if not isinstance(value, UploadFile):
+                if name in ("image", "mask"):
+                    raise invalid(name, f"{name} must be sent as a file: give its part a filename", code="invalid_type")
                 fields.append((name, value))
                 continue
-            name = "image" if name == "image[]" else name  # how OpenAI's client sends a list of one
             if name not in ("image", "mask") or name in files:
                 word = schema.shorten(name)[1:-1]
                 raise invalid(word, f"expected one file 'image' and at most one 'mask', got a second or other: {word}")
             files[name] = await value.read()
     finally:
         await form.close()
-    wrong = next((name for name, _ in fields if name in ("image", "image[]", "mask")), None)
-    if wrong:
-        raise invalid(wrong, f"{wrong} must be sent as a file: give its part a filename", code="invalid_type")
     return fields, files
 
 

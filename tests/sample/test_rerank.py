@@ -119,8 +119,6 @@ def test_wrong_arguments_are_refused(reranker, images, caption, message):
 
 
 def test_wrong_folders_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="expected a model or a workdir"):
-        Reranker.load(tmp_path / "nothing")
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     (other / "tokenizer.model").unlink()
@@ -130,13 +128,6 @@ def test_wrong_folders_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="expected a tokenizer of"):
         Reranker.load(other)
     found = model_dir.load(folder)
-    config, params = found.config, found.params
-    model_dir.save(other, {**config, "name": "dvae"}, params)
+    model_dir.save(other, {**found.config, "name": "dvae"}, found.params)
     with pytest.raises(UserError, match="expected a clip in"):
-        Reranker.load(other)
-    model_dir.save(other, {"name": "clip", "model": {**config["model"], "embed": 9}}, params)
-    with pytest.raises(UserError, match="of shape"):
-        Reranker.load(other)
-    model_dir.save(other, {"name": "clip", "model": {**config["model"], "patch": 3}}, params)
-    with pytest.raises(UserError, match="a possible clip"):
         Reranker.load(other)

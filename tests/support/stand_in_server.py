@@ -22,7 +22,6 @@ from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.request import Request
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
-from dalle_jax.serve.metrics import Metrics
 from tests.support import until
 from tests.support.tiny_model import BrightIsBest
 
@@ -151,7 +150,6 @@ def serving(pipe, *, load=None, token=None, max_batch=16, wait_seconds=0.02, que
         wait_seconds=wait_seconds,
         queue=queue,
         deadline_seconds=deadline_seconds,
-        metrics=Metrics(),
     )
     server = make_server(build_app(batcher, model=NAME, token=token), deadline_seconds=deadline_seconds)
     listener = listen("127.0.0.1", 0)
