@@ -28,7 +28,7 @@ from dalle_jax.evaluate.probe import by_clip
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.pictures.sheet import contact_sheet
-from dalle_jax.sample.autoregressive import Autoregressive, Placement
+from dalle_jax.sample.autoregressive import Autoregressive
 from dalle_jax.sample.pipeline import CLIP, Pipeline
 from dalle_jax.sample.request import MAX_CANDIDATES, Request
 from dalle_jax.sample.rerank import Reranker
@@ -138,7 +138,7 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
     train_stage(settings, folder, hooks=[sample_hook(settings, folder)])
 
     say(f"4/{stages} pictures for captions it never saw")
-    generator = Autoregressive.load(folder, Placement())
+    generator = Autoregressive.load(folder)
     report, drawn = judge(generator, num_captions)
     sheet([("", drawn[name][: 2 * COLUMNS]) for name in TUNED_ON]).save(workdir / "samples.png")
     steps = {"dvae": dvae_settings.run.steps, "transformer": settings.run.steps}

@@ -16,7 +16,7 @@ from PIL import Image
 from dalle_jax import model_dir, sharding
 from dalle_jax.data.transforms import center_crop
 from dalle_jax.errors import UserError
-from dalle_jax.mesh import make_mesh
+from dalle_jax.mesh import local_mesh, make_mesh
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models.image_tokenizer import decode, encode
 from dalle_jax.sample import batches
@@ -41,31 +41,6 @@ _encode = jax.jit(encode, static_argnums=0)
 _decode = jax.jit(decode, static_argnums=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Devices of a model and its precision on them; the fields are the arguments of `Pipeline.load`."""
-
-    devices: Sequence[jax.Device] | None = None
-    tensor: int = 1
-    weights: str = "model"
-
-    def mesh(self, heads: int) -> jax.sharding.Mesh:
-        """The devices as a mesh for a model of so many heads.
-
-        Raises:
-          UserError: no devices, or the model cannot be cut so.
-        """
-        devices = jax.local_devices() if self.devices is None else list(self.devices)
-        if not devices or not all(isinstance(device, jax.Device) for device in devices):
-            raise UserError(f"devices must be at least one of jax.local_devices(), or None for all, got {devices}")
-        tensor = self.tensor
-        if not isinstance(tensor, int) or tensor < 1 or len(devices) % tensor or heads % tensor:
-            raise UserError(
-                f"tensor must divide the {len(devices)} device(s) and the model's {heads} heads, got {tensor}"
-            )
-        return make_mesh({sharding.REPLICA: -1, sharding.TENSOR: tensor}, devices=devices)
-
-
 class Autoregressive:
     """A `Generator` that draws image tokens in raster order.
 
@@ -83,15 +58,15 @@ class Autoregressive:
         *,
         digest: str,
         can_guide: bool = False,
-        placement: Placement | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        weights: str = "model",
     ):
-        """Raises UserError for a placement that the model does not allow."""
-        placement = placement or Placement()
+        """mesh: default: all devices of this process, each with a copy. weights: as for `Engine`."""
+        mesh = mesh or local_mesh()
         self.model, self.image_tokenizer = transformer.model, image_tokenizer.model
         self.tokenizer, self.digest, self.can_guide = tokenizer, digest, can_guide
-        mesh = placement.mesh(self.model.config.heads)
-        self.engine = Engine(self.model, transformer.params, mesh=mesh, weights=placement.weights)
-        self._weights = placement.weights
+        self.engine = Engine(self.model, transformer.params, mesh=mesh, weights=weights)
+        self._weights = weights
         self.image_size = self.image_tokenizer.config.image_size
         self.batch_multiple = self.engine.batch_multiple
         self.decode_batch = DECODED * self.batch_multiple
@@ -102,12 +77,15 @@ class Autoregressive:
         self.options = tuple(dataclasses.replace(o, max=limits.get(o.name, o.max)) for o in OPTIONS)
 
     @classmethod
-    def load(cls, folder: pathlib.Path, placement: Placement) -> "Autoregressive":
-        """The generator of a workdir or a model folder.
-
-        Raises:
-          UserError: a part is missing, damaged, or does not belong to the others.
-        """
+    def load(
+        cls,
+        folder: pathlib.Path,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        tensor: int = 1,
+        weights: str = "model",
+    ) -> "Autoregressive":
+        """The generator of a workdir or a model folder; arguments and errors are those of `Pipeline.load`."""
         transformer = model_dir.load(folder, "transformer")
         image_tokenizer = model_dir.load_frozen(folder, "image_tokenizer")
         config, image_config = transformer.model.config, image_tokenizer.model.config
@@ -129,7 +107,8 @@ class Autoregressive:
             tokenizer,
             digest=digest.hexdigest(),
             can_guide=transformer.config.get("data", {}).get("caption_dropout", 0) > 0,
-            placement=placement,
+            mesh=_mesh(config.heads, devices=devices, tensor=tensor),
+            weights=weights,
         )
 
     def check(self, request: Request) -> None:
@@ -226,3 +205,13 @@ class Autoregressive:
             return 0
         keep_rows = request.options.get("keep_rows")
         return self._layout.grid // 2 if keep_rows is None else keep_rows
+
+
+def _mesh(heads: int, *, devices: Sequence[jax.Device] | None, tensor: int) -> jax.sharding.Mesh:
+    """The devices as a mesh for a model of so many heads; raises UserError if the model cannot be cut so."""
+    devices = jax.local_devices() if devices is None else list(devices)
+    if not devices or not all(isinstance(device, jax.Device) for device in devices):
+        raise UserError(f"devices must be at least one of jax.local_devices(), or None for all, got {devices}")
+    if not isinstance(tensor, int) or tensor < 1 or len(devices) % tensor or heads % tensor:
+        raise UserError(f"tensor must divide the {len(devices)} device(s) and the model's {heads} heads, got {tensor}")
+    return make_mesh({sharding.REPLICA: -1, sharding.TENSOR: tensor}, devices=devices)

@@ -19,7 +19,7 @@ from PIL import Image
 from dalle_jax.errors import UserError
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample import batches
-from dalle_jax.sample.autoregressive import Autoregressive, Placement
+from dalle_jax.sample.autoregressive import Autoregressive
 from dalle_jax.sample.generator import Generator
 from dalle_jax.sample.request import MAX_SEEDS, Preview, Request, RequestError, check
 from dalle_jax.sample.rerank import Reranker
@@ -58,8 +58,7 @@ class Pipeline:
           UserError: a part is missing, damaged, or does not belong to the others, or an argument is out of range.
         """
         folder = pathlib.Path(folder)
-        placement = Placement(devices=devices, tensor=tensor, weights=weights)
-        generator = Autoregressive.load(folder, placement)
+        generator = Autoregressive.load(folder, devices=devices, tensor=tensor, weights=weights)
         if clip is None and (folder / CLIP).is_dir():
             clip = folder / CLIP
         return cls(generator, None if clip is None else Reranker.load(clip))
