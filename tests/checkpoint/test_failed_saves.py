@@ -17,25 +17,22 @@ from tests.support import ROOT
 from tests.support.line_task import digest_of, train
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained")
-    train(workdir)
-    return workdir
-
-
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, tmp_path):
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     """In a process of its own: the limit is the process's, and pytest writes files too."""
-    command = [sys.executable, "-m", "tests.support.full_disk_driver", tmp_path]
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    whole.mkdir()
+    full.mkdir()
+    train(whole)
+    command = [sys.executable, "-m", "tests.support.full_disk_driver", full]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("WARNING: the checkpoint of step 8 could not be written (File too large)") == 1
     assert "the newest complete one is that of step 4" in done.stderr
     assert "warning: metrics.jsonl could not be written" in done.stderr
-    assert reader.complete_steps(tmp_path) == [4, 12]
-    assert digest_of(tmp_path) == digest_of(trained)
-    assert not list((tmp_path / "checkpoints").glob("8*"))
-    assert {4, 12} <= {line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")}
+    assert reader.complete_steps(full) == [4, 12]
+    assert digest_of(full) == digest_of(whole)
+    assert not list((full / "checkpoints").glob("8*"))
+    assert {4, 12} <= {line["step"] for line in metrics.read(full / "metrics.jsonl")}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
