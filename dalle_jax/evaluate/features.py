@@ -91,14 +91,13 @@ class Extractor:
         pictures of one call.
     """
 
-    def __init__(self, model: Model, params: Params, *, batch: int | None = None):
-        """batch: pictures a device and call; default: BATCH."""
+    def __init__(self, model: Model, params: Params):
         mesh = local_mesh()
         self.model, self.digest = model, digest.of_tree(params)
         config = model.config
         self.network = f"inception-{config.pools}" + (f"-{config.features}" if config.narrow > 1 else "")
         self.features, self.classes = config.features, config.classes
-        self.batch = (batch or BATCH) * sharding.batch_ways(mesh)
+        self.batch = BATCH * sharding.batch_ways(mesh)
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._place = sharding.batch_sharding(mesh)
 
