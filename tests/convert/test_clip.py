@@ -19,7 +19,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.models import clip
 from tests.support import GOLDEN
 from tests.support.clip_vocabulary import generated, write_merge_list, write_vocab
-from tests.support.parameters import assert_every_weight_matters
+from tests.support.parameters import assert_every_weight_matters, assert_near
 
 GOLDEN_FILE = GOLDEN / "hf_clip.npz"
 VOCAB = 20  # entries, then the two marks
@@ -80,11 +80,6 @@ def our_features(state, pixel_BHWC, text_BT):
     return np.asarray(image_BE), np.asarray(text_BE), np.asarray(scale * image_BE @ text_BE.T)
 
 
-def assert_near(got, want):
-    assert got.shape == want.shape
-    assert np.abs(got - want).max() <= TOLERANCE * max(1.0, np.abs(want).max())
-
-
 @pytest.fixture(scope="module")
 def golden():
     with np.load(GOLDEN_FILE) as file:
@@ -126,8 +121,7 @@ def openai_names(state) -> dict[str, np.ndarray]:
 def test_golden_weights_give_the_golden_features(golden):
     state, arrays = golden
     got = our_features(state, arrays["pixels"], arrays["text"])
-    for array, name in zip(got, ("image", "captions", "logits"), strict=True):
-        assert_near(array, arrays[name])
+    assert_near(got, [arrays[name] for name in ("image", "captions", "logits")], TOLERANCE)
 
 
 def test_the_golden_features_depend_on_every_weight(golden):
@@ -155,8 +149,7 @@ def test_openai_names_are_the_same_model(golden):
 def test_pytorch_and_jax_agree(golden, seed):
     model = reference(seed)
     state, arrays = state_arrays(model), inputs(seed)
-    for got, want in zip(our_features(state, *arrays), torch_features(model, *arrays), strict=True):
-        assert_near(got, want)
+    assert_near(our_features(state, *arrays), torch_features(model, *arrays), TOLERANCE)
     if seed == 0:  # the golden file's
         for name, array in golden[0].items():
             np.testing.assert_array_equal(state[name], array)

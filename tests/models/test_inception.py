@@ -13,6 +13,7 @@ from dalle_jax.convert.inception import convert
 from dalle_jax.models import inception
 from tests.support import GOLDEN
 from tests.support.inception_weights import import_torchvision, state_dict
+from tests.support.parameters import assert_near
 
 GOLDEN_FILE = GOLDEN / "inception.npz"
 SIZE = 123  # the last grid is 2 x 2, where all kinds of pools differ
@@ -57,12 +58,6 @@ def scaled(images_uint8):
     return images_uint8.astype(np.float32) / 127.5 - 1
 
 
-def assert_near(got, want):
-    for one, other in zip(got, want, strict=True):
-        assert one.shape == other.shape and one.dtype == np.float32
-        assert np.abs(one - other).max() <= TOLERANCE * np.abs(other).max()
-
-
 @pytest.fixture(scope="module", params=inception.CLASSES)
 def ours(request):
     """Pools, definition, parameters and compiled features of a network with seeded weights."""
@@ -78,7 +73,7 @@ def test_golden_numbers(ours):
         want = golden[f"{pools}:pool3"], golden[f"{pools}:logits"]
     assert want[0].shape == (2, 2_048) and want[1].shape == (2, inception.CLASSES[pools])
     assert np.abs(want[0][0] - want[0][1]).max() > 100 * TOLERANCE * np.abs(want[0]).max()  # pictures tell apart
-    assert_near(map(np.asarray, got), as_ours(pools, *want))
+    assert_near(map(np.asarray, got), as_ours(pools, *want), TOLERANCE)
 
 
 def test_every_name_of_the_pools_matters():
@@ -92,14 +87,14 @@ def test_pytorch_and_jax_agree_at_the_published_size(ours):
     pools, model, params, features = ours
     x_BHWC = scaled(pictures(inception.SIZE, 1))
     want = reference(pools, state_dict(pools), x_BHWC)
-    assert_near(map(np.asarray, features(params, x_BHWC)), as_ours(pools, *want))
+    assert_near(map(np.asarray, features(params, x_BHWC)), as_ours(pools, *want), TOLERANCE)
 
 
 def test_the_golden_file_is_what_pytorch_gives():
     with np.load(GOLDEN_FILE) as golden:
         for pools in inception.CLASSES:
             want = reference(pools, state_dict(pools), scaled(pictures(SIZE)))
-            assert_near((golden[f"{pools}:pool3"], golden[f"{pools}:logits"]), want)
+            assert_near((golden[f"{pools}:pool3"], golden[f"{pools}:logits"]), want, TOLERANCE)
 
 
 def test_a_pool_averages_what_is_inside_the_picture():

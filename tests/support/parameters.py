@@ -28,3 +28,10 @@ def assert_every_weight_matters(function, params, tolerance, *, min_change=0.0):
         changed[index] = (leaf + max(0.5 * leaf.std(), min_change) * noise).astype(np.float32)
         pairs = zip(function(jax.tree.unflatten(tree, changed)), outputs, strict=True)
         assert max(np.abs(new - old).max() / np.abs(old).max() for new, old in pairs) > tolerance, path
+
+
+def assert_near(got, want, tolerance):
+    """Arrays of the same shapes, at most `tolerance` apart in terms of the largest value of each."""
+    for one, other in zip(got, want, strict=True):
+        assert one.shape == other.shape and one.dtype == np.float32
+        assert np.abs(one - other).max() <= tolerance * np.abs(other).max()
