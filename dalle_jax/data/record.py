@@ -85,9 +85,6 @@ class BadRecord(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
 
-    def __reduce__(self):  # the default would pass the message as the reason
-        return type(self), (self.reason, self.detail)
-
 
 @runtime_checkable
 class Source(Protocol):

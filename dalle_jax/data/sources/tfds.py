@@ -42,18 +42,10 @@ class TfdsSource:
     """Records of one prepared split. See `record.Source`; a pickled copy opens the files again."""
 
     def __init__(self, name: str, dataset: str, split: str, data_dir: str | None, *, captions_required: bool = True):
-        self.name, self._arguments, self._captions_required = name, (dataset, split, data_dir), captions_required
-        self._open()
-
-    def __reduce__(self):
-        open_again = functools.partial(TfdsSource, captions_required=self._captions_required)
-        return open_again, (self.name, *self._arguments)
-
-    def _open(self):
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import example_parser, read_only_builder
 
-        dataset, split, data_dir = self._arguments
+        self.name, self._arguments, self._captions_required = name, (dataset, split, data_dir), captions_required
         try:
             builder = read_only_builder.builder_from_files(dataset, data_dir=data_dir)
             self._records = builder.as_data_source(
@@ -78,6 +70,10 @@ class TfdsSource:
         self._lock = threading.Lock()
         if not len(self._records):
             raise UserError(f"expected records in {dataset}, split {split}, got none: choose another split")
+
+    def __reduce__(self):
+        open_again = functools.partial(TfdsSource, captions_required=self._captions_required)
+        return open_again, (self.name, *self._arguments)
 
     def __len__(self) -> int:
         return len(self._records)
