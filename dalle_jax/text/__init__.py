@@ -1,32 +1,13 @@
-"""Captions to token ids: a BPE vocabulary of our own (`bpe`), or CLIP's (`clip`)."""
+"""Captions to token ids: by a trained BPE vocabulary (`bpe`), or by that of CLIP (`clip`)."""
 
 import os
 import pathlib
-from typing import Protocol
 
 from dalle_jax.errors import UserError
 from dalle_jax.text import clip
 from dalle_jax.text.bpe import BPETokenizer
 
-
-class Tokenizer(Protocol):
-    """A vocabulary; immutable, thread-safe, picklable.
-
-    Attributes:
-      vocab_size: ids are 0 .. vocab_size - 1.
-      digest: SHA-256 (hex) that tells two vocabularies apart.
-    """
-
-    vocab_size: int
-    digest: str
-
-    def encode(self, caption: str) -> list[int]:
-        """Token ids of a caption of any length, without start, end or padding."""
-        ...
-
-    def save(self, path: str | os.PathLike) -> pathlib.Path:
-        """Write the vocabulary into a folder; returns the file."""
-        ...
+Tokenizer = BPETokenizer | clip.CLIPTokenizer  # both have vocab_size, digest, encode(caption) and save(folder)
 
 
 def load_tokenizer(path: str | os.PathLike, *, vocab_size: int | None = None) -> Tokenizer:
