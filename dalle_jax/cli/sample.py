@@ -140,8 +140,7 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     if blank is not None:
         raise UserError(f"expected words in each CAPTION, got {blank!r}: say what to draw")
     common = {option.name: getattr(args, option.name) for option in COMMON}
-    chosen = {option.name: getattr(args, option.name) for option in OPTIONS}
-    options = {option.name: chosen[option.name] for option in OPTIONS if chosen[option.name] != option.default}
+    options = {o.name: value for o in OPTIONS if (value := getattr(args, o.name)) != o.default}
     image = None if args.image is None else read_image(args.image)
     requests = [Request(caption, **common, image=image, options=options) for caption in args.captions]
     for request in requests:

@@ -96,15 +96,15 @@ class _Api:
     async def _answer(self, request: Request, image_request: schema.ImageRequest) -> Response:
         job, pipe = self._batcher.submit(image_request), self._batcher.pipe
         if image_request.stream:
-            rejected = self._batcher.metrics.rejected
-            stream = responses.events(
-                job, pipe=pipe, cancel=self._batcher.cancel, count=lambda code: rejected.labels(code).inc()
-            )
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+            events = responses.events(job, self._batcher)
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         images = await self._wait(request, job)
         files = await responses.encode(images)
-        url_of = functools.partial(self._url, request)
+
+        def url_of(png: bytes) -> str:
+            return f"{request.url.scheme}://{request.headers.get('host', '')}{FILES}{self._store.add(png)}.png"
+
         made = responses.whole(image_request, images, files, pipe=pipe, model=self._model, url_of=url_of)
         return JSONResponse(made, headers={"Cache-Control": "no-store"})
 
@@ -123,9 +123,6 @@ class _Api:
         finally:
             gone.cancel()
             self._batcher.cancel(job)
-
-    def _url(self, request: Request, png: bytes) -> str:
-        return f"{request.url.scheme}://{request.headers.get('host', '')}{FILES}{self._store.add(png)}.png"
 
     def _description(self) -> dict:
         """OpenAI's model object, with what a client cannot guess of this model."""

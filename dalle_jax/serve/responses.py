@@ -12,7 +12,7 @@ from PIL import Image
 
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.serve.batcher import Job
+from dalle_jax.serve.batcher import Batcher, Job
 from dalle_jax.serve.errors import ApiError, failed, too_late
 from dalle_jax.serve.schema import ImageRequest
 
@@ -67,15 +67,12 @@ def whole(
     }
 
 
-async def events(
-    job: Job, *, pipe: Pipeline, cancel: Callable[[Job], None], count: Callable[[str], None]
-) -> AsyncIterator[str]:
+async def events(job: Job, batcher: Batcher) -> AsyncIterator[str]:
     """The stream of one job. Whoever stops reading it cancels the job.
 
-    `index` says which image an event is about. A stream that failed ends with OpenAI's error object, whose code goes to
-    `count`.
+    `index` says which image an event is about. A stream that failed ends with OpenAI's error object.
     """
-    image_request, sent = job.image_request, 0
+    image_request, pipe, sent = job.image_request, batcher.pipe, 0
     try:
         while True:
             while job.previews:
@@ -101,10 +98,10 @@ async def events(
             yield _event(image_request, "completed", file, pipe, **extra)
     except Exception as error:
         answer = error if isinstance(error, ApiError) else failed()  # the drawing thread has logged why
-        count(answer.code)
+        batcher.metrics.rejected.labels(answer.code).inc()
         yield _frame("error", {"type": "error", **answer.body()})
     finally:
-        cancel(job)
+        batcher.cancel(job)
 
 
 def _format(pipe: Pipeline) -> dict[str, str]:
