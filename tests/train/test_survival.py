@@ -209,10 +209,13 @@ def test_poison_without_an_end_ends_the_run(tmp_path):
         train(tmp_path, Numbers(poison=range(6, 1000)))
 
 
-def test_a_run_that_never_has_a_finite_update_ends(tmp_path):
+@pytest.mark.parametrize(
+    "first, values, logged", [(1, {"checkpoint_every": None}, []), (6, {"rollback_after": None}, [2, 4, 6])]
+)
+def test_a_run_that_cannot_go_back_and_has_no_finite_update_ends(tmp_path, first, values, logged):
     with pytest.raises(UserError, match="expected finite losses and gradients, got none in the last 2 updates"):
-        train(tmp_path, Numbers(poison=range(1, 100)), log_every=2, checkpoint_every=None)
-    assert not metrics.read(tmp_path / "metrics.jsonl")
+        train(tmp_path, Numbers(poison=range(first, 100)), log_every=2, **values)
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == logged
 
 
 def test_losses_that_are_finite_may_wait_for_a_scale_and_others_may_not():
@@ -221,6 +224,7 @@ def test_losses_that_are_finite_may_wait_for_a_scale_and_others_may_not():
     def due(streak, overflows, newest=4):
         return back.due(streak, overflows=overflows, n=999, newest=lambda: newest)
 
+    assert not due(2, 0) and due(3, 0) and not due(3, 0, None)
     assert not due(102, 102) and due(103, 103)
     assert not due(50, 48) and due(50, 47)  # three of them NaN
     assert not due(104, 104, None)
@@ -246,16 +250,6 @@ def test_a_tasks_warning_waits_for_the_warm_up_and_is_said_once_until_it_is_gone
     train(tmp_path, task=task, steps=20, log_every=1)
     said = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]
     assert said == [f"warning: step {n}: something collapsed" for n in (3, 7)]
-
-
-def test_rollback_counts():
-    back = rollback.Rollback(3, patience=5)
-    assert not back.due(2, overflows=0, n=9, newest=lambda: 4) and back.due(3, overflows=0, n=9, newest=lambda: 4)
-    assert not back.due(3, overflows=0, n=9, newest=lambda: None)
-    with pytest.raises(UserError, match="got none in the last 5 updates before 9: "):
-        back.due(5, overflows=0, n=9, newest=lambda: None)
-    with pytest.raises(UserError, match="got none in the last 5 updates"):
-        rollback.Rollback(0, patience=5).due(5, overflows=0, n=9, newest=lambda: 4)
 
 
 def test_a_signal_that_comes_among_skipped_updates_saves_nothing_worse_than_what_is_there(tmp_path):

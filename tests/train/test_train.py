@@ -193,7 +193,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(dvae_values, tmp_path):
 def test_a_model_of_another_name_is_no_task(dvae_values):
     settings = dataclasses.replace(demo_settings("dvae", dvae_values), name="gan")
     with pytest.raises(UserError, match="one of dvae, transformer, clip, got 'gan'"):
-        objectives.build_task(settings, {})
+        objectives.frozen_roles(settings)
 
 
 def test_warnings_and_lines_reach_the_terminal(dvae_values, tmp_path, capfd):

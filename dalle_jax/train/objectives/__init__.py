@@ -29,7 +29,6 @@ def build_task(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
     """The task of these settings. frozen: role -> model, of `frozen_roles`; their parameters may be abstract.
 
     Raises:
-      UserError: an unknown name, or models that do not fit each other.
+      UserError: models that do not fit each other.
     """
-    check_choice("config.name", settings.name, OBJECTIVES)
     return OBJECTIVES[settings.name].build(settings, frozen)

@@ -62,12 +62,13 @@ class Compression:
 class Pieces:
     """The layout of a parameter of this shape as [matrices, pieces, rows, columns], rows <= columns.
 
-    order: its dimensions as (stacked, inputs, outputs). sides: inputs and outputs of a matrix. count: of pieces.
-    cut: the side that is cut. rank: of a piece.
+    order: its dimensions as (stacked, inputs, outputs). firsts: the first dimension of inputs and of outputs. sides:
+    inputs and outputs of a matrix. count: of pieces. cut: the side that is cut. rank: of a piece.
     """
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
+    firsts: tuple[int, int]
     sides: tuple[int, int]
     count: int
     cut: int
@@ -146,7 +147,8 @@ def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) ->
                 f"expected the {count} devices of a replica to share the {sides[cut]} numbers of a side of "
                 f"{name(path)}, which they cannot: choose another mesh, or --config.compression.rank=None"
             )
-        whole = Pieces(leaf.shape, (*stacked, *inside), sides, count, cut, 0)
+        firsts = split.reduction_axis[0], split.output_axis[0]
+        whole = Pieces(leaf.shape, (*stacked, *inside), firsts, sides, count, cut, 0)
         found[name(path)] = dataclasses.replace(whole, rank=min(compression.rank // count, whole.piece[0]))
     return found
 
@@ -266,14 +268,7 @@ class PowerSGD:
 
     def _flat(self, n: str) -> PartitionSpec:
         """The place of a parameter as [matrices, inputs, outputs]: a side is cut as the first of its dimensions is."""
-        pieces, spec = self.layouts[n], self._param[n].spec
-        first_output = len(pieces.order)
-        while math.prod(pieces.shape[i] for i in pieces.order[first_output:]) < pieces.sides[1]:
-            first_output -= 1
-        first_input = first_output
-        while math.prod(pieces.shape[i] for i in pieces.order[first_input:first_output]) < pieces.sides[0]:
-            first_input -= 1
-        return PartitionSpec(None, spec[pieces.order[first_input]], spec[pieces.order[first_output]])
+        return PartitionSpec(None, *(self._param[n].spec[i] for i in self.layouts[n].firsts))
 
     def _pin(self, x, spec: PartitionSpec):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
