@@ -76,14 +76,10 @@ def run(
     excluded, overlap_summary = _overlap(inputs, cache, out)
     images = _images(inputs, plan, out, worker)
     parts = [cache.make(inputs.extractor, images, inputs.preprocess(images, radius)) for radius in measure.blur]
-    class_parts = (
-        []
-        if inputs.scorer is None
-        else [
-            cache.make(inputs.scorer, images, inputs.preprocess(images, radius, resize=measure.score_resize))
-            for radius in measure.blur
-        ]
-    )
+    class_parts = []
+    if inputs.scorer is not None:
+        prepared = [inputs.preprocess(images, radius, resize=measure.score_resize) for radius in measure.blur]
+        class_parts = [cache.make(inputs.scorer, images, preprocess) for preprocess in prepared]
     clip_parts = None if inputs.clip is None else cache.make(inputs.clip, images, inputs.preprocess(images))
     if not worker.first:
         return None

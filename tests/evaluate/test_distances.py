@@ -101,7 +101,10 @@ def test_inception_score_of_sure_and_of_unsure_networks():
 
 def test_kid_is_unbiased_seeded_and_the_kernels_sum():
     one, other = (features.astype(np.float64)[:5] for features in pair(60, 8))
-    kernel = lambda x, y: (x @ y / 8 + 1) ** 3  # noqa: E731
+
+    def kernel(x, y):
+        return (x @ y / 8 + 1) ** 3
+
     within = sum(kernel(s[i], s[j]) for s in (one, other) for i in range(5) for j in range(5) if i != j) / 20
     between = sum(kernel(x, y) for x in one for y in other) / 25
     assert distances.kid(one, other, subsets=2, subset_size=5) == pytest.approx((within - 2 * between, 0), abs=1e-12)
