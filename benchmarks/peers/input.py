@@ -20,7 +20,6 @@ the device had nothing to do because the next batch was not there.
 
 import dataclasses
 import io
-import json
 import os
 import statistics
 import tarfile
@@ -210,6 +209,7 @@ def stall(args, folder: Path) -> list[str]:
 
     from dalle_jax.cli.demo import make_tokenizer
     from dalle_jax.models import build
+    from dalle_jax.train.monitor import goodput
     from dalle_jax.train.run import train
     from dalle_jax.train.settings import load_settings
 
@@ -222,7 +222,7 @@ def stall(args, folder: Path) -> list[str]:
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in values.items()]
     train(load_settings("configs/transformer.py:demo", words), folder / "run", progress=False)
-    seconds = json.loads((folder / "run" / "goodput.json").read_text())["seconds"]
+    seconds = goodput.read(folder / "run")["seconds"]
     share = seconds["data"] / (seconds["data"] + seconds["step"])
     met = "met" if share < MAX_STALL else "not met"
     return [

@@ -27,6 +27,7 @@ import time
 
 from benchmarks import harness
 from dalle_jax import model_dir
+from dalle_jax.train.monitor import goodput, metrics
 
 COMMON = {
     "run.log_every": 1, "run.validate_every": None, "run.picture_every": None, "run.checkpoint_every": 1,
@@ -130,14 +131,12 @@ def start(words: list[str], workdir: pathlib.Path, environment: dict[str, str], 
 
 def steps_done(workdir: pathlib.Path) -> int:
     """The newest update whose numbers are there."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    return max((line["step"] for line in metrics.read(workdir / "metrics.jsonl")), default=0)
 
 
 def ledger(workdir: pathlib.Path) -> dict[str, float]:
-    path = workdir / "goodput.json"
-    return json.loads(path.read_text())["seconds"] if path.exists() else {"init": 0.0, "compile": 0.0}
+    found = goodput.read(workdir)
+    return found["seconds"] if found else {"init": 0.0, "compile": 0.0}
 
 
 def middle(rounds: list[dict], way: str, kind: str) -> float:

@@ -40,7 +40,7 @@ def on_processor(args) -> list[str]:
     import jax
     import numpy as np
 
-    from benchmarks.speed import sampling_bounds as bounds
+    from benchmarks.speed import sampling_bounds
     from dalle_jax.mesh import local_mesh
     from dalle_jax.models import build
     from dalle_jax.models.attention import cached
@@ -52,19 +52,19 @@ def on_processor(args) -> list[str]:
     works, about, exact = {}, {}, None
     for name, (pattern, precision, options) in WORKS.items():
         model = build("transformer", {**sizes, "pattern": pattern, "precision": precision})
-        engine = Engine(model, bounds.random_params(model, jax.random.key(0)), mesh=local_mesh(), **options)
+        engine = Engine(model, sampling_bounds.random_params(model, jax.random.key(0)), mesh=local_mesh(), **options)
         layout = model.config.layout
         text_T = layout.caption_ids(np.random.default_rng(0).integers(layout.text_vocab, size=layout.caption_len))
         captions = CANDIDATES if name == "plain" else 1
         text_CT, shape = np.stack([text_T] * captions), (captions, CANDIDATES // captions)
-        step, error = bounds.step(engine, *shape), ""
+        step, error = sampling_bounds.step(engine, *shape), ""
         if name in ("ours", "bf16", "int8 weights"):
             found = logits(engine, text_CT[:1])
             exact = found if exact is None else exact
             error = f"{np.linalg.norm(found - exact) / np.linalg.norm(exact):.1%}"
         read = step.weights + (0 if name == "rest" else step.text + step.windows)
         operations = step.products + (0 if name == "rest" else step.attention)
-        stored = bounds.cache_bytes(model.config)
+        stored = sampling_bounds.cache_bytes(model.config)
         about[name] = *(f"{size / 1e6:.2f}" for size in (weight_bytes(engine), stored, read, operations)), error
         attend = (lambda q, k, v, text, cache, *_, **__: (v, cache)) if name == "rest" else cached.attend
         with unittest.mock.patch.object(cached, "attend", attend):
@@ -130,8 +130,7 @@ def on_accelerator(args) -> list[str]:
     import jax
     import numpy as np
 
-    from benchmarks.speed import chips
-    from benchmarks.speed import sampling_bounds as bounds
+    from benchmarks.speed import chips, sampling_bounds
     from dalle_jax.mesh import make_mesh
     from dalle_jax.sample import batches
     from dalle_jax.sample.engine import Engine, image_keys
@@ -139,9 +138,9 @@ def on_accelerator(args) -> list[str]:
     device, rows = jax.devices()[0], harness.Notes(args.out / "sampling.json")
     chip, mesh = chips.named_or_found(args.chip, device), make_mesh({}, devices=[device])
     for name in args.models:
-        model = bounds.model(name)
+        model = sampling_bounds.model(name)
         layout, grid = model.config.layout, model.config.grid
-        engine = Engine(model, bounds.random_params(model, jax.random.key(0)), mesh=mesh, weights=args.weights)
+        engine = Engine(model, sampling_bounds.random_params(model, jax.random.key(0)), mesh=mesh, weights=args.weights)
         text_CT = layout.caption_ids(np.random.default_rng(0).integers(layout.text_vocab, size=64))[None]
         capacity, _ = engine.capacity(guided=False)
         for count in args.candidates:
@@ -155,7 +154,7 @@ def on_accelerator(args) -> list[str]:
                 for _ in plans:
                     engine.tokens(engine.advance(engine.begin(text, keys_CM), 0, grid))
                 seconds.append(time.perf_counter() - began)
-            taken, bound = statistics.median(seconds), bounds.seconds(engine, plans, chip)
+            taken, bound = statistics.median(seconds), sampling_bounds.seconds(engine, plans, chip)
             aim = {1: (ONE_SHARE, bound / taken, f"{ONE_SHARE:.0%} of the bound")}.get(count)
             if (name, count) in AIMS:
                 aim = (AIMS[name, count], count / taken, f"{AIMS[name, count]} images/s")
