@@ -1,7 +1,5 @@
 """`dalle-jax serve` as OpenAI's own Python client sees it: pictures, completion, streams, errors, models."""
 
-import base64
-import io
 import re
 import shlex
 import urllib.request
@@ -13,7 +11,19 @@ from PIL import Image
 
 from dalle_jax.sample.request import Request
 from tests.support import ROOT
-from tests.support.stand_in_server import EDITS, GRID, NAME, SIDE, NoisePipeline, form, metric, post, serving
+from tests.support.stand_in_server import (
+    EDITS,
+    GRID,
+    NAME,
+    SIDE,
+    NoisePipeline,
+    form,
+    metric,
+    pixels,
+    png_of,
+    post,
+    serving,
+)
 
 COMMON, OPTIONS = {"seed": 11, "best_of": 6, "guidance": 1.5}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
 KNOBS = COMMON | OPTIONS
@@ -35,17 +45,8 @@ def client(server):
     return openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0)
 
 
-def pixels(picture):
-    """uint8 [SIDE, SIDE, 3] of a PIL image, of base64 text or of a PNG file."""
-    if isinstance(picture, str):
-        picture = base64.b64decode(picture)
-    return np.asarray(Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture)
-
-
 def file_of(array, **options):
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG", **options)
-    return "picture.png", file.getvalue(), "image/png"
+    return "picture.png", png_of(array, **options), "image/png"
 
 
 def test_pictures_are_those_of_the_pipeline_best_first(client, pipe):

@@ -1,17 +1,15 @@
 """`dalle-jax serve` and bodies that are no requests: refused in one shape, never a 500, and it goes on drawing."""
 
 import http.client
-import io
 import socket
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dalle_jax.serve import parsing, schema
-from tests.support.stand_in_server import EDITS, GENERATIONS, JSON, SIDE, NoisePipeline, form, post, serving
+from tests.support.stand_in_server import EDITS, GENERATIONS, JSON, SIDE, NoisePipeline, form, png_of, post, serving
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +56,7 @@ def test_malformed_bodies_get_400(robust, case):
 
 
 def png(width=SIDE, height=SIDE, *, noise=False):
-    file = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(256 if noise else 1, size=(height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return png_of(np.random.default_rng(0).integers(256 if noise else 1, size=(height, width, 3), dtype=np.uint8))
 
 
 def bomb():

@@ -1,7 +1,5 @@
 """`dalle-jax serve` as a process: how it starts, what it says when it can't, how it ends."""
 
-import base64
-import io
 import re
 import signal
 import subprocess
@@ -12,14 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dalle_jax.cli import main as cli
 from dalle_jax.cli import serve
 from dalle_jax.errors import UserError
 from dalle_jax.sample.request import Request
 from tests.support import ROOT, until
-from tests.support.stand_in_server import NoisePipeline, in_background, metric, post, serving
+from tests.support.stand_in_server import NoisePipeline, in_background, metric, pixels, post, serving
 
 
 def test_health_says_loading_then_ready_and_failing_when_the_model_is_broken():
@@ -75,7 +72,7 @@ def test_sigterm_finishes_what_runs():
         process.send_signal(signal.SIGTERM)
         status, _, made = answer.result(timeout=30)
         assert status == 200
-        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(made["data"][0]["b64_json"]))))
+        drawn = pixels(made["data"][0]["b64_json"])
         np.testing.assert_array_equal(drawn, np.asarray(NoisePipeline().picture(Request("a star", seed=1), 0)))
         assert process.wait(30) == 0 and process.stderr.read() == ""
     finally:

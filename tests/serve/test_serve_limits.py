@@ -1,7 +1,6 @@
 """`dalle-jax serve` under load: batches, bounds, deadlines, clients that leave, tokens."""
 
 import asyncio
-import io
 import json
 import socket
 import time
@@ -10,7 +9,6 @@ import urllib.request
 import numpy as np
 import openai
 import pytest
-from PIL import Image
 
 from benchmarks.reliability import serve
 from dalle_jax.serve import parsing, responses
@@ -24,6 +22,7 @@ from tests.support.stand_in_server import (
     NoisePipeline,
     in_background,
     metric,
+    png_of,
     post,
     serving,
 )
@@ -48,11 +47,10 @@ def waiting(server):
 
 def test_200_mixed_requests_on_a_short_queue():
     """The load of `benchmarks.reliability.serve`: nothing is lost, and an image does not depend on its company."""
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)).save(file, "PNG")
+    image = np.random.default_rng(0).integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8)
     pipe = NoisePipeline(step_seconds=0.005)
     with serving(pipe, queue=24, max_batch=32) as server:
-        client = serve.Client(server.port, image=file.getvalue())
+        client = serve.Client(server.port, image=png_of(image))
         (model,) = json.loads(client.get("/v1/models"))["data"]
         bodies = serve.mixed_requests(200, first_seed=7, model=model)
         went = serve.load(client, bodies, clients=48)

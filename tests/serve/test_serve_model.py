@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import dalle_jax
-from tests.support.stand_in_server import serving
+from tests.support.stand_in_server import pixels, serving
 from tests.support.tiny_model import CAPTION
 
 WISHES = [
@@ -36,10 +36,6 @@ def client(server):
     return openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0, timeout=240)
 
 
-def pixels(picture):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.b64_json))))
-
-
 def test_pictures_are_those_of_the_pipeline_alone_and_in_company(client, pipe):
     def ask(wish):
         knobs = {name: value for name, value in wish.items() if name != "n"}
@@ -61,7 +57,7 @@ def test_a_prompt_may_be_as_long_as_openai_lets_it_be(client, pipe):
     wide = CAPTION.replace(" ", " " * 5000, 6)
     wide += " " * (32_000 - len(wide))
     answer = client.images.generate(prompt=wide, response_format="b64_json", extra_body={"seed": 1})
-    np.testing.assert_array_equal(pixels(answer.data[0]), np.asarray(pipe(CAPTION, seed=1)[0]))
+    np.testing.assert_array_equal(pixels(answer.data[0].b64_json), np.asarray(pipe(CAPTION, seed=1)[0]))
     with pytest.raises(openai.BadRequestError, match="prompt must be .* at most 32000 characters") as refused:
         client.images.generate(prompt=wide + " ")
     assert refused.value.param == "prompt"

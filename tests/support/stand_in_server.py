@@ -1,10 +1,12 @@
 """A server in a thread over a generator of noise: instant, exact, and it can be held in the middle of a drawing."""
 
+import base64
 import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import http.client
+import io
 import json
 import re
 import threading
@@ -12,6 +14,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+from PIL import Image
 
 from dalle_jax.cli.serve import listen, make_server
 from dalle_jax.pictures.picture import Picture
@@ -179,6 +182,20 @@ def post(server, content, path=GENERATIONS, headers=JSON, method="POST"):
         connection.close()
     is_json = answer.headers.get("content-type", "").startswith("application/json")
     return answer.status, answer.headers, json.loads(text) if is_json else text
+
+
+def pixels(picture):
+    """uint8 [H, W, 3] of a PIL image, of base64 text or of a PNG file."""
+    if isinstance(picture, str):
+        picture = base64.b64decode(picture)
+    return np.asarray(Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture)
+
+
+def png_of(array, **options):
+    """The PNG file of an array uint8 [H, W, 3 or 4]."""
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG", **options)
+    return file.getvalue()
 
 
 def form(*parts, boundary="b"):
