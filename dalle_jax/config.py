@@ -130,7 +130,7 @@ def _override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml
 
 
 def advice(key: str, known: Collection[str]) -> str:
-    """What to write instead of an unknown key."""
+    """Advice on what to write instead of an unknown key."""
     parts = key.split(".")
     for count in range(len(parts), 0, -1):
         if new := OLD_KEYS.get(".".join(parts[:count])):

@@ -23,7 +23,7 @@ def say(line: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of a library says, short enough for a sentence."""
+    """The first line of a library's exception, short enough for a sentence."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 

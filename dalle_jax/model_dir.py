@@ -32,7 +32,7 @@ _OLD_FROZEN = {"image_tokenizer": ("dvae", "dvae.sha256")}  # folder and file of
 
 @dataclasses.dataclass(frozen=True)
 class ModelDir:
-    """What `load` found. config: of the folder, with 'name' and 'model'. model: its definition. params: numpy arrays,
+    """A loaded model. config: of the folder, with 'name' and 'model'. model: its definition. params: numpy arrays,
     with the names and shapes that the definition has."""
 
     config: dict[str, Any]
@@ -150,7 +150,7 @@ def check_params(params: Any, abstract: Any, *, where: str) -> None:
 
 
 def has_frozen(folder: str | os.PathLike, role: str) -> bool:
-    """Does a workdir or an exported model hold its copy of the frozen model of this role?"""
+    """Whether a workdir or an exported model holds a copy of the frozen model of this role."""
     return (_frozen_dir(folder, role) / CONFIG).exists()
 
 

@@ -281,3 +281,13 @@ def _satisfies_the_metadata(tested):
         name, _, bound = line.lower().partition(">=")
         number = [[int(part) for part in version.split(".")] for version in (tested[name], bound)]
         assert number[0] >= number[1], line
+
+
+def test_first_lines_of_docstrings_stand_alone():
+    """They are sentences or noun phrases, no fragments that lean on the name above them."""
+    leaning = {"What", "Which", "How", "Of", "Does", "Do", "Is", "Are"}
+    for path in PACKAGE_SOURCES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                first = text.splitlines()[0]
+                assert first.split()[0] not in leaning, f"{path.name}: {first}"

@@ -186,7 +186,7 @@ class Checkpoints:
         self._opened().wait_until_finished()
 
     def _attempt(self, step: int, action: Callable[[], None]) -> None:
-        """Do a part of the save of `step`. If it fails in any process, all of them give it up, with a warning."""
+        """Run a part of the save of `step`. If it fails in any process, all of them give it up, with a warning."""
         failure = None
         try:
             action()

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
-    """What `--json` prints.
+    """The report on a run or a model directory, as `--json` prints it.
 
     step, data: of the checkpoint that is looked at, by default the one from which the run would go on, the newest
     undamaged one; None for a model directory. parameters_sha256, average_sha256 (the

@@ -58,7 +58,7 @@ class DataConfig(filters.Filters):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How fast records are read, and how many of them may be broken; which batches come of them does not change."""
+    """Settings that change how fast records are read and how many may be broken, but not the batches."""
 
     # Threads that decode. 0 works in the caller's, which is fastest for images of at most a hundred pixels a side if
     # nothing else waits for the caller.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def cast_in(x, scale, dtype, zero_overflow: bool):
-    """What a branch reads, in its dtype: the float32 stream, or all layers' float32 parameter [L, ...].
+    """The input of a branch in its dtype: the float32 stream, or all layers' float32 parameter [L, ...].
 
     scale: float32 scalar or, for a parameter, [L]. zero_overflow: a gradient that is not finite becomes 0.
     """

@@ -135,7 +135,7 @@ def step_for(settings: TrainSettings, task: Task, mesh: Mesh) -> TrainStep:
 
 
 def reads_images(settings: TrainSettings) -> bool:
-    """Does training or validation read images, or nothing but their tokens?"""
+    """Whether training or validation reads images, not only their tokens."""
     train, validation = settings.run.data.train, settings.run.data.validation
     return not (train and sources.is_tokens(train)) or bool(validation and not sources.is_tokens(validation))
 

@@ -29,7 +29,7 @@ LIKELIHOODS = ("logit_laplace", "gaussian")
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """How the state is kept between updates; what an update computes stays float32 or the model's `precision`."""
+    """The form of the state between steps; a step computes in float32 or in the model's `precision` whatever it is."""
 
     # Of the hidden matrices, 'fp32' or 'bf16', rounded at random after every update (`optimizer/moments.py`). Their
     # gradients are bfloat16 then too; the moving average, embeddings, heads, gains and biases stay float32.
@@ -53,7 +53,7 @@ class Cosine:
 
 @dataclasses.dataclass(frozen=True)
 class DVAEObjective:
-    """What a dVAE minimizes. The defaults are the paper's (appendix A.2); `likelihood` and `balance` can leave it."""
+    """The loss of a dVAE. The defaults are the paper's (appendix A.2); `likelihood` and `balance` can leave it."""
 
     beta: Cosine = Cosine(0.0, 6.6, 5_000)  # weight of the KL
     temperature: Cosine = Cosine(1.0, 1 / 16, 150_000)  # of the relaxation
@@ -95,7 +95,7 @@ class MeshSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How long the processes of a job wait for one another (`distributed/watchdog.py`), in seconds."""
+    """Time limits of the processes of a job that wait for one another (`distributed/watchdog.py`), in seconds."""
 
     start_seconds: int = 300  # until all are connected
     hang_seconds: int = 300  # one may be silent or stuck for so long before the job ends
@@ -146,8 +146,8 @@ class Sources(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run may change when it goes on in its workdir. Nothing here changes what an update computes but `mesh`, by
-    the order of sums, and `steps`, where a schedule ends with it."""
+    """Settings that may change when a run goes on in its workdir. Two of them change numbers: `mesh`, by the order of
+    sums, and `steps`, where a schedule ends with it."""
 
     steps: int  # updates of the optimizer
     data: Sources = Sources()

@@ -1,6 +1,6 @@
-"""What the loop knows about a model: a `Task` is a loss, some pictures and the helper parameters that stay fixed.
+"""`Task`: the loss of a model, pictures for its log, and the helper parameters that stay fixed.
 
-Everything that differs between the dVAE, the transformer and CLIP is behind these few fields; the step, the loop and
+Everything that differs between the dVAE, the transformer and CLIP is behind these few fields: the step, the loop and
 the metrics never ask which model they train.
 """
 
