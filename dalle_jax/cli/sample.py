@@ -47,13 +47,24 @@ def load(args: argparse.Namespace) -> Pipeline:
     return Pipeline.load(args.model, clip=args.clip, tensor=args.tensor, weights=args.weights)
 
 
+def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    default = option.unset if option.default is None else f"{option.default:g}"
+    parser.add_argument(
+        option.flag,
+        type=option.kind,
+        default=option.default,
+        metavar="N" if option.kind is int else "X",
+        help=f"{option.help} (default: {default})",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser)
     parser.add_argument("captions", nargs="+", metavar="CAPTION", help="what to draw; several are drawn together")
     for option in COMMON:
-        _add_option(parser, dataclasses.replace(option, default=DEFAULT_N) if option.name == "n" else option)
+        add_option(parser, dataclasses.replace(option, default=DEFAULT_N) if option.name == "n" else option)
     for option in OPTIONS:
-        _add_option(parser, option)
+        add_option(parser, option)
     parser.add_argument(
         "--image", type=pathlib.Path, metavar="FILE", help="image to complete from its top rows (default: none)"
     )
@@ -116,18 +127,6 @@ def read_image(path: pathlib.Path) -> np.ndarray:
         return decode_image(path.read_bytes())
     except (OSError, BadImage) as error:
         raise UserError(f"expected an image to complete, got {path} ({error}): check the file") from error
-
-
-def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
-    default = option.unset if option.default is None else f"{option.default:g}"
-    flag = f"--{option.name.replace('_', '-')}" if len(option.name) > 1 else f"-{option.name}"
-    parser.add_argument(
-        flag,
-        type=option.kind,
-        default=option.default,
-        metavar="N" if option.kind is int else "X",
-        help=f"{option.help} (default: {default})",
-    )
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:

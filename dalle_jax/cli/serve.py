@@ -12,42 +12,30 @@ import socket
 
 import uvicorn
 
-from dalle_jax.cli.sample import add_loading_arguments, load
-from dalle_jax.errors import UserError, check_number, say
+from dalle_jax.cli.sample import add_loading_arguments, add_option, load
+from dalle_jax.errors import UserError, say
+from dalle_jax.sample.request import Option
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
 
 TOKEN_VARIABLE = "DALLE_JAX_TOKEN"
 MAX_CONNECTIONS = 1000  # beyond, uvicorn answers 503 at once
 MAX_HEAD_BYTES = 32 * 2**10  # of a request line with its headers
-BOUNDS = {  # flag -> min and max
-    "--port": (0, 65_535),
-    "--max-batch": (1, 65_536),
-    "--batch-wait-ms": (0, 10_000),
-    "--queue": (1, 10_000),
-    "--deadline-s": (0.001, 86_400),
-}
+NUMBERS = (
+    Option("port", int, 8000, "0 takes a free one", min=0, max=65_535),
+    Option("max_batch", int, None, "images drawn together", min=1, max=65_536, unset="as many as fit the free memory"),
+    Option("batch_wait_ms", float, 20, "how long a request waits for others", min=0, max=10_000),
+    Option("queue", int, 64, "requests that may wait", min=1, max=10_000),
+    Option("deadline_s", float, 120, "how many seconds a request may take", min=0.001, max=86_400),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
     parser.add_argument("--name", help="name of the model for clients (default: the name of DIR)")
-    parser.add_argument(
-        "--max-batch", type=int, metavar="N", help="images drawn together (default: as many as fit the free memory)"
-    )
-    parser.add_argument(
-        "--batch-wait-ms",
-        type=float,
-        default=20,
-        metavar="MS",
-        help="how long a request waits for others (default: 20)",
-    )
-    parser.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
-    parser.add_argument(
-        "--deadline-s", type=float, default=120, metavar="S", help="how long a request may take (default: 120)"
-    )
+    for option in NUMBERS:
+        add_option(parser, option)
     parser.add_argument(
         "--token-file",
         type=pathlib.Path,
@@ -62,8 +50,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
       UserError: the model, the token, an address or a number is wrong.
     """
-    for flag, (low, high) in BOUNDS.items():
-        check_number(flag, getattr(args, flag[2:].replace("-", "_")), min=low, max=high, optional=flag == "--max-batch")
+    for option in NUMBERS:
+        option.check(getattr(args, option.name), name=option.flag)
     token = read_token(args.token_file)
     name = args.name or pathlib.Path(args.model).resolve().name
     listener = listen(args.host, args.port)

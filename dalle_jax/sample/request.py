@@ -45,11 +45,16 @@ class Option:
     unset: str = ""
     completes: bool = False
 
-    def check(self, value: Any) -> None:
-        """Raises RequestError for a value of another type or out of bounds."""
+    @property
+    def flag(self) -> str:
+        """The option of a command line: `-n`, `--best-of`."""
+        return f"-{self.name}" if len(self.name) == 1 else f"--{self.name.replace('_', '-')}"
+
+    def check(self, value: Any, *, name: str | None = None) -> None:
+        """Raises RequestError for a value of another type or out of bounds. name: in the message, if not its own."""
         try:
             check_number(
-                self.name,
+                name or self.name,
                 value,
                 min=self.min,
                 max=self.max,
