@@ -117,9 +117,9 @@ class _Api:
             await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if not job.done.done():
                 raise ClientDisconnect if gone.done() else too_late()
-            if job.done.exception() is not None:
+            if (images := job.done.result()) is None:
                 raise failed()  # the drawing thread has logged why
-            return job.done.result()
+            return images
         finally:
             gone.cancel()
             self._batcher.cancel(job)

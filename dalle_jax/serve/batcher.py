@@ -37,7 +37,8 @@ class Job:
     """A request in the queue.
 
     Attributes:
-      done: will hold its images. previews: those not yet sent, each with its images. news: set when either changes.
+      done: will hold its images, or None if they could not be drawn. previews: those not yet sent, each with its
+        images. news: set when either changes.
 
     Belongs to the event loop, except for `cancelled`, which the drawing thread reads.
     """
@@ -47,7 +48,7 @@ class Job:
         self.arrived = time.monotonic()
         self.cancelled = False
         self.steps_shown = 0
-        self.done: asyncio.Future[list[Picture]] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[list[Picture] | None] = asyncio.get_running_loop().create_future()
         self.previews: collections.deque[tuple[Preview, list[Image.Image]]] = collections.deque(maxlen=MAX_UNSENT)
         self.news = asyncio.Event()
 
@@ -55,13 +56,9 @@ class Job:
         self.previews.append((preview, images))
         self.news.set()
 
-    def finish(self, outcome: list[Picture] | Exception) -> None:
+    def finish(self, images: list[Picture] | None) -> None:
         if not self.done.done():
-            if isinstance(outcome, Exception):
-                self.done.set_exception(outcome)
-                self.done.exception()  # counts as seen, also where the client has gone
-            else:
-                self.done.set_result(outcome)
+            self.done.set_result(images)
         self.news.set()
 
 
@@ -250,7 +247,7 @@ class Batcher:
                     raise RuntimeError(
                         f"expected {job.image_request.request.n} images of the pipeline, got {len(drawn)}"
                     )
-        except Exception as error:
+        except Exception:
             _log.exception("a batch of %d requests could not be drawn", len(batch))
             self._failures += 1
             self.metrics.failures.inc()
@@ -259,7 +256,7 @@ class Batcher:
                     if not job.cancelled:
                         self._draw(pipe, [job])
             else:
-                self._call(batch[0].finish, error)
+                self._call(batch[0].finish, None)
             return
         self._failures = 0
         seconds = time.monotonic() - start

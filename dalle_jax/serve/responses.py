@@ -92,12 +92,14 @@ async def events(job: Job, batcher: Batcher) -> AsyncIterator[str]:
             except TimeoutError:
                 yield ": waiting\n\n"
             job.news.clear()
-        finished, tokens = job.done.result(), usage(image_request)
+        if (finished := job.done.result()) is None:
+            raise failed()  # the drawing thread has logged why
+        tokens = usage(image_request)
         for index, (image, file) in enumerate(zip(finished, await encode(finished), strict=True)):
             extra = {"index": index, "seed": image.seed, "score": image.score, "usage": tokens}
             yield _event(image_request, "completed", file, pipe, **extra)
     except Exception as error:
-        answer = error if isinstance(error, ApiError) else failed()  # the drawing thread has logged why
+        answer = error if isinstance(error, ApiError) else failed()
         batcher.metrics.rejected.labels(answer.code).inc()
         yield _frame("error", {"type": "error", **answer.body()})
     finally:
