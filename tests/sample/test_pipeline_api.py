@@ -1,6 +1,7 @@
 """`dalle_jax.Pipeline` and `dalle-jax sample`: pictures that say how they were made, arguments that are checked."""
 
 import copy
+import io
 import json
 import pickle
 import re
@@ -17,7 +18,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.batches import bucket, plan
 from dalle_jax.sample.request import Request
-from tests.support.stand_in_server import NoisePipeline
+from tests.support.stand_in_server import NoisePipeline, png_of
 from tests.support.tiny_model import CAPTION, BrightIsBest, pixels_of
 
 
@@ -29,24 +30,29 @@ def pipe(model_folder):
     return pipe
 
 
-def test_pictures_carry_how_they_were_made_into_the_png(pipe, tmp_path):
-    picture = pipe(CAPTION, n=2, seed=7, temperature=0.9, top_k=5)[1]
-    assert (picture.size, picture.mode, picture.caption, picture.seed) == ((16, 16), "RGB", CAPTION, 8)
-    picture.save(tmp_path / "picture.png")
-    read = Image.open(tmp_path / "picture.png")
-    np.testing.assert_array_equal(np.asarray(read), np.asarray(picture))
-    assert (read.info["caption"], read.info["seed"]) == (CAPTION, "8")
-    assert json.loads(read.info["settings"]) == {
-        "best_of": None,
-        "checkpoint": pipe.digest,
-        "guidance": 1.0,
-        "keep_rows": 0,
-        "temperature": 0.9,
-        "top_k": 5,
-        "top_p": None,
-        "weights": "model",
-    }
-    picture.save(tmp_path / "picture.jpg")  # other formats are saved as by any PIL image
+def test_pictures_carry_how_they_were_made_into_png_files_and_copies(pipe, tmp_path):
+    """In another process too."""
+    made = pipe(CAPTION, best_of=1, seed=7, temperature=0.9, top_k=5)[0]
+    assert (made.size, made.mode, made.caption, made.seed) == ((16, 16), "RGB", CAPTION, 7)
+    for again in (lambda picture: picture, copy.deepcopy, lambda picture: pickle.loads(pickle.dumps(picture))):
+        picture = again(made)
+        assert (picture.caption, picture.seed, picture.score) == (CAPTION, 7, made.score)
+        picture.save(tmp_path / "picture.png")
+        read = Image.open(tmp_path / "picture.png")
+        np.testing.assert_array_equal(np.asarray(read), np.asarray(made))
+        assert (read.info["caption"], read.info["seed"], read.info["score"]) == (CAPTION, "7", f"{made.score:.6f}")
+        assert json.loads(read.info["settings"]) == picture.settings == {
+            "best_of": 1,
+            "checkpoint": pipe.digest,
+            "clip": "bright",
+            "guidance": 1.0,
+            "keep_rows": 0,
+            "temperature": 0.9,
+            "top_k": 5,
+            "top_p": None,
+            "weights": "model",
+        }  # fmt: skip
+    made.save(tmp_path / "picture.jpg")  # other formats are saved as by any PIL image
 
 
 def test_one_caption_gives_a_list_and_several_give_lists(pipe):
@@ -55,18 +61,6 @@ def test_one_caption_gives_a_list_and_several_give_lists(pipe):
     assert [len(row) for row in both] == [2, 2]
     np.testing.assert_array_equal(pixels_of(alone), pixels_of(both[0]))
     assert not np.array_equal(pixels_of(both[0]), pixels_of(both[1]))
-
-
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda picture: pickle.loads(pickle.dumps(picture))])
-def test_a_copied_picture_still_knows_how_it_was_made(again, tmp_path):
-    """In another process too."""
-    pixels = np.random.default_rng(0).integers(256, size=(4, 6, 3), dtype=np.uint8)
-    picture = again(Picture.from_array(pixels, caption=CAPTION, seed=7, score=0.5, settings={"top_k": 5}))
-    assert (picture.caption, picture.seed, picture.score, picture.settings) == (CAPTION, 7, 0.5, {"top_k": 5})
-    picture.save(tmp_path / "picture.png")
-    read = Image.open(tmp_path / "picture.png")
-    np.testing.assert_array_equal(np.asarray(read), pixels)
-    assert (read.info["caption"], read.info["seed"], read.info["score"]) == (CAPTION, "7", "0.500000")
 
 
 @pytest.fixture
@@ -95,30 +89,24 @@ def test_split_batches_draw_the_same_pictures(pipe, small_batches):
         assert [p.seed for p in alone] == [p.seed for p in pictures]
 
 
-def test_best_of_returns_the_best_of_all_candidates_in_order(pipe, small_batches):
-    """Ranked while batches of two are drawn, so that never more than a batch is decoded."""
+def test_best_of_returns_the_best_of_all_candidates_in_order(pipe, small_batches, monkeypatch):
+    """Ranked while batches of two are drawn, or two at a time of a large batch: never more are decoded at once."""
     everything = pipe(CAPTION, n=6, seed=3)
     brightness = np.array([np.asarray(p).mean() / 255 for p in everything])
-    pipe.reranker.given.clear()
-    best = pipe(CAPTION, n=2, best_of=6, seed=3)
     order = np.argsort(-brightness, kind="stable")[:2]
-    assert [p.seed for p in best] == [3 + int(i) for i in order]
-    np.testing.assert_allclose([p.score for p in best], brightness[order], rtol=1e-5)
-    assert pipe.reranker.given == [2, 2, 2] and best[0].settings["clip"] == "bright"
-    assert best[0].info["score"] == f"{best[0].score:.6f}" and everything[0].score is None
-
-
-def test_candidates_of_one_batch_are_decoded_and_ranked_a_few_at_a_time(pipe, monkeypatch):
-    at_once = pipe(CAPTION, n=2, best_of=6, seed=3)
-    pipe.reranker.given.clear()
-    monkeypatch.setattr(pipe.generator, "decode_batch", 2)
-    few = pipe(CAPTION, n=2, best_of=6, seed=3)
-    assert pipe.reranker.given == [2, 2, 2]
-    np.testing.assert_array_equal(pixels_of(few), pixels_of(at_once))
+    for _ in range(2):
+        pipe.reranker.given.clear()
+        best = pipe(CAPTION, n=2, best_of=6, seed=3)
+        assert [p.seed for p in best] == [3 + int(i) for i in order] and pipe.reranker.given == [2, 2, 2]
+        np.testing.assert_array_equal(pixels_of(best), pixels_of(everything)[order])
+        np.testing.assert_allclose([p.score for p in best], brightness[order], rtol=1e-5)
+        pipe._capacity[False] = (64, "many at a time")
+        monkeypatch.setattr(pipe.generator, "decode_batch", 2)
+    assert best[0].settings["clip"] == "bright" and everything[0].score is None
 
 
 def test_of_ranked_drafts_only_the_chosen_are_finished(monkeypatch):
-    """For any generator: here one that draws noise, of which finishing is counted."""
+    """For any generator: here one that draws noise, of which finishing is counted. Of equal ones smaller seeds win."""
     pipe, finished = NoisePipeline(), []
     finish = pipe.generator.finish
     monkeypatch.setattr(
@@ -128,6 +116,8 @@ def test_of_ranked_drafts_only_the_chosen_are_finished(monkeypatch):
     pictures = pipe.draw([request])[0]
     assert finished == [2] and sum(pipe.reranker.given) == 40
     np.testing.assert_array_equal(pixels_of(pictures), pixels_of(pipe.finished(request)))
+    monkeypatch.setattr(pipe.reranker, "score", lambda images, caption: np.arange(len(images)) // 2 % 2)
+    assert [picture.seed for picture in pipe("a star", n=3, best_of=40, seed=3)] == [5, 6, 9]
 
 
 def test_eight_devices_that_share_models_in_pairs_draw_what_one_draws(model_folder, pipe):
@@ -137,12 +127,6 @@ def test_eight_devices_that_share_models_in_pairs_draw_what_one_draws(model_fold
     alone, shared = (each(CAPTION, n=5, best_of=6, seed=10) for each in (pipe, many))
     np.testing.assert_array_equal(pixels_of(shared), pixels_of(alone))
     assert [picture.seed for picture in shared] == [picture.seed for picture in alone]
-
-
-def test_of_equal_candidates_those_of_smaller_seeds_are_chosen(monkeypatch):
-    pipe = NoisePipeline()
-    monkeypatch.setattr(pipe.reranker, "score", lambda images, caption: np.arange(len(images)) // 2 % 2)
-    assert [picture.seed for picture in pipe("a star", n=3, best_of=40, seed=3)] == [5, 6, 9]
 
 
 def test_progress_is_seen_step_by_step_and_a_request_can_be_ended(pipe, small_batches):
@@ -223,6 +207,9 @@ def test_a_given_picture_is_read_as_in_training(pipe, tmp_path):
     np.testing.assert_array_equal(pipe.generator.encode(read_image(tmp_path / "photo.png")), want)
 
 
+CUT = Image.open(io.BytesIO(png_of(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))[:2000]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -252,6 +239,7 @@ def test_a_given_picture_is_read_as_in_training(pipe, tmp_path):
         ({"image": np.zeros((8, 8, 3), np.uint8), "keep_rows": 5}, "keep_rows to be .* at most 4, or None, got 5"),
         ({"image": np.zeros((8, 8), np.uint8)}, r"uint8 \[H, W, 3\]"),
         ({"image": "star.png"}, r"image must be a PIL image or uint8 \[H, W, 3\]"),
+        ({"image": CUT}, "image must be one that can be read, got one where"),
     ],
 )
 def test_arguments_out_of_range_are_refused(pipe, arguments, message):
@@ -286,19 +274,6 @@ def test_numbers_that_are_no_image_tokens_are_refused(pipe, tokens, got):
         pipe.generator.decode(tokens)
 
 
-def test_a_picture_that_cannot_be_read_is_refused(pipe, tmp_path):
-    pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    with pytest.raises(UserError, match="image must be one that can be read, got one where"):
-        pipe.generator.encode(Image.open(tmp_path / "cut.png"))
-
-
-def test_only_requests_are_drawn(pipe):
-    with pytest.raises(UserError, match="requests must be a list of Request, got 'a star' in it"):
-        pipe.draw(["a star"])
-
-
 @pytest.mark.parametrize("captions", [[], [3], "", 3, None, b"a star", "a \ud800", "a" * 32_001])
 def test_captions_must_be_texts(pipe, captions):
     if captions == "":  # an empty caption is a caption: all padding
@@ -306,6 +281,8 @@ def test_captions_must_be_texts(pipe, captions):
         return
     with pytest.raises(UserError, match="captions? must be"):
         pipe(captions)
+    with pytest.raises(UserError, match="requests must be a list of Request, got 'a star' in it"):
+        pipe.draw(["a star"])
 
 
 def test_command_writes_pictures_and_a_sheet(model_folder, pipe, tmp_path, capsys):

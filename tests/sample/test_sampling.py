@@ -275,21 +275,6 @@ def test_a_step_reads_the_cache_and_every_step_the_text():
         assert not np.array_equal(last_row("stores", guidance), intact)
 
 
-def test_8_bit_engine_draws_guided_captions_of_mixed_settings():
-    """Whatever the weights are kept in, a caption's settings are its own, and guidance does something."""
-    text, keys = random_batch(TINY, batch=2)[0], image_keys(np.arange(4).reshape(2, 2))
-    engine = Engine(transformer.model(TINY), random_params(TINY), mesh=ONE, weights="int8")
-    mixed = draw_all(
-        engine, text, keys, guidance=[3.0, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, None]
-    )
-    assert mixed.min() >= 0 and mixed.max() < TINY.image_vocab
-    alike = draw_all(engine, text, keys, guidance=1.5, temperature=0.7, top_k=5)
-    np.testing.assert_array_equal(mixed[1], alike[1])
-    weaker = draw_all(engine, text, keys, guidance=[1.1, 1.5], temperature=[1.0, 0.7], top_k=[None, 5], top_p=[0.9, 1])
-    np.testing.assert_array_equal(mixed[1], weaker[1])
-    assert not np.array_equal(mixed[0], weaker[0])
-
-
 def test_abstract_engine_compiles_what_the_real_one_runs():
     """Shapes alone give the same bytes and arrays; the compiler holds a batch once, donated, and not a second time."""
     model = transformer.model(TINY)

@@ -99,6 +99,9 @@ def test_a_stream_shows_rows_and_ends_with_what_one_answer_holds(client):
     for event, picture in zip(completed, whole.data, strict=True):
         assert (event.b64_json, event.seed, event.score) == (picture.b64_json, picture.seed, picture.score)
     assert completed[0].usage.output_tokens == 3 * GRID**2
+    for asked, rows in ((0, []), (1, [2]), (2, [1, 2])):  # spread
+        events = list(client.images.generate(prompt="a star", stream=True, partial_images=asked))
+        assert [event.rows for event in events[:-1]] == rows
 
 
 def test_a_stream_that_fails_raises_at_the_client(client, server):
@@ -106,12 +109,6 @@ def test_a_stream_that_fails_raises_at_the_client(client, server):
         list(client.images.generate(prompt="poison", stream=True, partial_images=1))
     assert failed.value.code == "draw_failed"
     assert metric(server, 'dalle_jax_rejected_total{code="draw_failed"}') == 1
-
-
-@pytest.mark.parametrize("asked", [0, 1, 2])
-def test_previews_are_spread_over_the_rows(client, asked):
-    events = list(client.images.generate(prompt="a star", stream=True, partial_images=asked))
-    assert [event.rows for event in events[:-1]] == {0: [], 1: [2], 2: [1, 2]}[asked]
 
 
 def test_completion_keeps_the_rows_that_the_mask_keeps(client, pipe):

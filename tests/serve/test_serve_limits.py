@@ -170,7 +170,16 @@ def test_a_deadline_passes_in_the_queue_too_and_nobody_asks_again():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_work_of_a_client_that_left_is_dropped(stream):
+def test_work_of_a_client_that_left_is_dropped(stream, monkeypatch):
+    """While it is drawn, while it waits, and before its answer began."""
+    read_json = parsing.read_json
+
+    async def slow(request):
+        values = await read_json(request)
+        await asyncio.sleep(0.3 if values["prompt"] == "slow" else 0)
+        return values
+
+    monkeypatch.setattr(parsing, "read_json", slow)
     pipe = NoisePipeline(step_seconds=0.05)
     with serving(pipe, max_batch=1, wait_seconds=0) as server:
         pipe.hold()
@@ -178,36 +187,16 @@ def test_work_of_a_client_that_left_is_dropped(stream):
         until(lambda: len(pipe.batches) == 2)
         queued = leave(server, {"prompt": "a cross", "stream": stream})
         until(lambda: waiting(server)() == 1)
+        leave(server, {"prompt": "slow", "stream": stream}).close()
+        until(lambda: metric(server, "dalle_jax_cancelled_total") == 1)
         queued.close()
         until(lambda: waiting(server)() == 0)
         drawn.close()
-        until(lambda: metric(server, "dalle_jax_cancelled_total") == 2)
+        until(lambda: metric(server, "dalle_jax_cancelled_total") == 3)
         pipe.release()
         assert post(server, {"prompt": "a circle"})[0] == 200
     assert [batch[0].caption for batch in pipe.batches] == ["", "a star", "a circle"]
     assert pipe.steps_drawn[1] < GRID  # given up at the next step
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_work_of_a_client_that_left_before_the_answer_began_is_dropped(stream, monkeypatch):
-    read_json = parsing.read_json
-
-    async def late(request):
-        values = await read_json(request)
-        await asyncio.sleep(0.3 if values["prompt"] == "a cross" else 0)
-        return values
-
-    monkeypatch.setattr(parsing, "read_json", late)
-    pipe = NoisePipeline()
-    with serving(pipe, max_batch=1, wait_seconds=0) as server:
-        pipe.hold()
-        drawn = in_background(server, {"prompt": "a star"})
-        until(lambda: len(pipe.batches) == 2)
-        leave(server, {"prompt": "a cross", "stream": stream}).close()
-        until(lambda: metric(server, "dalle_jax_cancelled_total") == 1)
-        pipe.release()
-        assert drawn.result()[0] == 200
-    assert [batch[0].caption for batch in pipe.batches] == ["", "a star"]
 
 
 def test_a_silent_stream_shows_that_it_lives(monkeypatch):
