@@ -73,10 +73,6 @@ def decode_scaled(
             ImageOps.exif_transpose(opened, in_place=True)
             pixels = _to_rgb(opened)
             return pixels, (height, width) if pixels.shape[:2] == upright else (width, height)
-    except BadImage:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadImage("decompression bomb", str(error)) from None
     except UnidentifiedImageError:
         if not image.startswith(_MAGIC):
             raise BadImage("not an image", f"starts with {image[:16]!r}") from None
@@ -84,7 +80,7 @@ def decode_scaled(
             raise BadImage("truncated image", "ends inside its header") from None
         raise BadImage("broken image", "its header is damaged") from None
     except Exception as error:  # decoders raise many kinds on hostile bytes: struct, index, memory, ...
-        raise BadImage(_reason(error), f"{type(error).__name__}: {error}") from None
+        raise _bad(error) from None
 
 
 def _jpeg_pixels(opened: Image.Image, image: bytes) -> np.ndarray | None:
@@ -111,10 +107,8 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     """
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
-    except BadImage:
-        raise
     except Exception as error:  # as above, because Pillow reads the file only now
-        raise BadImage(_reason(error), f"{type(error).__name__}: {error}") from None
+        raise _bad(error) from None
 
 
 @functools.cache
@@ -123,13 +117,16 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF needs Pillow 11.3
 
 
-def _reason(error: Exception) -> str:
-    message = str(error).lower()
-    if "too large" in message or isinstance(error, MemoryError):  # of a text chunk or a profile
-        return "decompression bomb"
-    if any(word in message for word in ("truncated", "premature", "not enough", "unexpected end")):
-        return "truncated image"
-    return "broken image"
+def _bad(error: Exception) -> BadImage:
+    """The reason that a decoder's exception gives."""
+    if isinstance(error, BadImage):
+        return error
+    message, reason = str(error).lower(), "broken image"
+    if "too large" in message or isinstance(error, (MemoryError, Image.DecompressionBombError)):
+        reason = "decompression bomb"  # too large: a text chunk or a profile
+    elif any(word in message for word in ("truncated", "premature", "not enough", "unexpected end")):
+        reason = "truncated image"
+    return BadImage(reason, f"{type(error).__name__}: {error}")
 
 
 def _check_array(image: np.ndarray, max_pixels: int) -> np.ndarray:
