@@ -177,7 +177,7 @@ def encode(
     Raises:
       UserError: a folder that cannot be written or holds other tokens.
     """
-    began, now, shards = time.monotonic(), 0, share.of(range(settings.shards))
+    began, now, shards = time.monotonic(), 0, range(settings.shards)[share.slice]
     try:
         _claim(folder, settings)
         done = features.finished(folder, settings)

@@ -190,7 +190,7 @@ class Batches:
         records = grain.MapDataset.source(source).seed(seed)
         if shuffle:
             records = records.shuffle()
-        examples = share.of(records.random_map(functools.partial(prepare, at_random=shuffle))).repeat(epochs)
+        examples = records.random_map(functools.partial(prepare, at_random=shuffle))[share.slice].repeat(epochs)
         ahead = max(reading.threads, reading.prefetch_batches * batch_size) if reading.threads else 0
         read = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=ahead)
         self._examples = iter(examples.to_iter_dataset(read))

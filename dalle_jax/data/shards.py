@@ -22,59 +22,52 @@ from dalle_jax.errors import UserError
 KEYS = 16  # records by whose keys a source is known again
 
 
+@dataclasses.dataclass(eq=False)
 class ShardedBatches:
-    """Iterator over this reader's part of each shuffled batch, without end; the arrays are those of `Batches`."""
+    """Iterator over this reader's part of each shuffled batch, without end; the arrays are those of `Batches`.
 
-    def __init__(
-        self,
-        source: Source,
-        prepare: Prepare,
-        *,
-        batch_size: int,
-        seed: int,
-        shards: int | None,
-        share: Share,
-        reading: Reading,
-        gather: Callable[[Any], list[Any]],
-    ):
-        """batch_size: of all readers together. shards: None takes those of the state to resume, or one a reader.
+    Raises:
+      UserError: shards that the readers or the batch cannot share, and what `Batches` raises.
+    """
 
-        share: which part of a batch this process reads; processes whose devices hold the same rows read the same part.
-        gather: the values of all processes, see `distributed.gather_json`.
+    source: Source
+    prepare: Prepare
+    _: dataclasses.KW_ONLY
+    batch_size: int  # of all readers together
+    seed: int
+    shards: int | None  # None takes those of the state to resume, or one a reader
+    share: Share  # the part of a batch that this process reads, and all whose devices hold the same rows
+    reading: Reading
+    gather: Callable[[Any], list[Any]]  # the values of all processes, see `distributed.gather_json`
 
-        Raises:
-          UserError: shards that the readers or the batch cannot share, and what `Batches` raises.
-        """
-        self._source, self._prepare, self._batch_size, self._seed = source, prepare, batch_size, seed
-        self._wanted, self._share, self._reading, self._gather = shards, share, reading, gather
+    def __post_init__(self):
         self._shards: dict[int, Batches] = {}
-        self._open(shards or share.count)
+        self._open(self.shards or self.share.count)
 
     def _open(self, count: int) -> None:
-        if count % self._share.count or self._batch_size % count:
+        if count % self.share.count or self.batch_size % count:
             possible = [str(n) for n in range(1, count + 1) if count % n == 0]
             raise UserError(
                 f"expected config.run.data.shards = {count} to be a multiple of the processes that read data and to "
-                f"divide the batch_size of {self._batch_size}, got {self._share.count} processes: use "
+                f"divide the batch_size of {self.batch_size}, got {self.share.count} processes: use "
                 f"{' or '.join(possible)}, or begin a new run with other shards"
             )
-        each = count // self._share.count
-        reading = dataclasses.replace(self._reading, threads=-(-self._reading.threads // each))
+        each = count // self.share.count
+        reading = dataclasses.replace(self.reading, threads=-(-self.reading.threads // each))
+        open_shard = functools.partial(
+            Batches,
+            self.source,
+            self.prepare,
+            batch_size=self.batch_size // count,
+            seed=self.seed,
+            shuffle=True,
+            epochs=None,
+            reading=reading,
+        )
         self.close()
         self._count = count
-        self._shards = {
-            shard: Batches(
-                self._source,
-                self._prepare,
-                batch_size=self._batch_size // count,
-                seed=self._seed,
-                shuffle=True,
-                epochs=None,
-                share=Share(shard, count),
-                reading=reading,
-            )
-            for shard in range(self._share.index * each, (self._share.index + 1) * each)
-        }
+        mine = range(self.share.index * each, (self.share.index + 1) * each)
+        self._shards = {shard: open_shard(share=Share(shard, count)) for shard in mine}
 
     def __iter__(self) -> "ShardedBatches":
         return self
@@ -106,7 +99,7 @@ class ShardedBatches:
         All processes must call this at the same point.
         """
         states = {}
-        for of_process in self._gather({str(shard): batches.get_state() for shard, batches in self._shards.items()}):
+        for of_process in self.gather({str(shard): batches.get_state() for shard, batches in self._shards.items()}):
             states.update(of_process)
         # "lanes" is the key that `inspect --json` prints.
         return {"lanes": [states[str(shard)] for shard in range(self._count)], "keys": self._keys}
@@ -114,8 +107,8 @@ class ShardedBatches:
     @functools.cached_property
     def _keys(self) -> list[str]:
         """Keys of a few records, which tell a source from another one with as many records, whatever its name."""
-        rows = np.linspace(0, len(self._source) - 1, KEYS).astype(int).tolist()
-        return [self._source[row].key for row in rows]
+        rows = np.linspace(0, len(self.source) - 1, KEYS).astype(int).tolist()
+        return [self.source[row].key for row in rows]
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues every shard after the batch at which the state was taken, bit for bit.
@@ -125,16 +118,16 @@ class ShardedBatches:
             among so many readers.
         """
         count = len(state["lanes"])
-        if self._wanted not in (None, count):
+        if self.shards not in (None, count):
             raise UserError(
-                f"expected to resume data with config.run.data.shards = {count}, got {self._wanted}: leave it out, or "
+                f"expected to resume data with config.run.data.shards = {count}, got {self.shards}: leave it out, or "
                 "begin a new run"
             )
         if (before := state.get("keys", self._keys)) != self._keys:
             was, found = next((a, b) for a, b in zip(before, self._keys, strict=True) if a != b)
             raise UserError(
                 f"expected to resume data with the records of the first run, got record {found!r} of "
-                f"{self._source.name} in the place of {was!r}: name the same data, or begin a new run"
+                f"{self.source.name} in the place of {was!r}: name the same data, or begin a new run"
             )
         if count != self._count:
             self._open(count)

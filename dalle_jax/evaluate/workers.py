@@ -64,7 +64,7 @@ class Worker:
         """
         terminal = self.show and sys.stderr.isatty()
         lines = {} if terminal else {"bar_format": LOG_FORMAT, "smoothing": 0, "file": io.StringIO()}
-        mine = self.share.of(range(len(sizes)))
+        mine = range(len(sizes))[self.share.slice]
         todo = [number for number in mine if not is_done(number)]
         total, left = (sum(sizes[number] for number in numbers) for numbers in (mine, todo))
         with tqdm.tqdm(total=total, initial=total - left, desc=name, unit=" pictures", **lines) as bar:

@@ -51,6 +51,7 @@ REFUSED = {
     "data.image_size": (0, -64, 32),  # not the model's
     "data.augment": ("none",),
     "data.bpe_dropout": (-0.1, 1.1, NAN),
+    "data.caption_dropout": (-0.1, 1.1, NAN),
     "data.max_pixels": (0, -1),
     "data.max_aspect_ratio": (0.5, -1.0, NAN),
     "run.steps": (0, -1, STEPS, 10**14),
