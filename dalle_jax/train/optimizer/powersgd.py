@@ -62,28 +62,31 @@ class Compression:
 class Pieces:
     """The layout of a parameter of this shape as [matrices, pieces, rows, columns], rows <= columns.
 
-    order: its dimensions as (stacked, inputs, outputs). firsts: the first dimension of inputs and of outputs. sides:
-    inputs and outputs of a matrix. count: of pieces. cut: the side that is cut. rank: of a piece.
+    inputs, outputs: the dimensions that are the sides of a matrix; the others stack matrices. count: of pieces.
+    max_rank: of a piece.
     """
 
     shape: tuple[int, ...]
-    order: tuple[int, ...]
-    firsts: tuple[int, int]
-    sides: tuple[int, int]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
     count: int
-    cut: int
-    rank: int
+    max_rank: int
 
     @property
-    def _sides(self) -> tuple[int, int]:
-        """Inputs and outputs of a piece."""
-        inputs, outputs = self.sides
-        return (inputs // self.count, outputs) if self.cut == 0 else (inputs, outputs // self.count)
+    def sides(self) -> tuple[int, int]:
+        """Inputs and outputs of a matrix."""
+        inputs, outputs = (math.prod(self.shape[i] for i in part) for part in (self.inputs, self.outputs))
+        return inputs, outputs
 
     @property
     def piece(self) -> tuple[int, int]:
         """Rows and columns."""
-        return min(self._sides), max(self._sides)
+        sides = min(self.sides), max(self.sides) // self.count
+        return min(sides), max(sides)
+
+    @property
+    def rank(self) -> int:
+        return min(self.max_rank, self.piece[0])
 
     @property
     def matrices(self) -> int:
@@ -91,25 +94,18 @@ class Pieces:
 
     def flat(self, x):
         """[*shape] -> [matrices, inputs, outputs]."""
-        return x.transpose(self.order).reshape(-1, *self.sides)
-
-    def unflat(self, x):
-        """The inverse of `flat`."""
-        x = x.reshape([self.shape[i] for i in self.order])
-        return x.transpose([self.order.index(i) for i in range(len(self.order))])
+        inside = *self.inputs, *self.outputs
+        stacked = (i for i in range(len(self.shape)) if i not in inside)
+        return x.transpose(*stacked, *inside).reshape(-1, *self.sides)
 
     def split(self, x):
-        """[matrices, inputs, outputs] -> [matrices, pieces, rows, columns]."""
-        inputs, outputs = self._sides
-        x = x.reshape(-1, *((self.count, inputs, outputs) if self.cut == 0 else (inputs, self.count, outputs)))
-        x = x if self.cut == 0 else x.swapaxes(1, 2)
-        return x.swapaxes(2, 3) if inputs > outputs else x
-
-    def join(self, x):
-        """The inverse of `split`."""
-        inputs, outputs = self._sides
-        x = x.swapaxes(2, 3) if inputs > outputs else x
-        return (x if self.cut == 0 else x.swapaxes(1, 2)).reshape(-1, *self.sides)
+        """[matrices, inputs, outputs] -> [matrices, pieces, rows, columns]. The longer side is cut."""
+        inputs, outputs = self.sides
+        if inputs > outputs:
+            x = x.reshape(-1, self.count, inputs // self.count, outputs)
+        else:
+            x = x.reshape(-1, inputs, self.count, outputs // self.count).swapaxes(1, 2)
+        return x if x.shape[2] <= x.shape[3] else x.swapaxes(2, 3)
 
 
 def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) -> dict[str, Pieces]:
@@ -138,18 +134,13 @@ def layouts(abstract: Any, axes: Any, *, compression: Compression, mesh: Any) ->
         split = matrices.dimensions(dimensions)
         if split is None:
             continue
-        inside = (*split.reduction_axis, *split.output_axis)
-        stacked = tuple(i for i in range(len(dimensions)) if i not in inside)
-        sides = tuple(math.prod(leaf.shape[i] for i in part) for part in (split.reduction_axis, split.output_axis))
-        cut = 0 if sides[0] > sides[1] else 1
-        if sides[cut] % count:
+        pieces = Pieces(leaf.shape, split.reduction_axis, split.output_axis, count, compression.rank // count)
+        if max(pieces.sides) % count:
             raise UserError(
-                f"expected the {count} devices of a replica to share the {sides[cut]} numbers of a side of "
+                f"expected the {count} devices of a replica to share the {max(pieces.sides)} numbers of a side of "
                 f"{name(path)}, which they cannot: choose another mesh, or --config.compression.rank=None"
             )
-        firsts = split.reduction_axis[0], split.output_axis[0]
-        whole = Pieces(leaf.shape, (*stacked, *inside), firsts, sides, count, cut, 0)
-        found[name(path)] = dataclasses.replace(whole, rank=min(compression.rank // count, whole.piece[0]))
+        found[name(path)] = pieces
     return found
 
 
@@ -193,7 +184,7 @@ class PowerSGD:
 
     def init(self) -> Error:
         """Nothing left out yet."""
-        dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "paper": jnp.uint16}[self._format]
+        dtype = jnp.float32 if self._format == "fp32" else jnp.uint16
         return {n: jnp.zeros(self._shape(pieces), dtype) for n, pieces in self.layouts.items()}
 
     def _shape(self, pieces: Pieces) -> tuple[int, ...]:
@@ -262,13 +253,14 @@ class PowerSGD:
         return self._pin(self.layouts[n].split(x), PartitionSpec(None, INSIDE))
 
     def _join(self, n: str, x):
-        """The inverse of `_split`."""
-        x = self._pin(self.layouts[n].join(self._pin(x, PartitionSpec(None, INSIDE))), self._flat(n))
-        return self._kept(n, self.layouts[n].unflat(x))
+        """The inverse of `_split`, which is its transpose, as nothing but places change."""
+        whole = jax.ShapeDtypeStruct(self.layouts[n].shape, x.dtype)
+        return jax.linear_transpose(functools.partial(self._split, n), whole)(x)[0]
 
     def _flat(self, n: str) -> PartitionSpec:
         """The place of a parameter as [matrices, inputs, outputs]: a side is cut as the first of its dimensions is."""
-        return PartitionSpec(None, *(self._param[n].spec[i] for i in self.layouts[n].firsts))
+        spec, pieces = self._param[n].spec, self.layouts[n]
+        return PartitionSpec(None, spec[pieces.inputs[0]], spec[pieces.outputs[0]])
 
     def _pin(self, x, spec: PartitionSpec):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
@@ -299,11 +291,11 @@ class PowerSGD:
         if self._format == "fp32":
             return jax.lax.pmean(x, REPLICA)
         parts = jnp.pad(x.reshape(-1), (0, -x.size % self.replicas)).reshape(self.replicas, -1)
-        sent = _bits(_written(parts, self._format))
+        sent = _written(parts, self._format)
         mine = jax.lax.all_to_all(sent, REPLICA, split_axis=0, concat_axis=0)  # my part from every replica
-        mean = _written(_read(_floats(mine, self._format), self._format).mean(0), self._format)
-        whole = jax.lax.all_gather(_bits(mean), REPLICA, tiled=True)
-        return _read(_floats(whole, self._format), self._format)[: x.size].reshape(x.shape)
+        mean = _written(_read(mine, self._format).mean(0), self._format)
+        whole = jax.lax.all_gather(mean, REPLICA, tiled=True)
+        return _read(whole, self._format)[: x.size].reshape(x.shape)
 
     @property
     def packed_abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -367,22 +359,20 @@ def check_rank(found: dict[str, Pieces], *, form: str, item: int) -> None:
 
 
 def _written(x, form: str, key=None):
-    """float32 -> the format; to the nearest, or at random with the right mean where there is a key."""
+    """float32 -> the format; to the nearest, or at random with the right mean where there is a key.
+
+    16 bits are written as uint16: some backends widen bfloat16 before they send it.
+    """
     if form == "paper":
         return formats.encode(x, formats.FIRST, key)
-    if form == "bf16":
-        return x.astype(jnp.bfloat16) if key is None else moments.round_at_random(x, key)
-    return x
+    if form == "fp32":
+        return x
+    rounded = x.astype(jnp.bfloat16) if key is None else moments.round_at_random(x, key)
+    return jax.lax.bitcast_convert_type(rounded, jnp.uint16)
 
 
 def _read(x, form: str):
-    return formats.decode(x, formats.FIRST) if form == "paper" else x.astype(jnp.float32)
-
-
-def _bits(x):
-    """16 bits as they are: some backends widen bfloat16 before they send it."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16)
-
-
-def _floats(x, form: str):
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if form == "bf16" else x
+    """The inverse of `_written`."""
+    if form == "paper":
+        return formats.decode(x, formats.FIRST)
+    return x if form == "fp32" else jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
