@@ -15,44 +15,16 @@ from dalle_jax.mesh import make_mesh
 from dalle_jax.models import transformer
 from dalle_jax.models.attention import blockwise, kernels, pallas, splash
 from dalle_jax.models.attention.block_lists import block_lists
-from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.train import run
 from tests.support.demo_settings import demo_settings
+from tests.support.dense_attention import assert_close, dense, output_and_gradients, random
+from tests.support.parameters import random_parameters
+from tests.support.tiny_transformer import TINY, random_batch
 
 KINDS = attention_pattern.KINDS
 TEXT, GRID = 16, 8  # with blocks of 16: one block of text, and four of two rows or two columns
 LENGTH = TEXT + GRID * GRID
 gpu_attend = functools.partial(pallas.attend, text_len=TEXT, grid=GRID, block=16, interpret=True)
-
-
-def random(*shape, seed=0, scale=1.5, dtype=np.float32):
-    return np.random.default_rng(seed).normal(size=shape, scale=scale).astype(dtype)
-
-
-def dense(q, k, v, w, mask):
-    """In float64: output and the gradients of (w * output).sum(), written out. [B, S, N, H] each."""
-    q, k, v, w = (np.asarray(x).astype(np.float64) for x in (q, k, v, w))
-    scale = q.shape[-1] ** -0.5
-    scores = np.where(mask, np.einsum("bqnh,bknh->bnqk", q, k) * scale, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    out = np.einsum("bnqk,bknh->bqnh", weights, v)
-    d_weights = np.einsum("bqnh,bknh->bnqk", w, v)
-    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * scale
-    dq, dk = np.einsum("bnqk,bknh->bqnh", d_scores, k), np.einsum("bnqk,bqnh->bknh", d_scores, q)
-    return out, (dq, dk, np.einsum("bnqk,bqnh->bknh", weights, w))
-
-
-def output_and_gradients(attend, q, k, v, w):
-    out, pull = jax.vjp(attend, q, k, v)
-    return out, pull(w)
-
-
-def assert_close(found, wanted, tolerance):
-    """The largest error against the largest value: errors of sums do not shrink with what is left of them."""
-    for i, (a, b) in enumerate(zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)):
-        error = np.abs(np.asarray(a, np.float64) - b).max()
-        assert error <= tolerance * np.abs(b).max(), (i, error, np.abs(b).max())
 
 
 # Block lists.
@@ -196,28 +168,14 @@ def test_gpu_kernels_give_the_same_bits_on_a_mesh():
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
-SMALL = TransformerConfig(
-    num_layers=5,
-    width=32,
-    heads=2,
-    head_size=16,
-    text_len=64,
-    text_vocab=11,
-    grid=8,
-    image_vocab=7,
-    remat="full",
-    scan=True,
-    precision="fp32",
-)
+SMALL = dataclasses.replace(TINY, num_layers=5, width=32, head_size=16, text_len=64, grid=8, remat="full", scan=True)
 
 
 def test_a_model_with_gpu_kernels_equals_one_without(monkeypatch):
     """Loss and gradients of a scanned group and the convolution, computed again, on a mesh."""
     monkeypatch.setattr(pallas, "attend", functools.partial(pallas.attend, interpret=True))
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, devices=jax.devices()[:4])
-    text, image = np.arange(2 * 64).reshape(2, 64) % 11, np.arange(2 * 64).reshape(2, 64) % 7
-    leaves, tree = jax.tree.flatten(transformer.model(SMALL).abstract)
-    params = tree.unflatten([random(*leaf.shape, seed=i, scale=0.2) for i, leaf in enumerate(leaves)])
+    batch, params = random_batch(SMALL), random_parameters(transformer.model(SMALL), deviation=0.2)
     params = jax.device_put(params, sharding.shardings(params, transformer.model(SMALL).axes, mesh))
 
     def loss_and_gradients(name):
@@ -225,7 +183,7 @@ def test_a_model_with_gpu_kernels_equals_one_without(monkeypatch):
 
         def loss(params):
             with sharding.use(mesh):
-                return sum(jnp.square(x).mean() for x in model.apply(params, text, image))
+                return sum(jnp.square(x).mean() for x in model.apply(params, *batch))
 
         return jax.jit(jax.value_and_grad(loss))(params)
 

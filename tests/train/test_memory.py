@@ -22,6 +22,7 @@ from dalle_jax.train.optimizer import formats, moments
 from dalle_jax.train.optimizer.build import Optimizer, build_optimizer
 from dalle_jax.train.settings import Storage
 from dalle_jax.train.step import TrainStep
+from tests.support.tiny_transformer import TINY, random_batch, random_params
 
 # The remat ladder.
 
@@ -61,25 +62,9 @@ def test_a_fused_kernel_keeps_no_scores(kind):
     assert "'none' is 35" in transformer.run_layers.__doc__
 
 
-SMALL = TransformerConfig(
-    num_layers=4,
-    width=32,
-    heads=8,
-    head_size=4,
-    text_len=16,
-    text_vocab=8,
-    grid=8,
-    image_vocab=8,
-    pattern="full",
-    scan=True,
-    precision="fp32",
+SMALL = dataclasses.replace(
+    TINY, num_layers=4, width=32, heads=8, head_size=4, text_len=16, grid=8, pattern="full", scan=True
 )
-
-
-def ids(config):
-    """Text and codes of eight sequences."""
-    rng = np.random.default_rng(1)
-    return tuple(rng.integers(0, 8, (8, n)).astype(np.int32) for n in (config.text_len, config.layout.image_len))
 
 
 @functools.cache
@@ -90,12 +75,9 @@ def compiled(remat):
     def loss(params, text, image):
         return sum(jnp.square(x).mean() for x in model.apply(params, text, image))
 
-    text, image = ids(config)
-    rng = np.random.default_rng(0)
-    leaves, tree = jax.tree.flatten(model.abstract)
-    params = tree.unflatten([rng.normal(0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves])
-    program = jax.jit(jax.value_and_grad(loss)).lower(params, text, image).compile()
-    return program.memory_analysis().temp_size_in_bytes, program(params, text, image)
+    arrays = random_params(config), *random_batch(config, batch=8)
+    program = jax.jit(jax.value_and_grad(loss)).lower(*arrays).compile()
+    return program.memory_analysis().temp_size_in_bytes, program(*arrays)
 
 
 def test_compiled_bytes_fall_along_the_ladder_and_values_and_gradients_do_not_change():
@@ -118,7 +100,7 @@ def update_bytes(remat):
     task, mesh = Task("transformer", model, loss), make_mesh({}, devices=jax.devices()[:1])
     opt = optax.with_extra_args_support(optax.sgd(0.1))
     step = TrainStep(task, opt, mesh)
-    shapes = step.abstract, {}, ids(model.config), jax.random.key(0)
+    shapes = step.abstract, {}, random_batch(model.config, batch=8), jax.random.key(0)
     found = step.update.lower(*shapes).compile().memory_analysis()
     assert found.alias_size_in_bytes >= 8 * model.num_params  # the donated state holds the new one, average included
     return found.temp_size_in_bytes
