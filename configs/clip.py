@@ -13,14 +13,6 @@ demo    the 64x64 scenes of `dalle-jax demo`, a minute or two on a CPU
 b32 to l14 have the paper's batch of 32,768, AdamW and schedule: 32 epochs of 400 million pairs are 390,625 updates.
 Half precision is bfloat16 here, gradients are checkpointed as in the paper. `config.accumulate` stays 1: a batch in
 parts would have other negatives.
-
-What a device holds on 32 machines of 8 GPUs, in MB of 10^6 bytes as in configs/transformer.py:
-
-| config | mesh        | slice  |     parameters |   params |  moments |      ema |    grads |    total |
-|--------|-------------|--------|----------------|----------|----------|----------|----------|----------|
-| b32    | 32 x 8 x 1  |      8 |    151,277,313 |     76.0 |    152.0 |     76.0 |     76.0 |    380.1 |
-| b16    | 32 x 8 x 1  |      8 |    149,620,737 |     75.2 |    150.4 |     75.2 |     75.2 |    375.9 |
-| l14    | 32 x 8 x 1  |      8 |    427,616,513 |    214.6 |    429.3 |    214.6 |    214.6 |  1,073.2 |
 """
 
 from ml_collections import ConfigDict

@@ -7,14 +7,6 @@
 paper   Ramesh et al. 2021, appendix A.2: 97.6 million parameters, 256x256 pictures, 32x32 codes out of 8192
 emoji   64x64 real pictures (emoji, icons, thumbnails), 8x8 codes out of 512, minutes on a CPU
 demo    the 64x64 scenes of `dalle-jax demo`, 8x8 codes out of 128
-
-The mesh (replica x fsdp x tensor) that `paper` is meant for, and gets by default on 64 GPUs in NVLink domains
-of 8; and what a device then holds, in MB of 10^6 bytes: parameters, the optimizer's moments, the moving average,
-gradients, all in float32. Activations come on top.
-
-| config | mesh        | slice  |     parameters |   params |  moments |      ema |    grads |    total |
-|--------|-------------|--------|----------------|----------|----------|----------|----------|----------|
-| paper  | 8 x 8 x 1   |      8 |     97,616,006 |     49.1 |     98.2 |     49.1 |     49.1 |    245.4 |
 """
 
 from ml_collections import ConfigDict

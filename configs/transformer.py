@@ -19,19 +19,7 @@ emoji     64x64 real pictures, minutes on a CPU
 demo      the 64x64 scenes of `dalle-jax demo`
 
 12b to 400m have the paper's optimizer, schedule and batch of 1024, which it gives for 12b alone; its bound of 5 on the
-second moment comes with `optimizer.moments = paper`, which 12b_v100 alone has. Below, the mesh
-(replica x fsdp x tensor) that each is meant for, and gets by default on slices of this many devices (a
-TPU slice of 1024, NVLink domains of 8 GPUs); and what a device then holds, in MB of 10^6 bytes: parameters, the
-optimizer's moments, the moving average, gradients, all in float32. Activations come on top.
-
-| config | mesh        | slice  |     parameters |   params |  moments |      ema |    grads |    total |
-|--------|-------------|--------|----------------|----------|----------|----------|----------|----------|
-| 12b    | 8 x 128 x 1 |   1024 | 12,293,828,224 |    391.2 |    782.5 |    391.2 |    391.2 |  1,956.2 |
-| 12b    | 128 x 8 x 1 |      8 | 12,293,828,224 |  6,153.1 | 12,306.3 |  6,153.1 |  6,153.1 | 30,765.7 |
-| 5b6    | 64 x 8 x 1  |      8 |  5,685,665,664 |  2,847.0 |  5,694.1 |  2,847.0 |  2,847.0 | 14,235.2 |
-| 2b8    | 32 x 8 x 1  |      8 |  2,928,727,680 |  1,467.4 |  2,934.7 |  1,467.4 |  1,467.4 |  7,336.9 |
-| 1b3    | 8 x 8 x 1   |      8 |  1,310,971,904 |    656.7 |  1,313.4 |    656.7 |    656.7 |  3,283.5 |
-| 400m   | 1 x 8 x 1   |      8 |    440,150,400 |    220.8 |    441.5 |    220.8 |    220.8 |  1,103.8 |
+second moment comes with `optimizer.moments = paper`, which 12b_v100 alone has.
 """
 
 import dataclasses

@@ -1,6 +1,5 @@
-"""The configs for pods: the sizes and bytes that their files promise, from abstract shapes; nothing is allocated."""
+"""The configs for pods: the meshes that docs/configs.md promises, and the papers' numbers; nothing is allocated."""
 
-import ast
 import math
 
 import jax
@@ -19,14 +18,11 @@ from tests.support import ROOT
 
 
 def promised():
-    """Rows of the tables in the docstrings: config, mesh, slice, parameters, MB a device of each kind and in total."""
-    for file in ("dvae", "transformer", "clip"):
-        for line in ast.get_docstring(ast.parse((ROOT / "configs" / f"{file}.py").read_text())).splitlines():
-            cells = [cell.strip() for cell in line.split("|")][1:-1]
-            if len(cells) == 9 and " x " in cells[1]:
-                mesh = tuple(int(size) for size in cells[1].split(" x "))
-                slice_size, parameters, *megabytes = [float(cell.replace(",", "")) for cell in cells[2:]]
-                yield pytest.param(f"configs/{file}.py:{cells[0]}", mesh, int(slice_size), int(parameters), megabytes)
+    """Rows of the table of meshes: config, devices of a slice, mesh."""
+    for line in (ROOT / "docs" / "configs.md").read_text().splitlines():
+        cells = [cell.strip().strip("`") for cell in line.split("|")][1:-1]
+        if len(cells) == 3 and " x " in cells[2]:
+            yield cells[0], int(cells[1]), tuple(int(size) for size in cells[2].split(" x "))
 
 
 def bytes_a_device(tree):
@@ -36,22 +32,19 @@ def bytes_a_device(tree):
     )
 
 
-@pytest.mark.parametrize("spec, shape, slice_size, parameters, megabytes", list(promised()))
-def test_parameters_and_bytes_a_device_are_what_the_file_says(spec, shape, slice_size, parameters, megabytes):
+@pytest.mark.parametrize("spec, slice_size, shape", list(promised()))
+def test_each_gets_its_mesh_which_cuts_everything_large(spec, slice_size, shape):
     settings = load_settings(spec)
     model = build(settings.name, settings.model)
-    assert model.num_params == parameters
     ask = demand(model.abstract, model.axes, batch_size=settings.batch_size, accumulate=settings.accumulate)
     assert settings.run.mesh in (MeshSizes(), MeshSizes(*shape))  # chosen, or as the file says
     assert choose({"replica": -1, "fsdp": -1}, math.prod(shape), slice_size, unfit=ask) == shape
     mesh = AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     state = run.step_for(settings, Task(settings.name, model, loss=None), mesh).abstract
-    # A gradient has its parameter's shape, dtype and place.
-    trees = [state["params"], state["opt_state"], state["ema"], state["params"]]
-    found = [bytes_a_device(tree) / 1e6 for tree in trees]
-    assert [f"{x:.1f}" for x in (*found, sum(found))] == [f"{x:.1f}" for x in megabytes]
-    ideal = 20 * parameters / (shape[1] * shape[2]) / 1e6
-    assert sum(found) < 1.02 * ideal  # everything large is cut
+    # float32 parameters and average, and two moments in 32 or 16 bits.
+    held = 8 + (4 if settings.optimizer.moments == "paper" else 8)
+    found = bytes_a_device([state[name] for name in ("params", "ema", "opt_state")])
+    assert 0.9 * held < found * shape[1] * shape[2] / model.num_params < 1.02 * held + 0.1
     # What is saved was checked, and something older than the newest checkpoints stays.
     assert (
         settings.run.check_replicas_every == settings.run.checkpoint_every > 0 and settings.run.keep_every_hours == 12.0
