@@ -55,17 +55,12 @@ def image_offsets(kind: str, *, grid: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _allowed_image(kind: str, grid: int) -> np.ndarray:
+def allowed_image(kind: str, *, grid: int) -> np.ndarray:
+    """bool [grid*grid, grid*grid], read-only: may an image query (row) see an image key (column)?"""
     offset = np.subtract.outer(np.arange(grid * grid), np.arange(grid * grid))
     mask = np.isin(offset, image_offsets(kind, grid=grid))
     mask.flags.writeable = False
     return mask
-
-
-def allowed_image(kind: str, *, grid: int) -> np.ndarray:
-    """bool [grid*grid, grid*grid], read-only: may an image query (row) see an image key (column)?"""
-    _check(kind, grid)
-    return _allowed_image(kind, grid)
 
 
 def allowed(kind: str, *, text_len: int, grid: int) -> np.ndarray:

@@ -142,7 +142,7 @@ def _layouts(count: int, slice_size: int) -> list[Shape]:
     then the largest part of a slice, then the smallest fsdp beyond it."""
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     shapes = [(count // f // t, f, t) for f in divisors for t in divisors if count % (f * t) == 0]
-    along = [shape for shape in shapes if _along_slices(shape, slice_size)]
+    along = [shape for shape in shapes if shape[0] % _inside(shape, slice_size)[0] == 0]
     return sorted(along, key=lambda s: (s[2], (0, -s[1]) if s[1] * s[2] <= slice_size else (1, s[1])))
 
 
@@ -151,10 +151,6 @@ def _inside(shape: Shape, slice_size: int) -> Shape:
     tensor = math.gcd(shape[2], slice_size)
     fsdp = math.gcd(shape[1], slice_size // tensor)
     return slice_size // (fsdp * tensor), fsdp, tensor
-
-
-def _along_slices(shape: Shape, slice_size: int) -> bool:
-    return shape[0] % _inside(shape, slice_size)[0] == 0
 
 
 @functools.lru_cache(maxsize=64)  # seconds for a thousand devices, and preflight asks for the same shapes again

@@ -54,24 +54,25 @@ def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> Partiti
     """
     if len(names) != len(shape):
         raise ValueError(f"axes {names} must name every dimension of shape {shape}")
+    return PartitionSpec(*(cut or None for cut in _cuts(shape, names, mesh)))
+
+
+def _cuts(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> list[tuple[str, ...]]:
+    """The mesh axes that cut each dimension."""
     used: set[str] = set()
-    cuts: list[tuple[str, ...] | None] = []
+    cuts: list[tuple[str, ...]] = []
     for size, name in zip(shape, names, strict=True):
         if name is not None and name not in TABLE:
             raise ValueError(f"unknown logical axis {name!r}: add it to sharding.TABLE or use one of {tuple(TABLE)}")
         axes = tuple(a for a in _axes(name) if a not in used and mesh.shape[a] > 1)
-        if axes and size % int(np.prod([mesh.shape[a] for a in axes])) == 0:
-            used.update(axes)
-            cuts.append(axes)
-        else:
-            cuts.append(None)
-    return PartitionSpec(*cuts)
+        cuts.append(axes if size % math.prod(mesh.shape[a] for a in axes) == 0 else ())
+        used.update(cuts[-1])
+    return cuts
 
 
 def cutting_axes(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> set[str]:
     """The mesh axes that cut any dimension of an array."""
-    cuts = [cut for cut in spec(shape, names, mesh) if cut is not None]
-    return {axis for cut in cuts for axis in ((cut,) if isinstance(cut, str) else cut)}
+    return {axis for cut in _cuts(shape, names, mesh) for axis in cut}
 
 
 def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
@@ -133,8 +134,7 @@ def kept_part(
         return None
     if batch % math.prod(mesh.shape[axis] for axis in _axes("batch")):
         return None
-    cuts = enumerate(spec(shape, names, mesh))
-    return next(((i, (cut,) if isinstance(cut, str) else cut) for i, cut in cuts if cut), None)
+    return next(((i, cut) for i, cut in enumerate(_cuts(shape, names, mesh)) if cut), None)
 
 
 def sum_by_parts(product: Callable[..., jax.Array], *factors: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -202,7 +202,7 @@ def _axes(name: str | None) -> tuple[str, ...]:
 
 def batch_ways(mesh: Mesh) -> int:
     """Number of pieces a batch is cut into: every batch size must be a multiple of it."""
-    return int(np.prod([mesh.shape[axis] for axis in TABLE["batch"]]))
+    return math.prod(mesh.shape[axis] for axis in TABLE["batch"])
 
 
 def batch_share(

@@ -95,7 +95,9 @@ def _loss(model: Model, objective: DVAEObjective, params: Params, frozen: Params
     temperature, beta = objective.temperature(step), objective.beta(step)
     pixel_BHWC = model.apply(params, relax(logits_BGGV, temperature, key), method="decode")
 
-    nll = -_log_likelihood(objective.likelihood, x_BHWC, pixel_BHWC).mean()  # per pixel value
+    mu, log_scale = jnp.split(pixel_BHWC, 2, axis=-1)
+    gaussian = objective.likelihood == "gaussian"
+    nll = -(log_gaussian(x_BHWC, mu) if gaussian else log_logit_laplace(x_BHWC, mu, log_scale)).mean()  # per value
     kl_BGG = kl_to_uniform(logits_BGGV)
     kl = kl_BGG.sum() / x_BHWC.size  # also per pixel value
     loss = nll + beta * kl
@@ -119,11 +121,6 @@ def _loss(model: Model, objective: DVAEObjective, params: Params, frozen: Params
         "codes_within_reach": jnp.float32(min(vocab, ids_BGG.size)),
         "code_perplexity": perplexity,
     }
-
-
-def _log_likelihood(likelihood: str, x_BHWC, pixel_BHWC):
-    mu, log_scale = jnp.split(pixel_BHWC, 2, axis=-1)
-    return log_logit_laplace(x_BHWC, mu, log_scale) if likelihood == "logit_laplace" else log_gaussian(x_BHWC, mu)
 
 
 def _imbalance(logits_BGGV, x_BHWC):
