@@ -15,19 +15,6 @@ from tests.support.parameters import random_parameters
 from tests.support.tiny_model import CAPTION, DVAE
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"weights": "int4"}, r"weights must be one of \('model', 'int8'\)"),
-        ({"devices": []}, "devices must be at least one of"),
-        ({"devices": ["cpu"]}, r"devices must be at least one of .* got \['cpu'\]"),
-    ],
-)
-def test_impossible_ways_to_hold_a_model_are_refused(model_folder, arguments, message):
-    with pytest.raises(UserError, match=message):
-        dalle_jax.Pipeline.load(model_folder, **arguments)
-
-
 @pytest.mark.parametrize("part", ["transformer", "dvae"])
 @pytest.mark.parametrize("sizes", [{"width": 0}, {"widht": 16}])
 def test_impossible_sizes_of_a_folder_are_named(model_folder, tmp_path, part, sizes):
@@ -55,11 +42,17 @@ def test_a_folder_of_version_0_1_is_read(model_folder, tmp_path):
 
 
 def test_what_a_model_cannot_do_is_refused(model_folder):
+    for arguments, message in (
+        ({"weights": "int4"}, r"weights must be one of \('model', 'int8'\)"),
+        ({"devices": []}, "devices must be at least one of"),
+        ({"devices": ["cpu"]}, r"devices must be at least one of .* got \['cpu'\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dalle_jax.Pipeline.load(model_folder, **arguments)
     plain = dalle_jax.Pipeline.load(model_folder, devices=jax.devices()[:1])
-    with pytest.raises(UserError, match="best_of needs a CLIP"):
-        plain(CAPTION, best_of=4)
-    with pytest.raises(UserError, match="trained without dropping captions"):
-        plain(CAPTION, guidance=3.0)
+    for arguments, message in (({"best_of": 4}, "needs a CLIP"), ({"guidance": 3.0}, "without dropping captions")):
+        with pytest.raises(UserError, match=message):
+            plain(CAPTION, **arguments)
 
 
 def test_missing_and_foreign_parts_are_named(model_folder, tmp_path, capsys):
@@ -69,20 +62,14 @@ def test_missing_and_foreign_parts_are_named(model_folder, tmp_path, capsys):
     model_dir.save(
         other / "image_tokenizer", {"name": "dvae", "model": coarse}, random_parameters(build("dvae", coarse))
     )
-    for words, told in (
-        (["sample", str(other), "a star"], "expected an image tokenizer of 12 tokens on a grid of 4"),
-        *(
-            (
-                ["sample", str(model_folder), "a star", "--tensor", tensor],
-                "tensor must divide the 8 device(s) and the model's 2",
-            )
-            for tensor in ("0", "3", "8")
-        ),
-        (["sample", str(tmp_path / "nothing"), "a star"], "config.json"),
-        (["sample", str(model_folder / "image_tokenizer"), "a star"], "expected a transformer"),
-        (["sample", str(model_folder), "a star", "--image", str(tmp_path / "no.png")], "expected an image to complete"),
+    for (folder, *words), told in (
+        ([other], "expected an image tokenizer of 12 tokens on a grid of 4"),
+        *(([model_folder, "--tensor", n], "tensor must divide the 8 device(s) and the model's 2") for n in "038"),
+        ([tmp_path / "nothing"], "config.json"),
+        ([model_folder / "image_tokenizer"], "expected a transformer"),
+        ([model_folder, "--image", tmp_path / "no.png"], "expected an image to complete"),
     ):
-        assert main.main(words) == 2
+        assert main.main(["sample", str(folder), "a star", *map(str, words)]) == 2
         error = capsys.readouterr().err.strip()
         assert told in error and "\n" not in error
 

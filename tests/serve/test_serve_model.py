@@ -13,51 +13,32 @@ import dalle_jax
 from tests.support.stand_in_server import pixels, serving
 from tests.support.tiny_model import CAPTION
 
-WISHES = [
-    {"n": 2, "seed": 5},
-    {"n": 1, "seed": 9},
-    {"n": 3, "seed": 6, "temperature": 0.8},
-]
+WISHES = [{"n": 2, "seed": 5}, {"n": 1, "seed": 9}, {"n": 3, "seed": 6, "temperature": 0.8}]
 
 
-@pytest.fixture(scope="module")
-def pipe(model_folder):
-    return dalle_jax.Pipeline.load(model_folder)
-
-
-@pytest.fixture(scope="module")
-def server(pipe):
+def test_pictures_are_those_of_the_pipeline_alone_and_in_company(model_folder):
+    pipe = dalle_jax.Pipeline.load(model_folder)
     with serving(pipe, max_batch=None, wait_seconds=0.2, deadline_seconds=240.0) as server:
-        yield server
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0, timeout=240)
 
+        def ask(wish, prompt=CAPTION):
+            answer = client.images.generate(prompt=prompt, response_format="b64_json", extra_body=wish)
+            return [(picture.seed, picture.b64_json) for picture in answer.data]
 
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0, timeout=240)
+        with concurrent.futures.ThreadPoolExecutor(len(WISHES)) as pool:
+            together = list(pool.map(ask, WISHES))
+        assert [ask(wish) for wish in WISHES] == together
+        for wish, answer in zip(WISHES, together, strict=True):
+            for picture, (seed, file) in zip(pipe(CAPTION, **wish), answer, strict=True):
+                drawn = Image.open(io.BytesIO(base64.b64decode(file)))
+                np.testing.assert_array_equal(np.asarray(drawn), np.asarray(picture))
+                assert (seed, drawn.info["seed"], drawn.info["caption"]) == (picture.seed, str(picture.seed), CAPTION)
 
-
-def test_pictures_are_those_of_the_pipeline_alone_and_in_company(client, pipe):
-    def ask(wish):
-        knobs = {name: value for name, value in wish.items() if name != "n"}
-        answer = client.images.generate(prompt=CAPTION, n=wish["n"], response_format="b64_json", extra_body=knobs)
-        return [(picture.seed, picture.b64_json) for picture in answer.data]
-
-    with concurrent.futures.ThreadPoolExecutor(len(WISHES)) as pool:
-        together = list(pool.map(ask, WISHES))
-    assert [ask(wish) for wish in WISHES] == together
-    for wish, answer in zip(WISHES, together, strict=True):
-        for picture, (seed, file) in zip(pipe(CAPTION, **wish), answer, strict=True):
-            drawn = Image.open(io.BytesIO(base64.b64decode(file)))
-            np.testing.assert_array_equal(np.asarray(drawn), np.asarray(picture))
-            assert (seed, drawn.info["seed"], drawn.info["caption"]) == (picture.seed, str(picture.seed), CAPTION)
-
-
-def test_a_prompt_may_be_as_long_as_openai_lets_it_be(client, pipe):
-    """In characters: spaces make no tokens. What is refused is told by the client's name for it."""
-    wide = CAPTION.replace(" ", " " * 5000, 6)
-    wide += " " * (32_000 - len(wide))
-    answer = client.images.generate(prompt=wide, response_format="b64_json", extra_body={"seed": 1})
-    np.testing.assert_array_equal(pixels(answer.data[0].b64_json), np.asarray(pipe(CAPTION, seed=1)[0]))
-    with pytest.raises(openai.BadRequestError, match="prompt must be .* at most 32000 characters") as refused:
-        client.images.generate(prompt=wide + " ")
-    assert refused.value.param == "prompt"
+        # A prompt may be as long as OpenAI lets it be, in characters: spaces make no tokens.
+        wide = CAPTION.replace(" ", " " * 5000, 6)
+        wide += " " * (32_000 - len(wide))
+        [(_, file)] = ask({"seed": 1}, wide)
+        np.testing.assert_array_equal(pixels(file), np.asarray(pipe(CAPTION, seed=1)[0]))
+        with pytest.raises(openai.BadRequestError, match="prompt must be .* at most 32000 characters") as refused:
+            ask({}, wide + " ")
+        assert refused.value.param == "prompt"
