@@ -5,6 +5,7 @@ again replaces its section. Only the standard library is needed here, because th
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import re
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +95,33 @@ def command(args: argparse.Namespace, **shown: str) -> list[str]:
               if vars(args).get(name) is not None}  # fmt: skip
     words = shlex.join(values.get(word, word) for word in sys.argv[1:])
     return ["", f"    {run} {words}".rstrip(), ""]
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Of one call; where it returns JAX's arrays, until they are there."""
+    began = time.perf_counter()
+    result = work()
+    if "jax" in sys.modules:
+        sys.modules["jax"].block_until_ready(result)
+    return time.perf_counter() - began
+
+
+def transformer_inputs(folder: pathlib.Path, config: str, **sizes: Any) -> dict[str, pathlib.Path]:
+    """What a transformer's training needs, made in `folder`: config key -> a random dVAE of this config, a tokenizer.
+
+    sizes: of the dVAE, where they differ from its config's.
+    """
+    import jax
+
+    from dalle_jax import model_dir
+    from dalle_jax.cli import demo
+    from dalle_jax.models import build
+    from dalle_jax.train.settings import load_settings
+
+    values = dataclasses.asdict(load_settings(config).model) | sizes
+    params = jax.jit(build("dvae", values).init)(jax.random.key(0))
+    model_dir.save(folder / "dvae", {"name": "dvae", "model": values}, params)
+    return {"frozen.image_tokenizer": folder / "dvae", "tokenizer": demo.make_tokenizer(folder)}
 
 
 def in_turns(

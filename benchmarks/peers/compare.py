@@ -30,8 +30,7 @@ import optax
 
 from benchmarks import harness
 from benchmarks.peers import dvae
-from benchmarks.peers.peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
-from benchmarks.peers.process import PeerProcess, Works
+from benchmarks.peers.process import BATCH, LEARNING_RATE, SHAPE, THREADS, PeerProcess, Works
 from dalle_jax import sharding
 from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT, Layout
 from dalle_jax.mesh import local_mesh, make_mesh

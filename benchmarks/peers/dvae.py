@@ -8,7 +8,7 @@ functions alone: the peer's script takes the constants from here.
 
 # Of both sides; groups and kernels are the paper's.
 SHAPE = dict(image_size=64, vocab=1024, width=64, stem=128, blocks_per_group=1)
-BATCH, THREADS, LEARNING_RATE, BETA = 8, 2, 1e-4, 6.6
+BATCH, LEARNING_RATE, BETA = 8, 1e-4, 6.6
 
 
 def build_work(work: str):

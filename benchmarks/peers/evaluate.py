@@ -12,13 +12,20 @@ import collections
 import pathlib
 import statistics
 import tempfile
-import time
 
 import numpy as np
 from PIL import Image
 
 from benchmarks import harness
 from benchmarks.peers.process import PeerProcess
+from dalle_jax.convert.inception import convert
+from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate import distances
+from dalle_jax.evaluate.features import Extractor
+from dalle_jax.evaluate.preprocess import Preprocess
+from dalle_jax.models import inception
+from tests.support.evaluation import relu_features
+from tests.support.inception_weights import state_dict
 
 COUNT, FEATURES = 30_000, 2_048
 PICTURES, SIDE = 96, 256
@@ -30,13 +37,6 @@ class Ours:
     """Our side; what it compiles and opens is kept between the rounds."""
 
     def __init__(self, folder: pathlib.Path):
-        from dalle_jax.convert.inception import convert
-        from dalle_jax.data.sources import open_source
-        from dalle_jax.evaluate.features import Extractor
-        from dalle_jax.evaluate.preprocess import Preprocess
-        from dalle_jax.models import inception
-        from tests.support.inception_weights import state_dict
-
         state = state_dict("fid")
         np.savez(folder / "weights.npz", **state)
         config, params = convert(state)
@@ -46,37 +46,23 @@ class Ours:
         self.found = self.extractor.of_source(self.source, preprocess=self.preprocess)  # compiles
 
     def distance(self) -> dict:
-        from dalle_jax.evaluate import distances
-
         sets = [np.load(self.folder / f"{name}.npy") for name in ("one", "other")]
-        start = time.perf_counter()
-        one, other = (distances.mean_and_covariance(features) for features in sets)
-        between = time.perf_counter()
-        fid = distances.fid(*one, *other)
-        return {"statistics": between - start, "distance": time.perf_counter() - between, "fid": fid}
+        found = []
+        statistics = harness.seconds(lambda: found.extend(map(distances.mean_and_covariance, sets)))
+        distance = harness.seconds(lambda: found.append(distances.fid(*found[0], *found[1])))
+        return {"statistics": statistics, "distance": distance, "fid": found[2]}
 
     def features(self) -> dict:
         self.extractor.of_source(self.source, preprocess=self.preprocess, rows=range(WARM_UP))
-        start = time.perf_counter()
-        self.extractor.of_source(self.source, preprocess=self.preprocess)
-        seconds = time.perf_counter() - start
+        seconds = harness.seconds(lambda: self.extractor.of_source(self.source, preprocess=self.preprocess))
         batch = np.zeros((self.extractor.batch, 299, 299, 3), np.float32)
-        start = time.perf_counter()
-        self.extractor(batch)
-        alone = len(batch) / (time.perf_counter() - start)
+        alone = len(batch) / harness.seconds(lambda: self.extractor(batch))
         return {"pictures_a_second": PICTURES / seconds, "network_alone": alone}
 
 
-def relu_features(seed: int, *, shift: float = 0.0) -> np.ndarray:
-    """float32 [COUNT, FEATURES] like those of a network: correlated, not negative, a third of them 0."""
-    rng = np.random.default_rng(seed)
-    mix = np.random.default_rng(99).standard_normal((FEATURES // 4, FEATURES)) / (FEATURES // 4) ** 0.5
-    return np.maximum(rng.standard_normal((COUNT, FEATURES // 4)) @ mix + 0.4 + shift, 0).astype(np.float32)
-
-
 def write_inputs(folder: pathlib.Path) -> None:
-    np.save(folder / "one.npy", relu_features(1))
-    np.save(folder / "other.npy", relu_features(2, shift=0.1))
+    np.save(folder / "one.npy", relu_features(1, COUNT, FEATURES))
+    np.save(folder / "other.npy", relu_features(2, COUNT, FEATURES, shift=0.1))
     (folder / "pictures").mkdir()
     for number in range(PICTURES):
         small = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
@@ -92,29 +78,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write_inputs(folder)
-        ours, theirs = Ours(folder), PeerProcess(args.peer_python, "peer_pytorch_fid", folder)
+        own, peer = Ours(folder), PeerProcess(args.peer_python, "peer_pytorch_fid", folder)
         for _ in range(args.rounds):
-            answers["our distance"].append(ours.distance())
-            answers["distance"].append(theirs.ask("distance"))
-            answers["our features"].append(ours.features())
-            answers["features"].append(theirs.ask("features"))
-        theirs.close()
-        apart = float(np.abs(np.load(folder / "theirs.npy") - ours.found.features_XF).max())
+            answers["our distance"].append(own.distance())
+            answers["distance"].append(peer.ask("distance"))
+            answers["our features"].append(own.features())
+            answers["features"].append(peer.ask("features"))
+        peer.close()
+        apart = float(np.abs(np.load(folder / "theirs.npy") - own.found.features_XF).max())
 
     def values(work: str, *keys: str) -> list[float]:
         return [sum(answer[key] for key in keys) for answer in answers[work]]
 
     rows = []
-    for what, keys, bar in (
-        (f"statistics of two sets of {COUNT:,} x {FEATURES:,}, s", ("statistics",), None),
-        ("distance of the two, s", ("distance",), None),
-        ("both, s", ("statistics", "distance"), DISTANCE_BAR),
+    for what, work, keys, bar in (
+        (f"statistics of two sets of {COUNT:,} x {FEATURES:,}, s", "distance", ("statistics",), None),
+        ("distance of the two, s", "distance", ("distance",), None),
+        ("both, s", "distance", ("statistics", "distance"), DISTANCE_BAR),
+        (f"pictures a second from {SIDE}-pixel PNG files", "features", ("pictures_a_second",), FEATURES_BAR),
     ):
-        sides = values("our distance", *keys), values("distance", *keys)
-        rows.append(row(what, *sides, harness.ratios(sides[1], sides[0]), bar))
-    rates = [values(work, "pictures_a_second") for work in ("our features", "features")]
-    what = f"pictures a second from {SIDE}-pixel PNG files to features"
-    rows.append(row(what, *rates, harness.ratios(*rates), FEATURES_BAR))
+        ours, theirs = values(f"our {work}", *keys), values(work, *keys)
+        ratios = harness.ratios(ours, theirs) if work == "features" else harness.ratios(theirs, ours)
+        middles = [f"{statistics.median(side):.2f}" for side in (ours, theirs)]
+        rows.append((what, *middles, harness.spread(ratios), harness.met(statistics.median(ratios), bar)))
     fids = [answers[work][0]["fid"] for work in ("our distance", "distance")]
     alone = statistics.median(values("our features", "network_alone"))
     lines = [
@@ -128,11 +114,6 @@ def main() -> None:
         f"alone takes {alone:.1f} pictures a second on our side.",
     ]
     harness.write(args.results / "evaluate.md", "Evaluation next to pytorch-fid 0.3.0", lines)
-
-
-def row(what: str, ours: list[float], theirs: list[float], ratios: list[float], bar: float | None) -> tuple[str, ...]:
-    middles = [f"{statistics.median(side):.2f}" for side in (ours, theirs)]
-    return what, *middles, harness.spread(ratios), harness.met(statistics.median(ratios), bar)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ its first epoch and take one batch.
 the device had nothing to do because the next batch was not there.
 """
 
-import dataclasses
 import io
 import os
 import statistics
@@ -33,7 +32,6 @@ from PIL import Image
 
 from benchmarks import harness
 from benchmarks.peers.process import PeerProcess
-from dalle_jax import model_dir
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import decode_scaled
 from dalle_jax.data.pipeline import Batches, DataConfig, Prepare, Reading
@@ -89,14 +87,6 @@ def enlarged(record: Record) -> Record:
     return Record(record.key, file.getvalue(), record.captions)
 
 
-def our_rate(batches: Batches, count: int) -> float:
-    """Images a second of so many batches."""
-    began = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    return count * BATCH / (time.perf_counter() - began)
-
-
 def parts(spec: str, size: int, tokenizer: Tokenizer, count: int, *, scaled_jpeg: bool) -> list[float]:
     """Milliseconds of a picture for each of PARTS; means of `count` records."""
     source, rng = open_source(spec), np.random.default_rng(0)
@@ -114,11 +104,8 @@ def parts(spec: str, size: int, tokenizer: Tokenizer, count: int, *, scaled_jpeg
         tokenizer.encode(record.captions[0], dropout=DROPOUT, rng=rng)
         marks.append(time.perf_counter())
         times.append(np.diff(marks))
-    images = [source[index].image for index in chosen]
-    began = time.perf_counter()
-    for image in images:
-        np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
-    pillow = (time.perf_counter() - began) / len(images)
+    files = [io.BytesIO(source[index].image) for index in chosen]
+    pillow = harness.seconds(lambda: [np.asarray(Image.open(file).convert("RGB")) for file in files]) / len(files)
     return (1e3 * np.array([*np.mean(times, axis=0), pillow])).tolist()
 
 
@@ -147,7 +134,9 @@ def rates(args, folder: Path) -> list[str]:
             for form, scaled in ways:
                 batches = read(specs[form], size, tokenizer, scaled_jpeg=scaled)
                 next(batches)
-                works[scaled, form] = lambda batches=batches, count=count: our_rate(batches, count)
+                works[scaled, form] = lambda batches=batches, count=count: (
+                    count * BATCH / harness.seconds(lambda: [next(batches) for _ in range(count)])
+                )
             found = harness.in_turns(works, args.rounds)
             for process in theirs.values():
                 about = process.about["versions"]
@@ -181,45 +170,31 @@ def resume(args, folder: Path) -> list[str]:
     write_tar(folder / "tiny.tar", [Record(str(i), file.getvalue(), ("a small square",)) for i in range(10_100)])
     for i in range(SHARDS):  # one file under a hundred names: the index and the reads do not know
         os.link(folder / "tiny.tar", folder / f"many-{i:03d}.tar")
-    marks = [time.perf_counter()]
-    for _ in range(2):
-        records = len(open_source(f"wds:{folder}/many-*.tar"))
-        marks.append(time.perf_counter())
+    spec = f"wds:{folder}/many-*.tar"
+    index, again = (harness.seconds(lambda: open_source(spec)) for _ in range(2))
     tokenizer = BPETokenizer.train(["a small square"] * 10, vocab_size=300)
-    batches = read(f"wds:{folder}/many-*.tar", 16, tokenizer)
+    batches = read(spec, 16, tokenizer)
     state = batches.get_state()
     state["position"]["next_index"] = RESUME_AT
-    marks.append(time.perf_counter())
-    batches.set_state(state)
-    next(batches)
-    marks.append(time.perf_counter())
-    index, again, _, first = np.diff(marks)
+    first = harness.seconds(lambda: (batches.set_state(state), next(batches)))
     met = "met" if again + first < MAX_RESUME_SECONDS else "not met"
     return [
         harness.machine(),
         *harness.command(args),
-        f"{records:,} records: indexed once in {index:.1f} s, opened again in {again:.2f} s, resumed at record "
-        f"{RESUME_AT:,} in {first:.2f} s up to the first batch (aim: under {MAX_RESUME_SECONDS:g} s together, {met}).",
+        f"{len(open_source(spec)):,} records: indexed once in {index:.1f} s, opened again in {again:.2f} s, resumed at "
+        f"record {RESUME_AT:,} in {first:.2f} s up to the first batch (aim: under {MAX_RESUME_SECONDS:g} s together, "
+        f"{met}).",
     ]
 
 
 def stall(args, folder: Path) -> list[str]:
     """The share of a demo training in which the device waited for data."""
-    import jax
-
-    from dalle_jax.cli.demo import make_tokenizer
-    from dalle_jax.models import build
     from dalle_jax.train.monitor import goodput
     from dalle_jax.train.run import train
     from dalle_jax.train.settings import load_settings
 
-    dvae = dataclasses.asdict(load_settings("configs/dvae.py:demo").model)
-    params = jax.device_get(jax.jit(build("dvae", dvae).init)(jax.random.key(0)))
-    model_dir.save(folder / "dvae", {"name": "dvae", "model": dvae}, params)
-    values = {
-        "frozen.image_tokenizer": folder / "dvae", "tokenizer": make_tokenizer(folder), "run.steps": STALL_STEPS,
-        "run.validate_every": None, "run.picture_every": None, "run.checkpoint_every": None,
-    }  # fmt: skip
+    values = harness.transformer_inputs(folder, "configs/dvae.py:demo") | {"run.steps": STALL_STEPS}
+    values |= dict.fromkeys(("run.validate_every", "run.picture_every", "run.checkpoint_every"))
     words = [f"--config.{key}={value}" for key, value in values.items()]
     train(load_settings("configs/transformer.py:demo", words), folder / "run", progress=False)
     seconds = goodput.read(folder / "run")["seconds"]

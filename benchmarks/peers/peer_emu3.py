@@ -16,68 +16,54 @@ Sampling is its own `generate` with its cache, text ids suppressed.
 import torch
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 
-from benchmarks.peers.peer_dalle_pytorch import BATCH, LEARNING_RATE, SHAPE, THREADS
-from benchmarks.peers.process import Works, serve
+from benchmarks.peers.process import BATCH, LEARNING_RATE, SHAPE, serve
 
 TEXT_IDS, IMAGE_LEN = SHAPE["text_vocab"], SHAPE["grid"] ** 2
 
 
-class Peer:
-    """Its models, each built at its first use and kept."""
+def new_model():
+    width = SHAPE["width"]
+    config = Emu3TextConfig(
+        vocab_size=TEXT_IDS + SHAPE["image_vocab"],
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=SHAPE["layers"],
+        num_attention_heads=SHAPE["heads"],
+        num_key_value_heads=SHAPE["heads"],
+        max_position_embeddings=SHAPE["text_len"] + IMAGE_LEN,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,  # a text id, so that suppressing these keeps every image whole
+    )
+    return Emu3ForCausalLM(config)
 
-    def __init__(self):
-        torch.set_num_threads(THREADS)
-        torch.manual_seed(0)
-        self.works, self.parameters = Works(self.build), 0
 
-    def model(self):
-        width = SHAPE["width"]
-        config = Emu3TextConfig(
-            vocab_size=TEXT_IDS + SHAPE["image_vocab"],
-            hidden_size=width,
-            intermediate_size=8 * width // 3,
-            num_hidden_layers=SHAPE["layers"],
-            num_attention_heads=SHAPE["heads"],
-            num_key_value_heads=SHAPE["heads"],
-            max_position_embeddings=SHAPE["text_len"] + IMAGE_LEN,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,  # a text id, so that suppressing these keeps every image whole
-        )
-        model = Emu3ForCausalLM(config)
-        self.parameters = sum(p.numel() for p in model.parameters())
-        return model
+def build(work):
+    text = torch.randint(TEXT_IDS, (BATCH, SHAPE["text_len"]))
+    model = new_model()
+    if work == "sample_cached":
+        model.eval()
+        ways = dict(max_new_tokens=IMAGE_LEN, do_sample=True, use_cache=True, suppress_tokens=list(range(TEXT_IDS)))
 
-    def build(self, work):
-        text = torch.randint(TEXT_IDS, (BATCH, SHAPE["text_len"]))
-        model = self.model()
-        if work == "sample_cached":
-            model.eval()
-            ways = dict(max_new_tokens=IMAGE_LEN, do_sample=True, use_cache=True, suppress_tokens=list(range(TEXT_IDS)))
+        def sample():
+            ids = model.generate(text, attention_mask=torch.ones_like(text), **ways)
+            image = ids[:, SHAPE["text_len"] :]
+            assert image.shape[1] == IMAGE_LEN and int(image.min()) >= TEXT_IDS
 
-            def sample():
-                ids = model.generate(text, attention_mask=torch.ones_like(text), **ways)
-                image = ids[:, SHAPE["text_len"] :]
-                assert image.shape[1] == IMAGE_LEN and int(image.min()) >= TEXT_IDS
+        return sample
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    image = torch.randint(TEXT_IDS, TEXT_IDS + SHAPE["image_vocab"], (BATCH, IMAGE_LEN))
+    ids = torch.cat([text, image], dim=1)
+    forward = torch.compile(model) if work == "train_compiled" else model
 
-            return sample
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-        image = torch.randint(TEXT_IDS, TEXT_IDS + SHAPE["image_vocab"], (BATCH, IMAGE_LEN))
-        ids = torch.cat([text, image], dim=1)
-        forward = torch.compile(model) if work == "train_compiled" else model
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        forward(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
 
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            forward(ids, labels=ids, use_cache=False).loss.backward()
-            optimizer.step()
-
-        return step
-
-    def measure(self, work, repeats):
-        seconds = self.works.measure(work, repeats)
-        return {"seconds": seconds, "torch": torch.__version__, "parameters": self.parameters}
+    return step
 
 
 if __name__ == "__main__":
-    serve(__doc__, Peer().measure)
+    serve(__doc__, build, lambda: {"parameters": sum(p.numel() for p in new_model().parameters())})

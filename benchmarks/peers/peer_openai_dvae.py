@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from dall_e import Decoder, Encoder
 
-from benchmarks.peers.dvae import BATCH, BETA, LEARNING_RATE, SHAPE, THREADS
-from benchmarks.peers.process import Works, serve
+from benchmarks.peers.dvae import BATCH, BETA, LEARNING_RATE, SHAPE
+from benchmarks.peers.process import serve
 
 
 def build(work):
@@ -90,7 +90,4 @@ def encoder(way):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
-    works = Works(build)
-    serve(__doc__, lambda work, repeats: {"seconds": works.measure(work, repeats), "torch": torch.__version__})
+    serve(__doc__, build)

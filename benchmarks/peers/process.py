@@ -1,4 +1,4 @@
-"""A peer's process, and the timing that both sides of a comparison use.
+"""A peer's process, and the shape and the timing that both sides of a comparison use.
 
 A peer's script, `peer_*.py`, runs in an environment of its own that has torch but neither JAX nor this package. Under
 `--serve` it reads `WORK REPEATS` lines from stdin and answers each with a line of JSON: `seconds` of each repeat, and
@@ -10,31 +10,32 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import KEEP_FREED, ROOT
+from benchmarks import harness
+
+# Of the transformers that are compared.
+SHAPE = dict(
+    layers=4, width=256, heads=4, head_size=64, text_len=64, text_vocab=1000, grid=16, image_vocab=1024, image_size=128
+)
+BATCH, THREADS, LEARNING_RATE = 4, 2, 3e-4
+FIRST_RUNS = 2  # of a work, so that it is compiled
 
 
 class Works:
-    """Works by name. Each is built at its first use, run a few times so that it is compiled, and kept."""
+    """Works by name. Each is built and run FIRST_RUNS times at its first use, and kept."""
 
-    def __init__(self, build: Callable[[str], Callable[[], None]], *, first_runs: int = 2):
-        self._build, self._first_runs, self._works = build, first_runs, {}
+    def __init__(self, build: Callable[[str], Callable[[], None]]):
+        self._build, self._works = build, {}
 
     def measure(self, work: str, repeats: int) -> list[float]:
         """Seconds of each repeat."""
         if work not in self._works:
             self._works[work] = self._build(work)
-            for _ in range(self._first_runs):
+            for _ in range(FIRST_RUNS):
                 self._works[work]()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self._works[work]()
-            seconds.append(time.perf_counter() - start)
-        return seconds
+        return [harness.seconds(self._works[work]) for _ in range(repeats)]
 
 
 class PeerProcess:
@@ -42,9 +43,15 @@ class PeerProcess:
 
     def __init__(self, python: str, script: str, *words: object):
         command = [python, "-W", "ignore", "-m", f"benchmarks.peers.{script}", *map(str, words)]
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | KEEP_FREED
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | harness.KEEP_FREED
         self.process = subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command,
+            env=environment,
+            cwd=harness.ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
         self.about: dict[str, Any] = {}
 
@@ -66,16 +73,21 @@ class PeerProcess:
         self.process.wait(timeout=60)
 
 
-def serve(doc: str, measure: Callable[[str, int], dict[str, Any]]) -> None:
+def serve(doc: str, build: Callable[[str], Callable[[], None]], about: Callable[[], dict[str, Any]] = dict) -> None:
     """The command line of a peer's script: measure the works that are named, or those that stdin asks for.
 
-    measure: (work, repeats) -> 'seconds' and more.
+    build: the name of a work -> what does it once. about: what else each answer says.
     """
+    import torch
+
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("works", nargs="*", help="what to measure")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--serve", action="store_true", help="read `WORK REPEATS` lines from stdin")
     args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    works, said = Works(build), {"torch": torch.__version__, **about()}
     requests = (line.split() for line in sys.stdin) if args.serve else ((work, args.repeats) for work in args.works)
     for work, repeats in requests:
-        print(json.dumps({"work": work, **measure(work, int(repeats))}), flush=True)
+        print(json.dumps({"work": work, "seconds": works.measure(work, int(repeats)), **said}), flush=True)

@@ -14,7 +14,6 @@ numbers        from the start of the command until the numbers of the first upda
 Each call makes as many rounds as fit into --seconds; rows are the middle of all rounds.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -26,7 +25,6 @@ import sys
 import time
 
 from benchmarks import harness
-from dalle_jax import model_dir
 from dalle_jax.train.monitor import goodput, metrics
 
 COMMON = {
@@ -84,21 +82,10 @@ def one_round(out: pathlib.Path, name: str) -> dict:
 
 def prepared(out: pathlib.Path, name: str) -> list[str]:
     """The command of a case, after its tokenizer and random dVAE are there."""
-    import jax
-
-    from dalle_jax.cli import demo
-    from dalle_jax.models import build
-    from dalle_jax.train.settings import load_settings
-
-    dvae_config, sizes, file, values = CASES[name]
-    parts = out / "parts" / name.replace(" ", "-").replace(",", "")
-    if not (parts / "dvae").exists():
-        parts.mkdir(parents=True, exist_ok=True)
-        demo.make_tokenizer(parts)
-        model = {**dataclasses.asdict(load_settings(dvae_config).model), **sizes}
-        params = jax.jit(build("dvae", model).init)(jax.random.key(0))
-        model_dir.save(parts / "dvae", {"name": "dvae", "model": model}, params)
-    values = {**COMMON, **values, "frozen.image_tokenizer": parts / "dvae", "tokenizer": parts / "tokenizer.model"}
+    dvae, sizes, file, values = CASES[name]
+    folder = out / "parts" / name.replace(" ", "-").replace(",", "")
+    folder.mkdir(parents=True, exist_ok=True)
+    values = COMMON | values | harness.transformer_inputs(folder, dvae, **sizes)
     overrides = [f"--config.{key}={value}" for key, value in values.items()]
     return [sys.executable, "-m", "dalle_jax.cli", "train", "--config", file, *overrides]
 

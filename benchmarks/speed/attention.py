@@ -97,11 +97,7 @@ def measure(programs: dict, arguments, *, rounds: int, calls: int) -> dict[str, 
     """Median seconds of one call, all programs taking turns."""
 
     def seconds(program) -> float:
-        began = time.perf_counter()
-        for _ in range(calls):
-            out = program(*arguments)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - began) / calls
+        return harness.seconds(lambda: [program(*arguments) for _ in range(calls)][-1]) / calls
 
     for program in programs.values():
         jax.block_until_ready(program(*arguments))

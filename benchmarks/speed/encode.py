@@ -9,7 +9,6 @@ data are random, which changes no time.
 
 import functools
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -59,17 +58,16 @@ def measure(variant: str, rounds: int) -> dict[str, list[float]]:
     }
     states = {name: step.init(jax.random.key(0)) for name in batches}
 
-    def seconds(name: str, batch) -> float:
-        times = []
-        for _ in range(WARM_UP + STEPS):
-            began = time.perf_counter()
-            states[name], metrics = step.update(states[name], task.frozen, batch, jax.random.key(1))
-            jax.block_until_ready((states[name], metrics))
-            times.append(time.perf_counter() - began)
+    def update(name: str, batch):
+        states[name], metrics = step.update(states[name], task.frozen, batch, jax.random.key(1))
+        return states[name], metrics
+
+    def middle(name: str, batch) -> float:
+        times = [harness.seconds(lambda: update(name, batch)) for _ in range(WARM_UP + STEPS)]
         return statistics.median(times[WARM_UP:])
 
     works = {
-        name: functools.partial(seconds, name, sharding.shard_batch(batch | {"text": text}, mesh))
+        name: functools.partial(middle, name, sharding.shard_batch(batch | {"text": text}, mesh))
         for name, batch in batches.items()
     }
     return harness.in_turns(works, rounds)

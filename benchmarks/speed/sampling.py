@@ -15,11 +15,10 @@ import os
 import pathlib
 import statistics
 import sys
-import time
 import unittest.mock
 
 from benchmarks import harness
-from benchmarks.peers.peer_dalle_pytorch import SHAPE, THREADS
+from benchmarks.peers.process import SHAPE, THREADS
 
 CANDIDATES, MIN_RATIO = 64, 3.0
 COUNTS = (1, 64, 512)  # candidates of one caption, on an accelerator
@@ -68,9 +67,9 @@ def on_processor(args) -> list[str]:
         about[name] = *(f"{size / 1e6:.2f}" for size in (weight_bytes(engine), stored, read, operations)), error
         attend = (lambda q, k, v, text, cache, *_, **__: (v, cache)) if name == "rest" else cached.attend
         with unittest.mock.patch.object(cached, "attend", attend):
-            engine.tokens(engine.advance(engine.begin(text_CT, image_keys(np.zeros(shape))), 0, 1))  # compiles
+            draw(engine, text_CT, image_keys(np.zeros(shape)), steps=1)  # compiles
         keys_CM = image_keys(np.arange(CANDIDATES).reshape(shape))
-        works[name] = functools.partial(seconds_of, engine, text_CT, keys_CM)
+        works[name] = functools.partial(harness.seconds, functools.partial(draw, engine, text_CT, keys_CM))
     seconds = harness.in_turns(works, args.rounds)
     gain, bound = (harness.ratios(seconds["plain"], seconds[name]) for name in ("ours", "rest"))
     rows = []
@@ -94,10 +93,10 @@ def on_processor(args) -> list[str]:
     ]
 
 
-def seconds_of(engine, text_CT, keys_CM) -> float:
-    began = time.perf_counter()
-    engine.tokens(engine.advance(engine.begin(text_CT, keys_CM), 0, engine.config.grid))
-    return time.perf_counter() - began
+def draw(engine, text_CT, keys_CM, *, steps: int | None = None, batches: int = 1) -> None:
+    """Image tokens of batches, up to a step."""
+    for _ in range(batches):
+        engine.tokens(engine.advance(engine.begin(text_CT, keys_CM), 0, steps or engine.config.grid))
 
 
 def logits(engine, text_CT):
@@ -139,7 +138,7 @@ def on_accelerator(args) -> list[str]:
     chip, mesh = chips.named_or_found(args.chip, device), make_mesh({}, devices=[device])
     for name in args.models:
         model = sampling_bounds.model(name)
-        layout, grid = model.config.layout, model.config.grid
+        layout = model.config.layout
         engine = Engine(model, sampling_bounds.random_params(model, jax.random.key(0)), mesh=mesh, weights=args.weights)
         text_CT = layout.caption_ids(np.random.default_rng(0).integers(layout.text_vocab, size=64))[None]
         capacity, _ = engine.capacity(guided=False)
@@ -147,13 +146,10 @@ def on_accelerator(args) -> list[str]:
             plans = batches.plan({0: count}, capacity=capacity)
             keys_CM = image_keys(np.arange(plans[0].prompts * plans[0].candidates).reshape(plans[0].prompts, -1))
             text = np.repeat(text_CT, plans[0].prompts, axis=0)
-            engine.tokens(engine.advance(engine.begin(text, keys_CM), 0, 1))  # compiles
-            seconds = []
+            draw(engine, text, keys_CM, steps=1)  # compiles
+            work, seconds = functools.partial(draw, engine, text, keys_CM, batches=len(plans)), []
             while len(seconds) < args.rounds and sum(seconds) < args.enough:
-                began = time.perf_counter()
-                for _ in plans:
-                    engine.tokens(engine.advance(engine.begin(text, keys_CM), 0, grid))
-                seconds.append(time.perf_counter() - began)
+                seconds.append(harness.seconds(work))
             taken, bound = statistics.median(seconds), sampling_bounds.seconds(engine, plans, chip)
             aim = {1: (ONE_SHARE, bound / taken, f"{ONE_SHARE:.0%} of the bound")}.get(count)
             if (name, count) in AIMS:
@@ -164,7 +160,7 @@ def on_accelerator(args) -> list[str]:
                 f"{taken:.2f}", f"{count / bound:.2f}", f"{bound / taken:.0%}", f"{peak / 1e9:.1f}",
                 f"{aim[2]}: {'met' if aim[1] >= aim[0] else 'not met'}" if aim else "",
             ]  # fmt: skip
-        del engine
+        del engine, work
     return [
         f"{device.device_kind}, figures of {chip.platform}:{chip.name}; random weights. The bound is the roofline of "
         "`sampling_bounds.py`; the peak is of the process so far. Aims are for one H200 in bfloat16.",

@@ -8,6 +8,7 @@ and is the time of the slower of the two, as if they overlapped perfectly.
 
 import dataclasses
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def model(name: str):
 class RandomLayers:
     """Stands for one stacked parameter [L, ...]: each layer is drawn on the device when it is asked for."""
 
-    def __init__(self, shape: tuple[int, ...], key, mean: float, deviation: float):
+    def __init__(self, key, shape: tuple[int, ...], mean: float, deviation: float):
         self.shape, self._key, self._scale = shape, key, (mean, deviation)
 
     def __getitem__(self, layer: int):
@@ -50,22 +51,19 @@ def random_params(model, key):
     Matrices keep the size of what they multiply (deviation 1 / sqrt(inputs)), those that write to the residual stream
     are smaller by sqrt(2 layers), gains are about 1, and the head gives logits of deviation GAIN.
     """
-    config, abstract = model.config, model.abstract
-    params = {}
-    for index, (name, leaf) in enumerate(sorted(abstract["blocks"].items())):
-        inputs = {"qkv": config.width, "out": config.heads * config.head_size, "up": config.width}
-        inputs["down"] = 4 * config.width
-        deviation = inputs[name] ** -0.5 if name in inputs else 0.1
-        if name in ("out", "down"):
-            deviation *= (2 * config.num_layers) ** -0.5
-        mean = 1.0 if name.endswith("gain") else 0.0
-        params[name] = RandomLayers(leaf.shape, jax.random.fold_in(key, index), mean, deviation)
-    ends = {}
-    for index, (name, leaf) in enumerate(sorted((n, x) for n, x in abstract.items() if n != "blocks")):
-        deviation = {"image_head": GAIN * config.width**-0.5, "norm_gain": 0.1, "norm_bias": 0.1}.get(name, 0.5)
-        key_of = jax.random.fold_in(key, 1000 + index)
-        ends[name] = _normal(key_of, leaf.shape, 1.0 if name == "norm_gain" else 0.0, deviation)
-    return ends | {"blocks": params}
+    config = model.config
+    width, residual = config.width, (2 * config.num_layers) ** -0.5
+    layers = {"qkv": width**-0.5, "up": width**-0.5, "down": (4 * width) ** -0.5 * residual}
+    layers["out"] = (config.heads * config.head_size) ** -0.5 * residual
+    ends = {"image_head": GAIN * width**-0.5, "norm_gain": 0.1, "norm_bias": 0.1}
+
+    def random(path, leaf):
+        name, of_layers = path[-1].key, len(path) > 1
+        deviation = layers.get(name, 0.1) if of_layers else ends.get(name, 0.5)
+        own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return (RandomLayers if of_layers else _normal)(own, leaf.shape, float(name.endswith("gain")), deviation)
+
+    return jax.tree_util.tree_map_with_path(random, model.abstract)
 
 
 @dataclasses.dataclass(frozen=True)

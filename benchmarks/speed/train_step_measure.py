@@ -9,6 +9,7 @@ when the devices are there, then the figures as a line of JSON. For the time of 
 """
 
 import dataclasses
+import functools
 import json
 import platform
 import resource
@@ -28,7 +29,6 @@ from benchmarks.speed.train_step import READY
 from dalle_jax import sharding
 from dalle_jax.cli import host_memory
 from dalle_jax.cli.preflight import image_tokenizers
-from dalle_jax.models import build
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.preflight import roofline
 from dalle_jax.preflight.hardware import Chip
@@ -36,7 +36,7 @@ from dalle_jax.preflight.job import Job, shard_bytes
 from dalle_jax.preflight.topology import Topology
 from dalle_jax.train.settings import TrainSettings, load_settings
 
-MIN_TIMES, MAX_TIMES = 3, 50
+REPEATS, MAX_TIMES = 3, 50
 MATMUL_SIDE = {"cpu": 1_536}  # of the product that says what the device reaches; 8192 elsewhere
 
 
@@ -54,100 +54,67 @@ def main() -> None:
 
 def measure(settings: TrainSettings, *, seconds: float, dvae: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All figures of one variant. seconds: to time it for. dvae: other sizes of the frozen dVAE."""
-    devices = tuple(jax.devices())
-    precision = settings.model.precision.partition("-")[0]
-    known = chips.of_device(devices[0])
-    chip = known or Chip("unknown", "gpu", 0, {}, 0.0, 0.0)
-    job = Job(settings, Topology(chip, (1, len(devices))), devices, image_tokenizers=image_tokenizers())
-    if dvae and job.image_tokenizer is not None:
-        change_dvae(job, dvae)
-    update = Update(job)
-    whole, peak = update.time(seconds), peak_bytes()
+    precision, device = settings.model.precision.partition("-")[0], jax.devices()[0]
+    known = chips.of_device(device)
+    job = job_of(settings, known or Chip("unknown", "gpu", 0, {}, 0.0, 0.0), dvae or {})
+    timed = update(job, seconds)
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     matmul, copy = matmul_flops(compute_dtype(settings.model.precision)), copy_bandwidth()
     chip = known or Chip("measured", "gpu", 0, {precision: matmul}, copy, copy)
-    rated = dataclasses.replace(job, topology=Topology(chip, (1, len(devices))))
-    vars(rated)["image_tokenizer"] = job.image_tokenizer
-    guess = roofline.estimate(rated, [])
-    sequences = settings.batch_size / len(devices)
-    least = {
-        "compute": guess.seconds["compute"] * roofline.COMPUTE_SHARE,
-        "memory": guess.seconds["memory"] * roofline.MEMORY_SHARE,
-    }
-    figures = {
-        "device": f"{len(devices)} x {devices[0].device_kind}",
+    rated = dataclasses.replace(job, topology=dataclasses.replace(job.topology, chip=chip))
+    guess, sequences = roofline.estimate(rated, []), settings.batch_size / len(job.devices)
+    shares = {"compute": roofline.COMPUTE_SHARE, "memory": roofline.MEMORY_SHARE}
+    return timed | {
+        "device": f"{len(job.devices)} x {device.device_kind}",
         "host": f"{harness.cores()} CPU cores ({platform.machine()})",
         "chip": known and known.name,
         "peak_flops": chip.peak_flops[precision],
         "matmul_flops": matmul,
         "copy_bytes_per_second": copy,
-        "parameters": job.task.model.num_params,
         "batch_size": settings.batch_size,
-        "compile_seconds": update.compile_seconds,
-        "step_seconds": whole,
-        "tokens_per_second": guess.tokens / whole,
+        "tokens_per_second": guess.tokens / timed["step_seconds"],
         "model_flops_per_device": rated.work.model_flops * sequences,
         "executed_flops_per_device": rated.work.executed_flops * sequences,
-        "roofline_seconds": least,
-        "host_seconds": update.host_seconds,
-        "memory_bytes": update.memory_bytes,
-        "peak_bytes": peak,
+        "roofline_seconds": {name: guess.seconds[name] * share for name, share in shares.items()},
+        # The largest amount ever in use: of the device's memory, or where it does not say, of this process's.
+        "peak_bytes": peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
-    return figures
 
 
-class Update:
-    """The compiled step with its arguments, and what the compiler says it needs."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        began = time.monotonic()
-        self._program = job.lower().compile()
-        self.compile_seconds = time.monotonic() - began
-        found = self._program.memory_analysis()
-        held = shard_bytes([job.state, job.frozen, job.batch])
-        results = found.output_size_in_bytes - found.alias_size_in_bytes
-        arguments = max(held, found.argument_size_in_bytes)
-        self.memory_bytes = arguments + results + found.temp_size_in_bytes + found.generated_code_size_in_bytes
-        self.state = job.step.init(jax.random.key(0))
-        if job.image_tokenizer is not None:
-            frozen = jax.jit(job.image_tokenizer.init, out_shardings=sharding.replicated(job.mesh))
-            self.frozen = {"image_tokenizer": frozen(jax.random.key(1))}
-        else:
-            self.frozen = {}
-        self._made = made_up(job)
-        self.batch = sharding.shard_batch(self._made, job.mesh)
-        self.key = jax.random.key(2)
-
-    def __call__(self) -> Any:
-        self.state, measured = self._program(self.state, self.frozen, self.batch, self.key)
-        return measured
-
-    def time(self, seconds: float) -> float:
-        """Of one update, as the loop makes them: the next is dispatched before this one is waited for."""
-        jax.block_until_ready([self() for _ in range(2)])
-        began = time.perf_counter()
-        jax.block_until_ready(self())
-        once = time.perf_counter() - began
-        count = int(np.clip(seconds / 3 / once, 1, MAX_TIMES))
-        found = []
-        for _ in range(3):
-            began = time.perf_counter()
-            for _ in range(count):
-                measured = self()
-            jax.block_until_ready((measured, self.state))
-            found.append((time.perf_counter() - began) / count)
-        copies = []
-        for _ in range(MIN_TIMES):
-            began = time.perf_counter()
-            jax.block_until_ready(sharding.shard_batch(self._made, self.job.mesh))
-            copies.append(time.perf_counter() - began)
-        self.host_seconds = statistics.median(copies)
-        return statistics.median(found)
+def job_of(settings: TrainSettings, chip: Chip, dvae: Mapping[str, Any]) -> Job:
+    """The training on all devices that are here. dvae: other sizes of the frozen dVAE."""
+    devices = tuple(jax.devices())
+    tokenizers = tuple(dataclasses.replace(sizes, **dvae) for sizes in image_tokenizers())
+    return Job(settings, Topology(chip, (1, len(devices))), devices, image_tokenizers=tokenizers)
 
 
-def change_dvae(job: Job, sizes: Mapping[str, Any]) -> None:
-    """Gives a new job a frozen dVAE of other sizes."""
-    vars(job)["image_tokenizer"] = build("dvae", {**dataclasses.asdict(job.image_tokenizer.config), **sizes})
+def update(job: Job, seconds: float) -> dict[str, float]:
+    """Times the compiled step for so long, and says what the compiler needs for it."""
+    began = time.monotonic()
+    program = job.lower().compile()
+    compile_seconds, found = time.monotonic() - began, program.memory_analysis()
+    held = max(shard_bytes([job.state, job.frozen, job.batch]), found.argument_size_in_bytes)
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    state, frozen = job.step.init(jax.random.key(0)), {}
+    if job.image_tokenizer is not None:
+        new = jax.jit(job.image_tokenizer.init, out_shardings=sharding.replicated(job.mesh))
+        frozen = {"image_tokenizer": new(jax.random.key(1))}
+    batch, key = sharding.shard_batch(made_up(job), job.mesh), jax.random.key(2)
+
+    def updates(count: int) -> Any:
+        """As the loop makes them: the next is dispatched before this one is waited for."""
+        nonlocal state
+        for _ in range(count):
+            state, measured = program(state, frozen, batch, key)
+        return state, measured
+
+    harness.seconds(lambda: updates(2))
+    count = int(np.clip(seconds / REPEATS / harness.seconds(lambda: updates(1)), 1, MAX_TIMES))
+    return {
+        "compile_seconds": compile_seconds,
+        "step_seconds": statistics.median(harness.seconds(lambda: updates(count)) for _ in range(REPEATS)) / count,
+        "memory_bytes": held + results + found.temp_size_in_bytes + found.generated_code_size_in_bytes,
+    }
 
 
 def made_up(job: Job) -> dict[str, np.ndarray]:
@@ -163,33 +130,20 @@ def made_up(job: Job) -> dict[str, np.ndarray]:
     return arrays
 
 
-def peak_bytes() -> int:
-    """The most that was ever in use: of the device's memory, or where it does not say, of this process's."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def matmul_flops(dtype) -> float:
     """FLOP/s of one large square product, the best of a few."""
     side = MATMUL_SIDE.get(jax.default_backend(), 8_192)
-    a = jnp.ones((side, side), dtype)
-    return 2 * side**3 / _best(jax.jit(lambda a: a @ a), a)
+    return 2 * side**3 / _best(lambda a: a @ a, jnp.ones((side, side), dtype))
 
 
 def copy_bandwidth() -> float:
     """Bytes per second read and written by the best of a few additions of 256 MB."""
     x = jnp.ones(2**26, jnp.float32)
-    return 2 * x.nbytes / _best(jax.jit(lambda x: x + 1.0), x)
+    return 2 * x.nbytes / _best(lambda x: x + 1.0, x)
 
 
-def _best(program, x) -> float:
-    jax.block_until_ready(program(x))
-    found = []
-    for _ in range(5):
-        began = time.perf_counter()
-        jax.block_until_ready(program(x))
-        found.append(time.perf_counter() - began)
-    return min(found)
+def _best(function, x) -> float:
+    return min(harness.seconds(functools.partial(jax.jit(function), x)) for _ in range(6))  # the first compiles
 
 
 if __name__ == "__main__":

@@ -7,7 +7,13 @@ import pytest
 
 from tests.support import ROOT
 
-OTHERS = ("peer_loaders", "peer_openai_dvae", "peer_pytorch_fid", "peer_emu3")  # import what only a peer's has
+OTHERS = (
+    "peer_dalle_pytorch",
+    "peer_loaders",
+    "peer_openai_dvae",
+    "peer_pytorch_fid",
+    "peer_emu3",
+)  # import what only a peer's has
 SCRIPTS = [path for folder in ("benchmarks", "docs/make") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 

@@ -8,14 +8,11 @@ import sys
 import time
 import types
 
-import jax
 import pytest
 
 from benchmarks.speed import chips, train_step, train_step_measure
 from dalle_jax.preflight import flops
 from dalle_jax.preflight.hardware import Chip
-from dalle_jax.preflight.job import Job
-from dalle_jax.preflight.topology import Topology
 from dalle_jax.train.settings import load_settings
 from tests.support import ROOT
 
@@ -89,8 +86,7 @@ def test_a_machine_without_the_device_ends_the_call_and_nothing_is_noted(tmp_pat
 
 def test_a_suites_dvae_is_the_one_that_encodes():
     chip, sizes = Chip("any", "gpu", 0, {}, 0.0, 0.0), train_step.SUITES["sparse-dense"].dvae
-    job = Job(load_settings("configs/transformer.py:1b3"), Topology(chip, (1, 1)), jax.devices()[:1])
-    train_step_measure.change_dvae(job, sizes)
+    job = train_step_measure.job_of(load_settings("configs/transformer.py:1b3"), chip, sizes)
     assert {name: getattr(job.image_tokenizer.config, name) for name in sizes} == sizes
     assert job.task.frozen == {"image_tokenizer": job.image_tokenizer.abstract}
 
@@ -112,7 +108,7 @@ def test_the_table_says_what_was_measured_and_what_failed():
         "copy_bytes_per_second": 5e9, "batch_size": 4, "compile_seconds": 3.0, "step_seconds": 0.5,
         "tokens_per_second": 640.0, "model_flops_per_device": 1e11, "executed_flops_per_device": 1.5e11,
         "memory_bytes": 2e9, "peak_bytes": 3e9, "roofline_seconds": {"compute": 0.15, "memory": 0.2},
-        "host_seconds": 0.125, "date": "2026-01-02", "load_before": 0.5,
+        "date": "2026-01-02", "load_before": 0.5,
     }  # fmt: skip
     lines = train_step.table(
         suite, {"": row, "model.remat=none": {"failed": "RESOURCE_EXHAUSTED"}}, ["    the command"]
