@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from dalle_jax import model_dir, sharding
+from dalle_jax.cli.export import export
 from dalle_jax.cli.hooks import first_captions, sample_hook
-from dalle_jax.data.pipeline import Batches, Prepare
-from dalle_jax.data.sources import open_source, scenes
+from dalle_jax.data.sources import scenes
 from dalle_jax.data.sources.scene_checker import accuracy, fault
 from dalle_jax.errors import check_number, say, writing_to
 from dalle_jax.evaluate.probe import by_clip
@@ -32,11 +32,10 @@ from dalle_jax.sample.autoregressive import Autoregressive
 from dalle_jax.sample.pipeline import CLIP, Pipeline
 from dalle_jax.sample.request import MAX_CANDIDATES, Request
 from dalle_jax.sample.rerank import Reranker
-from dalle_jax.text import load_tokenizer
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives import build_task
-from dalle_jax.train.run import load_frozen, mesh_for, step_for, train
+from dalle_jax.train.run import load_frozen, mesh_for, open_data, step_for, train
 from dalle_jax.train.settings import TrainSettings, load_settings
 
 REPORT_KEYS = {
@@ -102,9 +101,7 @@ def main(args: argparse.Namespace) -> int:
     check_number("--seed", args.seed, min=0, max=2**32 - 1)
     check_number("--best-of", args.best_of, min=0, max=MAX_CANDIDATES)
     try:
-        report = run(
-            args.workdir, minutes=args.minutes, num_captions=args.captions, seed=args.seed, best_of=args.best_of
-        )
+        report = run(args)
     except Interrupted as interrupted:
         return 128 + interrupted.args[0]
     if args.json:
@@ -120,18 +117,18 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, best_of: int = 0) -> dict:
+def run(args: argparse.Namespace) -> dict:
     """The whole demo; returns what it writes to report.json. A workdir of an earlier demo goes on where it was."""
-    began = time.monotonic()
+    began, workdir, best_of = time.monotonic(), args.workdir, args.best_of
     stages = 6 if best_of else 4
     say(f"1/{stages} tokenizer from {TOKENIZER_CAPTIONS} captions")
-    overrides = {"seed": seed, "tokenizer": make_tokenizer(workdir)}
+    overrides = {"seed": args.seed, "tokenizer": make_tokenizer(workdir)}
 
     say(f"2/{stages} dVAE: pictures to image tokens and back")
-    dvae_settings = load_settings("configs/dvae.py:demo", [f"--config.seed={seed}"])
+    dvae_settings = load_settings("configs/dvae.py:demo", [f"--config.seed={args.seed}"])
     train_stage(dvae_settings, workdir / "dvae")
 
-    folder, left = workdir / "transformer", 60 * minutes - (time.monotonic() - began) - REST_SECONDS
+    folder, left = workdir / "transformer", 60 * args.minutes - (time.monotonic() - began) - REST_SECONDS
     more = overrides | {"frozen.image_tokenizer": workdir / "dvae"}
     settings = planned("configs/transformer.py:demo", more, folder, seconds=left)
     say(f"3/{stages} transformer: captions and image tokens")
@@ -139,7 +136,7 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
 
     say(f"4/{stages} pictures for captions it never saw")
     generator = Autoregressive.load(folder)
-    report, drawn = judge(generator, num_captions)
+    report, drawn = judge(generator, args.captions)
     sheet([("", drawn[name][: 2 * COLUMNS]) for name in TUNED_ON]).save(workdir / "samples.png")
     steps = {"dvae": dvae_settings.run.steps, "transformer": settings.run.steps}
     parameters = {"dvae": generator.image_tokenizer.num_params, "transformer": generator.model.num_params}
@@ -147,18 +144,18 @@ def run(workdir: pathlib.Path, *, minutes: float, num_captions: int, seed: int, 
         say(f"5/{stages} CLIP: which caption belongs to which picture")
         clip_settings = planned("configs/clip.py:demo", overrides, workdir / "clip", seconds=CLIP_SECONDS)
         train_stage(clip_settings, workdir / "clip")
-        add_clip(workdir / "clip", folder / CLIP)
+        export(workdir / "clip", folder / CLIP)  # where `Pipeline.load` looks for it
         say(f"6/{stages} the best of {best_of} candidates")
         reranker = Reranker.load(folder / CLIP)
-        report["best_of"], best = judge_best(Pipeline(generator, reranker), best_of, num_captions)
-        report["by_clip_features"] = judge_by_clip(reranker, drawn, num_captions)
+        report["best_of"], best = judge_best(Pipeline(generator, reranker), best_of, args.captions)
+        report["by_clip_features"] = judge_by_clip(reranker, drawn, args.captions)
         steps["clip"], parameters["clip"] = clip_settings.run.steps, reranker.model.num_params
         rows = (("first: ", drawn[RANKED_SET]), (f"best of {best_of}: ", best))
         parts = [(title, pictures[i : i + COLUMNS]) for i in (0, COLUMNS) for title, pictures in rows]
         sheet(parts).save(workdir / "best.png")
     report |= {
-        "captions_each": num_captions,
-        "seed": seed,
+        "captions_each": args.captions,
+        "seed": args.seed,
         "steps": steps,
         "bits_per_image_token": metrics.read(folder / "metrics.jsonl")[-1].get("validation/bits_per_image_token"),
         "parameters": parameters,
@@ -195,13 +192,6 @@ def make_tokenizer(workdir: pathlib.Path) -> pathlib.Path:
     return file
 
 
-def add_clip(workdir: pathlib.Path, folder: pathlib.Path) -> None:
-    """The CLIP of a workdir as a model directory beside the transformer, where `Pipeline.load` looks for it."""
-    clip = model_dir.load(workdir, name="clip")
-    model_dir.save(folder, {key: clip.config[key] for key in ("name", "model")}, clip.params)
-    load_tokenizer(workdir).save(folder)
-
-
 def planned(file: str, overrides: dict, workdir: pathlib.Path, *, seconds: float) -> TrainSettings:
     """The settings with as many steps as fit into this time, at most their number; a training that has begun keeps its
     number."""
@@ -221,44 +211,27 @@ def time_step(settings: TrainSettings) -> float:
 
     As in training, each batch is made while the step before it runs.
     """
-    task = build_task(settings, load_frozen(settings, pathlib.Path()))
+    frozen = load_frozen(settings, pathlib.Path())
+    task = build_task(settings, frozen)
     mesh = mesh_for(settings, task)
     step = step_for(settings, task, mesh)
-    state = step.init(jax.random.key(0))
-    frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
-    batches = Batches(
-        open_source(settings.run.data.train or ""),
-        Prepare(settings.data, task.model.config.layout, BPETokenizer.load(str(settings.tokenizer))),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        shuffle=True,
-        epochs=None,
-        reading=settings.run.data,
-    )
+    state, on_devices = step.init(jax.random.key(0)), jax.device_put(task.frozen, sharding.replicated(mesh))
+    batches, _ = open_data(settings, mesh, tokenizer=BPETokenizer.load(str(settings.tokenizer)), frozen=frozen)
     seconds, running = [], None
     for _ in range(TIMED_STEPS):
         began = time.perf_counter()
         batch = sharding.shard_batch(next(batches), mesh)
         jax.block_until_ready(running)
-        state, running = step.update(state, frozen, batch, jax.random.key(1))
+        state, running = step.update(state, on_devices, batch, jax.random.key(1))
         seconds.append(time.perf_counter() - began)
     batches.close()
     return float(np.median(seconds[2:]))
 
 
-def draw(
-    pipe: Pipeline,
-    name: str,
-    *,
-    part: str,
-    count: int,
-    temperature: float,
-    best_of: int | None = None,
-    spacing: int = 1,
-) -> list[Picture]:
-    """The first candidate for each caption of a set, or with best_of CLIP's choice. spacing: of the captions' seeds."""
+def draw(pipe: Pipeline, name: str, *, part: str, count: int, spacing: int = 1, **settings) -> list[Picture]:
+    """The first of the images for each caption of a set. spacing: of the captions' seeds. settings: of `Request`."""
     requests = [
-        Request(caption, best_of=best_of, seed=SEEDS[part] + spacing * i, options={"temperature": temperature})
+        Request(caption, seed=SEEDS[part] + spacing * i, **settings)
         for i, (caption, _) in enumerate(scenes.captions(name, part, count))
     ]
     return [pictures[0] for pictures in pipe.draw(requests)]
@@ -278,7 +251,8 @@ def choose_temperature(pipe: Pipeline) -> float:
     """The temperature with the best mean accuracy on the tuning captions."""
     scores = {}
     for temperature in TEMPERATURES:
-        sets = [draw(pipe, n, part="tune", count=TUNING_CAPTIONS, temperature=temperature) for n in TUNED_ON]
+        options = {"temperature": temperature}
+        sets = [draw(pipe, n, part="tune", count=TUNING_CAPTIONS, options=options) for n in TUNED_ON]
         scores[temperature] = float(np.mean([share_right(pictures) for pictures in sets]))
     say("    temperature: right on tuning captions " + ", ".join(f"{t}: {s:.0%}" for t, s in scores.items()))
     return max(scores, key=lambda temperature: scores[temperature])
@@ -288,20 +262,16 @@ def judge(generator: Autoregressive, count: int) -> tuple[dict[str, Any], dict[s
     """Accuracies of the report's sets at the chosen temperature and of the image tokenizer; and the sets as drawn."""
     pipe = Pipeline(generator)
     temperature = choose_temperature(pipe)
-    drawn = {n: draw(pipe, n, part="report", count=count, temperature=temperature) for n in REPORT_KEYS.values()}
+    options = {"temperature": temperature}
+    drawn = {n: draw(pipe, n, part="report", count=count, options=options) for n in REPORT_KEYS.values()}
     accuracies = {key: share_right(drawn[name]) for key, name in REPORT_KEYS.items()}
     return {"temperature": temperature, **accuracies, "dvae": judge_image_tokenizer(generator, count)}, drawn
 
 
 def judge_best(pipe: Pipeline, best_of: int, count: int) -> tuple[dict[str, Any], list[Picture]]:
     """Accuracies of the first candidate and of CLIP's choice of `best_of` on two-object captions, and that choice."""
-    settings: dict[str, Any] = {
-        "part": "report",
-        "count": count,
-        "temperature": BEST_OF_TEMPERATURE,
-        "spacing": best_of,
-    }
-    first, best = (draw(pipe, RANKED_SET, best_of=ranked, **settings) for ranked in (None, best_of))
+    of_all: dict[str, Any] = dict(part="report", count=count, options={"temperature": BEST_OF_TEMPERATURE})
+    first, best = (draw(pipe, RANKED_SET, best_of=n, spacing=best_of, **of_all) for n in (None, best_of))
     return {
         "candidates": best_of,
         "temperature": BEST_OF_TEMPERATURE,

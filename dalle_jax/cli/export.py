@@ -21,7 +21,13 @@ def main(args: argparse.Namespace) -> int:
     source, out = pathlib.Path(args.workdir), pathlib.Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"expected a new or empty folder to export to, got {out}: choose another")
-    found = model_dir.load(source, step=args.step, average=not args.raw)
+    print(f"{export(source, out, step=args.step, average=not args.raw)} in {out}")
+    return 0
+
+
+def export(source: pathlib.Path, out: pathlib.Path, *, step: int | None = None, average: bool = True) -> str:
+    """Write OUT, and return the name of the model; step, average: see `model_dir.load`."""
+    found = model_dir.load(source, step=step, average=average)
     exported = {key: found.config[key] for key in ("name", "model")}
     if dropout := found.config.get("data", {}).get("caption_dropout"):
         exported["data"] = {"caption_dropout": dropout}  # whether the model can be guided
@@ -36,5 +42,4 @@ def main(args: argparse.Namespace) -> int:
             shutil.copytree(source / name, out / name)
         elif (source / name).exists():
             shutil.copy(source / name, out / name)
-    print(f"{found.config['name']} in {out}")
-    return 0
+    return found.config["name"]

@@ -86,7 +86,7 @@ def _train(settings: TrainSettings, workdir: pathlib.Path, **of_loop) -> loop.Re
     mesh = mesh_for(settings, task)
     if of_loop["progress"] and jax.process_index() == 0:
         say(describe(mesh))
-    batches, validation = _data(settings, mesh, tokenizer=tokenizer, frozen=frozen)
+    batches, validation = open_data(settings, mesh, tokenizer=tokenizer, frozen=frozen)
     distributed.gather_json(None)  # nobody reads any more what the first process writes now
     _fill_workdir(settings, workdir, tokenizer=tokenizer, frozen=frozen)
     if not reads_images(settings):
@@ -211,7 +211,7 @@ def _check_workdir(settings: TrainSettings, workdir: pathlib.Path) -> None:
         raise UserError(f"{workdir} belongs to another config ({listed}): use these values again or another --workdir")
 
 
-def _data(
+def open_data(
     settings: TrainSettings, mesh: Mesh, *, tokenizer: BPETokenizer | None, frozen: Mapping[str, ModelDir]
 ) -> tuple[ShardedBatches, Callable[[], Iterator[Batch]] | None]:
     """The training batches, and a function that makes held-out ones (None without a validation source)."""
