@@ -17,6 +17,11 @@ from tests.support import ROOT
 from tests.support.tiny_model import BrightIsBest
 
 DOCS = ROOT / "docs"
+# A line that begins with a command, after what sets it up.
+COMMAND = re.compile(
+    r"(?m)^(?:    )?(?:\$ )?(?:[^`\n]* )?"
+    r"(dalle-jax|launch/(?:local\.sh|slurm\.sbatch|tpu_pod\.sh run)) (?!serves )([^`$\n]*)$"
+)
 PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/results/*.md")]
 
 
@@ -25,10 +30,14 @@ def page_name(path: Path) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every `dalle-jax` command of a page, from code blocks and lines indented by four."""
-    joined = text.replace("\\\n", " ")
-    lines = re.findall(r"^(?:    |)(?:\$ )?(dalle-jax (?!serves )[^\n]*)$", joined, re.MULTILINE)
-    return [shlex.split(line, comments=True)[1:] for line in lines if "..." not in line and "$" not in line]
+    """The words of every `dalle-jax` command of a page, and of those that its launchers would give."""
+    found = []
+    for program, rest in COMMAND.findall(text.replace("\\\n", " ")):
+        words = [word for word in shlex.split(rest, comments=True) if word != "..."]  # what a page leaves out
+        if program != "dalle-jax":
+            words = ["train", "--config", words[0], "--workdir", *words[1:]]
+        found.append(words + ["--workdir=DIR"] * (words[0] == "train" and "--workdir" not in words))
+    return found
 
 
 def test_every_page_is_in_the_list_of_pages():
@@ -69,11 +78,16 @@ def test_the_api_page_names_what_is_there():
             assert pydoc.locate(part) is not None, part
 
 
+def test_commands_are_found_in_every_form():
+    page = "    $ dalle-jax data a  # look\n\nA=1 launch/local.sh c 'w x' \\\n  --config.k=v\nx && dalle-jax demo\n"
+    assert commands(page) == [["data", "a"], ["train", "--config", "c", "--workdir", "w x", "--config.k=v"], ["demo"]]
+
+
 @pytest.mark.parametrize("path", [page for page in PAGES if "dalle-jax" in page.read_text()], ids=page_name)
 def test_commands_parse(path):
     for words in commands(path.read_text()):
         args = main.parse(words)
-        if words[0] in ("train", "preflight"):
+        if words[0] in main.OVERRIDDEN and (args.config or "").startswith("configs/"):
             config.load(args.config, args.overrides)
 
 
@@ -105,23 +119,23 @@ def load_anything(monkeypatch, model, path):
     monkeypatch.setattr(dalle_jax.Pipeline, "load", loaded)
 
 
-def test_readme(model_folder, tmp_path, monkeypatch):
-    load_anything(monkeypatch, model_folder, "demo/transformer")
-    monkeypatch.chdir(tmp_path)
+def run_page(name, model, monkeypatch, folder, *, path, top_k):
+    """The names that the Python of a page sets. top_k: in it, more than the vocabulary of the random model has."""
+    load_anything(monkeypatch, model, path)
+    monkeypatch.chdir(folder)
     names = {}
-    code = python_of("../README.md").replace("top_k=50", "top_k=9")  # of a vocabulary of 12
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(python_of(name).replace(f"top_k={top_k}", "top_k=9"), name, "exec"), names)
     assert [picture.seed for picture in names["pictures"]] == [0, 1, 2, 3]
+    return names
+
+
+def test_readme(model_folder, tmp_path, monkeypatch):
+    run_page("../README.md", model_folder, monkeypatch, tmp_path, path="demo/transformer", top_k=50)
     assert Image.open("picture.png").info["seed"] == "0" and Path("so_far.png").exists()
 
 
 def test_sampling(model_folder, tmp_path, monkeypatch):
-    load_anything(monkeypatch, model_folder, "runs/transformer")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    code = python_of("sampling.md").replace("top_k=200", "top_k=9")  # of a vocabulary of 12
-    exec(compile(code, "docs/sampling.md", "exec"), names)
-    assert [picture.seed for picture in names["pictures"]] == [0, 1, 2, 3]
+    names = run_page("sampling.md", model_folder, monkeypatch, tmp_path, path="runs/transformer", top_k=200)
     assert Image.open("first.png").info["seed"] == "0" and Path("half-0.png").exists()
     assert names["best"][0].score >= names["best"][1].score and len(names["close"]) == 4
     assert [len(pictures) for pictures in (names["red"], names["star"])] == [4, 4]

@@ -7,12 +7,10 @@ SLURM does with launch/slurm.sbatch is tested by tests/launch/slurm_check.sh.
 import importlib.util
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jsonschema
 import pytest
@@ -20,7 +18,7 @@ import yaml
 
 from dalle_jax import config
 from dalle_jax.cli import main
-from tests.support import ROOT
+from tests.support import ROOT, until
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), *ROOT.glob("tests/launch/*.sh"), ROOT / ".ci" / "run"]
@@ -227,13 +225,6 @@ def script(*words, **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
 
 
-def await_two(tmp_path):
-    """Until two stand-ins have said that they are up."""
-    deadline = time.monotonic() + 30
-    while len(list(tmp_path.glob("up.*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     ("status", "restarts", "requeued"),
     [(0, "", False), (2, "", False), (75, "", True), (75, "49", True), (75, "50", False), (137, "3", True)],
@@ -278,15 +269,6 @@ def test_local_runs_processes_that_find_each_other(stand_in):
         assert args.overrides == ["--config.run.steps=3"]
 
 
-def test_local_passes_sigterm_on_and_waits_for_the_save(stand_in, tmp_path):
-    stand_in("dalle-jax", f'trap "sleep 0.5; exit 75" TERM; touch "{tmp_path}/up.$$"; while :; do sleep 0.1; done')
-    words = ["bash", "launch/local.sh", CONFIG, WORKDIR]
-    with subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PROCESSES": "2"}) as running:
-        await_two(tmp_path)
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(timeout=30) == 75
-
-
 # As the training loop: the first signal is noted, and the next one kills.
 SAVES_ONCE_ASKED = """
 import pathlib, signal, sys, time
@@ -311,14 +293,16 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_asks_each_process_of_local_once(stand_in, tmp_path, interruptible):
-    """A terminal sends its signal to the whole foreground group: the script must not add a second one, which kills."""
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
+def test_local_asks_each_process_once_and_waits_for_the_save(number, send, stand_in, tmp_path, interruptible):
+    """SIGTERM comes to the script, which passes it on. A terminal sends its Ctrl-C to the whole foreground group: the
+    script must not add a second one, which kills."""
     (tmp_path / "saves.py").write_text(SAVES_ONCE_ASKED)
     stand_in("dalle-jax", f'exec "{sys.executable}" "{tmp_path}/saves.py" "{tmp_path}/up.$$"')
     words, environment = ["bash", "launch/local.sh", CONFIG, WORKDIR], {**os.environ, "PROCESSES": "2"}
     with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True) as running:
-        await_two(tmp_path)
-        os.killpg(running.pid, signal.SIGINT)
+        until(lambda: len(list(tmp_path.glob("up.*"))) == 2, seconds=30)
+        send(running.pid, number)
         assert running.wait(timeout=30) == 75
 
 
@@ -362,32 +346,6 @@ def test_the_command_of_a_pod_parses(path):
     args = parse(words)
     if args.coordinator:  # on TPU JAX finds the others itself
         assert (args.coordinator, args.num_processes, args.process_id) == ("dalle-0-0.dalle:8476", pods, 3)
-
-
-TRAINS = ("launch/local.sh", "launch/slurm.sbatch", "run")  # what a config, a workdir and overrides follow
-
-
-def commands(text):
-    """argv of every dalle-jax line, and of what a launcher makes of its words, in a Markdown text's fenced blocks."""
-    found = []
-    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if "dalle-jax" in words:
-                found.append(words[words.index("dalle-jax") + 1 :])
-            for word in words:
-                if word in TRAINS:
-                    config, workdir, *overrides = words[words.index(word) + 1 :]
-                    found.append(["train", "--config", config, "--workdir", workdir, *overrides])
-    return found
-
-
-def test_every_command_in_pods_md_parses():
-    found = commands((ROOT / "docs" / "pods.md").read_text())
-    assert {"convert", "data", "inspect", "preflight", "tokenizer", "train"} == {words[0] for words in found}
-    assert len(found) > 10
-    for words in found:
-        parse(words)
 
 
 def test_every_launcher_is_explained_in_pods_md():
