@@ -64,11 +64,12 @@ def test_overrides_change_values_and_keep_types():
             "--config.mesh.fsdp=1",
             "'mesh.fsdp': it is called 'run.mesh.fsdp' since version 0.2",
         ),
+        ("configs/evaluate.py:demo", "", "expected the config of a model to train, .*, got one of evaluate"),
     ],
 )
 def test_mistakes_are_answered_in_one_sentence(spec, override, message):
     with pytest.raises(UserError, match=message):
-        config.load(spec, [override] if override else [])
+        load_settings(spec, [override] if override else [])
 
 
 def test_a_config_file_of_ones_own(tmp_path):
@@ -92,11 +93,6 @@ def test_none_is_a_value():
     words = ["--config.run.checkpoint_every=None", "--config.run.keep_every_hours=3", "--config.run.data.validation="]
     run = load_settings("configs/dvae.py:demo", words).run
     assert (run.checkpoint_every, run.keep_every_hours, run.data.validation) == (None, 3.0, None)
-
-
-def test_only_a_model_is_trained():
-    with pytest.raises(UserError, match="expected the config of a model to train, .*, got one of evaluate"):
-        load_settings("configs/evaluate.py:demo")
 
 
 def test_the_table_of_configs_is_what_they_say():
