@@ -125,8 +125,8 @@ class Checkpoints:
         """
         if jax.default_backend() != "cpu":
             return state
-        before, self._copy = self._copy, None
-        self._copy = jax.block_until_ready(_new_copy(state) if before is None else _copy_into(before, state))
+        memory, self._copy = self._copy, None
+        self._copy = jax.block_until_ready(_copy_into(memory, state))
         return self._copy
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
@@ -270,14 +270,9 @@ class Checkpoints:
         return path.rename(self._folder / f"{DAMAGED}-{path.name}-{number}")
 
 
-@jax.jit
-def _new_copy(state: Any) -> Any:
-    return jax.tree.map(jnp.copy, state)
-
-
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def _copy_into(memory: Any, state: Any) -> Any:
-    """The copy takes the place of `memory`, a tree like `state`."""
+    """A copy in the place of `memory`, a tree like `state` or None."""
     del memory
     return jax.tree.map(jnp.copy, state)
 

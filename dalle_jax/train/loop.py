@@ -27,7 +27,7 @@ from dalle_jax.train.monitor import goodput, tracing
 from dalle_jax.train.monitor.replicas import make_check
 from dalle_jax.train.monitor.report import Report, surviving_a_full_disk, to_terminal
 from dalle_jax.train.rollback import Rollback
-from dalle_jax.train.settings import Run, TrainSettings
+from dalle_jax.train.settings import TrainSettings
 from dalle_jax.train.signals import Signals
 from dalle_jax.train.step import State, TrainStep
 
@@ -77,82 +77,70 @@ def run(
       UserError: an unwritable workdir, checkpoints of another run, unusable data, updates that are not finite and
         stay so, or devices that should hold the same numbers and do not.
     """
-    ledger = goodput.Ledger(workdir)
-    init_key, update_key, look_key = jax.random.split(jax.random.key(settings.seed), 3)
-    checkpoints = Checkpoints(
-        workdir,
-        keep=settings.run.keep_checkpoints,
-        keep_every_hours=settings.run.keep_every_hours,
-        folder=settings.run.checkpoint_dir,
-        warn=to_terminal,
-    )
-    beat(0, "restore")
-    start, state = _newest(checkpoints, step, batches) or (0, step.init(init_key))
-    ledger.restored(start)
-    frozen = jax.device_put(step.task.frozen, sharding.replicated(step.mesh))
     loop = _Loop(
-        step=step,
-        run=settings.run,
-        frozen=frozen,
-        key=update_key,
+        step,
+        settings,
+        workdir,
         batches=batches,
+        validation=validation,
         hooks=hooks,
+        progress=progress,
+        profile=profile,
         beat=beat,
-        ledger=ledger,
-        checkpoints=checkpoints,
-        report=Report(step.task, settings, workdir, start=start, progress=progress),
-        evaluator=Evaluator(step, workdir, frozen, look_key, validation, max_batches=settings.run.validation_batches),
-        rollback=Rollback(settings.run.rollback_after, patience=settings.run.log_every, forgiven=step.scale_patience),
-        trace=tracing.Trace(workdir / tracing.FOLDER, profile, warn=to_terminal),
-        check_replicas=make_check(step.abstract, mesh=step.mesh),
-        state=state,
-        saved=start,
     )
-    del state
-    began = time.monotonic()
+    start, report, began = loop.saved, loop.report, time.monotonic()
     with Signals() as interrupted:
         try:
             stopped = loop.train(interrupted)
             loop.finish()
         finally:
             loop.close()
-    seconds, report = time.monotonic() - began, loop.report
-    ledger.write(ended=True)
-    report.draw_goodput(ledger, loop.saved)
+    seconds = time.monotonic() - began
+    loop.ledger.write(ended=True)
+    report.draw_goodput(loop.ledger, loop.saved)
     stopped_by = interrupted.signal or (signal.SIGTERM if stopped else 0)
-    report.summary(loop.saved, seconds, start=start, ledger=ledger, interrupted=bool(stopped_by))
+    report.summary(loop.saved, seconds, start=start, ledger=loop.ledger, interrupted=bool(stopped_by))
     return Result(loop.saved, seconds, report.latest, int(stopped_by), loop.state)
 
 
-def _newest(checkpoints: Checkpoints, step: TrainStep, batches: ShardedBatches) -> tuple[int, State] | None:
-    """The number and state of the newest checkpoint, with the batches put to its position."""
-    if (restored := checkpoints.restore_latest(step.saved)) is None:
-        return None
-    start, state, position = restored
-    batches.set_state(position)
-    return start, step.from_saved(state)
-
-
-@dataclasses.dataclass
 class _Loop:
-    """The parts of a run, and where it stands."""
+    """The parts of a run, and where it stands: at `state`, with a checkpoint of update `saved`."""
 
-    step: TrainStep
-    run: Run
-    frozen: Any  # the task's, on the devices
-    key: jax.Array
-    batches: ShardedBatches
-    hooks: Sequence[Hook]
-    beat: Beat
-    ledger: goodput.Ledger
-    checkpoints: Checkpoints
-    report: Report
-    evaluator: Evaluator
-    rollback: Rollback
-    trace: tracing.Trace
-    check_replicas: Callable[[State, int], None]
-    state: State
-    saved: int  # update of the newest checkpoint
+    def __init__(self, step: TrainStep, settings: TrainSettings, workdir: pathlib.Path, **given: Any):
+        """given: the arguments of `run`."""
+        self.step, self.run, self.hooks, self.beat = step, settings.run, given["hooks"], given["beat"]
+        self.batches: ShardedBatches = given["batches"]
+        self.ledger = goodput.Ledger(workdir)
+        init_key, self.key, look_key = jax.random.split(jax.random.key(settings.seed), 3)
+        self.checkpoints = Checkpoints(
+            workdir,
+            keep=self.run.keep_checkpoints,
+            keep_every_hours=self.run.keep_every_hours,
+            folder=self.run.checkpoint_dir,
+            warn=to_terminal,
+        )
+        self.beat(0, "restore")
+        if (position := self.restore()) is None:
+            self.saved, self.state = 0, step.init(init_key)
+        else:
+            self.batches.set_state(position)
+        self.ledger.restored(self.saved)
+        self.frozen = jax.device_put(step.task.frozen, sharding.replicated(step.mesh))
+        self.report = Report(step.task, settings, workdir, start=self.saved, progress=given["progress"])
+        self.evaluator = Evaluator(
+            step, workdir, self.frozen, look_key, given["validation"], max_batches=self.run.validation_batches
+        )
+        self.rollback = Rollback(self.run.rollback_after, patience=self.run.log_every, forgiven=step.scale_patience)
+        self.trace = tracing.Trace(workdir / tracing.FOLDER, given["profile"], warn=to_terminal)
+        self.check_replicas = make_check(step.abstract, mesh=step.mesh)
+
+    def restore(self) -> dict[str, Any] | None:
+        """Take the state of the newest undamaged checkpoint; the position in the data then, None without one."""
+        if (restored := self.checkpoints.restore_latest(self.step.saved)) is None:
+            return None
+        self.saved, state, position = restored
+        self.state = self.step.from_saved(state)
+        return position
 
     def train(self, interrupted: Signals) -> bool:
         """Make updates until the last or until a signal; True for a signal."""
@@ -211,10 +199,8 @@ class _Loop:
         streak = self.report.streak
         del self.state  # before another one takes its place
         with self.ledger.during("lost"):
-            restored = self.checkpoints.restore_latest(self.step.saved)
-        if restored is None:
-            raise UserError("expected an undamaged checkpoint to go back to, got none: start a new run")
-        self.saved, self.state = restored[0], self.step.from_saved(restored[1])
+            if self.restore() is None:
+                raise UserError("expected an undamaged checkpoint to go back to, got none: start a new run")
         self.ledger.restored(self.saved)
         self.report.rewind(self.saved)
         to_terminal(

@@ -17,6 +17,10 @@ from tests.support import ROOT
 from tests.support.line_task import digest_of, train
 
 
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     """In a process of its own: the limit is the process's, and pytest writes files too."""
     whole, full = tmp_path / "whole", tmp_path / "full"
@@ -39,11 +43,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
 def test_a_full_disk_that_ends_tensorboards_thread_blocks_nobody(tmp_path):
     log = metrics.MetricsLog(tmp_path, step=0)
     (writer,) = log._writers
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    log._board.file_writer.event_writer._ev_writer.write_event = full
+    log._board.file_writer.event_writer._ev_writer.write_event = no_space
     log.write(1, {"train/loss": 1.0})
     writer.join(timeout=60)
     for n in range(2, 100):  # its queue holds ten
@@ -57,7 +57,7 @@ def test_a_run_whose_last_checkpoint_fails_does_not_end_well(tmp_path, monkeypat
 
     def full(folder, **options):
         if folder.name.startswith("12"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            no_space()
         whole(folder, **options)
 
     monkeypatch.setattr(digest, "write_manifest", full)
@@ -70,12 +70,8 @@ def test_an_error_at_the_start_of_a_save_is_a_warning(tmp_path, monkeypatch):
     saver = manager.Checkpoints(tmp_path, keep=1, warn=said.append)
     saver.save(1, {"a": jnp.ones(4)}, {})
     saver.latest()
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patched:
-        patched.setattr(saver._manager, "save", full)
+        patched.setattr(saver._manager, "save", no_space)
         saver.save(2, {"a": jnp.ones(4)}, {})
         assert saver.latest() == 1
     (line,) = said
@@ -98,7 +94,7 @@ def test_a_failed_save_is_over_only_when_its_writer_is(tmp_path, monkeypatch, wr
         assert reported.wait(60)
         time.sleep(0.5)
         if not writer_ends_well:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            no_space()
         whole(folder, **options)
 
     def failed():

@@ -13,9 +13,9 @@ from dalle_jax.checkpoint import reader
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.errors import EXIT_RESTART
 from dalle_jax.train import run
-from dalle_jax.train.monitor import metrics
 from tests.support import processes, train_driver, update_driver
 from tests.support.demo_settings import demo_settings
+from tests.support.line_task import logged
 
 RECORDS, BATCH, STEPS = 24, 8, 9
 # The paper's step size: a large one lets Adam blow rounding of near-zero gradients up to its own size.
@@ -81,10 +81,6 @@ def together(found):
     return [sorted(sum(parts, [])) for parts in zip(*(process["records"] for process in found), strict=True)]
 
 
-def losses(workdir, name="train/loss"):
-    return {line["step"]: line[name] for line in metrics.read(workdir / "metrics.jsonl") if name in line}
-
-
 def test_a_signal_to_one_process_stops_all_after_the_same_update(four):
     folder, found, _ = four
     assert {process["step"] for process in found} == {6} and reader.complete_steps(folder / "run") == [4, 6]
@@ -104,9 +100,8 @@ def test_each_process_reads_its_own_records_and_all_read_each_once_an_epoch(four
 
 def test_files_are_written_once_and_people_are_told_once(four):
     folder, _, logs = four
-    lines = metrics.read(folder / "run" / "metrics.jsonl")
-    for name, steps in (("train/loss", [1, 2, 3, 4, 5, 6]), ("validation/loss", [3, 6])):
-        assert [line["step"] for line in lines if name in line] == steps
+    assert list(logged(folder / "run", "train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(logged(folder / "run", "validation/loss")) == [3, 6]
     assert len(list((folder / "run").glob("events.out.tfevents.*"))) == 1
     assert {path.name for path in (folder / "run" / "pictures").iterdir()} >= {"0000003.png"}
     assert "step 6/9: loss" in logs[0] and not any("loss" in log for log in logs[1:])
@@ -116,8 +111,8 @@ def test_four_processes_train_as_one_does(four, alone):
     folder, found, _ = four
     workdir, _, seen = alone
     assert together(found) == [sorted(records) for records in seen[:6]]
-    wanted = losses(workdir)
-    for step, loss in losses(folder / "run").items():
+    wanted = logged(workdir, "train/loss")
+    for step, loss in logged(folder / "run", "train/loss").items():
         assert loss == pytest.approx(wanted[step], rel=1e-5)
 
 
@@ -138,8 +133,8 @@ def test_another_number_of_processes_goes_on_at_the_same_records(count, four, al
         assert len({process["digest"] for process in found}) == 1
         records = together(found)
     assert records == [sorted(batch) for batch in seen[6:]]
-    wanted = losses(workdir)
-    assert losses(tmp_path / "run") == {step: pytest.approx(loss, rel=1e-5) for step, loss in wanted.items()}
+    wanted = {step: pytest.approx(loss, rel=1e-5) for step, loss in logged(workdir, "train/loss").items()}
+    assert logged(tmp_path / "run", "train/loss") == wanted
     average = model_dir.read_params(tmp_path / "run")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), average, jax.device_get(result.state["ema"]))
 

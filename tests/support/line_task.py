@@ -3,17 +3,17 @@
 import dataclasses
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from dalle_jax.checkpoint import reader
-from dalle_jax.mesh import make_mesh
 from dalle_jax.models.layers import Model, param
 from dalle_jax.train import loop, run
+from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.settings import load_settings
+from tests.support.toy_task import one_device
 
 WIDTH, BATCH = 8, 8
 
@@ -75,20 +75,24 @@ def line_settings(**values):
     return load_settings("configs/dvae.py:demo").changed(keys)
 
 
-def line_step(mesh, **options):
-    """The `TrainStep` of LINE with the optimizer of `line_settings()`."""
-    return dataclasses.replace(run.step_for(line_settings(), LINE, mesh), **options)
+def line_step(mesh=None, **options):
+    """The `TrainStep` of LINE with the optimizer of `line_settings()`. mesh: default one device."""
+    return dataclasses.replace(run.step_for(line_settings(), LINE, mesh or one_device()), **options)
 
 
 def train(workdir, batches=None, *, mesh=None, task=LINE, of_loop=None, hooks=(), **values):
     """`loop.run` without a word. of_loop: more of its arguments. values: as those of `line_settings`."""
     settings = line_settings(**values)
-    step = run.step_for(settings, task, mesh or make_mesh({}, devices=jax.devices()[:1]))
+    step = run.step_for(settings, task, mesh or one_device())
     options = {"batches": batches or Numbers(), "hooks": hooks, "progress": False, **(of_loop or {})}
     return loop.run(step, settings, workdir, **options)
 
 
 def digest_of(workdir):
     """The digest of the state in a run's newest checkpoint."""
-    folder = reader.checkpoint_folder(workdir, "")
-    return reader.state_digests(folder / str(reader.steps_in(folder)[-1]))["state"]
+    return reader.state_digests(reader.checkpoint_path(workdir)[1])["state"]
+
+
+def logged(workdir, name):
+    """Step -> value of a metric in metrics.jsonl."""
+    return {line["step"]: line[name] for line in metrics.read(workdir / "metrics.jsonl") if name in line}

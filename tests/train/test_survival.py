@@ -15,9 +15,9 @@ from dalle_jax.checkpoint import digest, manager, reader
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.train import loop, rollback
-from dalle_jax.train.monitor import goodput, metrics
+from dalle_jax.train.monitor import goodput
 from dalle_jax.train.monitor.report import Report
-from tests.support.line_task import LINE, Numbers, digest_of, line_step, train
+from tests.support.line_task import LINE, Numbers, digest_of, line_step, logged, train
 from tests.support.trees import identical
 
 # Damage on disk.
@@ -58,7 +58,7 @@ def test_harm_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_used(tr
             continue  # without a manifest a checkpoint is as trustworthy as Orbax makes it
         workdir = copy(trained, tmp_path / str(index))
         harm(workdir / name)
-        abstract = line_step(one_device()).abstract
+        abstract = line_step().abstract
         saved = manager.Checkpoints(workdir, keep=2)
         found = saved.restore_latest(abstract)
         saved.close()
@@ -68,10 +68,6 @@ def test_harm_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_used(tr
         aside = workdir / "checkpoints" / "damaged-12-1"
         assert len(files(aside)) >= len(names) - 1
         assert reader.complete_steps(workdir) == [8]
-
-
-def one_device():
-    return make_mesh({}, devices=jax.devices()[:1])
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_same_bits(trained, tmp_path):
@@ -133,8 +129,7 @@ def test_checkpoints_in_another_folder_are_found_through_the_config(tmp_path):
 def test_a_state_comes_back_on_another_mesh_bit_for_bit(tmp_path, sizes):
     train(tmp_path, mesh=make_mesh({"fsdp": 8}), steps=4)
     before = digest_of(tmp_path)
-    mesh = one_device() if sizes is None else make_mesh(sizes)
-    abstract = line_step(mesh).abstract
+    abstract = line_step(sizes and make_mesh(sizes)).abstract
     saved = manager.Checkpoints(tmp_path, keep=2)
     _, state, position = saved.restore_latest(abstract)
     assert state["params"]["matrix"].sharding == abstract["params"]["matrix"].sharding
@@ -179,7 +174,7 @@ def test_many_in_a_row_go_back_to_the_last_checkpoint_and_past_the_data(tmp_path
     assert int(result.state["skipped"]) == 0 and int(result.state["step"]) == 10
     said = [line for line in capfd.readouterr().err.splitlines() if "back to" in line]
     assert len(said) == 1 and "3 updates in a row" in said[0] and "parameters of update 5" in said[0]
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [4, 8]
+    assert list(logged(tmp_path, "train/loss")) == [4, 8]
     ledger = goodput.read(tmp_path)
     assert ledger["seconds"]["lost"] > 0
 
@@ -210,12 +205,12 @@ def test_poison_without_an_end_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "first, values, logged", [(1, {"checkpoint_every": None}, []), (6, {"rollback_after": None}, [2, 4, 6])]
+    "first, values, lines", [(1, {"checkpoint_every": None}, []), (6, {"rollback_after": None}, [2, 4, 6])]
 )
-def test_a_run_that_cannot_go_back_and_has_no_finite_update_ends(tmp_path, first, values, logged):
+def test_a_run_that_cannot_go_back_and_has_no_finite_update_ends(tmp_path, first, values, lines):
     with pytest.raises(UserError, match="expected finite losses and gradients, got none in the last 2 updates"):
         train(tmp_path, Numbers(poison=range(first, 100)), log_every=2, **values)
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == logged
+    assert list(logged(tmp_path, "train/loss")) == lines
 
 
 def test_losses_that_are_finite_may_wait_for_a_scale_and_others_may_not():

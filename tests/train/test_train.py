@@ -5,19 +5,18 @@ import json
 import os
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from dalle_jax import model_dir
-from dalle_jax.checkpoint import manager, reader
+from dalle_jax.checkpoint import reader
 from dalle_jax.errors import UserError
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import objectives, run
-from dalle_jax.train.monitor import metrics
 from tests.support.demo_settings import demo_settings
+from tests.support.line_task import digest_of, logged
 from tests.support.trees import identical
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -67,9 +66,7 @@ def test_a_run_leaves_everything_behind(straight, folder):
     parts = {"reconstruction_nats_per_value", "kl_nats_per_token", "elbo_nats_per_value", "beta", "temperature"}
     parts |= {"relaxed_error", "hard_error", "codes_used", "codes_used_share", "code_perplexity"}
     assert {f"{kind}/{name}" for kind in ("train", "validation") for name in parts} <= set(result.metrics)
-    lines = metrics.read(workdir / "metrics.jsonl")
-    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
-    assert [line["step"] for line in lines if "validation/loss" in line] == [3, 6]
+    assert list(logged(workdir, "train/loss")) == [2, 4, 6] and list(logged(workdir, "validation/loss")) == [3, 6]
     assert reader.complete_steps(workdir) == [4, 6]
     assert list(workdir.glob("events.out.tfevents.*"))
     for picture in ("curves.png", "pictures/0000003.png", "pictures/0000006.png"):
@@ -104,20 +101,14 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit(straight, dvae_values, tmp_path
     assert reader.complete_steps(tmp_path)[-1] == 5
     done = run.train(demo_settings("dvae", dvae_values), tmp_path, progress=False)
     identical(done.state, straight[1].state)
-    saved = [manager.Checkpoints(path, keep=2) for path in (straight[0], tmp_path)]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), done.state)
-    (a, position_a), (b, position_b) = (reader.restore(6, shapes) for reader in saved)
-    identical(a, b)
-    assert position_a == position_b
-    losses = [
-        {
-            line["step"]: line["validation/loss"]
-            for line in metrics.read(path / "metrics.jsonl")
-            if "validation/loss" in line
-        }
-        for path in (straight[0], tmp_path)
-    ]
+    assert digest_of(tmp_path) == digest_of(straight[0])
+    assert data_position(tmp_path) == data_position(straight[0])
+    losses = [logged(workdir, "validation/loss") for workdir in (tmp_path, straight[0])]
     assert losses[0] == losses[1]  # the line of update 3 was written by the killed run, and once
+
+
+def data_position(workdir):
+    return reader.data_position(reader.checkpoint_path(workdir)[1])
 
 
 def test_a_finished_run_is_left_as_it_is_and_more_steps_go_on(straight, dvae_values):
