@@ -14,6 +14,7 @@ pytorch  the network of FID with pytorch-fid's resize, cropped about the center
 clean    the same with clean-fid's
 tf1      the same with that of the first TensorFlow code
 cub      section 3.1: every different caption of a source, all pictures of it as the reference; scored as coco
+sets     no protocol: --pictures against --reference, each as it is
 demo     scenes: 200 captions, small enough for a CPU; features of the demo's CLIP, no Inception
 
 The numbers of two protocols do not compare with each other. docs/evaluation.md says what each leaves open, and
@@ -33,7 +34,7 @@ BEST_OF = 512  # section 2.6
 SIDE = 256  # of the paper's pictures
 
 
-def _protocol(name: str, draw: Draw, measure: Metrics, **values) -> ConfigDict:
+def _protocol(name: str | None, draw: Draw | None, measure: Metrics, **values) -> ConfigDict:
     config = fields(Evaluation(protocol=name, draw=draw, measure=measure, **values))
     del config.departures
     config.name, config.processes = "evaluate", fields(PROCESSES)
@@ -63,6 +64,10 @@ def _demo() -> ConfigDict:
     return _protocol("demo-scenes", Draw(count=200), measure, source="scenes:val@64", reference_count=1_000)
 
 
+def _sets() -> ConfigDict:
+    return _protocol(None, None, Metrics(), pictures="")
+
+
 VARIANTS = {
     "coco": lambda: _coco("dalle-coco-30k", **PAPER, **DM_GAN_SCORE),
     "dm-gan": lambda: _coco("dm-gan-coco-30k", **DM_GAN, **DM_GAN_SCORE),
@@ -70,6 +75,7 @@ VARIANTS = {
     "clean": lambda: _fid("clean"),
     "tf1": lambda: _fid("tf1"),
     "cub": _cub,
+    "sets": _sets,
     "demo": _demo,
 }
 VARIANTS["dalle-coco-30k"] = VARIANTS["coco"]

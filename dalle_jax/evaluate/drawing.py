@@ -2,15 +2,24 @@
 
 OUT/plan.json: what decides the pictures (checkpoint, source, how to draw), and each caption with its id. It is made
 once, by the seed, and read ever after. An id is KEY#NUMBER: the record's key in the source and the number of the
-caption in the record. OUT/pictures/00000.tar ...: pictures `shard_size` at a time in the order of the plan.
+caption in the record. OUT/pictures/00000.tar ... (webdataset): pictures `shard_size` at a time in the order of the
+plan, NAME.png with how it was made, NAME.txt its caption, NAME.json the rest.
+
+The pictures of a shard are collected as files in a hidden folder beside it, each whole or not at all, and joined when
+all are there. So what a kill left is used again, and the shard has the same bytes as if nobody had stopped it.
 """
 
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
+import io
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -21,16 +30,18 @@ from dalle_jax import files
 from dalle_jax.config import differences
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import open_source
+from dalle_jax.data.sources.tar_members import BLOCK
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import image_shards
 from dalle_jax.evaluate.features import counted
 from dalle_jax.evaluate.protocol import Draw
 from dalle_jax.evaluate.workers import Worker
+from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.request import Request
 
 PLAN, PICTURES = "plan.json", "pictures"
 READERS = 8  # threads that mostly wait for the disk
+END = b"\0" * 10_240  # of an archive, as tar itself writes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +195,7 @@ class Drawing:
         return paths
 
     def _draw_shard(self, path: pathlib.Path, indices: range, plan: Plan, worker: Worker, advance: Callable) -> None:
-        with image_shards.collecting(path) as folder:
+        with collecting(path) as folder:
             parts = {i: folder / f"{i:09d}.part" for i in indices}
             todo = [i for i in indices if not parts[i].exists()]
             advance(len(indices) - len(todo))
@@ -196,6 +207,51 @@ class Drawing:
                 drawn = self.pipe.draw([self.request(plan.captions[i], plan.seed(i)) for i in called])
                 for i, (picture, *_) in zip(called, drawn, strict=True):
                     name = f"{i:09d}"
-                    files.write(parts[i], image_shards.packed(name, picture, {"id": plan.ids[i], "key": name}))
+                    files.write(parts[i], packed(name, picture, {"id": plan.ids[i], "key": name}))
                 advance(len(called))
-            image_shards.join(list(parts.values()), path)
+            join(list(parts.values()), path)
+
+
+@contextlib.contextmanager
+def collecting(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The folder for the pictures of a shard, locked until the block ends, by a kill too.
+
+    Raises:
+      UserError: another process has it; both would draw the same pictures.
+    """
+    folder = path.with_name(f".{path.name}.parts")
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"expected to draw into {path} alone, but another process is: wait for it, or use another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield folder
+
+
+def packed(name: str, picture: Picture, more: Mapping[str, str]) -> bytes:
+    """A picture as it stands in a shard. more: what its .json says besides caption, seed and score."""
+    png = io.BytesIO()
+    picture.save(png, format="PNG")
+    about = {"caption": picture.caption, "seed": picture.seed, "score": picture.score, **more}
+    parts = {"png": png.getvalue(), "txt": picture.caption.encode(), "json": json.dumps(about, sort_keys=True).encode()}
+    members = b""
+    for ending, content in parts.items():
+        header = tarfile.TarInfo(f"{name}.{ending}")
+        header.size = len(content)
+        members += header.tobuf(tarfile.USTAR_FORMAT) + content + b"\0" * (-len(content) % BLOCK)
+    return members
+
+
+def join(parts: list[pathlib.Path], path: pathlib.Path) -> None:
+    """Write a shard of packed pictures and remove their folder."""
+    with files.replacing(path) as aside:
+        with aside.open("wb") as file:
+            for part in parts:
+                file.write(part.read_bytes())
+            file.write(END)
+    shutil.rmtree(parts[0].parent)

@@ -64,7 +64,7 @@ class ImageSet:
             key = "reference_count" if name == "reference" else "count"
             raise UserError(
                 f"expected 2 to {len(rows)} pictures of {source.name}, as it has, got a count of {count}: give more "
-                f"pictures, or another number by --config.{key}=N (--count N)"
+                f"pictures, or another number by --config.{key}=N"
             )
         rows = np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False))
         return cls(name, source, rows, crop, count)

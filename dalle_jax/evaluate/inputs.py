@@ -7,10 +7,9 @@ from dalle_jax.checkpoint.digest import of_tree
 from dalle_jax.config import flatten
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import report, statistics
-from dalle_jax.evaluate.clip import ClipExtractor
 from dalle_jax.evaluate.drawing import Drawing
 from dalle_jax.evaluate.feature_cache import ImageSet, open_images
-from dalle_jax.evaluate.features import Extractor
+from dalle_jax.evaluate.features import ClipExtractor, Extractor
 from dalle_jax.evaluate.preprocess import CLIP_RESIZE, Preprocess
 from dalle_jax.evaluate.protocol import COMPUTED, DIGESTS, Evaluation
 from dalle_jax.evaluate.statistics import Statistics
@@ -98,7 +97,7 @@ def _extractor(evaluation: Evaluation, clip: ClipExtractor | None) -> Extractor:
             raise UserError("expected a CLIP for features = 'clip', got none: give its folder as --config.clip=DIR")
         return clip
     if not evaluation.weights:
-        raise UserError("expected weights of Inception v3, got none: give --config.weights=PATH or --weights PATH")
+        raise UserError("expected weights of Inception v3, got none: give --weights PATH")
     return _inception(evaluation, evaluation.weights, evaluation.measure.pools)
 
 
@@ -129,7 +128,9 @@ def _inception(evaluation: Evaluation, path: str, pools: str | None) -> Extracto
 def _reference(evaluation: Evaluation, extractor: Extractor, notes: list[str]) -> Statistics | ImageSet:
     spec, measure = evaluation.reference or evaluation.source, evaluation.measure
     if not spec:
-        raise UserError("expected a source of captions and reference pictures: give --config.source=SOURCE")
+        raise UserError(
+            "expected a source of captions and reference pictures: give --config.source=SOURCE, or --reference SOURCE"
+        )
     if not spec.endswith(".npz"):
         count, crop = evaluation.reference_count, measure.crops[1]
         return ImageSet.choose("reference", open_images(spec), crop=crop, count=count, seed=measure.seed)

@@ -11,8 +11,7 @@ import numpy as np
 
 from dalle_jax.data.record import Record, Source
 from dalle_jax.evaluate import distances
-from dalle_jax.evaluate.clip import ClipExtractor, caption_scores
-from dalle_jax.evaluate.features import Extractor, FeatureSet
+from dalle_jax.evaluate.features import ClipExtractor, Extractor, FeatureSet, caption_scores
 from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.sample.rerank import Reranker
 

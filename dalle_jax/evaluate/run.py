@@ -15,10 +15,9 @@ from typing import Any
 
 from dalle_jax.errors import UserError, writing_to
 from dalle_jax.evaluate import distances, drawing, overlap, report, statistics
-from dalle_jax.evaluate.clip import caption_scores
 from dalle_jax.evaluate.drawing import Drawing, Plan
 from dalle_jax.evaluate.feature_cache import FeatureCache, ImageSet, Parts, open_images
-from dalle_jax.evaluate.features import FeatureSet, counted
+from dalle_jax.evaluate.features import FeatureSet, caption_scores, counted
 from dalle_jax.evaluate.inputs import Inputs, made_of, open_inputs
 from dalle_jax.evaluate.protocol import Evaluation
 from dalle_jax.evaluate.statistics import Statistics

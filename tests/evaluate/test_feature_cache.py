@@ -8,9 +8,9 @@ import pytest
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import feature_cache
+from dalle_jax.evaluate.drawing import collecting
 from dalle_jax.evaluate.feature_cache import FeatureCache, ImageSet
 from dalle_jax.evaluate.features import FeatureSet, Row, hash_of
-from dalle_jax.evaluate.image_shards import collecting
 from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.evaluate.workers import Worker
 from tests.support.evaluation import IMAGES

@@ -45,7 +45,7 @@ def test_every_protocol_is_complete(variant):
     found = config.load(f"configs/evaluate.py:{variant}").to_dict()
     values = {key: value for key, value in found.items() if key not in OTHER_KEYS}
     evaluation = Evaluation.from_json(values, where=variant)
-    assert evaluation.protocol and evaluation.draw is not None
+    assert (evaluation.protocol is None) == (evaluation.draw is None) == (variant == "sets")
     assert Evaluation.from_json(json.loads(json.dumps(evaluation.to_json())), where="report") == evaluation
     assert variant in (ROOT / "configs" / "evaluate.py").read_text().partition("VARIANTS")[0]
 

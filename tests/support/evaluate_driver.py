@@ -4,20 +4,20 @@ import sys
 import time
 
 from dalle_jax.cli import main as cli
-from dalle_jax.evaluate import feature_cache, features, image_shards
+from dalle_jax.evaluate import drawing, feature_cache, features
 from dalle_jax.sample.pipeline import Pipeline
 
 PART, TOGETHER, BATCH = 5, 3, 1  # as the tests have them
 
 
 def main(port: str, count: str, rank: str, *words: str) -> int:
-    packed = image_shards.packed
+    packed = drawing.packed
 
     def slowly(*args):
         time.sleep(0.2)  # for whoever wants to kill this
         return packed(*args)
 
-    image_shards.packed = slowly
+    drawing.packed = slowly
     feature_cache.PART, features.BATCH = PART, BATCH
     Pipeline.captions_per_batch = lambda pipe, request: TOGETHER
     where = ["--coordinator", f"localhost:{port}", "--num-processes", count, "--process-id", rank]
