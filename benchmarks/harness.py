@@ -124,6 +124,29 @@ def transformer_inputs(folder: pathlib.Path, config: str, **sizes: Any) -> dict[
     return {"frozen.image_tokenizer": folder / "dvae", "tokenizer": demo.make_tokenizer(folder)}
 
 
+def training_step(
+    settings: Any, batch: Mapping[str, Any], frozen: Mapping[str, Any] | None = None
+) -> Callable[[], Any]:
+    """One step of a training on all devices, as its loop calls it. frozen: role -> `ModelDir`."""
+    import jax
+
+    from dalle_jax import sharding
+    from dalle_jax.mesh import make_mesh
+    from dalle_jax.train import run
+    from dalle_jax.train.objectives import build_task
+
+    task, mesh, key = build_task(settings, frozen or {}), make_mesh({}), jax.random.key(0)
+    training, placed = run.step_for(settings, task, mesh), sharding.shard_batch(batch, mesh)
+    state = training.init(key)
+
+    def step():
+        nonlocal state
+        state, metrics = training.update(state, task.frozen, placed, key)
+        return state, metrics
+
+    return step
+
+
 def in_turns(
     works: Mapping[str, Callable[[], float]], rounds: int, *, slow: Mapping[str, int] | None = None
 ) -> dict[str, list[float]]:

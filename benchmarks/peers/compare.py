@@ -26,22 +26,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks import harness
 from benchmarks.peers import dvae
 from benchmarks.peers.process import BATCH, LEARNING_RATE, SHAPE, THREADS, PeerProcess, Works
-from dalle_jax import sharding
-from dalle_jax.layout import IMAGE_LOSS_WEIGHT, TEXT_LOSS_WEIGHT, Layout
-from dalle_jax.mesh import local_mesh, make_mesh
+from dalle_jax.layout import Layout
+from dalle_jax.mesh import local_mesh
+from dalle_jax.model_dir import ModelDir
 from dalle_jax.models import build
 from dalle_jax.models.dvae import decode_images
 from dalle_jax.preflight import flops
 from dalle_jax.sample.engine import Engine, image_keys
-from dalle_jax.train.ema import Ema
-from dalle_jax.train.objectives.task import Task
-from dalle_jax.train.objectives.transformer import token_losses
-from dalle_jax.train.step import TrainStep
+from dalle_jax.train.settings import load_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +64,18 @@ def build_work(work: str):
     return (trainer if verb == "train" else sampler)(pattern)
 
 
-def transformer(pattern: str):
+def settings_of(pattern: str):
     sizes = {key: value for key, value in SHAPE.items() if key not in ("layers", "image_size")}
-    sizes |= {"num_layers": SHAPE["layers"], "pattern": pattern, "remat": "none", "scan": False, "precision": "fp32"}
-    return build("transformer", sizes)
+    values = {f"model.{key}": value for key, value in sizes.items()} | {
+        "model.num_layers": SHAPE["layers"],
+        "model.pattern": pattern,
+        "data.image_size": SHAPE["image_size"],
+        "batch_size": BATCH,
+        "optimizer.name": "adamw",
+        "optimizer.learning_rate": LEARNING_RATE,
+        "optimizer.clip_norm": None,
+    }
+    return load_settings("configs/transformer.py:demo").changed(values)
 
 
 def captions():
@@ -82,28 +86,9 @@ def captions():
 
 
 def trainer(pattern: str):
-    """A function that does one training step, as the training loop calls it."""
-    model = transformer(pattern)
-
-    def loss(params, frozen, batch, *, key, step):
-        del frozen, key, step
-        text, image = token_losses(*model.apply(params, batch["text"], batch["image"]), batch["text"], batch["image"])
-        return TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image, {}
-
-    task = Task(name="transformer", model=model, loss=loss)
-    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
-    optimizer = optax.with_extra_args_support(optax.adamw(LEARNING_RATE))
-    training = TrainStep(task, optimizer, mesh, ema=Ema(decay=0.99))
-    key = jax.random.key(0)
     codes = np.random.default_rng(1).integers(SHAPE["image_vocab"], size=(BATCH, SHAPE["grid"] ** 2), dtype=np.int32)
-    batch = sharding.shard_batch({"text": captions(), "image": codes}, mesh)
-    state = [training.init(key)]
-
-    def step():
-        state[0], metrics = training.update(state[0], {}, batch, key)
-        jax.block_until_ready((state[0], metrics))
-
-    return step
+    frozen = {"image_tokenizer": ModelDir({}, dvae_model(), {})}  # only its sizes matter
+    return harness.training_step(settings_of(pattern), {"text": captions(), "image_tokens": codes}, frozen)
 
 
 def dvae_model():
@@ -112,28 +97,9 @@ def dvae_model():
     return build("dvae", {**sizes, "width": 16, "blocks_per_group": 1, "stem": 64})
 
 
-def decoder_multiply_adds() -> int:
-    """Of our dVAE's decoder, one image."""
-    dvae = dvae_model()
-    ids_BI = jax.ShapeDtypeStruct((1, SHAPE["grid"] ** 2), jnp.int32)
-    return flops.traced(functools.partial(decode_images, dvae), dvae.abstract, ids_BI) // 2
-
-
-def arithmetic(about: Mapping[str, Any]) -> str:
-    """How much both sides compute, in a sentence. about: the peer's last answer."""
-    if "decoder_multiply_adds" in about:
-        sides = {"ours": decoder_multiply_adds(), "theirs": about["decoder_multiply_adds"]}
-        counts = " and ".join(f"{side} {count / 1e6:.1f}" for side, count in sides.items())
-        return f"Decoders of the dVAEs: {counts} million multiply-adds an image."
-    sides = {"ours": transformer("full").num_params, "theirs": about["parameters"]}
-    counts = " and ".join(f"{side} {count / 1e6:.2f}" for side, count in sides.items())
-    return f"Parameters: {counts} million. Samples end at pixels on our side and at image tokens on theirs."
-
-
 def sampler(pattern: str):
     """A function that draws one batch of pictures, pixels included."""
-    model = transformer(pattern)
-    dvae = dvae_model()
+    model, dvae = build("transformer", settings_of(pattern).model), dvae_model()
     assert dvae.config.grid == SHAPE["grid"]
     params, dvae_params = jax.jit(model.init)(jax.random.key(0)), jax.jit(dvae.init)(jax.random.key(1))
     text_CT, seed, engine = captions(), iter(range(1_000_000)), Engine(model, params, mesh=local_mesh())
@@ -149,11 +115,18 @@ def sampler(pattern: str):
 
 
 def notes(about: Mapping[str, Any]) -> list[str]:
-    return [
-        f"Shape: {', '.join(f'{key} {value}' for key, value in SHAPE.items())}, batch {BATCH}; float32.",
-        "",
-        arithmetic(about),
-    ]
+    """The shape, and how much both sides compute. about: the peer's last answer."""
+    if "parameters" in about:
+        ours, theirs = build("transformer", settings_of("full").model).num_params, about["parameters"]
+        sides = f"Parameters: ours {ours / 1e6:.2f} and theirs {theirs / 1e6:.2f} million. "
+        sides += "Samples end at pixels on our side and at image tokens on theirs."
+    else:
+        model, ids_BI = dvae_model(), jax.ShapeDtypeStruct((1, SHAPE["grid"] ** 2), jnp.int32)
+        ours = flops.traced(functools.partial(decode_images, model), model.abstract, ids_BI) // 2
+        sides = f"Decoders of the dVAEs: ours {ours / 1e6:.1f} and theirs {about['decoder_multiply_adds'] / 1e6:.1f} "
+        sides += "million multiply-adds an image."
+    shape = ", ".join(f"{key} {value}" for key, value in SHAPE.items())
+    return [f"Shape: {shape}, batch {BATCH}; float32.", "", sides]
 
 
 DOES = {"train": (BATCH * (SHAPE["text_len"] + SHAPE["grid"] ** 2), "tokens/s", 0), "sample": (BATCH, "images/s", 3)}

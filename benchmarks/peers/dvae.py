@@ -6,6 +6,8 @@ average and measures hard reconstruction of every eighth picture; theirs is that
 functions alone: the peer's script takes the constants from here.
 """
 
+from benchmarks import harness
+
 # Of both sides; groups and kernels are the paper's.
 SHAPE = dict(image_size=64, vocab=1024, width=64, stem=128, blocks_per_group=1)
 BATCH, LEARNING_RATE, BETA = 8, 1e-4, 6.6
@@ -40,24 +42,7 @@ def pictures():
 
 
 def trainer(precision: str):
-    """A function that does one training step, as the training loop calls it."""
-    import jax
-
-    from dalle_jax import sharding
-    from dalle_jax.mesh import make_mesh
-    from dalle_jax.train import run
-    from dalle_jax.train.objectives import build_task
-
-    settings, mesh, key = settings_of(precision), make_mesh({}), jax.random.key(0)
-    training = run.step_for(settings, build_task(settings, {}), mesh)
-    batch = sharding.shard_batch({"image": pictures()}, mesh)
-    state = [training.init(key)]
-
-    def step():
-        state[0], metrics = training.update(state[0], {}, batch, key)
-        jax.block_until_ready((state[0], metrics))
-
-    return step
+    return harness.training_step(settings_of(precision), {"image": pictures()})
 
 
 def encoder(precision: str):
@@ -71,7 +56,7 @@ def encoder(precision: str):
 
     model, image = build("dvae", settings_of(precision).model), pictures()
     params, encode = jax.jit(model.init)(jax.random.key(0)), jax.jit(functools.partial(encode_images, model))
-    return lambda: jax.block_until_ready(encode(params, image))
+    return lambda: encode(params, image)
 
 
 def notes(_) -> list[str]:

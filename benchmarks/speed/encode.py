@@ -15,13 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from dalle_jax import sharding
-from dalle_jax.mesh import make_mesh
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models import build, image_tokenizer
 from dalle_jax.preflight import flops
-from dalle_jax.train import run
-from dalle_jax.train.objectives import build_task
 from dalle_jax.train.settings import load_settings
 
 DVAE_OF = {"12b": "paper", "5b6": "paper", "2b8": "paper", "1b3": "paper", "400m": "paper"}  # others: their own name
@@ -47,30 +43,19 @@ def count(variant: str) -> dict[str, int]:
 def measure(variant: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of one step on images and on image tokens, the middle one of each round."""
     settings, dvae = configured(variant)
-    task = build_task(settings, {"image_tokenizer": ModelDir({}, dvae, jax.jit(dvae.init)(jax.random.key(1)))})
-    mesh = make_mesh({})
-    step = run.step_for(settings, task, mesh)
+    frozen = {"image_tokenizer": ModelDir({}, dvae, jax.jit(dvae.init)(jax.random.key(1)))}
     rng, size, side = np.random.default_rng(0), settings.batch_size, dvae.config.image_size
-    text = np.tile(task.model.config.layout.caption_ids([]), (size, 1))
+    text = {"text": np.tile(settings.model.layout.caption_ids([]), (size, 1))}
     batches = {
         "images": {"image": rng.integers(256, size=(size, side, side, 3), dtype=np.uint8)},
         "tokens": {"image_tokens": rng.integers(dvae.config.vocab, size=(size, dvae.config.grid**2), dtype=np.int32)},
     }
-    states = {name: step.init(jax.random.key(0)) for name in batches}
+    steps = {name: harness.training_step(settings, batch | text, frozen) for name, batch in batches.items()}
 
-    def update(name: str, batch):
-        states[name], metrics = step.update(states[name], task.frozen, batch, jax.random.key(1))
-        return states[name], metrics
+    def middle(name: str) -> float:
+        return statistics.median([harness.seconds(steps[name]) for _ in range(WARM_UP + STEPS)][WARM_UP:])
 
-    def middle(name: str, batch) -> float:
-        times = [harness.seconds(lambda: update(name, batch)) for _ in range(WARM_UP + STEPS)]
-        return statistics.median(times[WARM_UP:])
-
-    works = {
-        name: functools.partial(middle, name, sharding.shard_batch(batch | {"text": text}, mesh))
-        for name, batch in batches.items()
-    }
-    return harness.in_turns(works, rounds)
+    return harness.in_turns({name: functools.partial(middle, name) for name in steps}, rounds)
 
 
 def main() -> None:
