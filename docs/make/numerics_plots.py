@@ -175,11 +175,11 @@ def scales(out: pathlib.Path) -> Figure:
     most = largest_scales(rule, functools.partial(finite, batch=next(batches)))  # [layers, branches]
     print("largest scale without an overflow, log2, by layer:", *(f"{a:.1f} {b:.1f};" for a, b in most))
     start = np.median(most)
-    free = dataclasses.replace(rule, start=2.0**start, least=0.0, most=np.inf)
+    free = dataclasses.replace(rule, start=2.0**start, min_scale=0.0, max_scale=np.inf)
     state, seen = free.init(), []
     for _ in range(FREE_UPDATES):
         seen.append(np.log2(state["scale"]))
-        state = free.moved(state, finite(state["scale"], next(batches)))
+        state = free.updated(state, finite(state["scale"], next(batches)))
     batches.close()
     falls = (np.diff(seen, axis=0) < 0).sum(0)
     print(f"free scales from 2^{start:.1f}, {FREE_UPDATES} updates: falls by layer", falls.tolist())
@@ -196,12 +196,12 @@ def scales(out: pathlib.Path) -> Figure:
     notes = {
         "at the start": (0.3, np.log2(rule.start)),
         "all scales": (0.5, np.log2(rule.start) + 2.2),
-        "largest allowed (dotted)": (0.3, np.log2(rule.most) - 0.6),
+        "largest allowed (dotted)": (0.3, np.log2(rule.max_scale) - 0.6),
         "largest without an overflow, trained model": (0.3, most.max() + 0.3),
     }
     for note, place in notes.items():
         left.annotate(note, place, xycoords=("axes fraction", "data"), fontsize=8)
-    for value in (rule.most, rule.start):
+    for value in (rule.max_scale, rule.start):
         left.axhline(np.log2(value), color="black", linewidth=1.5, linestyle=":")
     left.set_ylim(12, 27)
     left.set(title="scale of each residual branch in training", xlabel="update", ylabel="log2 of the scale")
