@@ -68,6 +68,7 @@ MAY_JIT = {
     "train/monitor/replicas.py",
     "train/objectives/dvae.py",
     "evaluate/features.py",
+    "evaluate/overlap.py",
     "sample/engine.py",
     "sample/autoregressive.py",
     "sample/rerank.py",

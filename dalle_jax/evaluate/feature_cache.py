@@ -10,7 +10,7 @@ import io
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -46,7 +46,7 @@ class ImageSet:
 
     name: str
     source: Source
-    rows: np.ndarray
+    rows: Sequence[int] | np.ndarray
     crop: str
     count: int | None = None
 
@@ -57,7 +57,7 @@ class ImageSet:
         Raises:
           UserError: the source has fewer pictures than `count`.
         """
-        rows = np.arange(len(source))
+        rows = range(len(source))
         if count is None:
             return cls(name, source, rows, crop)
         if count > len(rows):
@@ -66,8 +66,17 @@ class ImageSet:
                 f"expected 2 to {len(rows)} pictures of {source.name}, as it has, got a count of {count}: give more "
                 f"pictures, or another number by --config.{key}=N"
             )
-        rows = np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False))
-        return cls(name, source, rows, crop, count)
+        chosen = np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False))
+        return cls(name, source, chosen, crop, count)
+
+    def digest(self, *made_of: object) -> str:
+        """A name for what is made of these rows; of all rows at no cost, however many they are."""
+        rows = (
+            self.rows
+            if isinstance(self.rows, range)
+            else hashlib.sha256(np.asarray(self.rows, np.int64).tobytes()).hexdigest()
+        )
+        return hashlib.sha256(json.dumps([self.source.name, str(rows), *made_of]).encode()).hexdigest()[:16]
 
     def check(self, found: FeatureSet) -> None:
         """Raises UserError if a set is empty, or has fewer pictures than were asked for."""
@@ -98,13 +107,10 @@ class Parts:
         Raises:
           UserError: fewer pictures than were asked for, or none.
         """
-        found = FeatureSet.joined(list(self))
+        self.worker.wait(self.paths)
+        found = FeatureSet.joined([load(path) for path in self.paths])
         self.images.check(found)
         return found
-
-    def __iter__(self) -> Iterator[FeatureSet]:
-        self.worker.wait(self.paths)
-        return map(load, self.paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +130,7 @@ class FeatureCache:
           OSError: the folder cannot be written.
         """
         source, worker = images.source, self.worker
-        rows_digest = hashlib.sha256(images.rows.astype(np.int64).tobytes()).hexdigest()
-        made_of = [source.name, rows_digest, extractor.network, extractor.digest, extractor.batch]
-        name = hashlib.sha256(json.dumps([*made_of, preprocess.to_words()]).encode()).hexdigest()[:16]
+        name = images.digest(extractor.network, extractor.digest, extractor.batch, preprocess.to_words())
         pieces = [images.rows[start : start + PART] for start in range(0, len(images.rows), PART)]
         paths = [self.folder / f"{name}-{number:05d}.npz" for number in range(len(pieces))]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -171,9 +175,15 @@ def _is_current(path: pathlib.Path, source: Source) -> bool:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return False
 
-    def hash_now(row: Row) -> str:
-        record = record_at(source, row.index)
+    return hashes(source, [row.index for row in found.rows]) == [row.hash for row in found.rows]
+
+
+def hashes(source: Source, rows: Iterable[int]) -> list[str]:
+    """`hash_of` the pictures that lie there now, '' for none."""
+
+    def hash_now(index: int) -> str:
+        record = record_at(source, index)
         return "" if isinstance(record, Dropped) else hash_of(record.image)
 
     with futures.ThreadPoolExecutor() as pool:
-        return list(pool.map(hash_now, found.rows)) == [row.hash for row in found.rows]
+        return list(pool.map(hash_now, rows))

@@ -25,11 +25,13 @@ from dalle_jax.evaluate import distances
 from dalle_jax.evaluate.preprocess import Preprocess
 from dalle_jax.mesh import local_mesh
 from dalle_jax.models import Model, Params, inception
+from dalle_jax.models.clip import encode_images
 from dalle_jax.sample.rerank import Reranker
 
 BATCH = 32  # pictures a device
 
 _features = jax.jit(Model.apply, static_argnums=0)
+_vectors = jax.jit(encode_images, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +97,14 @@ class Extractor:
     """
 
     def __init__(self, model: Model, params: Params):
-        mesh = local_mesh()
-        self.model, self.digest = model, digest.of_tree(params)
-        config = model.config
+        config, self.digest = model.config, digest.of_tree(params)
         self.network = f"inception-{config.pools}" + (f"-{config.features}" if config.narrow > 1 else "")
         self.features, self.classes = config.features, config.classes
+        self._put(model, params)
+
+    def _put(self, model: Model, params: Params) -> None:
+        """Parameters whole on every device, each of which takes its part of a batch."""
+        self.model, mesh = model, local_mesh()
         self.batch = BATCH * sharding.batch_ways(mesh)
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._place = sharding.batch_sharding(mesh)
@@ -123,11 +128,13 @@ class Extractor:
 
     def __call__(self, x_XHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features [X, F] and logits [X, V] of prepared images."""
+        return self._in_batches(_features, x_XHWC)
 
-        def features(x_BHWC):
-            return _features(self.model, self._params, jax.device_put(x_BHWC, self._place))
+    def _in_batches(self, function: Callable, x_XHWC: np.ndarray):
+        def of_batch(x_BHWC):
+            return function(self.model, self._params, jax.device_put(x_BHWC, self._place))
 
-        return sharding.in_batches(features, x_XHWC, size=self.batch)
+        return sharding.in_batches(of_batch, x_XHWC, size=self.batch)
 
     def of_source(
         self,
@@ -174,16 +181,16 @@ class ClipExtractor(Extractor):
     """The image side of a CLIP in place of Inception; it has no classes, so there is no Inception score of it."""
 
     def __init__(self, clip: Reranker):
-        self.clip, self.digest, self.batch = clip, clip.digest, BATCH
+        self.clip, self.digest = clip, clip.digest
         self.features, self.classes = clip.model.config.embed, 0
         self.network = f"clip-{self.features}"
+        self._put(clip.model, clip.params)
 
     def prepared(self, image_uint8: np.ndarray, preprocess: Preprocess) -> np.ndarray:
         return preprocess.for_clip(image_uint8, self.clip.image_size)
 
     def __call__(self, x_XHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        vectors_XE = sharding.in_batches(self.clip.image_vectors, x_XHWC, size=self.batch)
-        return vectors_XE, np.zeros((len(x_XHWC), 0), np.float32)
+        return self._in_batches(_vectors, x_XHWC), np.zeros((len(x_XHWC), 0), np.float32)
 
 
 def caption_scores(

@@ -154,13 +154,13 @@ def _overlap(inputs: Inputs, cache: FeatureCache, out: pathlib.Path) -> tuple[Co
     if clip is None or training is None or isinstance(reference, Statistics):
         return (), {}
     whole = dataclasses.replace(reference, crop="none")  # as in training
-    reference_parts, training_parts = (cache.make(clip, one, inputs.preprocess(one)) for one in (whole, training))
+    found = cache.make(clip, whole, inputs.preprocess(whole)).load()
+    paths = overlap.search(clip, found, training, folder=cache.folder, worker=cache.worker)
     if not cache.worker.first:
         return (), {}
-    pairs, seen = overlap.nearest(reference_parts.load(), training_parts)
-    if not seen:
-        raise UserError(f"expected pictures in {training.source.name}, got none that can be read: see `dalle-jax data`")
-    summary, duplicates = overlap.summary(pairs, seen=seen, least=asked.least)
+    cache.worker.wait(paths)
+    pairs, seen = overlap.closest(paths, found, training.source)
+    summary, duplicates = overlap.summary(pairs, training.source, seen=seen, least=asked.least)
     overlap.save_sheet(out / overlap.SHEET, pairs, (reference.source, training.source))
     summary = {"source": asked.source, "clip": clip.digest, **summary, "removed": asked.remove}
     return (duplicates if asked.remove else ()), {"overlap": summary}

@@ -31,13 +31,13 @@ class Reranker:
     """A trained CLIP with its tokenizer. Make one with `Reranker.load`.
 
     Attributes:
-      model: its definition. digest: sha256 (hex) of parameters and tokenizer.
+      model: its definition. params: its parameters. digest: sha256 (hex) of parameters and tokenizer.
     """
 
     def __init__(self, model: Model, params: Params, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.digest = of_parts({"params": of_tree(params), "tokenizer": tokenizer.digest})
-        self._params = jax.device_put(params)
+        self.params = jax.device_put(params)
         self._caption = functools.lru_cache(CACHED_CAPTIONS)(self._encode_caption)
 
     @classmethod
@@ -75,30 +75,25 @@ class Reranker:
         text_E = self._caption(caption)
 
         def score(images_uint8):
-            return _score(self.model, self._params, images_uint8, text_E)
+            return _score(self.model, self.params, images_uint8, text_E)
 
         return sharding.in_batches(score, images_uint8, size=BATCH)
-
-    def image_vectors(self, images_uint8: np.ndarray) -> np.ndarray:
-        """Unit vectors float32 [B, E] of images uint8 [B, image_size, image_size, 3], all at a time."""
-        return np.asarray(_encode_images(self.model, self._params, images_uint8))
 
     def caption_vectors(self, captions: Sequence[str]) -> np.ndarray:
         """Unit vectors float32 [P, E] of captions, cut where the text ends that the model reads."""
         if not captions:
             return np.zeros((0, self.model.config.embed), np.float32)
         text_PT = np.stack([self._text(caption) for caption in captions])
-        return sharding.in_batches(functools.partial(_encode_captions, self.model, self._params), text_PT, size=BATCH)
+        return sharding.in_batches(functools.partial(_encode_captions, self.model, self.params), text_PT, size=BATCH)
 
     def _text(self, caption: str) -> np.ndarray:
         return self.model.config.layout.caption_ids(self.tokenizer.encode(caption))
 
     def _encode_caption(self, caption: str) -> jax.Array:
-        return _encode_captions(self.model, self._params, self._text(caption)[None])[0]
+        return _encode_captions(self.model, self.params, self._text(caption)[None])[0]
 
 
 _encode_captions = jax.jit(encode_captions, static_argnums=0)
-_encode_images = jax.jit(encode_images, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

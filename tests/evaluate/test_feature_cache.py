@@ -25,7 +25,7 @@ class Counting:
         self.rows = []
 
     def of_source(self, source, *, preprocess, rows, advance):
-        self.rows += rows.tolist()
+        self.rows += list(rows)
         advance(len(rows))
         made = [Row(f"{row}", int(row), "", hash_of(source[row].image), (1, 1)) for row in rows]
         zeros = np.zeros((len(rows), 3), np.float32)
