@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the report and drawn pictures are written (default: evaluation)",
     )
+    parser.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="devices that share one copy of the model (default: 1)"
+    )
     parser.add_argument("--save-statistics", metavar="FILE.npz", help="write the reference's statistics (default: no)")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object (default: as text)")
     for name in RENAMED:
@@ -94,7 +97,14 @@ def main(args: argparse.Namespace) -> int:
 
         meet()  # the first collective connects all
         worker = Worker(Share(jax.process_index(), jax.process_count()), beat=beat, meet=meet, show=not args.json)
-        made = evaluate(evaluation, model=args.model, out=args.out, worker=worker, save_statistics=args.save_statistics)
+        made = evaluate(
+            evaluation,
+            model=args.model,
+            out=args.out,
+            worker=worker,
+            tensor=args.tensor,
+            save_statistics=args.save_statistics,
+        )
     if made is None:
         return 0
     for note in made["notes"]:

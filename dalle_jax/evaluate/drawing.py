@@ -131,13 +131,13 @@ class Drawing:
     source: str
 
     @classmethod
-    def load(cls, folder: str, draw: Draw, source: str) -> "Drawing":
-        """The model of a transformer's workdir.
+    def load(cls, folder: str, draw: Draw, source: str, *, tensor: int = 1) -> "Drawing":
+        """The model of a transformer's workdir. tensor: devices that share one copy of it.
 
         Raises:
           UserError: a part of it is missing, or it cannot draw so.
         """
-        drawing = cls(Pipeline.load(folder, clip=draw.clip, weights=draw.weights), draw, source)
+        drawing = cls(Pipeline.load(folder, clip=draw.clip, weights=draw.weights, tensor=tensor), draw, source)
         drawing.pipe.check(drawing.request("", draw.seed))
         return drawing
 

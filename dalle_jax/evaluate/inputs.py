@@ -58,8 +58,8 @@ class Inputs:
         return Preprocess(resize=resize or measure.resize, crop=images.crop, side=measure.side, blur=radius)
 
 
-def open_inputs(evaluation: Evaluation, *, model: str | None) -> Inputs:
-    """Opens what an evaluation reads. model: workdir of the transformer that draws.
+def open_inputs(evaluation: Evaluation, *, model: str | None, tensor: int = 1) -> Inputs:
+    """Opens what an evaluation reads. model: workdir of the transformer that draws, on `tensor` devices a copy.
 
     Raises:
       UserError: something is missing, cannot be read, does not fit the rest, or is not what `evaluation.expected` says.
@@ -81,7 +81,7 @@ def open_inputs(evaluation: Evaluation, *, model: str | None) -> Inputs:
                 "no statistics as the reference"
             )
         training = ImageSet.choose("training", open_images(evaluation.overlap.source), crop="none")
-    images = _images(evaluation, model)
+    images = _images(evaluation, model, tensor)
     inputs = Inputs(evaluation, extractor, scorer, clip, reference, training, images, tuple(notes))
     if evaluation.expected is not None:
         found = flatten(inputs.summary())
@@ -153,7 +153,7 @@ def made_of(evaluation: Evaluation, extractor: Extractor, radius: float) -> dict
     return {"network": extractor.network, "weights": extractor.digest, **preprocess.to_words()}
 
 
-def _images(evaluation: Evaluation, model: str | None) -> ImageSet | Drawing:
+def _images(evaluation: Evaluation, model: str | None, tensor: int) -> ImageSet | Drawing:
     measure = evaluation.measure
     if evaluation.pictures is not None:
         source, crop = open_images(evaluation.pictures), measure.crop
@@ -162,4 +162,4 @@ def _images(evaluation: Evaluation, model: str | None) -> ImageSet | Drawing:
         raise UserError("expected the workdir of a transformer that draws, or --pictures SOURCE, got neither")
     if not evaluation.source:
         raise UserError("expected a source of captions: give --config.source=SOURCE")
-    return Drawing.load(model, evaluation.draw, evaluation.source)
+    return Drawing.load(model, evaluation.draw, evaluation.source, tensor=tensor)

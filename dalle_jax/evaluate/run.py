@@ -32,11 +32,13 @@ def evaluate(
     model: str | None,
     out: pathlib.Path,
     worker: Worker,
+    tensor: int = 1,
     save_statistics: str | None = None,
 ) -> dict[str, Any] | None:
     """Writes OUT/report.json and what belongs to it; the report, or None on all workers but the first.
 
-    model: workdir of the transformer, where pictures are drawn. save_statistics: where to write those of the reference.
+    model: workdir of the transformer, where pictures are drawn. tensor: devices that share one copy of it.
+    save_statistics: where to write those of the reference.
 
     Raises:
       UserError: something given is wrong or too little, or is not what `evaluation.expected` says.
@@ -48,7 +50,7 @@ def evaluate(
         raise UserError(f"{out} holds an evaluation that draws its pictures: give another --out for given ones")
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
-        inputs = open_inputs(evaluation, model=model)
+        inputs = open_inputs(evaluation, model=model, tensor=tensor)
         plan = inputs.images.plan(out, worker) if isinstance(inputs.images, Drawing) else None
         if plan is not None and evaluation.expected is not None:
             evaluation.expected.check("drawn.captions_sha256", plan.digest)

@@ -17,7 +17,7 @@ from dalle_jax.data.share import Share
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import drawing, feature_cache
 from dalle_jax.evaluate.drawing import Drawing
-from dalle_jax.evaluate.protocol import Evaluation
+from dalle_jax.evaluate.protocol import Draw, Evaluation
 from dalle_jax.evaluate.report import PUBLISHED_WARNING, table
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.sample.pipeline import Pipeline
@@ -111,6 +111,16 @@ def test_pictures_say_how_they_were_made(straight, model, coco):
         if index == 5:  # any of them can be drawn again by itself
             again = pipe(plan.captions[index], best_of=BEST_OF, seed=BEST_OF * index)[0]
             np.testing.assert_array_equal(np.asarray(again), np.asarray(picture))
+
+
+def test_a_model_that_devices_share_draws_the_same_pictures(straight, model, words, tmp_path, capsys):
+    assert run(model, *words, "--tensor", 3, "--out", tmp_path / "out") == 2
+    assert "tensor must divide the 8 device(s)" in capsys.readouterr().err
+    plan = drawing.load(straight[0] / "plan.json")
+    shared = Drawing.load(str(model), Draw(**plan.settings["draw"]), "", tensor=2)
+    assert dict(shared.pipe.generator.engine.mesh.shape)["tensor"] == 2
+    shared.draw_all(plan, tmp_path, Worker())
+    assert shards(tmp_path) == shards(straight[0])
 
 
 class Killed(BaseException):
