@@ -61,13 +61,18 @@ def middle_square(image_uint8: np.ndarray) -> np.ndarray:
     return image_uint8[top : top + side, left : left + side]
 
 
-def clip_window(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """CLIP's preprocessing of an image: height and width to resize it to, and top and left of the `size` square.
+def clip_crop(image_uint8: np.ndarray, size: int) -> np.ndarray:
+    """CLIP's preprocessing: the shorter side to `size` (bicubic), then the center square.
 
-    The roundings are those of torchvision's `Resize(size)` and `CenterCrop(size)`.
+    Bit for bit torchvision's `Resize(size)` and `CenterCrop(size)` of a Pillow image, as the released code calls them.
     """
+    height, width = image_uint8.shape[:2]
     tall, wide = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
-    return tall, wide, round((tall - size) / 2), round((wide - size) / 2)
+    if (tall, wide) != (height, width):
+        resized = Image.fromarray(np.ascontiguousarray(image_uint8)).resize((wide, tall), Image.Resampling.BICUBIC)
+        image_uint8 = np.asarray(resized)
+    top, left = round((tall - size) / 2), round((wide - size) / 2)
+    return image_uint8[top : top + size, left : left + size]
 
 
 def shortest(augment: str, size: int) -> int:

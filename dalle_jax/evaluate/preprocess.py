@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from dalle_jax import pixels
-from dalle_jax.data.transforms import center_crop, clip_window, middle_square
+from dalle_jax.data.transforms import center_crop, clip_crop, middle_square
 from dalle_jax.models.inception import SIZE
 
 # Of the channels over ImageNet, as torchvision has them.
@@ -42,12 +42,8 @@ class Preprocess:
         return RESIZES[self.resize](self.framed(image_uint8))
 
     def for_clip(self, image_uint8: np.ndarray, size: int) -> np.ndarray:
-        """CLIP's: the shorter side to `size` by Pillow's bicubic, then the middle square; uint8 [size, size, 3]."""
-        image_uint8 = np.ascontiguousarray(self.framed(image_uint8))
-        height, width = image_uint8.shape[:2]
-        new_height, new_width, top, left = clip_window(height, width, size)
-        resized = Image.fromarray(image_uint8).resize((new_width, new_height), Image.Resampling.BICUBIC)
-        return np.asarray(resized)[top : top + size, left : left + size]
+        """uint8 [size, size, 3]."""
+        return clip_crop(self.framed(image_uint8), size)
 
     def to_words(self) -> dict[str, str]:
         """The values as a statistics file has them."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from dalle_jax import model_dir, sharding
 from dalle_jax.checkpoint.digest import of_parts, of_tree
-from dalle_jax.data.transforms import clip_window
+from dalle_jax.data.transforms import clip_crop
 from dalle_jax.errors import UserError
 from dalle_jax.models import Model, Params
 from dalle_jax.models.clip import encode_captions, encode_images
@@ -74,6 +74,9 @@ class Reranker:
             raise UserError(f"expected the caption as text, got {caption!r}: give one caption")
         text_E = self._caption(caption)
 
+        size = self.image_size
+        images_uint8 = np.array([clip_crop(image, size) for image in images_uint8], np.uint8).reshape(-1, size, size, 3)
+
         def score(images_uint8):
             return _score(self.model, self.params, images_uint8, text_E)
 
@@ -98,18 +101,4 @@ _encode_captions = jax.jit(encode_captions, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model: Model, params: Params, images_uint8, text_E):
-    images_uint8 = resize_and_crop(images_uint8, model.config.image_size)
     return jnp.einsum("be,e->b", encode_images(model, params, images_uint8), text_E)
-
-
-def resize_and_crop(images_uint8, size: int):
-    """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3]: the shorter side to `size`, then the center square.
-
-    Bicubic, with the kernel widened where images shrink, as Pillow does it.
-    """
-    batch, old_height, old_width, channels = images_uint8.shape
-    height, width, top, left = clip_window(old_height, old_width, size)
-    if (height, width) != (old_height, old_width):
-        resized = jax.image.resize(images_uint8.astype(jnp.float32), (batch, height, width, channels), "bicubic")
-        images_uint8 = resized.round().clip(0, 255).astype(jnp.uint8)
-    return images_uint8[:, top : top + size, left : left + size]

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from dalle_jax.data.record import Source
 from dalle_jax.data.sources import open_source
-from dalle_jax.data.transforms import clip_window, middle_square
+from dalle_jax.data.transforms import clip_crop, middle_square
 from dalle_jax.evaluate import distances, features, preprocess
 from dalle_jax.evaluate.distances import mean_and_covariance
 from dalle_jax.evaluate.features import Extractor
@@ -93,15 +93,17 @@ def test_blur_and_crop_stay_uint8():
     np.testing.assert_array_equal(both, preprocess.tf1(preprocess.blurred(image[:, 8:48], 2)))
 
 
-def test_clips_window_is_torchvisions():
-    """As its `Resize(size)` and `CenterCrop(size)` have it: the long side is cut to a whole number, half of what is
+def test_clips_crop_has_the_roundings_of_torchvision():
+    """As its `Resize(size)` and `CenterCrop(size)` have them: the long side is cut to a whole number, half of what is
     left over is rounded to an even one."""
-    for height, width, size in [(h, w, s) for h in range(20, 200, 7) for w in range(20, 200, 11) for s in (16, 33)]:
+    for height, width, size in [(h, w, s) for h in range(20, 200, 23) for w in range(20, 200, 31) for s in (16, 33)]:
         short, long = min(height, width), max(height, width)
         long_size = int(size * long / short)
-        want = (size, long_size) if height <= width else (long_size, size)
-        offsets = tuple(int(round((length - size) / 2.0)) for length in want)
-        assert clip_window(height, width, size) == (*want, *offsets), (height, width, size)
+        tall, wide = (size, long_size) if height <= width else (long_size, size)
+        top, left = (int(round((length - size) / 2.0)) for length in (tall, wide))
+        image = noise_image(height, width)
+        resized = np.asarray(Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(clip_crop(image, size), resized[top : top + size, left : left + size])
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (48, 85), (97, 40), (30, 41)])

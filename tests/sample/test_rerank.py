@@ -6,9 +6,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from dalle_jax import model_dir
+from dalle_jax.data.transforms import clip_crop
 from dalle_jax.errors import UserError
 from dalle_jax.models import clip
 from dalle_jax.sample import rerank
@@ -81,17 +81,11 @@ def test_a_caption_is_encoded_once(folder, monkeypatch):
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 90), (90, 48)])
-def test_pictures_are_brought_to_size_as_pillow_does(size):
-    """Within the rounding of its two passes, on a smooth picture and where pictures grow or shrink."""
-    rows, columns = np.mgrid[: size[0], : size[1]] / 8.0
-    image = np.stack([127 + 120 * np.sin(rows + c) * np.cos(columns) for c in range(3)], -1).astype(np.uint8)
-    for side in (20, 100):
-        height, width = (int(side * length / min(size)) for length in size)  # the roundings of torchvision
-        wanted = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), int)
-        top, left = round((height - side) / 2), round((width - side) / 2)
-        got = np.asarray(rerank.resize_and_crop(image[None], side))[0].astype(int)
-        assert np.abs(got - wanted[top : top + side, left : left + side]).max() <= 1
+def test_pictures_are_brought_to_size_as_for_clip_score(reranker):
+    """`data.transforms.clip_crop`, which tests/evaluate holds to torchvision; one by one or together."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 11, 20, 3), np.uint8)
+    cropped = np.stack([clip_crop(image, 8) for image in images])
+    np.testing.assert_array_equal(reranker.score(images, "red"), reranker.score(cropped, "red"))
 
 
 def test_the_digest_tells_models_apart(folder, reranker, tmp_path):
