@@ -36,3 +36,16 @@ def write(path: str | os.PathLike, data: bytes | str) -> None:
     """
     with replacing(path) as aside:
         aside.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def probe(folder: str | os.PathLike) -> None:
+    """Try to write into a folder, before the work is begun whose result it will get.
+
+    Raises:
+      OSError: it is not there or cannot be written.
+    """
+    tried = pathlib.Path(folder) / f".probe.{uuid.uuid4().hex[:8]}"
+    try:
+        tried.write_bytes(b"probe")
+    finally:
+        tried.unlink(missing_ok=True)

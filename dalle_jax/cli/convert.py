@@ -10,10 +10,11 @@ import jax
 from dalle_jax import model_dir
 from dalle_jax.checkpoint import digest
 from dalle_jax.convert import clip, inception, openai_dvae, weights
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, check_number
 from dalle_jax.models import Params
 from dalle_jax.text.clip import MERGES, VOCAB
 
+MAX_IMAGE_SIZE = 65_536  # pixels
 Converted = tuple[str, Any, Params, str]  # name of the model, its sizes as a dataclass, parameters, a line for people
 
 
@@ -64,6 +65,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def convert_dvae(args: argparse.Namespace) -> Converted:
+    check_number("--image-size", args.image_size, min=1, max=MAX_IMAGE_SIZE, whole=True)
     encoder, decoder = (weights.read(path, allow_pickle=args.allow_pickle) for path in (args.encoder, args.decoder))
     config, params = openai_dvae.convert(encoder, decoder, image_size=args.image_size)
     summary = f"{_count(params)} parameters, {config.vocab} codes, {config.grid} x {config.grid} grid"

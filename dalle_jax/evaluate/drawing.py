@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 import shutil
@@ -32,7 +33,7 @@ from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import open_source
 from dalle_jax.data.sources.tar_members import BLOCK
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate.features import counted
+from dalle_jax.evaluate.features import counted, read_ahead
 from dalle_jax.evaluate.protocol import Draw
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.pictures.picture import Picture
@@ -41,6 +42,7 @@ from dalle_jax.sample.request import Request
 
 PLAN, PICTURES = "plan.json", "pictures"
 READERS = 8  # threads that mostly wait for the disk
+READ_AHEAD = 256  # records
 END = b"\0" * 10_240  # of an archive, as tar itself writes it
 
 
@@ -99,7 +101,8 @@ def choose(source: Source, draw: Draw, settings: Mapping[str, Any]) -> Plan:
 
     ids, captions, dropped = [], [], collections.Counter()
     with futures.ThreadPoolExecutor(READERS) as pool:
-        for found in pool.map(read, range(len(source))):
+        blocks = read_ahead(pool, read, range(len(source)), READ_AHEAD)  # so that an interrupt waits for few
+        for found in itertools.chain.from_iterable(blocks):
             if isinstance(found, Dropped):
                 dropped[found.reason] += 1
                 continue

@@ -165,7 +165,7 @@ class Extractor:
             return row, self.prepared(image_uint8, preprocess)
 
         with futures.ThreadPoolExecutor() as pool:
-            for found in _read_ahead(pool, read, indices, self.batch):
+            for found in read_ahead(pool, read, indices, self.batch):
                 good = [outcome for outcome in found if not isinstance(outcome, Dropped)]
                 dropped.update(outcome.reason for outcome in found if isinstance(outcome, Dropped))
                 if good:
@@ -243,7 +243,7 @@ def hash_of(image: bytes | np.ndarray) -> str:
     return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
-def _read_ahead(pool: futures.Executor, work: Callable, indices, size: int) -> Iterator[list]:
+def read_ahead(pool: futures.Executor, work: Callable, indices, size: int) -> Iterator[list]:
     """work(index) of all indices in their order, `size` at a time, the next batch under way while one is used."""
     waiting: collections.deque = collections.deque()
     for start in range(0, len(indices), size):

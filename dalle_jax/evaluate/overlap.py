@@ -161,4 +161,5 @@ def save_sheet(path: pathlib.Path, pairs: Sequence[Pair], sources: tuple[Source,
             thumbnail.thumbnail((SIDE, SIDE))
             images.append(np.asarray(thumbnail))
             captions.append(note + record.key)
-    contact_sheet(images, captions, columns=8).save(path)
+    with files.replacing(path) as aside:
+        contact_sheet(images, captions, columns=8).save(aside, format="PNG")

@@ -17,6 +17,7 @@ from dalle_jax.train.settings import Processes
 FEATURES = ("inception", "clip")
 MAX_SIDE = 4_096  # pixels, of an image before it is blurred
 MAX_BLUR = 1_000  # pixels
+MAX_PICTURES = 10**10  # of a set
 # What may lie elsewhere when an evaluation is repeated.
 PLACES = ("source", "reference", "pictures", "weights", "score_weights", "clip", "draw.clip", "overlap.source")
 
@@ -65,8 +66,8 @@ class Metrics:
         if not self.blur or len(set(self.blur)) != len(self.blur):
             raise UserError(f"expected one or more different radii of blur, got {self.blur}: name each once")
         check_number("side", self.side, min=1, max=MAX_SIDE, whole=True, optional=True)
-        check_number("splits", self.splits, min=1, whole=True)
-        check_number("candidates", self.candidates, min=2, whole=True)
+        check_number("splits", self.splits, min=1, max=MAX_PICTURES, whole=True)
+        check_number("candidates", self.candidates, min=2, max=MAX_PICTURES, whole=True)
         check_number("seed", self.seed, min=0, max=MAX_SEEDS - 1, whole=True)
         if self.side and "center" not in (self.crop, self.reference_crop):
             raise UserError(f"expected crop = 'center' with side = {self.side}, that of a square, got none: add it")
@@ -101,10 +102,10 @@ class Draw:
     shard_size: int = 256
 
     def __post_init__(self):
-        check_number("draw.count", self.count, min=2, whole=True, optional=True)
+        check_number("draw.count", self.count, min=2, max=MAX_PICTURES, whole=True, optional=True)
         check_number("draw.best_of", self.best_of, min=1, max=MAX_CANDIDATES, whole=True, optional=True)
         check_number("draw.seed", self.seed, min=0, max=MAX_SEEDS - 1, whole=True)
-        check_number("draw.shard_size", self.shard_size, min=1, whole=True)
+        check_number("draw.shard_size", self.shard_size, min=1, max=MAX_PICTURES, whole=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Evaluation:
     def __post_init__(self):
         object.__setattr__(self, "departures", tuple(self.departures))
         for name in ("reference_exactly", "reference_count", "count"):
-            check_number(name, getattr(self, name), min=2, whole=True, optional=True)
+            check_number(name, getattr(self, name), min=2, max=MAX_PICTURES, whole=True, optional=True)
         if (self.draw is None) == (self.pictures is None):
             raise UserError("expected either a transformer that draws or --pictures SOURCE, got both or neither")
 

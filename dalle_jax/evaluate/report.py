@@ -148,7 +148,7 @@ def write(out: pathlib.Path, report: Mapping[str, Any]) -> None:
     Raises:
       OSError: the folder cannot be written.
     """
-    files.write(out / TABLE, table(report))
+    files.write(out / TABLE, table(report).encode(errors="surrogateescape"))  # names of files need not be text
     if len(report["blur"]) > 1:
         _save_curve(out / CURVE, report)
     files.write(out / REPORT, json.dumps(report, indent=1) + "\n")  # last: all is there

@@ -5,18 +5,20 @@ reference come before the first picture is drawn. What was done is kept in OUT u
 command goes on after any stop.
 """
 
+import contextlib
 import dataclasses
-import glob
 import pathlib
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from dalle_jax.errors import UserError, writing_to
+from dalle_jax import files
+from dalle_jax.data.sources.tar import ShardSource
+from dalle_jax.errors import UserError, say, writing_to
 from dalle_jax.evaluate import distances, drawing, overlap, report, statistics
 from dalle_jax.evaluate.drawing import Drawing, Plan
-from dalle_jax.evaluate.feature_cache import FeatureCache, ImageSet, Parts, open_images
+from dalle_jax.evaluate.feature_cache import FeatureCache, ImageSet, Parts
 from dalle_jax.evaluate.features import FeatureSet, caption_scores, counted
 from dalle_jax.evaluate.inputs import Inputs, made_of, open_inputs
 from dalle_jax.evaluate.protocol import Evaluation
@@ -48,8 +50,11 @@ def evaluate(
         raise UserError(f"expected one radius of blur to save statistics of, got {evaluation.measure.blur}: name one")
     if evaluation.draw is None and (out / drawing.PLAN).exists():
         raise UserError(f"{out} holds an evaluation that draws its pictures: give another --out for given ones")
-    with writing_to(out):
+    if save_statistics:
+        statistics.check_place(save_statistics)
+    with writing_to(out), _kept(out):
         out.mkdir(parents=True, exist_ok=True)
+        files.probe(out)
         inputs = open_inputs(evaluation, model=model, tensor=tensor)
         plan = inputs.images.plan(out, worker) if isinstance(inputs.images, Drawing) else None
         if plan is not None and evaluation.expected is not None:
@@ -66,6 +71,16 @@ def evaluate(
     if worker.first:
         shutil.rmtree(out / FEATURES, ignore_errors=True)
     return made
+
+
+@contextlib.contextmanager
+def _kept(out: pathlib.Path) -> Iterator[None]:
+    """Says what an interrupt leaves; all of it is on disk already, each file whole."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"dalle-jax: what is drawn and computed so far is kept in {out}: the same command goes on with it")
+        raise
 
 
 def run(
@@ -178,7 +193,9 @@ def _images(inputs: Inputs, plan: Plan | None, out: pathlib.Path, worker: Worker
         return inputs.images
     assert plan is not None
     worker.wait(inputs.images.draw_all(plan, out, worker))
-    source = open_images(f"wds:{glob.escape(str(out / drawing.PICTURES))}/*.tar")
+    folder = out / drawing.PICTURES
+    shards = [str(path) for path in sorted(folder.glob("*.tar"))]  # not as a pattern, whose letters OUT may have
+    source = ShardSource(f"wds:{folder}", shards, captions_required=False)
     count, measure = len(plan.captions), inputs.evaluation.measure
     if len(source) != count:
         raise UserError(f"expected the {count} drawn pictures in {source.name}, got {len(source)}: delete this folder")

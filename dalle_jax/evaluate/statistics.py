@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dalle_jax import files
 from dalle_jax.errors import UserError, writing_to
 
 COMMON = ("network", "weights", "resize", "crop", "side", "blur")  # what two sets must have in common
@@ -32,18 +33,25 @@ class Statistics:
     about: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+def check_place(path: str | os.PathLike) -> None:
+    """Raises UserError if `save` could not write there: before the work whose result it is."""
+    path = pathlib.Path(path)
+    if path.suffix != ".npz":
+        raise UserError(f"expected a statistics file ending in .npz, got {path}: name it so")
+    with writing_to(path, "place"):
+        files.probe(path.parent)
+
+
 def save(path: str | os.PathLike, statistics: Statistics) -> None:
     """Write a file that pytorch-fid reads too.
 
     Raises:
       UserError: the place cannot be written, or the name does not end in .npz.
     """
-    path = pathlib.Path(path)
-    if path.suffix != ".npz":
-        raise UserError(f"expected a statistics file ending in .npz, got {path}: name it so")
+    check_place(path)
     about = json.dumps({"count": statistics.count, **statistics.about})
     with writing_to(path, "place"):
-        with path.open("wb") as file:
+        with files.replacing(path) as aside, aside.open("wb") as file:
             np.savez(file, mu=statistics.mean_F, sigma=statistics.covariance_FF, about=about)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -171,6 +173,28 @@ def test_features_do_not_depend_on_the_batch(weights, folders, monkeypatch):
     assert one.rows == other.rows and len(one.rows) == 12 and one.features_XF.shape == (12, 128)
     np.testing.assert_allclose(one.features_XF, other.features_XF, atol=1e-5)
     np.testing.assert_allclose(one.logits_XV, other.logits_XV, atol=1e-5)
+
+
+def test_names_need_not_be_text(weights, folders, tmp_path, capsys):
+    place, out = (tmp_path / os.fsdecode(name) for name in (b"pictures\xff", b"out\xff"))
+    shutil.copytree(folders[0], place)
+    (place / "00.png").rename(place / os.fsdecode(b"\xfe.png"))
+    words = ("--reference", place, "--weights", weights, "--config.measure.splits=1", "--out", out, "--json")
+    assert run("--pictures", place, *words) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "report.json").read_text())
+    assert b"pictures\xff" in (out / "report.md").read_bytes()
+
+
+def test_outputs_are_tried_before_anything_is_read(weights, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dalle_jax.evaluate.run.open_inputs", lambda *_, **__: pytest.fail("read"))
+    (tmp_path / "file").write_text("")
+    given = ("--pictures", folders[0], "--reference", folders[1], "--weights", weights)
+    for more, message in {
+        ("--out", tmp_path / "file"): "expected a folder to write to",
+        ("--out", tmp_path / "out", "--save-statistics", tmp_path / "none" / "a.npz"): "expected a place to write to",
+        ("--out", tmp_path / "out", "--save-statistics", tmp_path / "a.txt"): "ending in .npz",
+    }.items():
+        assert run(*given, *more) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"the shared photos are not here: {PHOTOS}")

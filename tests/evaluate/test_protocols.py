@@ -129,7 +129,7 @@ class Killed(BaseException):
 
 def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words, tmp_path, monkeypatch):
     """Killed in the second shard with bytes of the next picture written: the same shards, bit for bit."""
-    out, drawn = tmp_path / "out [v2]", []
+    out, drawn = tmp_path / "out [v2] {a,b}", []
     draw, write, finished = Pipeline.draw, files.write, straight[0]
     parts = out / "pictures" / ".00001.tar.parts"
 
@@ -154,6 +154,16 @@ def test_a_killed_job_goes_on_and_draws_no_picture_twice(straight, model, words,
     assert shards(out) == shards(finished) and not parts.exists()
     report = json.loads((out / "report.json").read_text())
     assert report["blur"] == straight[1]["blur"]
+
+
+def test_an_interrupt_says_what_is_kept(model, words, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "draw", interrupted)
+    assert run(model, *words, "--out", tmp_path) == 130
+    said = capsys.readouterr().err.splitlines()[-2:]
+    assert said[0].endswith(f"is kept in {tmp_path}: the same command goes on with it") and "interrupted" in said[1]
 
 
 def test_a_report_repeats_itself_and_says_what_has_changed(straight, model, words, coco, weights, tmp_path, capsys):
