@@ -51,32 +51,6 @@ def test_each_gets_its_mesh_which_cuts_everything_large(spec, slice_size, shape)
     )
 
 
-@pytest.mark.parametrize("name", ["12b", "12b_v100", "5b6", "2b8", "1b3", "400m"])
-def test_transformers_have_the_papers_optimizer_and_batch(name):
-    """Ramesh et al. 2021, appendix B: the numbers once more, so that a change of a default is noticed."""
-    settings = load_settings(f"configs/transformer.py:{name}")
-    chosen = settings.optimizer
-    assert (settings.run.steps, settings.batch_size) == (430_000, 1_024)
-    assert (chosen.name, chosen.b1, chosen.b2, chosen.eps, chosen.weight_decay) == ("adamw", 0.9, 0.96, 1e-8, 4.5e-2)
-    assert (chosen.learning_rate, chosen.clip_norm) == (4.5e-4, 4.0)
-    assert (chosen.schedule.name, chosen.schedule.warmup_steps) == ("plateau", 5_000)
-    assert chosen.schedule.plateau.halvings == 5
-    assert (settings.ema.decay, settings.ema.every) == (0.99, 25)
-    assert settings.model.num_layers == (24 if name in ("1b3", "400m") else 64)
-    assert settings.model.heads * settings.model.head_size == settings.model.width
-    assert (settings.model.text_len, settings.model.grid) == (256, 32)
-
-
-def test_the_dvae_has_the_papers_optimizer_and_batch():
-    """Appendix A.2."""
-    settings = load_settings("configs/dvae.py:paper")
-    chosen = settings.optimizer
-    assert (settings.run.steps, settings.batch_size, settings.ema.decay) == (3_000_000, 512, 0.999)
-    assert (chosen.name, chosen.b1, chosen.b2, chosen.eps, chosen.weight_decay) == ("adamw", 0.9, 0.999, 1e-8, 1e-4)
-    assert (chosen.learning_rate, chosen.schedule.end_learning_rate) == (1e-4, 1.25e-6)
-    assert (chosen.schedule.name, chosen.schedule.decay_steps) == ("cosine", 1_200_000)
-
-
 def test_heads_of_12b_are_cut_by_two_and_no_further():
     """62 heads are 2 x 31."""
     settings = load_settings("configs/transformer.py:12b")
