@@ -81,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Write OUT/CAPTION-SEED.png for each image and OUT/sheet.png, and say how many are drawn at a time. Returns 0."""
     requests = _requests(args)
+    seed = requests[0].seed
     pipe = load(args)
     start = time.monotonic()
     images, reason = pipe.capacity(guided=args.guidance != 1)
@@ -99,9 +100,11 @@ def main(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     if args.json:
         made = [{"file": str(file), **picture.metadata()} for picture, file in zip(flat, files, strict=True)]
-        print(json.dumps({"pictures": made, "sheet": str(args.out / SHEET), "wave": images, "seconds": seconds}))
+        whole = {"pictures": made, "seed": seed, "sheet": str(args.out / SHEET), "wave": images, "seconds": seconds}
+        print(json.dumps(whole))
     else:
-        print(f"{len(flat)} pictures of {len(args.captions)} caption(s) in {seconds:.1f} s: {args.out / SHEET}")
+        counts = f"{len(flat)} pictures of {len(args.captions)} caption(s)"
+        print(f"{counts}, from seed {seed}, in {seconds:.1f} s: {args.out / SHEET}")
     return 0
 
 
@@ -141,7 +144,9 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     common = {option.name: getattr(args, option.name) for option in COMMON}
     options = {o.name: value for o in OPTIONS if (value := getattr(args, o.name)) != o.default}
     image = None if args.image is None else read_image(args.image)
-    requests = [Request(caption, **common, image=image, options=options) for caption in args.captions]
+    first = Request(args.captions[0], **common, image=image, options=options)
+    check(first, OPTIONS)
+    requests = first.for_captions(args.captions)
     for request in requests:
         check(request, OPTIONS)
     return requests

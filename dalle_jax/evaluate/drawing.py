@@ -38,7 +38,7 @@ from dalle_jax.evaluate.protocol import Draw
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.sample.request import Request
+from dalle_jax.sample.request import Request, caption_seed
 
 PLAN, PICTURES = "plan.json", "pictures"
 READERS = 8  # threads that mostly wait for the disk
@@ -77,7 +77,7 @@ class Plan:
     def seed(self, index: int) -> int:
         """Seed of the first candidate of a caption."""
         draw = self.settings["draw"]
-        return draw["seed"] + index * (draw["best_of"] or 1)
+        return caption_seed(draw["seed"], index, candidates=draw["best_of"] or 1)
 
 
 def load(path: pathlib.Path) -> Plan:

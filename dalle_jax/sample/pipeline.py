@@ -7,6 +7,7 @@ Cuts requests into batches, ranks candidates, reports progress and stops what no
 from captions is a `Generator`; nothing here knows its model.
 """
 
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -79,7 +80,7 @@ class Pipeline:
         *,
         n: int = 1,
         best_of: int | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
         guidance: float = 1.0,
         image: Image.Image | np.ndarray | None = None,
         on_progress: OnProgress | None = None,
@@ -87,7 +88,9 @@ class Pipeline:
     ) -> list[Picture] | list[list[Picture]]:
         """Draw n images for each caption.
 
-        captions: one caption or several; they are normalized and cut as in training. seed: one, or one per caption.
+        captions: one caption or several; they are normalized and cut as in training.
+        seed: of the first image; of several captions each goes on where the candidates of the one before end. A list
+          has the first seed of each caption. Without one it is drawn; every picture says its own.
         The other arguments are those of `Request` and are the same for all captions; `options` are the generator's:
         `temperature`, `top_k`, `top_p` and `keep_rows` of a transformer.
         on_progress: called with a `Preview` after each step; returning False ends that caption.
@@ -101,13 +104,15 @@ class Pipeline:
             words := [captions] if isinstance(captions, str) else [*captions]
         ):
             raise UserError(f"captions must be a text or a list of at least one text, got {captions!r}")
-        seeds: list[Any] = list(np.asarray(seed, object)) if np.ndim(seed) else [seed] * len(words)
-        if len(seeds) != len(words):
+        several = not (seed is None or np.ndim(seed) == 0)
+        seeds: list[Any] = [*np.asarray(seed, object)] if several else [seed]
+        if several and len(seeds) != len(words):
             raise UserError(f"seed must be one, or one per caption, got {len(seeds)} for {len(words)} captions")
-        requests = [
-            Request(word, n=n, best_of=best_of, seed=first, guidance=guidance, image=image, options=options)
-            for word, first in zip(words, seeds, strict=True)
-        ]
+        first = Request(words[0], n=n, best_of=best_of, seed=seeds[0], guidance=guidance, image=image, options=options)
+        self.check(first)
+        requests = first.for_captions(words)
+        if several:
+            requests = [dataclasses.replace(each, seed=own) for each, own in zip(requests, seeds, strict=True)]
         pictures = self.draw(requests, on_progress=on_progress)
         return pictures[0] if isinstance(captions, str) else pictures
 
@@ -216,6 +221,7 @@ class _Drawing:
         request = self._requests[index]
         scores, seeds, drafts = zip(*self._best[index], strict=True)
         settings = {
+            "seed": request.seed,  # of the first candidate
             "guidance": float(request.guidance),
             "best_of": request.best_of,
             **self._generator.settings(request),

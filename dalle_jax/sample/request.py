@@ -4,7 +4,8 @@ Command line, Python, server and page read the same tables: `COMMON` here, and t
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,17 @@ class Option:
 COMMON = (
     Option("n", int, 1, "images for each caption", min=1, max=MAX_CANDIDATES),
     Option("best_of", int, None, "candidates from which CLIP chooses n", min=1, max=MAX_CANDIDATES, unset="no ranking"),
-    Option("seed", int, 0, "seed of the first image; the next has seed + 1, and so on", min=0, max=MAX_SEEDS - 1),
+    Option("seed", int, None, "of the first image; the next has seed + 1", min=0, max=MAX_SEEDS - 1, unset="a new one"),
     Option("guidance", float, 1.0, "1 is none; above 1 follows the caption more closely", min=0, max=1000),
 )
+
+
+def caption_seed(seed: int, index: int, *, candidates: int) -> int:
+    """Seed of the first candidate of a caption, where those before it have as many candidates each.
+
+    So no two images of a call share a seed, and with it their noise. seed: of the first caption.
+    """
+    return seed + index * candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +89,8 @@ class Request:
 
     n: images returned. best_of: candidates drawn, of which CLIP chooses the n that fit the caption best, best first;
       None draws n and ranks nothing.
-    seed: candidate m has seed + m; an image depends on its seed, caption and settings only.
+    seed: candidate m has seed + m; an image depends on its seed, caption and settings only. Without one, a new one is
+      drawn.
     guidance: 0 .. 1000; 1 is none, above it images follow the caption more closely.
     image: the image to complete.
     options: settings of the generator by name, such as `temperature`; those that are missing have their defaults.
@@ -90,12 +100,14 @@ class Request:
     caption: str
     n: int = 1
     best_of: int | None = None
-    seed: int = 0
+    seed: int = None  # type: ignore[assignment]  # __post_init__ draws one
     guidance: float = 1.0
     image: Image.Image | np.ndarray | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbelow(MAX_SEEDS // 2))  # room for many captions behind it
         for option in COMMON:
             object.__setattr__(self, option.name, _as_python(getattr(self, option.name)))
         object.__setattr__(self, "options", {name: _as_python(value) for name, value in self.options.items()})
@@ -104,6 +116,13 @@ class Request:
     def candidates(self) -> int:
         """Images drawn, of which n are returned."""
         return self.n if self.best_of is None else self.best_of
+
+    def for_captions(self, captions: Sequence[str]) -> "list[Request]":
+        """The same request for each of several captions, with seeds by `caption_seed`."""
+        return [
+            dataclasses.replace(self, caption=text, seed=caption_seed(self.seed, i, candidates=self.candidates))
+            for i, text in enumerate(captions)
+        ]
 
     def values(self, options: Iterable[Option]) -> dict[str, Any]:
         """The values of the generator's options, defaults filled in."""

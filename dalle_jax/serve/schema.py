@@ -8,7 +8,6 @@ Knows nothing of HTTP.
 import dataclasses
 import json
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,8 +71,7 @@ def shorten(value: Any) -> str:
 
 def options(pipe: Pipeline) -> list[Option]:
     """The settings of a request, with the bounds of this server and this model."""
-    changes: dict[str, dict[str, Any]] = {"n": {"max": MAX_N}, "seed": {"default": None, "unset": "a new one"}}
-    common = [dataclasses.replace(option, **changes.get(option.name, {})) for option in COMMON]
+    common = [dataclasses.replace(option, max=MAX_N) if option.name == "n" else option for option in COMMON]
     return [*common, *pipe.generator.options]
 
 
@@ -138,8 +136,7 @@ def parse(
     chosen = {option: values[option.name] for option in options(pipe) if option.name in values}
     common = {option.name: value for option, value in chosen.items() if option.name in COMMON_NAMES}
     special = {option.name: value for option, value in chosen.items() if option.name not in COMMON_NAMES}
-    # Without a seed every call draws something new, and says with which seed.
-    request = Request(values["prompt"], **{"seed": secrets.randbelow(2**31)} | common, image=image, options=special)
+    request = Request(values["prompt"], **common, image=image, options=special)
     try:
         for option, value in chosen.items():
             option.check(value)

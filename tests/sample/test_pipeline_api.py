@@ -47,6 +47,7 @@ def test_pictures_carry_how_they_were_made_into_png_files_and_copies(pipe, tmp_p
             "clip": "bright",
             "guidance": 1.0,
             "keep_rows": 0,
+            "seed": 7,
             "temperature": 0.9,
             "top_k": 5,
             "top_p": None,
@@ -55,12 +56,28 @@ def test_pictures_carry_how_they_were_made_into_png_files_and_copies(pipe, tmp_p
     made.save(tmp_path / "picture.jpg")  # other formats are saved as by any PIL image
 
 
-def test_one_caption_gives_a_list_and_several_give_lists(pipe):
-    alone = pipe(CAPTION, n=2)
-    both = pipe([CAPTION, "a small star"], n=2)
-    assert [len(row) for row in both] == [2, 2]
+def test_captions_of_a_call_share_no_seed(pipe):
+    """Each goes on where the candidates of the one before end; a list of seeds is taken as it is."""
+    alone = pipe(CAPTION, n=2, seed=5)
+    both = pipe([CAPTION] * 2, n=2, seed=5)
+    assert [[picture.seed for picture in row] for row in both] == [[5, 6], [7, 8]]
     np.testing.assert_array_equal(pixels_of(alone), pixels_of(both[0]))
     assert not np.array_equal(pixels_of(both[0]), pixels_of(both[1]))
+    ranked = pipe([CAPTION] * 3, n=1, best_of=4, seed=2**32 - 12)
+    assert [row[0].settings["seed"] for row in ranked] == [2**32 - 12, 2**32 - 8, 2**32 - 4]
+    with pytest.raises(UserError, match="seed must be at most"):
+        pipe([CAPTION] * 3, n=1, best_of=4, seed=2**32 - 11)
+    for row in pipe([CAPTION] * 2, n=1, seed=[6, 6]):
+        np.testing.assert_array_equal(pixels_of(row), pixels_of(alone)[1:])
+
+
+def test_without_a_seed_one_is_drawn_and_said(pipe):
+    first, second = (pipe([CAPTION, "a star"], n=2) for _ in range(2))
+    assert first[0][0].seed != second[0][0].seed
+    again = pipe([CAPTION, "a star"], n=2, seed=first[0][0].settings["seed"])
+    np.testing.assert_array_equal(pixels_of(sum(again, [])), pixels_of(sum(first, [])))
+    for picture in sum(first, []):  # a picture's own seed draws it alone
+        np.testing.assert_array_equal(pixels_of(pipe(picture.caption, seed=picture.seed)), pixels_of([picture]))
 
 
 @pytest.fixture
@@ -139,7 +156,7 @@ def test_progress_is_seen_step_by_step_and_a_request_can_be_ended(pipe, small_ba
         return not (preview.request == 1 and preview.step == 2)
 
     first, second = pipe(["a star", CAPTION], n=3, seed=[0, 5], on_progress=on_progress)
-    np.testing.assert_array_equal(pixels_of(first), pixels_of(pipe("a star", n=3)))
+    np.testing.assert_array_equal(pixels_of(first), pixels_of(pipe("a star", n=3, seed=0)))
     assert second == [] and [step for request, step, *_ in seen if request == 1] == [1, 2]
     shares = [share for request, _, share, _ in seen if request == 0]
     assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8  # two batches of four rows
@@ -187,7 +204,7 @@ def test_completion_keeps_the_top_rows(pipe):
     image = np.random.default_rng(0).integers(256, size=(20, 24, 3), dtype=np.uint8)
     given = pipe.generator.encode(image)
     completed = pipe(CAPTION, n=3, image=Image.fromarray(image), keep_rows=2)
-    whole = pipe(CAPTION, n=1, image=image, keep_rows=4)[0]
+    whole = pipe(CAPTION, image=image, keep_rows=4)[0]
     np.testing.assert_array_equal(np.asarray(whole), pipe.generator.decode(given))
     assert completed[0].settings["keep_rows"] == 2
     assert len({np.asarray(picture).tobytes() for picture in completed}) == 3
@@ -232,6 +249,7 @@ CUT = Image.open(io.BytesIO(png_of(np.random.default_rng(0).integers(256, size=(
         ({"seed": -1}, "seed to be a whole number of at least 0"),
         ({"n": 2, "seed": 2**32 - 1}, r"seed must be at most 2\*\*32 - candidates = 4294967294, got 4294967295"),
         ({"seed": [1, 2]}, "seed must be one, or one per caption, got 2"),
+        ({"seed": []}, "seed must be one, or one per caption, got 0"),
         ({"seed": np.array(1.0)}, "seed to be a whole number"),
         ({"on_progress": 3}, "on_progress must be a function that takes a Preview, or None, got 3"),
         ({"on_rows": print}, r"expected options of this model \(temperature, top_k, top_p, keep_rows\), got 'on_rows'"),
@@ -291,16 +309,17 @@ def test_command_writes_pictures_and_a_sheet(model_folder, pipe, tmp_path, capsy
     words = ["sample", str(model_folder), CAPTION, "a star", "-n", "2", "--seed", "3", "--out", str(out), "--json"]
     assert main.main(words) == 0
     made = json.loads(capsys.readouterr().out)
-    names = [f"{slug}-{seed}.png" for slug in ("a-red-circle-above-a-blue-square", "a-star") for seed in (3, 4)]
+    names = [*(f"a-red-circle-above-a-blue-square-{seed}.png" for seed in (3, 4)), "a-star-5.png", "a-star-6.png"]
     assert [picture["file"] for picture in made["pictures"]] == [str(out / name) for name in names]
+    assert made["seed"] == 3
     assert sorted(path.name for path in out.iterdir()) == sorted([*names, "sheet.png"])
-    assert Image.open(out / names[3]).info["seed"] == "4"
+    assert Image.open(out / names[3]).info["seed"] == "6"
     drawn = [np.asarray(Image.open(out / name)) for name in names]
     np.testing.assert_array_equal(drawn, pixels_of(sum(pipe([CAPTION, "a star"], n=2, seed=3), [])))
     assert main.main(words[:-1]) == 0
     told = capsys.readouterr()
     assert re.match(r"\d+ images per batch: .* MB each, 80% of .* GB free holds \d+", told.err)
-    assert re.match(r"4 pictures of 2 caption\(s\) in .* s: ", told.out)
+    assert re.match(r"4 pictures of 2 caption\(s\), from seed 3, in .* s: ", told.out)
 
 
 def test_every_picture_of_a_command_has_its_own_file():
