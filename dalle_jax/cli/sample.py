@@ -20,7 +20,7 @@ from dalle_jax.pictures.picture import Picture
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.autoregressive import OPTIONS
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.sample.request import COMMON, Option, Preview, Request, check
+from dalle_jax.sample.request import COMMON, Option, Preview, Request, check, is_blank
 
 SHEET = "sheet.png"
 BAR = "{l_bar}{bar}| {n:.2f} of {total} captions [{elapsed}<{remaining}]"
@@ -138,7 +138,7 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     Raises:
       UserError: a blank caption, a number out of its range, or an image that cannot be read.
     """
-    blank = next((caption for caption in args.captions if not caption.strip()), None)
+    blank = next((caption for caption in args.captions if is_blank(caption)), None)
     if blank is not None:
         raise UserError(f"expected words in each CAPTION, got {blank!r}: say what to draw")
     common = {option.name: getattr(args, option.name) for option in COMMON}

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import pathlib
+import resource
 import signal
 import socket
 
@@ -17,10 +18,12 @@ from dalle_jax.errors import UserError, say
 from dalle_jax.sample.request import Option
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
+from dalle_jax.serve.connection import Connection
+from dalle_jax.serve.middleware import MAX_HEAD_BYTES
 
 TOKEN_VARIABLE = "DALLE_JAX_TOKEN"
-MAX_CONNECTIONS = 1000  # beyond, uvicorn answers 503 at once
-MAX_HEAD_BYTES = 32 * 2**10  # of a request line with its headers
+MAX_CONNECTIONS = 1000  # if this process may open enough files
+BACKLOG = 128  # connections that are accepted at a time
 NUMBERS = (
     Option("port", int, 8000, "0 takes a free one", min=0, max=65_535),
     Option("max_batch", int, None, "images drawn together", min=1, max=65_536, unset="as many as fit the free memory"),
@@ -99,19 +102,33 @@ def make_server(app, *, deadline_seconds: float) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
         log_level="error",
         access_log=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
+        limit_concurrency=max_connections(),
+        backlog=BACKLOG,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=int(deadline_seconds) + 5,  # no request takes longer than its deadline
     )
     return uvicorn.Server(config)
+
+
+def max_connections() -> int:
+    """Connections that may be open at a time, at most `MAX_CONNECTIONS`.
+
+    Raises this process's limit of open files towards what they need. Without a file left asyncio accepts nothing, and
+    logs it thousands of times a second.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = 4 * MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(4 * MAX_CONNECTIONS, hard)
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return min(MAX_CONNECTIONS, files // 3)  # the rest for those that were just accepted or are being closed
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -122,7 +139,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=512)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise UserError(
             f"expected an address to listen on, got {host} port {port} ({error.strerror}): choose another"

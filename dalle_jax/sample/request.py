@@ -146,6 +146,11 @@ class Preview:
     images: Callable[[], list[Image.Image]]
 
 
+def is_blank(caption: str) -> bool:
+    """Whether nothing of a caption can be seen: only spaces, control characters and those of no width."""
+    return not any(character.isprintable() and not character.isspace() for character in caption)
+
+
 def check(request: Request, options: Iterable[Option]) -> None:
     """Refuse what no model could draw. options: the generator's.
 

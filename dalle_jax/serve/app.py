@@ -27,7 +27,7 @@ from dalle_jax.serve import metrics, page, parsing, responses, schema, uploads
 from dalle_jax.serve.batcher import READY, Batcher, Job
 from dalle_jax.serve.errors import ApiError, failed, invalid, too_late
 from dalle_jax.serve.image_store import ImageStore
-from dalle_jax.serve.middleware import FILES, Guard
+from dalle_jax.serve.middleware import FILES, HEALTH, Guard
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -211,7 +211,7 @@ def build_app(batcher: Batcher, *, model: str, token: str | None = None) -> Star
     app = Starlette(
         routes=[
             Route("/", api.index),
-            Route("/health", api.health),
+            Route(HEALTH, api.health),
             Route("/metrics", api.metrics),
             Route("/v1/models", api.models),
             Route("/v1/models/{name:path}", api.model),

@@ -11,8 +11,10 @@ from dalle_jax.serve.errors import ApiError
 from dalle_jax.serve.metrics import Metrics
 
 # Paths that a browser or a load balancer opens without a token; the names of images cannot be guessed.
-OPEN_PATHS = ("/", "/health")
+HEALTH = "/health"
+OPEN_PATHS = ("/", HEALTH)
 FILES = "/v1/images/files/"
+MAX_HEAD_BYTES = 32 * 2**10  # of a request line with its headers
 DISCONNECTED = 499  # nginx's status for a client that went away before there was an answer
 _HOST = re.compile(r"[\w.-]+(:\d{1,5})?|\[[0-9a-fA-F:.]+\](:\d{1,5})?", re.ASCII)
 _SAFE_HEADERS = {
@@ -61,7 +63,10 @@ class Guard:
     def _error(self, scope: Scope) -> ApiError | None:
         headers, path = Headers(scope=scope), scope["path"]
         host, origin = headers.get("host", ""), headers.get("origin")
-        if not _HOST.fullmatch(host):
+        head = len(scope["raw_path"]) + len(scope["query_string"])
+        if head + sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"]) > MAX_HEAD_BYTES:
+            return ApiError(431, f"the head must be at most {MAX_HEAD_BYTES} bytes", code="head_too_large")
+        if not _HOST.fullmatch(host) and (host or path != HEALTH):  # load balancers ask in HTTP/1.0, which has no host
             return ApiError(
                 400, "the Host header must be a name or an address, with a port or none", code="invalid_host"
             )

@@ -15,7 +15,7 @@ import numpy as np
 
 from dalle_jax.sample.generator import Usage
 from dalle_jax.sample.pipeline import Pipeline
-from dalle_jax.sample.request import COMMON, MAX_CAPTION, Option, Request, RequestError
+from dalle_jax.sample.request import COMMON, MAX_CAPTION, Option, Request, RequestError, is_blank
 from dalle_jax.serve.errors import ApiError, invalid
 
 MAX_N = 10  # CreateImageRequest of OpenAI's specification
@@ -194,7 +194,7 @@ def _checked(values: Mapping[str, Any], known: Mapping[str, Kind], model: str) -
     if checked.get("model", model) != model:
         message = f"the model {shorten(checked['model'])} is not served here: ask for {model!r} or leave model out"
         raise ApiError(404, message, code="model_not_found", param="model")
-    if not checked.get("prompt", "").strip():
+    if is_blank(checked.get("prompt", "")):
         raise invalid("prompt", "prompt is required: say what to draw", code="missing_required_parameter")
     return checked
 

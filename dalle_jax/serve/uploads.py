@@ -39,13 +39,16 @@ def kept_rows(mask: Image.Image, *, size: tuple[int, int], grid: int, param: str
     size: of the image that the mask belongs to. grid: rows of image tokens of the model.
 
     Raises:
-      ApiError: another size, another shape, or an edge that is not between two rows of image tokens.
+      ApiError: another size, another shape, nothing transparent, or an edge that is not between two rows of image
+        tokens.
     """
     if mask.size != size:
         raise invalid(param, f"{param} must have the size of the image, {size[0]} x {size[1]}, got {mask.size}")
     alpha = np.asarray(mask.convert("RGBA"))[..., 3]
     opaque = (alpha == 255).all(axis=1)
     kept = int(opaque.sum())
+    if kept == len(alpha):
+        raise invalid(param, f"{param} must be transparent where something is drawn: this one keeps everything")
     if not opaque[:kept].all() or (alpha[kept:] != 0).any():
         raise invalid(
             param,

@@ -161,15 +161,25 @@ def test_a_variation_needs_its_caption(client):
 
 @pytest.mark.parametrize(
     ("rows", "columns"),
-    [((0, 4), (0, 16)), ((4, 8), (4, 8)), ((6, 16), (0, 16)), ((8, 16), (0, 15))],
-    ids=["above", "a hole", "between two rows of image tokens", "not the whole width"],
+    [((0, 4), (0, 16)), ((4, 8), (4, 8)), ((6, 16), (0, 16)), ((8, 16), (0, 15)), ((0, 0), (0, 0))],
+    ids=["above", "a hole", "between two rows of image tokens", "not the whole width", "nowhere"],
 )
 def test_masks_that_the_model_cannot_follow_are_refused(client, rows, columns):
     mask = np.full((SIDE, SIDE, 4), 255, np.uint8)
     mask[slice(*rows), slice(*columns)] = 0
     with pytest.raises(openai.BadRequestError) as refused:
         client.images.edit(image=file_of(np.zeros((SIDE, SIDE, 3), np.uint8)), mask=file_of(mask), prompt="a star")
-    assert refused.value.param == "mask" and "row" in str(refused.value)
+    assert refused.value.param == "mask" and ("row" in str(refused.value) or rows == (0, 0))
+
+
+@pytest.mark.parametrize("bits", [np.uint8, np.uint16])
+def test_a_mask_without_transparency_is_refused(client, bits):
+    """Black and white, as other programs write masks: it would keep everything."""
+    mask = np.full((SIDE, SIDE), np.iinfo(bits).max, bits)
+    mask[SIDE // 2 :] = 0
+    with pytest.raises(openai.BadRequestError, match="mask must be transparent where something is drawn") as refused:
+        client.images.edit(image=file_of(np.zeros((SIDE, SIDE, 3), np.uint8)), mask=file_of(mask), prompt="a star")
+    assert refused.value.param == "mask"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +188,7 @@ def test_masks_that_the_model_cannot_follow_are_refused(client, rows, columns):
         ({"size": "1024x1024"}, "size", "'16x16'"),
         ({"n": 11}, "n", "at most 10"),
         ({"prompt": " "}, "prompt", "required"),
+        ({"prompt": "\u200b \u2060\x07\ufeff"}, "prompt", "required"),
         ({"prompt": "word " * 13}, "prompt", "12 tokens"),
         ({"quality": "hd"}, "quality", "'auto'"),
         ({"style": "vivid"}, "style", "unknown parameter"),

@@ -1,6 +1,7 @@
 """`dalle-jax serve` under load: batches, bounds, deadlines, clients that leave, tokens."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -11,7 +12,8 @@ import openai
 import pytest
 
 from benchmarks.reliability import serve
-from dalle_jax.serve import parsing, responses
+from dalle_jax.cli import serve as serve_command
+from dalle_jax.serve import connection, parsing, responses
 from dalle_jax.serve.image_store import LIFE_SECONDS, ImageStore
 from tests.support import until
 from tests.support.stand_in_server import (
@@ -222,6 +224,75 @@ def test_pictures_behind_urls_are_bounded_and_expire():
     assert store.get(second) == b"67890"
     now = LIFE_SECONDS + 0.0
     assert store.get(second) is None and store.get("nobody") is None
+
+
+HEAD = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+
+
+def healthy(line):
+    """Whether a whole answer of /health comes."""
+    data = b""
+    while not data.endswith(b"}") and (more := line.recv(1000)):
+        data += more
+    return data.startswith(b"HTTP/1.1 200")
+
+
+def closes(line, seconds=5.0):
+    """Whether the server closes the connection in time, whatever it sends before."""
+    line.settimeout(seconds)
+    try:
+        while line.recv(1000):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD, HEAD + b"Content-Length: 9\r\n\r\nhalf"], ids=["nothing", "head", "body"])
+def test_what_a_client_owes_is_waited_for_in_bounded_time(sent, monkeypatch):
+    """Half a head, also after a whole request, and the rest of a body that nobody needs for the answer; every byte that
+    comes meanwhile gives no more time."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+    with serving(NoisePipeline()) as server:
+        for first in (b"", HEAD + b"\r\n"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
+                line.sendall(first)
+                assert not first or healthy(line)
+                line.sendall(sent)
+                if sent.endswith(b"half"):
+                    assert healthy(line)
+                elif sent:
+                    time.sleep(0.2)
+                    line.sendall(b"X-")
+                assert closes(line)
+        assert not server.server.server_state.connections
+
+
+def test_silent_connections_keep_nobody_out(monkeypatch):
+    """Twice as many as may be, each with half a head: the oldest go, whoever asks is answered."""
+    monkeypatch.setattr(serve_command, "MAX_CONNECTIONS", 100)
+    with contextlib.ExitStack() as lines, serving(NoisePipeline()) as server:
+        slow = []
+        for number in range(200):
+            slow.append(lines.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10)))
+            slow[-1].sendall(HEAD)
+            if number % 25 == 24:
+                assert post(server, None, "/health", {}, "GET")[0] == 200
+        assert post(server, {"prompt": "a star"})[0] == 200
+        assert closes(slow[0]) and len(server.server.server_state.connections) <= 100
+        slow[-1].sendall(b"\r\n")  # a late one may still finish its head
+        assert healthy(slow[-1])
+
+
+def test_heads_have_the_size_that_is_documented():
+    with serving(NoisePipeline()) as server:
+        for size, status in ((30_000, 200), (33_000, 431), (70_000, 431)):
+            assert post(server, None, "/health", {"X-Long": "x" * size}, "GET")[0] == status
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
+            line.sendall(b"GET /health HTTP/1.0\r\n\r\n")  # as load balancers ask, without a host
+            assert healthy(line)
 
 
 # -- who may ask ------------------------------------------------------------------------------------------------------

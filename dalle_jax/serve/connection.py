@@ -1,0 +1,55 @@
+"""`Connection`: uvicorn's, with a bound in time on what it waits for, and room for others when many are silent."""
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 20  # for the head of a request to arrive, from the opening of the connection or the answer before
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if it owes a request for `HEAD_SECONDS`.
+
+    uvicorn itself waits for ever for the rest of a head, and for the rest of a body that nobody reads any more. When
+    there are as many connections as may be, the one that has owed its request longest goes, so that clients who send
+    nothing keep nobody out.
+    """
+
+    _owing: asyncio.TimerHandle | None = None
+    _due = 0.0  # while something is owing
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._watch()
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            owing = [other for other in self.connections if isinstance(other, Connection) and other._owing]
+            min(owing, key=lambda other: other._due)._give_up()  # at worst this one
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._settle()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._settle()
+        elif self._owing is None and not self.transport.is_closing():
+            self._due = self.loop.time() + HEAD_SECONDS
+            self._owing = self.loop.call_at(self._due, self._give_up)
+
+    def _settle(self) -> None:
+        if self._owing is not None:
+            self._owing.cancel()
+            self._owing = None
+
+    def _give_up(self) -> None:
+        self._settle()
+        self.connections.discard(self)
+        self.transport.close()
