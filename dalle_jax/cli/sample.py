@@ -40,11 +40,14 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=decoding.WEIGHTS, default="model", help="how weights are stored (default: model)"
     )
+    parser.add_argument(
+        "--raw", action="store_true", help="draw with a run's parameters themselves (default: their moving average)"
+    )
 
 
 def load(args: argparse.Namespace) -> Pipeline:
     """The pipeline of `add_loading_arguments`; raises what `Pipeline.load` does."""
-    return Pipeline.load(args.model, clip=args.clip, tensor=args.tensor, weights=args.weights)
+    return Pipeline.load(args.model, clip=args.clip, tensor=args.tensor, weights=args.weights, average=not args.raw)
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:

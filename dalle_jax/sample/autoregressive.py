@@ -84,9 +84,10 @@ class Autoregressive:
         devices: Sequence[jax.Device] | None = None,
         tensor: int = 1,
         weights: str = "model",
+        average: bool = True,
     ) -> "Autoregressive":
         """The generator of a workdir or a model folder; arguments and errors are those of `Pipeline.load`."""
-        transformer = model_dir.load(folder, "transformer")
+        transformer = model_dir.load(folder, "transformer", average=average)
         image_tokenizer = model_dir.load_frozen(folder, "image_tokenizer")
         config, image_config = transformer.model.config, image_tokenizer.model.config
         if (image_config.vocab, image_config.grid) != (config.image_vocab, config.grid):

@@ -46,6 +46,7 @@ class Pipeline:
         devices: Sequence[jax.Device] | None = None,
         tensor: int = 1,
         weights: str = "model",
+        average: bool = True,
     ) -> "Pipeline":
         """The model of a transformer's workdir: newest complete checkpoint, tokenizer, image tokenizer and CLIP.
 
@@ -54,12 +55,14 @@ class Pipeline:
         tensor: devices that share one copy of a model that is too large for one; by default each has a copy.
         weights: 'model' for the model's precision; 'int8' takes half the memory of bfloat16 and changes the images a
         little.
+        average: the moving average of the parameters, which the paper draws with; False for the parameters as the last
+        step left them. An exported model has those that it was exported with.
 
         Raises:
           UserError: a part is missing, damaged, or does not belong to the others, or an argument is out of range.
         """
         folder = pathlib.Path(folder)
-        generator = Autoregressive.load(folder, devices=devices, tensor=tensor, weights=weights)
+        generator = Autoregressive.load(folder, devices=devices, tensor=tensor, weights=weights, average=average)
         if clip is None and (folder / CLIP).is_dir():
             clip = folder / CLIP
         return cls(generator, None if clip is None else Reranker.load(clip))

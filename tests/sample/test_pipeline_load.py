@@ -1,7 +1,9 @@
 """`Pipeline.load`: parts that are missing, foreign or impossible, and what a model cannot do."""
 
+import argparse
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import pytest
@@ -39,6 +41,22 @@ def test_a_folder_of_version_0_1_is_read(model_folder, tmp_path):
     (old / "dvae.sha256").write_text("0" * 64)
     with pytest.raises(UserError, match="expected the image_tokenizer that the model in .* was trained with"):
         dalle_jax.Pipeline.load(old)
+
+
+def test_a_run_draws_with_its_average_or_with_its_parameters(model_folder, monkeypatch):
+    """What is asked for reaches the reading of a run, whose two sets `tests/train/test_survival.py` tells apart."""
+    asked, read = {}, model_dir.read_params
+    parser = argparse.ArgumentParser()
+    sample.add_loading_arguments(parser)
+
+    def note(folder, *, step=None, average):
+        asked[Path(folder).name] = average
+        return read(folder)
+
+    monkeypatch.setattr(model_dir, "read_params", note)
+    for words, average in (([], True), (["--raw"], False)):
+        sample.load(parser.parse_args([str(model_folder), *words]))
+        assert asked == {model_folder.name: average, "image_tokenizer": True}
 
 
 def test_what_a_model_cannot_do_is_refused(model_folder):
