@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import tempfile
 import uuid
 from collections.abc import Iterator
 
@@ -26,6 +27,18 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def prepare(folder: str | os.PathLike) -> None:
+    """Make a folder and show that files can be written in it: before the work whose results they will hold.
+
+    Raises:
+      OSError: it is a file, may not be written in, or has no room.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(2**16))
 
 
 def write(path: str | os.PathLike, data: bytes | str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tqdm
 
+from dalle_jax import files
 from dalle_jax.data.decode import BadImage, decode_image
 from dalle_jax.errors import UserError, say, writing_to
 from dalle_jax.models import decoding
@@ -85,24 +86,29 @@ def main(args: argparse.Namespace) -> int:
     """Write OUT/CAPTION-SEED.png for each image and OUT/sheet.png, and say how many are drawn at a time. Returns 0."""
     requests = _requests(args)
     seed = requests[0].seed
+    with writing_to(args.out):
+        files.prepare(args.out)
     pipe = load(args)
+    _warn_of_cut_captions(pipe, requests)
     start = time.monotonic()
     images, reason = pipe.capacity(guided=args.guidance != 1)
     if not args.json:
         say(reason)
     flat = [picture for row in _draw(pipe, requests) for picture in row]
-    files = [args.out / name for name in file_names(flat)]
+    paths = [args.out / name for name in file_names(flat)]
     sheet = contact_sheet(
         [np.asarray(picture) for picture in flat], [_title(picture) for picture in flat], columns=min(args.n, 8)
     )
     with writing_to(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-        for picture, file in zip(flat, files, strict=True):
-            picture.save(file)
-        sheet.save(args.out / SHEET)
+        for picture, path in zip([*flat, sheet], [*paths, args.out / SHEET], strict=True):
+            with files.replacing(path) as aside:
+                picture.save(aside, "PNG")
     seconds = time.monotonic() - start
     if args.json:
-        made = [{"file": str(file), **picture.metadata()} for picture, file in zip(flat, files, strict=True)]
+        made = [
+            {"file": str(path), "caption": p.caption, "seed": p.seed, "score": p.score, "settings": p.settings}
+            for p, path in zip(flat, paths, strict=True)
+        ]
         whole = {"pictures": made, "seed": seed, "sheet": str(args.out / SHEET), "wave": images, "seconds": seconds}
         print(json.dumps(whole))
     else:
@@ -153,6 +159,15 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     for request in requests:
         check(request, OPTIONS)
     return requests
+
+
+def _warn_of_cut_captions(pipe: Pipeline, requests: Sequence[Request]) -> None:
+    for request in requests:
+        usage = pipe.generator.usage(request)
+        if usage.text_tokens > usage.max_text_tokens:
+            words = f"{request.caption[:40]!r}{'...' * (len(request.caption) > 40)}"
+            counts = f"has {usage.text_tokens} tokens, of which the model reads {usage.max_text_tokens}"
+            say(f"dalle-jax: warning: {words} {counts}: shorten it")
 
 
 def _draw(pipe: Pipeline, requests: Sequence[Request]) -> Iterable[Sequence[Picture]]:

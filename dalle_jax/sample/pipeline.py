@@ -223,7 +223,10 @@ class _Drawing:
             return []
         request = self._requests[index]
         scores, seeds, drafts = zip(*self._best[index], strict=True)
+        usage = self._generator.usage(request)
         settings = {
+            "caption_tokens": usage.text_tokens,  # of which at most max_caption_tokens are read
+            "max_caption_tokens": usage.max_text_tokens,
             "seed": request.seed,  # of the first candidate
             "guidance": float(request.guidance),
             "best_of": request.best_of,

@@ -1,6 +1,7 @@
 """`dalle_jax.Pipeline` and `dalle-jax sample`: pictures that say how they were made, arguments that are checked."""
 
 import copy
+import errno
 import io
 import json
 import pickle
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 import dalle_jax
-from dalle_jax.cli import main
+from dalle_jax.cli import main, sample
 from dalle_jax.cli.sample import file_names, read_image
 from dalle_jax.errors import UserError
 from dalle_jax.pictures.picture import Picture
@@ -43,10 +44,12 @@ def test_pictures_carry_how_they_were_made_into_png_files_and_copies(pipe, tmp_p
         assert (read.info["caption"], read.info["seed"], read.info["score"]) == (CAPTION, "7", f"{made.score:.6f}")
         assert json.loads(read.info["settings"]) == picture.settings == {
             "best_of": 1,
+            "caption_tokens": 7,
             "checkpoint": pipe.digest,
             "clip": "bright",
             "guidance": 1.0,
             "keep_rows": 0,
+            "max_caption_tokens": 15,
             "seed": 7,
             "temperature": 0.9,
             "top_k": 5,
@@ -56,8 +59,9 @@ def test_pictures_carry_how_they_were_made_into_png_files_and_copies(pipe, tmp_p
     made.save(tmp_path / "picture.jpg")  # other formats are saved as by any PIL image
 
 
-def test_captions_of_a_call_share_no_seed(pipe):
+def test_captions_of_a_call_share_no_seed():
     """Each goes on where the candidates of the one before end; a list of seeds is taken as it is."""
+    pipe = NoisePipeline()
     alone = pipe(CAPTION, n=2, seed=5)
     both = pipe([CAPTION] * 2, n=2, seed=5)
     assert [[picture.seed for picture in row] for row in both] == [[5, 6], [7, 8]]
@@ -71,7 +75,8 @@ def test_captions_of_a_call_share_no_seed(pipe):
         np.testing.assert_array_equal(pixels_of(row), pixels_of(alone)[1:])
 
 
-def test_without_a_seed_one_is_drawn_and_said(pipe):
+def test_without_a_seed_one_is_drawn_and_said():
+    pipe = NoisePipeline()
     first, second = (pipe([CAPTION, "a star"], n=2) for _ in range(2))
     assert first[0][0].seed != second[0][0].seed
     again = pipe([CAPTION, "a star"], n=2, seed=first[0][0].settings["seed"])
@@ -308,18 +313,69 @@ def test_command_writes_pictures_and_a_sheet(model_folder, pipe, tmp_path, capsy
     out = tmp_path / "out"
     words = ["sample", str(model_folder), CAPTION, "a star", "-n", "2", "--seed", "3", "--out", str(out), "--json"]
     assert main.main(words) == 0
-    made = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    made = json.loads(told.out)
     names = [*(f"a-red-circle-above-a-blue-square-{seed}.png" for seed in (3, 4)), "a-star-5.png", "a-star-6.png"]
     assert [picture["file"] for picture in made["pictures"]] == [str(out / name) for name in names]
-    assert made["seed"] == 3
+    assert made["seed"] == 3 and told.err == ""
     assert sorted(path.name for path in out.iterdir()) == sorted([*names, "sheet.png"])
     assert Image.open(out / names[3]).info["seed"] == "6"
-    drawn = [np.asarray(Image.open(out / name)) for name in names]
-    np.testing.assert_array_equal(drawn, pixels_of(sum(pipe([CAPTION, "a star"], n=2, seed=3), [])))
+    drawn, alone = (
+        [np.asarray(Image.open(out / name)) for name in names],
+        sum(pipe([CAPTION, "a star"], n=2, seed=3), []),
+    )
+    np.testing.assert_array_equal(drawn, pixels_of(alone))
+    for entry, picture in zip(made["pictures"], alone, strict=True):
+        assert entry.pop("file") and entry == {
+            "caption": picture.caption, "seed": picture.seed, "score": None, "settings": picture.settings
+        }  # fmt: skip
     assert main.main(words[:-1]) == 0
     told = capsys.readouterr()
     assert re.match(r"\d+ images per batch: .* MB each, 80% of .* GB free holds \d+", told.err)
     assert re.match(r"4 pictures of 2 caption\(s\), from seed 3, in .* s: ", told.out)
+
+
+def test_a_caption_that_is_not_read_to_its_end_is_named(pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "load", lambda args: pipe)
+    long = f"{CAPTION} left of a green star below a small yellow triangle"
+    pictures = [pipe(caption, seed=0)[0] for caption in (long, f"{long} and a cross")]
+    np.testing.assert_array_equal(*pixels_of(pictures))  # what is not read changes nothing, but it is said
+    tokens, read = (pictures[0].settings[name] for name in ("caption_tokens", "max_caption_tokens"))
+    assert read == pipe.generator.model.config.layout.caption_len < tokens < pictures[1].settings["caption_tokens"]
+    assert main.main(["sample", "model", CAPTION, long, "-n", "1", "--out", str(tmp_path)]) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert (
+        warning
+        == f"dalle-jax: warning: {long[:40]!r}... has {tokens} tokens, of which the model reads {read}: shorten it"
+    )
+
+
+def test_the_folder_of_a_command_is_tried_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "load", lambda args: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/deeper", "/proc/nothing"):
+        assert main.main(["sample", "nowhere", "a star", "--out", str(tmp_path / out)]) == 2
+        assert re.match(r"dalle-jax: .*expected a folder to write to, got .*\n$", capsys.readouterr().err)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_leaves_whole_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "load", lambda args: NoisePipeline())
+    saved, save = [], Picture.save
+
+    def fill(picture, aside, *rest):
+        saved.append(aside)
+        if len(saved) == 3:
+            aside.write_bytes(b"\x89PNG half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(picture, aside, *rest)
+
+    monkeypatch.setattr(Picture, "save", fill)
+    out = tmp_path / "out"
+    assert main.main(["sample", "model", "a star", "-n", "4", "--seed", "0", "--out", str(out)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["a-star-0.png", "a-star-1.png"]
+    assert all(Image.open(path).load() for path in out.iterdir())
 
 
 def test_every_picture_of_a_command_has_its_own_file():
