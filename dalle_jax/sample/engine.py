@@ -50,9 +50,12 @@ class Batch:
 
 
 def image_keys(seeds):
-    """jax.random keys from the seed of each image, integers in [0, 2**32), of any shape."""
+    """jax.random keys from the seed of each image, integers in [0, 2**32), of any shape.
+
+    Of one generator, whatever `jax_default_prng_impl` says: a seed is a picture.
+    """
     seeds = np.asarray(seeds, np.uint32)
-    return jax.vmap(jax.random.key)(seeds.reshape(-1)).reshape(seeds.shape)
+    return jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(seeds.reshape(-1)).reshape(seeds.shape)
 
 
 class Engine:
@@ -131,7 +134,8 @@ class Engine:
 
     def advance(self, batch: Batch, first_row: int, last_row: int) -> Batch:
         """The batch with rows first_row .. last_row - 1 drawn; rows come in order, each once."""
-        arrays = _advance(batch.program, self._weights, batch.arrays, np.int32(first_row), np.int32(last_row))
+        with jax.threefry_partitionable(True):  # the same bits on any number of devices, and whatever JAX's flag says
+            arrays = _advance(batch.program, self._weights, batch.arrays, np.int32(first_row), np.int32(last_row))
         return dataclasses.replace(batch, arrays=arrays)
 
     def tokens(self, batch: Batch) -> np.ndarray:

@@ -92,6 +92,13 @@ def test_an_image_depends_on_its_own_seed_and_caption_only():
     assert len(np.unique(together.reshape(6, -1), axis=0)) == 6
 
 
+def test_flags_of_jax_change_no_image():
+    params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
+    drawn = sample(params=params, text=text)
+    with jax.threefry_partitionable(False), jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(sample(params=params, text=text), drawn)
+
+
 def test_given_rows_are_kept_and_the_rest_continues_them():
     params, layout = random_params(TINY), TINY.layout
     given = np.random.default_rng(3).integers(TINY.image_vocab, size=(2, layout.image_len)).astype(np.int32)
