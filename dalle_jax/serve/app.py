@@ -47,7 +47,7 @@ class _Api:
         return await self._answer(request, image_request)
 
     async def edits(self, request: Request) -> Response:
-        """Completion: the rows that the mask or `keep_rows` keeps (half, if neither says); the others are drawn."""
+        """Completion: the rows that the mask or `keep_rows` keeps, by default the model's; the others are drawn."""
         fields, files = await parsing.read_form(request)
         return await self._complete(request, fields, files, masked=True)
 
@@ -57,7 +57,7 @@ class _Api:
         if "mask" in files:
             raise invalid("mask", "a variation has no mask: use /v1/images/edits", code="unknown_parameter")
         if not dict(fields).get("prompt"):
-            message = "this model draws from captions: send the image's as prompt; the upper half of its rows is kept"
+            message = "this model draws from captions: send the image's as prompt; its upper rows are kept"
             raise invalid("prompt", message, code="missing_required_parameter")
         return await self._complete(request, fields, files, masked=False)
 

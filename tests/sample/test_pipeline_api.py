@@ -16,6 +16,7 @@ import dalle_jax
 from dalle_jax.cli import main, sample
 from dalle_jax.cli.sample import file_names, read_image
 from dalle_jax.errors import UserError
+from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample.batches import bucket, plan
 from dalle_jax.sample.request import Request
@@ -205,13 +206,15 @@ def test_batches_have_few_shapes_and_fit(pipe):
     assert each == slots * 2 * 4 * config.heads * config.head_size + 4 * config.image_vocab * (config.grid + 4)
 
 
-def test_completion_keeps_the_top_rows(pipe):
+def test_completion_keeps_the_top_rows(pipe, monkeypatch):
     image = np.random.default_rng(0).integers(256, size=(20, 24, 3), dtype=np.uint8)
     given = pipe.generator.encode(image)
     completed = pipe(CAPTION, n=3, image=Image.fromarray(image), keep_rows=2)
     whole = pipe(CAPTION, image=image, keep_rows=4)[0]
     np.testing.assert_array_equal(np.asarray(whole), pipe.generator.decode(given))
     assert completed[0].settings["keep_rows"] == 2
+    monkeypatch.setattr(pipe.generator, "_layout", TransformerConfig().layout)
+    assert pipe.generator.steps(Request(CAPTION, image=image)) == range(15, 32)  # by default as in section 3.3
     assert len({np.asarray(picture).tobytes() for picture in completed}) == 3
 
 
