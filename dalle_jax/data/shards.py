@@ -89,6 +89,11 @@ class ShardedBatches:
         return sum(batches.good for batches in self._shards.values())
 
     @property
+    def cut(self) -> int:
+        """Captions among them that were longer than the text positions."""
+        return sum(batches.cut for batches in self._shards.values())
+
+    @property
     def dropped(self) -> collections.Counter[str]:
         """Reason -> records, in the shards of this process."""
         return sum((batches.dropped for batches in self._shards.values()), collections.Counter())

@@ -92,9 +92,13 @@ def _train(settings: TrainSettings, workdir: pathlib.Path, **of_loop) -> loop.Re
     if not reads_images(settings):
         task = dataclasses.replace(task, frozen={})  # no image will be made tokens: leave the memory to others
     with contextlib.closing(batches), compilation_cache.kept(workdir):
-        return loop.run(
+        result = loop.run(
             step_for(settings, task, mesh), settings, workdir, batches=batches, validation=validation, **of_loop
         )
+    if batches.cut and of_loop["progress"] and jax.process_index() == 0:
+        length = task.model.config.layout.caption_len
+        say(f"{batches.cut} of {batches.good} captions were longer than the {length} tokens that the model reads")
+    return result
 
 
 def mesh_for(settings: TrainSettings, task: Task, *, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -78,7 +78,9 @@ def test_from_broken_shards_to_pictures(shards, tmp_path, capsys):
         "tokenizer": tokenizer,
     }  # fmt: skip
     assert run(f"train --config configs/transformer.py:demo --workdir {transformer}", **common, **sizes) == 0
+    told = capsys.readouterr().err
     seen = position(transformer, capsys)
+    assert seen["cut"] and f"{seen['cut']} of {STEPS * BATCH} captions were longer than the 7 tokens" in told
     assert seen["good"] == STEPS * BATCH
     assert set(seen["dropped"]) == set(DROPPED)
     assert list((transformer / compilation_cache.FOLDER).rglob("jit_update-*"))
