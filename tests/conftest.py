@@ -1,6 +1,7 @@
 """Eight emulated CPU devices for every test, and quick instead of fast programs; set before anything imports JAX."""
 
 import os
+import signal
 
 import pytest
 
@@ -23,6 +24,14 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items):
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture
+def interruptible():
+    """Where this runs in the background of a shell, SIGINT is ignored, and bash then cannot be told to heed it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dalle_jax"
 LEVELS = (
     {"errors", "files"},
     {"pixels", "attention_pattern", "layout", "pictures"},
-    {"config", "text", "sharding", "distributed"},
+    {"config", "text", "sharding", "distributed", "signals"},
     {"checkpoint", "mesh"},
     {"models", "data"},
     {"model_dir"},

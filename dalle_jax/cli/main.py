@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import dalle_jax
+from dalle_jax import signals
 from dalle_jax.cli import host_memory
 from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USER_ERROR, UserError, say
 
@@ -101,16 +102,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.main(args)
         sys.stdout.flush()
         return status
-    except UserError as error:
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(str(interrupt))
+    except Exception as error:
+        if signals.ending():
+            return _interrupted("")
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return EXIT_PIPE
+        if not isinstance(error, UserError):
+            raise
         say(f"dalle-jax: error: {error}")
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        say("dalle-jax: interrupted")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        return EXIT_PIPE
+
+
+def command() -> None:
+    """The process `dalle-jax`: `main`, which Ctrl-C ends whatever it is doing."""
+    try:
+        signals.watch()
+        status = main()
+    except KeyboardInterrupt:  # before `main` has begun
+        status = _interrupted("")
+    sys.exit(status)
+
+
+def _interrupted(kept: str) -> int:
+    """kept: what has been saved and how to go on, in words."""
+    say(": ".join(["dalle-jax: interrupted", *[kept] * bool(kept)]))
+    signals.end()
+    return EXIT_INTERRUPTED
 
 
 def _reader_is_gone() -> bool:

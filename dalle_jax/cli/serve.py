@@ -13,6 +13,7 @@ import socket
 
 import uvicorn
 
+from dalle_jax import signals
 from dalle_jax.cli.sample import add_loading_arguments, add_option, load
 from dalle_jax.errors import UserError, say
 from dalle_jax.sample.request import Option
@@ -89,7 +90,8 @@ def main(args: argparse.Namespace) -> int:
     # When uvicorn is done it raises the signal that ended it once more; with this handler that is a clean exit.
     previous = signal.signal(signal.SIGTERM, stop)
     try:
-        server.run(sockets=[listener])
+        with signals.finishing("requests that were accepted are answered"):
+            server.run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, previous)
     if errors:

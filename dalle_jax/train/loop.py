@@ -22,13 +22,13 @@ from dalle_jax import distributed, sharding
 from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.errors import UserError
+from dalle_jax.signals import Noted
 from dalle_jax.train.evaluator import Evaluator
 from dalle_jax.train.monitor import goodput, tracing
 from dalle_jax.train.monitor.replicas import make_check
 from dalle_jax.train.monitor.report import Report, surviving_a_full_disk, to_terminal
 from dalle_jax.train.rollback import Rollback
 from dalle_jax.train.settings import TrainSettings
-from dalle_jax.train.signals import Signals
 from dalle_jax.train.step import State, TrainStep
 
 # (every, f): f(step, state) after each `every`-th update; it may return numbers for the metrics.
@@ -89,7 +89,7 @@ def run(
         beat=beat,
     )
     start, report, began = loop.saved, loop.report, time.monotonic()
-    with Signals() as interrupted:
+    with Noted("the running step is finished and saved") as interrupted:
         try:
             stopped = loop.train(interrupted)
             loop.finish()
@@ -142,7 +142,7 @@ class _Loop:
         self.state = self.step.from_saved(state)
         return position
 
-    def train(self, interrupted: Signals) -> bool:
+    def train(self, interrupted: Noted) -> bool:
         """Make updates until the last or until a signal; True for a signal."""
         n, turn, stop, save_due = self.saved, 0, False, False
         while n < self.run.steps and not stop:

@@ -285,14 +285,6 @@ time.sleep(60)
 """
 
 
-@pytest.fixture
-def interruptible():
-    """Where this runs in the background of a shell, SIGINT is ignored, and bash then cannot be told to heed it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize(("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
 def test_local_asks_each_process_once_and_waits_for_the_save(number, send, stand_in, tmp_path, interruptible):
     """SIGTERM comes to the script, which passes it on. A terminal sends its Ctrl-C to the whole foreground group: the

@@ -1,0 +1,215 @@
+"""Ctrl-C: status 130 whatever a command is doing, what can be saved is saved, and a second one ends it at once."""
+
+import contextlib
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from safetensors.numpy import save_file
+
+from dalle_jax import signals
+from dalle_jax.cli import main
+from dalle_jax.cli.inspect import inspect
+from dalle_jax.data.sources import features
+from tests.support import ROOT, until
+from tests.support.evaluation import write_inception
+from tests.support.inception_weights import state_dict
+
+pytestmark = pytest.mark.usefixtures("interruptible")
+SECONDS = 120  # a process that has not ended by then hangs
+# The main thread computes, and hears nothing, for longer than a test may take.
+STUCK = """
+import hashlib, threading
+threading.Timer(0.3, print, ['ready'], {'flush': True}).start()
+%s:
+    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)
+"""
+IN_GARBAGE_COLLECTION = """
+import gc, time
+def callback(phase, info):
+    gc.callbacks.remove(callback)
+    print('ready', flush=True)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        pass
+gc.callbacks.append(callback)
+try:
+    gc.collect()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print('unwound')
+    signals.end()
+"""
+
+
+TRAIN = ["--config=configs/dvae.py:demo"] + [
+    f"--config.{key}={value}"
+    for key, value in {
+        "run.validate_every": None, "run.picture_every": None, "batch_size": 8, "data.image_size": 16,
+        "optimizer.schedule.warmup_steps": 0, "model.image_size": 16, "model.width": 8, "model.stem": 4,
+        "model.vocab": 8, "model.patch": 4,
+    }.items()
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def started(*words):
+    """A command whose stderr is a terminal, which is given too, from the moment at which it hears Ctrl-C."""
+    terminal, inside = pty.openpty()
+    termios.tcsetwinsize(inside, (24, 80))  # else a progress bar has no column
+    command = [sys.executable, "-m", "dalle_jax.cli", *map(str, words)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=inside) as running:
+        os.close(inside)
+        until(lambda: len(os.listdir(f"/proc/{running.pid}/task")) > 1, SECONDS)
+        yield running, terminal
+    os.close(terminal)
+
+
+def read(terminal, sign=None):
+    """What it says until the pattern of a sign; without one, until its process ends."""
+    said = b""
+    with contextlib.suppress(OSError):
+        while not (sign and re.search(sign, said)) and (more := os.read(terminal, 1 << 16)):
+            said += more
+    return said.decode(errors="replace")
+
+
+def interrupted_at(sign, *words):
+    """Status and last words of a command that is interrupted when it says the sign, or as soon as it can be."""
+    with started(*words) as (running, terminal):
+        if sign:
+            read(terminal, sign)
+        running.send_signal(signal.SIGINT)
+        said = read(terminal)
+        return running.wait(SECONDS), said
+
+
+def interrupt(code, times=1):
+    """Status and answers of Python code that is interrupted when it says that it is ready, and when it has answered."""
+    words = [sys.executable, "-c", "from dalle_jax import signals\nsignals.watch()\n" + code]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        said = [running.stdout.readline()]
+        for _ in range(times):
+            running.send_signal(signal.SIGINT)
+            said.append(running.stdout.readline())
+        return running.wait(SECONDS), "".join([*said[1:], running.stdout.read()])
+
+
+def test_a_main_thread_that_hears_nothing_is_ended():
+    assert interrupt(STUCK % ("if True")) == (130, "dalle-jax: interrupted\n")
+
+
+def test_what_promises_to_end_is_left_to_it_until_the_second():
+    code = STUCK % ("with signals.Noted('the step is saved')")
+    assert interrupt(code, times=2) == (130, "dalle-jax: SIGINT: the step is saved; Ctrl-C once more ends at once\n")
+
+
+def test_an_interrupt_that_garbage_collection_drops_comes_again():
+    assert interrupt(IN_GARBAGE_COLLECTION) == (130, "unwound\n")
+
+
+def test_an_error_that_a_library_makes_of_an_interrupt_is_one(monkeypatch, capsys):
+    """As sentencepiece does, which reads captions through a function of ours."""
+
+    def parse(argv):
+        raise RuntimeError("KeyboardInterrupt: <EMPTY MESSAGE>")
+
+    monkeypatch.setattr(main, "parse", parse)
+    monkeypatch.setattr(signals, "ending", lambda: True)
+    assert main.main([]) == 130 and capsys.readouterr().err == "dalle-jax: interrupted\n"
+
+
+@pytest.mark.parametrize("sign", [None, b"records"])
+def test_data(sign):
+    status, said = interrupted_at(sign, "data", "scenes:train", "--json")
+    assert status == 130 and "interrupted" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("sign", [None, b"captions"])
+def test_tokenizer(sign, tmp_path):
+    status, said = interrupted_at(sign, "tokenizer", "scenes:train", f"--out={tmp_path / 'out'}")
+    assert status == 130 and "interrupted" in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sign", [None, b"64/"])
+def test_encode_leaves_whole_shards(sign, model_folder, tmp_path):
+    words = ["--image-tokenizer", model_folder / "image_tokenizer", "--shard-records=64", "--batch-size=8"]
+    status, said = interrupted_at(sign, "encode", "scenes:train", *words, f"--out={tmp_path / 'out'}")
+    assert status == 130 and "interrupted" in said and "Traceback" not in said
+    if sign:
+        settings = features.read_settings(tmp_path / "out")
+        shards = [features.shard_name(shard) for shard in features.finished(tmp_path / "out", settings)]
+        assert shards and {path.name for path in (tmp_path / "out").iterdir()} == {features.SETTINGS, *shards}
+
+
+@pytest.mark.parametrize("sign", [None, rb" [1-9]\d*/1000"])
+def test_train_saves_first(sign, tmp_path):
+    status, said = interrupted_at(sign, "train", *TRAIN, f"--workdir={tmp_path}")
+    assert status == 130 and "Traceback" not in said
+    if sign:
+        assert "SIGINT: the running step is finished and saved; Ctrl-C once more ends at once" in said
+        (entry,) = inspect(tmp_path)["checkpoints"]
+        assert entry["step"] < 1000 and entry["damage"] is None
+
+
+def words_of(verb, model, folder):
+    """A command of this verb that works for seconds, or serves until it is told to stop."""
+    out = folder / "out"
+    match verb:
+        case "data":
+            return ["scenes:val", "--json"]
+        case "tokenizer":
+            return ["scenes:val", f"--out={out}"]
+        case "encode":
+            return ["scenes:val", "--image-tokenizer", model / "image_tokenizer", f"--out={out}", "--shard-records=64"]
+        case "train":
+            return [*TRAIN, f"--workdir={out}", "--config.run.steps=30"]
+        case "demo":
+            return [f"--workdir={out}", "--minutes=0.1"]
+        case "inspect":
+            return [model]
+        case "export":
+            return [model, out]
+        case "sample":
+            return [model, "a red circle", "a blue square", "-n=64", f"--out={out}"]
+        case "evaluate":
+            weights = write_inception(folder / "weights")
+            return [
+                *("--pictures=scenes:val@40", "--reference=scenes:val@32", f"--weights={weights}", f"--out={out}"),
+                "--count=64",
+            ]
+        case "serve":
+            return [model, "--port=0"]
+        case "convert":
+            save_file(state_dict("fid"), folder / "inception.safetensors")
+            return ["inception", folder / "inception.safetensors", f"--out={out}"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("verb", [verb for verb in main.VERBS if verb != "preflight"])  # whose compilers few have
+def test_twenty_moments(verb, model_folder, tmp_path):
+    """From the first moment at which the command hears to its end, evenly spread; an end before counts as one."""
+    words, began = words_of(verb, model_folder, tmp_path), time.monotonic()
+    with started(verb, *words) as (running, _):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(60)
+        seconds = time.monotonic() - began
+        running.kill()
+    for moment in range(20):
+        for path in tmp_path.glob("out"):
+            path.rename(tmp_path / f"out.{moment}")
+        with started(verb, *words) as (running, terminal):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(seconds * moment / 20)
+            running.send_signal(signal.SIGINT)
+            said = read(terminal)
+            assert running.wait(SECONDS) in (0, 130), said
+            assert "Traceback" not in said and "Fatal" not in said, said
