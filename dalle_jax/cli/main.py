@@ -34,6 +34,7 @@ VERBS = {
     "convert": ("dalle_jax.cli.convert", "turn published weights into a model directory"),
 }
 OVERRIDE = "--config."
+_HOME = re.compile(r"^(--[\w.-]+=)?(~[\w.-]*(?:/.*)?)$", re.DOTALL)
 OVERRIDDEN = ("train", "preflight", "evaluate")  # verbs whose config can be changed on the command line
 
 
@@ -69,12 +70,14 @@ def _add_verbs(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpars
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as a namespace: `main` is what to call with it.
 
-    Words `--config.key=value` are not options of argparse: for the verbs of OVERRIDDEN, `overrides` holds them in
+    `~` at the beginning of a path is the home of its user, after `--option=` too, where shells leave it as it is. Words
+    `--config.key=value` are not options of argparse: for the verbs of OVERRIDDEN, `overrides` holds them in
     their order.
 
     Raises:
       UserError: unknown verb or option, a missing or malformed value.
     """
+    argv = [_HOME.sub(lambda found: f"{found[1] or ''}{os.path.expanduser(found[2])}", word) for word in argv]
     overrides = [word for word in argv if word.startswith(OVERRIDE)]
     words = [word for word in argv if not word.startswith(OVERRIDE)]
     parser = _Parser(prog="dalle-jax", description=dalle_jax.__doc__.splitlines()[0], allow_abbrev=False)

@@ -134,6 +134,16 @@ def test_overrides_go_to_train_in_order_whatever_is_in_them(verbs):
     assert (args.config, args.source) == ("configs/x.py:demo", "here")
 
 
+def test_a_tilde_is_home_where_a_path_begins_with_it(verbs, monkeypatch):
+    """Shells leave the one after a = as it is, launchers and services every one."""
+    monkeypatch.setenv("HOME", "/me")
+    words = ["train", "~/in", "--config=~/x.py:demo", "--config.tokenizer=~/t", "--config.name=a~/b"]
+    assert cli.main(words) == cli.main(["data", "~ no path"]) == cli.main(["data", "~100 stars"]) == 0
+    assert [args.source for args in verbs] == ["/me/in", "~ no path", "~100 stars"]
+    assert verbs[0].config == "/me/x.py:demo"
+    assert verbs[0].overrides == ["--config.tokenizer=/me/t", "--config.name=a~/b"]
+
+
 def test_interrupt_is_130(verbs, capsys):
     assert cli.main(["data", "interrupt"]) == 130
     assert capsys.readouterr().err == "dalle-jax: interrupted\n"

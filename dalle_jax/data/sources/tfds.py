@@ -30,7 +30,7 @@ def open_tfds(name: str, spec: str, *, captions_required: bool = True):
       UserError: the dataset is not there, not prepared for random access, or has no image feature.
     """
     dataset, _, data_dir = spec.partition("@")
-    dataset, _, split = dataset.rpartition("/")
+    (dataset, _, split), data_dir = dataset.rpartition("/"), os.path.expanduser(data_dir)
     if not dataset or not split:
         raise UserError(f"expected tfds:NAME/SPLIT or tfds:NAME/SPLIT@DATA_DIR, got tfds:{spec}")
     if dataset == "image_folder":
