@@ -135,7 +135,15 @@ def advice(key: str, known: Collection[str]) -> str:
     for count in range(len(parts), 0, -1):
         if new := OLD_KEYS.get(".".join(parts[:count])):
             return f"it is called {'.'.join([new, *parts[count:]])!r} since version 0.2"
-    return f"the nearest valid one is {difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]!r}"
+    return f"the nearest valid one is {max(known, key=lambda other: _likeness(key, other))!r}"
+
+
+def _likeness(key: str, other: str) -> float:
+    """How much like another key one is, the last part counted twice, for which its initials will do: lr, wd."""
+    last, of_other = key.rpartition(".")[2], other.rpartition(".")[2]
+    initials = "".join(word[:1] for word in of_other.split("_"))
+    ratios = [difflib.SequenceMatcher(a=a, b=b).ratio() for a, b in ((key, other), (last, of_other))]
+    return ratios[0] + (1.0 if last == initials else ratios[1])
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -53,6 +53,8 @@ def test_overrides_change_values_and_keep_types():
     "spec, override, message",
     [
         ("configs/dvae.py:demo", "--config.model.widht=64", "nearest valid one is 'model.width'"),
+        ("configs/dvae.py:demo", "--config.optimizer.lr=1", "nearest valid one is 'optimizer.learning_rate'"),
+        ("configs/dvae.py:demo", "--config.bs=1", "nearest valid one is 'batch_size'"),
         ("configs/dvae.py:demo", "--config.model.width=wide", "wrong type"),
         ("configs/dvae.py:demo", "--config.model.width", "join key and value"),
         ("configs/dvae.py:tiny", "--config.run.steps=1", "one of paper, emoji, demo"),
