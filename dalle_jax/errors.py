@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+MAX_SIZE = 1 << 24  # in a model: more would be a slip of the keyboard
 EXIT_USER_ERROR = 2  # another try would end the same way
 EXIT_RESTART = 75  # EX_TEMPFAIL of sysexits.h: the launchers give the same command again, which resumes
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
@@ -46,6 +47,14 @@ def check_choice(name: str, value: object, choices: Iterable[str], *, optional: 
     """Raises UserError for a value that is none of the choices, nor None if optional; name: as the user wrote it."""
     if not (optional and value is None) and value not in (choices := tuple(choices)):
         raise UserError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}: choose one of them")
+
+
+def check_sizes(config: Any, *names: str, min: int = 1, max: int = MAX_SIZE) -> None:
+    """Raises ValueError for a size in a model's config that is no whole number from min to max."""
+    for name in names:
+        value = getattr(config, name)
+        if not (isinstance(value, numbers.Integral) and min <= int(value) <= max):
+            raise ValueError(f"{name} must be at least {min}, at most {max:,} and whole, got {value!r}")
 
 
 def check_number(

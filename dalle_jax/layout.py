@@ -17,6 +17,8 @@ import dataclasses
 
 import numpy as np
 
+from dalle_jax.errors import check_sizes
+
 TEXT_LOSS_WEIGHT, IMAGE_LOSS_WEIGHT = 1 / 8, 7 / 8  # section 2.2
 
 
@@ -34,10 +36,8 @@ class Layout:
     image_vocab: int = 8_192
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            minimum = 2 if field.name == "text_len" else 1
-            if getattr(self, field.name) < minimum:
-                raise ValueError(f"{field.name} must be at least {minimum}, got {getattr(self, field.name)}")
+        check_sizes(self, "text_len", min=2)
+        check_sizes(self, "text_vocab", "grid", "image_vocab")
 
     @property
     def image_len(self) -> int:
@@ -100,9 +100,8 @@ class CaptionLayout:
     text_vocab: int = 49_406
 
     def __post_init__(self):
-        for field, minimum in (("text_len", 3), ("text_vocab", 1)):
-            if getattr(self, field) < minimum:
-                raise ValueError(f"{field} must be at least {minimum}, got {getattr(self, field)}")
+        check_sizes(self, "text_len", min=3)
+        check_sizes(self, "text_vocab")
 
     @property
     def caption_len(self) -> int:

@@ -40,7 +40,7 @@ class Filters:
     def __post_init__(self):
         for name in ("min_caption_characters", "min_caption_words", "min_image_side"):
             check_number(name, getattr(self, name), min=0, max=MAX_LIMIT, whole=True)
-        check_number("max_aspect_ratio", self.max_aspect_ratio, min=1, optional=True)
+        check_number("max_aspect_ratio", self.max_aspect_ratio, min=1, max=MAX_LIMIT, optional=True)
 
 
 def good_captions(captions: Sequence[str], width: int, height: int, config: Filters) -> tuple[str, ...]:

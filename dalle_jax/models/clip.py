@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dalle_jax import pixels
+from dalle_jax.errors import check_sizes
 from dalle_jax.layout import CaptionLayout
 from dalle_jax.models.attention import blockwise
 from dalle_jax.models.blocks import Blocks, check_remat, scan_layers
@@ -22,7 +23,6 @@ from dalle_jax.models.layers import (
     Model,
     Params,
     check_no_branch_scales,
-    check_positive,
     compute_dtype,
     layer_norm,
     param,
@@ -63,9 +63,10 @@ class CLIPConfig:
     def __post_init__(self):
         for name in ("mean", "std"):  # json gives lists
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != 3 or len(self.std) != 3 or not finite or min(self.std) <= 0:
             raise ValueError(f"mean and std must be three numbers, std above 0, got {self.mean} and {self.std}")
-        check_positive(self, *(field.name for field in dataclasses.fields(self) if field.type is int))
+        check_sizes(self, *(field.name for field in dataclasses.fields(self) if field.type is int))
         if self.image_size % self.patch:
             raise ValueError(f"image_size must be a multiple of patch = {self.patch}, got {self.image_size}")
         for tower in ("image", "text"):

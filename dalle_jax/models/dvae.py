@@ -6,7 +6,6 @@ gives the parameters of a pixel distribution. Knows nothing of noise, likelihood
 
 import dataclasses
 import functools
-import math
 
 import einops
 import jax
@@ -14,11 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dalle_jax import pixels
+from dalle_jax.errors import check_sizes
 from dalle_jax.models import ops
-from dalle_jax.models.layers import Model, Params, check_no_branch_scales, check_positive, compute_dtype, param
+from dalle_jax.models.layers import Model, Params, check_no_branch_scales, compute_dtype, param
 from dalle_jax.sharding import constrain
 
 OUTPUTS = 6  # per pixel: three means, then three log scales (appendix A.3)
+MAX_GROUPS, MAX_NORM = 16, 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +48,17 @@ class DVAEConfig:
     logits_norm: float = 0.0
 
     def __post_init__(self):
-        check_positive(self, "image_size", "vocab", "groups", "blocks_per_group", "stem", "patch")
-        if self.width < 4 or self.width % 4:
+        check_sizes(self, "image_size", "vocab", "blocks_per_group", "stem", "stem_kernel", "patch")
+        check_sizes(self, "width", min=4)
+        check_sizes(self, "groups", max=MAX_GROUPS)
+        if self.width % 4:
             raise ValueError(f"width must be a multiple of 4 (the bottleneck is a quarter), got {self.width}")
         if self.stem_kernel % 2 == 0:
             raise ValueError(f"stem_kernel must be odd, got {self.stem_kernel}")
         if self.image_size % self.stride:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch * 2^(groups-1) = {self.stride}")
-        if not 0 <= self.logits_norm < math.inf:
-            raise ValueError(f"logits_norm must be a number of at least 0, got {self.logits_norm}")
+        if not 0 <= self.logits_norm <= MAX_NORM:
+            raise ValueError(f"logits_norm must be a number of at least 0, at most {MAX_NORM}, got {self.logits_norm}")
         compute_dtype(self.precision)
         check_no_branch_scales(self.precision, "dVAE")
 

@@ -37,13 +37,6 @@ def stream_dtype(precision: str):
     return jnp.float32 if precision == "fp16-paper" else compute_dtype(precision)
 
 
-def check_positive(config, *names: str) -> None:
-    """Raises ValueError for a size of a config that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
 def check_no_branch_scales(precision: str, model: str) -> None:
     """Raises ValueError for 'fp16-paper' where a model has no residual branches to scale apart."""
     if precision == "fp16-paper":

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dalle_jax import attention_pattern
+from dalle_jax.errors import check_sizes
 from dalle_jax.layout import Layout
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.blocks import Blocks, check_remat, scan_layers
-from dalle_jax.models.layers import Model, check_positive, compute_dtype, layer_norm, param, stream_dtype
+from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
 
+MAX_LAYERS = 1 << 16
 INIT = 0.125  # Child et al. 2019: standard deviation 0.125 / sqrt(fan in)
 
 
@@ -48,7 +50,8 @@ class TransformerConfig:
     attention: str = "xla"
 
     def __post_init__(self):
-        check_positive(self, "num_layers", "width", "heads", "head_size")
+        check_sizes(self, "width", "heads", "head_size")
+        check_sizes(self, "num_layers", max=MAX_LAYERS)
         check_remat(self.remat)
         compute_dtype(self.precision)
         kernels.check_shapes(self.attention, length=self.layout.length, head_size=self.head_size)

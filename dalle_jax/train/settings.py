@@ -23,6 +23,7 @@ from dalle_jax.train.optimizer.powersgd import Compression
 from dalle_jax.train.optimizer.schedule import cosine
 
 MAX_STEPS = 2**31 - 1  # they are counted in an int32
+MAX_WEIGHT = 1e6  # of a part of a loss, and temperature
 MAX_SECONDS = 7 * 24 * 3_600
 LIKELIHOODS = ("logit_laplace", "gaussian")
 
@@ -67,10 +68,10 @@ class DVAEObjective:
     def __post_init__(self):
         key = "config.objective"
         check_choice(f"{key}.likelihood", self.likelihood, LIKELIHOODS)
-        check_number(f"{key}.balance", self.balance, min=0)
+        check_number(f"{key}.balance", self.balance, min=0, max=MAX_WEIGHT)
         for part in ("start", "end"):
-            check_number(f"{key}.beta.{part}", getattr(self.beta, part), min=0)
-            check_number(f"{key}.temperature.{part}", getattr(self.temperature, part), above=0)
+            check_number(f"{key}.beta.{part}", getattr(self.beta, part), min=0, max=MAX_WEIGHT)
+            check_number(f"{key}.temperature.{part}", getattr(self.temperature, part), above=0, max=MAX_WEIGHT)
         for name in ("beta", "temperature"):
             check_number(f"{key}.{name}.steps", getattr(self, name).steps, min=0, max=MAX_STEPS, whole=True)
 
@@ -271,7 +272,11 @@ def _made(kind: type, values: Mapping[str, Any], *, key: str) -> Any:
             unknown, *known = (f"{key}.{field}".removeprefix("config.") for field in (name, *hints))
             raise UserError(f"unknown config key {unknown!r}: {config.advice(unknown, known)}")
         part = _dataclass_of(hints[name])
-        arguments[name] = _made(part, value, key=f"{key}.{name}") if part and isinstance(value, Mapping) else value
+        if part and isinstance(value, Mapping):
+            value = _made(part, value, key=f"{key}.{name}")
+        elif part and value is not None and not dataclasses.is_dataclass(value):
+            raise UserError(f"expected keys below {key}.{name}, got {value!r}: give {key}.{name}.KEY")
+        arguments[name] = value
     try:
         return kind(**arguments)
     except (TypeError, ValueError) as error:

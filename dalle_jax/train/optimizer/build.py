@@ -44,7 +44,7 @@ class Optimizer:
             check_number(f"{_KEY}.{name}", getattr(self, name), min=0, below=1)
         check_number(f"{_KEY}.eps", self.eps, above=0, max=1)  # else rows of a table that no batch uses become 0 / 0
         check_number(f"{_KEY}.weight_decay", self.weight_decay, min=0, max=1_000)
-        check_number(f"{_KEY}.clip_norm", self.clip_norm, above=0, optional=True)
+        check_number(f"{_KEY}.clip_norm", self.clip_norm, above=0, max=1e12, optional=True)
         if self.name == "muon" and self.moments == "paper":
             raise UserError(
                 f"expected {_KEY}.name = adamw with {_KEY}.moments = paper, whose formats are made for Adam's two "

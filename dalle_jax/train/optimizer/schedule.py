@@ -24,8 +24,8 @@ class Plateau:
 
     def __post_init__(self):
         # optax accepts values that mean nothing: without patience it would halve at every improvement.
-        check_number(f"{_KEY}.plateau.window", self.window, min=1, whole=True)
-        check_number(f"{_KEY}.plateau.patience", self.patience, min=1, whole=True)
+        check_number(f"{_KEY}.plateau.window", self.window, min=1, max=2**31 - 1, whole=True)
+        check_number(f"{_KEY}.plateau.patience", self.patience, min=1, max=2**31 - 1, whole=True)
         check_number(f"{_KEY}.plateau.min_improvement", self.min_improvement, above=0, below=1)
         check_number(f"{_KEY}.plateau.halvings", self.halvings, min=0, max=100, whole=True)
 
@@ -48,7 +48,7 @@ class Schedule:
         check_choice(f"{_KEY}.name", self.name, SCHEDULES)
         check_number(f"{_KEY}.warmup_steps", self.warmup_steps, min=0, max=2**31 - 1, whole=True)
         check_number(f"{_KEY}.decay_steps", self.decay_steps, min=1, max=2**31 - 1, whole=True, optional=True)
-        check_number(f"{_KEY}.end_learning_rate", self.end_learning_rate, min=0)
+        check_number(f"{_KEY}.end_learning_rate", self.end_learning_rate, min=0, max=100)
 
 
 def learning_rate(schedule: Schedule, peak: float, *, steps: int) -> optax.Schedule:
