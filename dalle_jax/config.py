@@ -139,7 +139,7 @@ def advice(key: str, known: Collection[str]) -> str:
 
 
 def _likeness(key: str, other: str) -> float:
-    """How much like another key one is, the last part counted twice, for which its initials will do: lr, wd."""
+    """The likeness of two keys, the last part counted twice, for which its initials will do: lr, wd."""
     last, of_other = key.rpartition(".")[2], other.rpartition(".")[2]
     initials = "".join(word[:1] for word in of_other.split("_"))
     ratios = [difflib.SequenceMatcher(a=a, b=b).ratio() for a, b in ((key, other), (last, of_other))]
