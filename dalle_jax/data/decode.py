@@ -10,14 +10,28 @@ import warnings
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dalle_jax.data.record import BadRecord
 
 SUFFIXES = frozenset("jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif jp2 j2k mpo ppm pgm pbm pnm".split())
+# Pictures that people have and that are not read. Some hold a small preview, so their content is not asked.
+UNREAD_SUFFIXES = frozenset(
+    "heic heif hif jxl dng raw cr2 cr3 crw nef nrw arw orf rw2 raf pef srw svg psd xcf ico tga".split()
+)
 # Formats by name, because Pillow would also pass PostScript to an external interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+
+_TURNS = {  # EXIF orientation -> what turns the pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded: more than nearly any camera makes, less than any machine holds
 # Our limit is the stricter one, and a damaged header either decodes or gets its reason: no warnings are needed.
@@ -66,13 +80,12 @@ def decode_scaled(
                 raise BadImage("decompression bomb", f"{width}x{height} pixels, the limit is {max_pixels}")
             if shortest:
                 opened.draft(None, (shortest, shortest))
-            upright = opened.height, opened.width
+            scaled = opened.height, opened.width
             if (decoded := _jpeg_pixels(opened, image)) is not None:
                 return decoded, (height, width)
             opened.load()
-            ImageOps.exif_transpose(opened, in_place=True)
-            pixels = _to_rgb(opened)
-            return pixels, (height, width) if pixels.shape[:2] == upright else (width, height)
+            pixels = _to_rgb(upright(opened))
+            return pixels, (height, width) if pixels.shape[:2] == scaled else (width, height)
     except UnidentifiedImageError:
         if not image.startswith(_MAGIC):
             raise BadImage("not an image", f"starts with {image[:16]!r}") from None
@@ -89,7 +102,7 @@ def _jpeg_pixels(opened: Image.Image, image: bytes) -> np.ndarray | None:
     None for everything else and for a damaged file, which Pillow decodes or gives the reason for.
     """
     plain = opened.format == "JPEG" and opened.mode in ("L", "RGB")
-    if not plain or opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if not plain or _turn(opened) is not None:
         return None
     pixels = np.empty((opened.height, opened.width, 3), np.uint8)  # the size that Pillow found, and no larger
     try:
@@ -106,9 +119,27 @@ def to_pixels(image: Image.Image) -> np.ndarray:
       BadImage: as `decode_image`.
     """
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        image.load()
+        return _to_rgb(upright(image))
     except Exception as error:  # as above, because Pillow reads the file only now
         raise _bad(error) from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned by its EXIF orientation, which it then no longer has; as it is where there is none."""
+    if (turn := _turn(image)) is None:
+        return image
+    turned = image.transpose(turn)
+    for block in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+        turned.info.pop(block, None)
+    return turned
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a broken EXIF block, in as many ways as above; the pixels may be whole
+        return None
 
 
 @functools.cache

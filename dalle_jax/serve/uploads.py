@@ -3,9 +3,9 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dalle_jax.data.decode import to_pixels
+from dalle_jax.data.decode import to_pixels, upright
 from dalle_jax.serve.errors import ApiError, invalid
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -22,8 +22,8 @@ def read_image(data: bytes, *, param: str) -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if max(image.size) > MAX_SIZE:
             raise invalid(param, f"{param} must be at most {MAX_SIZE} pixels wide and high, got {image.size}")
-        image = ImageOps.exif_transpose(image)
-        image = image.convert("RGBA") if image.has_transparency_data else Image.fromarray(to_pixels(image))
+        image.load()
+        image = upright(image).convert("RGBA") if image.has_transparency_data else Image.fromarray(to_pixels(image))
     except ApiError:
         raise
     except Exception as error:  # Pillow answers broken files with OSError, SyntaxError, ValueError, struct.error, ...

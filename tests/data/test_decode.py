@@ -157,6 +157,33 @@ def test_decode_gives_upright_opaque_rgb():
         decode.to_pixels(Image.fromarray(np.zeros((2, 2), np.float32)))
 
 
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_every_orientation_is_turned_upright_and_only_once(kind, orientation):
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    wide = picture(24, 16).resize((48, 32), Image.Resampling.NEAREST)
+    exact = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    wide.save(out, kind, exif=exif, **exact)
+    pixels = decode.decode_image(out.getvalue()).astype(int)
+    whole = np.asarray(wide).astype(int)
+    flipped = {2: whole[:, ::-1], 3: whole[::-1, ::-1], 4: whole[::-1]}.get(orientation, whole)
+    turned = whole.transpose(1, 0, 2)  # 5; the others mirror it
+    turned = {6: turned[:, ::-1], 7: turned[::-1, ::-1], 8: turned[::-1]}.get(orientation, turned)
+    wanted = turned if orientation in (5, 6, 7, 8) else flipped
+    assert pixels.shape == wanted.shape and np.abs(pixels - wanted).mean() < 3  # of JPEG
+    once = decode.upright(Image.open(out))
+    assert np.array_equal(np.asarray(decode.upright(once)), np.asarray(once))
+
+
+@pytest.mark.parametrize("block", [b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12"])
+def test_a_png_with_a_broken_exif_block_keeps_its_pixels(block):
+    out, whole = io.BytesIO(), picture(9, 7)
+    whole.save(out, "PNG", exif=block)
+    np.testing.assert_array_equal(decode.decode_image(out.getvalue()), np.asarray(whole))
+    np.testing.assert_array_equal(decode.to_pixels(Image.open(out)), np.asarray(whole))
+
+
 @pytest.mark.parametrize(
     ("shortest", "shape"), [(0, (400, 600)), (201, (400, 600)), (200, (200, 300)), (99, (100, 150)), (1, (50, 75))]
 )
