@@ -23,7 +23,8 @@ REASONS = {
     "no caption": "an image without a caption",
     "empty caption": "a caption of nothing but blanks",
     "not utf-8": "a caption that is not valid UTF-8 text",
-    "bad json": "the only caption is in a JSON that does not parse",
+    "bad json": "the only caption is in a JSON that does not parse, or a line of metadata.jsonl does not",
+    "bad csv": "a row of metadata.csv with more fields than its header, as a comma without quotes makes it",
     "duplicate key": "a second sample of the same name; the first one is used",
     "members apart": "the members of one sample are not next to each other in the shard",
     "link": "a symbolic or hard link inside a tar; never followed",
@@ -33,7 +34,7 @@ REASONS = {
     "not an image": "bytes of no known image format",
     "truncated image": "an image that ends too early",
     "broken image": "an image that its decoder refuses",
-    "unsupported image": "pixels of a kind without a defined brightness",
+    "unsupported image": "a format that is not read (HEIC, RAW, SVG ...), or pixels without a defined brightness",
     "decompression bomb": "more pixels or bytes after decoding than the limit",
     "too many bytes": "a member larger than any sensible image or caption",
     # faults of a shard of tokens
@@ -96,3 +97,18 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record | Encoded | Dropped: ...
+
+
+@runtime_checkable
+class Captioned(Protocol):
+    """A source that reads captions without images."""
+
+    def captions_of(self, index: int) -> tuple[str, ...]: ...
+
+
+def captions_of(source: Source, index: int) -> tuple[str, ...]:
+    """The captions of a slot, () where it has none. Where the source can, its image is not read and may be broken."""
+    if isinstance(source, Captioned):
+        return source.captions_of(index)
+    record = source[index]
+    return () if isinstance(record, Dropped) else record.captions

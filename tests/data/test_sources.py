@@ -1,6 +1,5 @@
 """Sources: what they hand out, random access, caching, pickling, threads, and one sentence for a wrong place."""
 
-import csv
 import io
 import json
 import os
@@ -138,45 +137,6 @@ def test_a_shard_that_shrinks_or_vanishes_while_it_is_read(two_shards):
     assert source[0].reason == "unreadable file"
 
 
-def test_folder_with_texts(tmp_path):
-    write(tmp_path, a_jpg=encoded(), a_txt=b"one\ntwo", sub__B_PNG=encoded(kind="PNG"), sub__B_txt=b"three")
-    write(tmp_path, alone_jpg=encoded(), orphan_txt=b"x", Thumbs_db=b"x", empty_webp=b"", empty_txt=b"y")
-    (tmp_path / ".hidden.jpg").write_bytes(encoded())
-    found = {item.key: item for item in everything(open_source(f"folder:{tmp_path}"))}
-    assert found["a.jpg"] == Record("a.jpg", encoded(), ("one", "two"))
-    assert found["sub/B.PNG"].captions == ("three",)
-    reasons = {key: item.reason for key, item in found.items() if isinstance(item, Dropped)}
-    assert reasons == {"alone.jpg": "no caption", "orphan.txt": "no image", "empty.webp": "zero bytes"}
-    assert len(found) == 5
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_folder_with_metadata(tmp_path, kind):
-    rows = [
-        {"file_name": "images/a.jpg", "text": "first, of a", "other": "x"},
-        {"file_name": "gone.jpg", "text": "second", "other": ""},
-        {"file_name": "../outside.jpg", "text": "third", "other": ""},
-        {"file_name": "images/b.jpg", "text": "", "other": ""},
-    ]
-    write(tmp_path, data__images__a_jpg=encoded(), data__images__b_jpg=encoded(), outside_jpg=encoded())
-    write(tmp_path, data__c_jpg=encoded(), data__c_txt=b"from its text")
-    out = io.StringIO()
-    if kind == "csv":
-        table = csv.DictWriter(out, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    else:
-        out.write("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / f"data/metadata.{kind}").write_text(out.getvalue())
-    found = {item.key: item for item in everything(open_source(f"folder:{tmp_path}/data"))}
-    assert found["images/a.jpg"].captions == ("first, of a",) and found["c.jpg"].captions == ("from its text",)
-    assert {key: item.reason for key, item in found.items() if isinstance(item, Dropped)} == {
-        "gone.jpg": "no image",
-        "../outside.jpg": "outside the folder",
-        "images/b.jpg": "empty caption",
-    }
-
-
 def test_coco(tmp_path):
     write(tmp_path, images__a_jpg=encoded(), images__b_jpg=encoded(1), images__c_jpg=encoded(2))
     images = [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate(["a", "b", "c", "gone", "../x"])]
@@ -268,15 +228,6 @@ def test_a_wrong_place_is_one_sentence(spec, words, tmp_path, capsys):
     assert "\n" not in str(error.value)
     assert main(["data", spec]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_broken_metadata_file_is_named(tmp_path):
-    write(tmp_path, a_jpg=encoded(), metadata_jsonl=b'{"file_name": "a.jpg", "te')
-    with pytest.raises(UserError, match="metadata.jsonl"):
-        open_source(f"folder:{tmp_path}")
-    write(tmp_path, metadata_jsonl=b'{"name": "a.jpg"}')
-    with pytest.raises(UserError, match="row 1"):
-        open_source(f"folder:{tmp_path}")
 
 
 def test_braces(tmp_path):

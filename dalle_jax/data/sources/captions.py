@@ -4,12 +4,15 @@ Text is strict UTF-8, with or without a byte order mark: a caption in another en
 """
 
 import json
+import re
 
 from dalle_jax.data.record import BadRecord
 
+FIELDS = ("captions", "caption", "text")  # of JSON and of metadata files; the first that holds text is read
+
 
 def from_text(data: bytes) -> tuple[str, ...]:
-    """The captions of a text file, one per line that is not blank.
+    """The captions of a text file, one per line that is not blank. Lines end at CR and LF and at nothing else.
 
     Raises:
       BadRecord: 'not utf-8' or 'empty caption'.
@@ -18,11 +21,11 @@ def from_text(data: bytes) -> tuple[str, ...]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRecord("not utf-8", str(error)) from None
-    return checked(text.splitlines())
+    return checked(re.split(r"\r\n|\n|\r", text))
 
 
 def from_json(data: bytes) -> tuple[str, ...]:
-    """The captions of a sample's JSON: 'captions' (a list), else 'caption' (a string or a list).
+    """The captions of the JSON beside an image, in one of FIELDS.
 
     Raises:
       BadRecord: 'bad json', 'no caption', 'empty caption' or 'not utf-8'.
@@ -36,7 +39,7 @@ def from_json(data: bytes) -> tuple[str, ...]:
     return from_fields(fields)
 
 
-def from_fields(fields: dict, *, names: tuple[str, ...] = ("captions", "caption")) -> tuple[str, ...]:
+def from_fields(fields: dict, *, names: tuple[str, ...] = FIELDS) -> tuple[str, ...]:
     """The captions in the first of the named fields that holds a string or a list with strings.
 
     Raises:

@@ -90,6 +90,10 @@ class CocoSource:
         except BadRecord as bad:
             return Dropped(file_name, bad.reason, bad.detail)
 
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        index = range(len(self))[index]
+        return self._captions.get(self._ids[index], ()) if index < len(self._ids) else ()
+
     def _take_images(self, listed: list) -> dict[str, str]:
         """Image id -> file name. Ids are compared as text, since some tools write 33 and some "33"."""
         files: dict[str, str] = {}

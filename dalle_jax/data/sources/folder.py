@@ -1,8 +1,9 @@
-"""A folder of images, with captions in a `.txt` of the same name or in a metadata file.
+"""A folder of images, with captions in a `.txt` or `.json` of the same name or in a metadata file.
 
 `metadata.jsonl` and `metadata.csv` follow the convention of Hugging Face's ImageFolder: a column `file_name`, relative
-to the metadata file, and a caption column (`CAPTION_FIELDS`). An image that no metadata file lists takes its captions
-from the `.txt` beside it, one per line. Hidden files and other files are ignored; links to folders are not followed.
+to the metadata file, and a caption column (`captions.FIELDS`); several rows of one image are its captions. An image
+that no metadata file lists takes its captions from the `.txt` beside it, one per line, else from the `.json` beside it
+(img2dataset writes both). Hidden files and other files are ignored; links to folders are not followed.
 """
 
 import csv
@@ -10,134 +11,203 @@ import json
 import os
 import pathlib
 import stat
+from collections.abc import Iterator
 
-from dalle_jax.data.decode import SUFFIXES
+from dalle_jax.data.decode import SUFFIXES, UNREAD_SUFFIXES
 from dalle_jax.data.record import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, BadRecord, Dropped, Record
 from dalle_jax.data.sources import captions
 from dalle_jax.errors import UserError
 
-CAPTION_FIELDS = ("captions", "caption", "text")
 METADATA = ("metadata.jsonl", "metadata.csv")
+TEXT, JSON = "txt", "json"
+
+csv.field_size_limit(MAX_CAPTION_BYTES)
 
 
 class FolderSource:
     """Records of a folder, sorted by path. See `record.Source`; opened by `sources.open_source('folder:...')`.
 
-    Slots are the images, then the captions that have no image.
+    Slots are the images, then what has no image: captions, rows that cannot be read, folders that cannot be listed.
 
     Raises:
-      UserError: no such folder, no image in it, or a metadata file that cannot be parsed.
+      UserError: no such folder, nothing in it, or a metadata file that cannot be read or names no images.
     """
 
     def __init__(self, name: str, folder: str, *, captions_required: bool = True):
-        self.name, self._folder, self._captions_required = name, folder, captions_required
+        self.name, self.folder, self._captions_required = name, folder, captions_required
         if not os.path.isdir(folder):
             raise UserError(f"expected a folder of images, got {folder}, which is no folder: check the path")
-        images, texts, metadata = _walk(folder)
-        self._captions: dict[str, dict | None] = {}  # image path -> its row of a metadata file
-        for path in metadata:
-            self._captions.update(_rows(folder, path))
+        self._faults: list[Dropped] = []
+        self._rows: dict[str, tuple[str, ...] | Dropped] = {}  # image -> captions of its rows, or why they have none
+        self._beside: dict[str, dict[str, str]] = {TEXT: {}, JSON: {}}  # path without suffix -> file with captions
+        images, metadata = self._walk()
+        self._take_rows(metadata, set(images))
+        self._paths = [*images, *sorted(self._rows.keys() - set(images))]
         stems = {os.path.splitext(path)[0] for path in images}
-        orphans = [path for path in texts if os.path.splitext(path)[0] not in stems]
-        self._paths = [*images, *sorted(self._captions.keys() - set(images)), *orphans]
-        if not self._paths:
+        for stem, path in self._beside[TEXT].items():
+            if stem not in stems:
+                self._faults.append(Dropped(path, "no image", f"no image of the same name beside {path}"))
+        if not len(self):
             raise UserError(f"expected images in {folder}, got none: check the path, or name a folder with image files")
-        self._images = len(self._paths) - len(orphans)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._paths) + len(self._faults)
 
     def __getitem__(self, index: int) -> Record | Dropped:
         index = range(len(self))[index]
+        if index >= len(self._paths):
+            return self._faults[index - len(self._paths)]
         path = self._paths[index]
         try:
-            if index >= self._images:
-                raise BadRecord("no image", f"no image of the same name beside {path}")
-            return Record(path, read_image(self._folder, path), self._read_captions(path))
+            image = read_image(self.folder, path)
+            try:
+                return Record(path, image, self._read_captions(path))
+            except BadRecord:
+                if self._captions_required:
+                    raise
+                return Record(path, image, ())
         except BadRecord as bad:
             return Dropped(path, bad.reason, bad.detail)
 
-    def _read_captions(self, path: str) -> tuple[str, ...]:
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        index = range(len(self))[index]
         try:
-            if row := self._captions.get(path):
-                return captions.from_fields(row, names=CAPTION_FIELDS)
-            text = os.path.join(self._folder, os.path.splitext(path)[0] + ".txt")
-            if not os.path.exists(text):
-                raise BadRecord("no caption", "no .txt of the same name and no row of a metadata file")
-            return captions.from_text(_read(text, limit=MAX_CAPTION_BYTES))
+            return self._read_captions(self._paths[index]) if index < len(self._paths) else ()
         except BadRecord:
-            if self._captions_required:
-                raise
             return ()
+
+    def _read_captions(self, path: str) -> tuple[str, ...]:
+        if rows := self._rows.get(path):
+            if isinstance(rows, Dropped):
+                raise BadRecord(rows.reason, rows.detail)
+            return rows
+        stem = os.path.splitext(path)[0]
+        for suffix, parse in ((TEXT, captions.from_text), (JSON, captions.from_json)):
+            if file := self._beside[suffix].get(stem):
+                return parse(_read(self.folder, file, limit=MAX_CAPTION_BYTES, missing="no caption"))
+        raise BadRecord("no caption", "no .txt or .json of the same name and no row of a metadata file")
+
+    def _walk(self) -> tuple[list[str], list[str]]:
+        """Sorted relative paths of the images and of the metadata files."""
+        images, metadata = [], []
+        for parent, folders, names in os.walk(self.folder, onerror=self._cannot_list):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inside = os.path.relpath(parent, self.folder)
+            for name in sorted(name for name in names if not name.startswith(".")):
+                path = name if inside == os.curdir else os.path.join(inside, name)
+                stem, suffix = os.path.splitext(path)
+                suffix = suffix[1:].lower()
+                if name in METADATA:
+                    metadata.append(path)
+                elif suffix in SUFFIXES or suffix in UNREAD_SUFFIXES:
+                    images.append(path)
+                elif suffix in self._beside and self._beside[suffix].setdefault(stem, path) != path:
+                    self._faults.append(Dropped(path, "duplicate key", f"{self._beside[suffix][stem]} is used"))
+        return sorted(images), sorted(metadata)
+
+    def _cannot_list(self, error: OSError) -> None:
+        path = os.path.relpath(error.filename, self.folder)
+        self._faults.append(Dropped(path, "unreadable file", f"the folder cannot be listed: {error.strerror}"))
+
+    def _take_rows(self, metadata: list[str], images: set[str]) -> None:
+        given: dict[str, list[tuple[str, ...] | Dropped]] = {}
+        for path in metadata:
+            nameless: list[Dropped] = []
+            rows = 0
+            for line, row in _rows(os.path.join(self.folder, path)):
+                rows += 1
+                key = f"{path}:{line}"
+                if isinstance(row, BadRecord):
+                    self._faults.append(Dropped(key, row.reason, row.detail))
+                elif not isinstance(name := row.get("file_name"), str) or not name:
+                    nameless.append(Dropped(key, "no image", f"the row has no file_name, only {', '.join(row)[:80]}"))
+                else:
+                    texts = given.setdefault(self._place(path, name, images), [])
+                    try:
+                        if None in row:  # where `csv` puts the fields beyond the header's
+                            raise BadRecord("bad csv", f"more fields than the header has, from {row[None][0]!r} on")
+                        texts.append(captions.from_fields(row))
+                    except BadRecord as bad:
+                        texts.append(Dropped(key, bad.reason, bad.detail))
+            if nameless and len(nameless) == rows:
+                raise UserError(
+                    f"expected a file_name in the rows of {os.path.join(self.folder, path)}, got none in all {rows} of "
+                    f"them ({nameless[0].detail}): name the column file_name"
+                )
+            self._faults += nameless
+        for image, texts in given.items():
+            faults = [text for text in texts if isinstance(text, Dropped)]
+            good = tuple(caption for text in texts if not isinstance(text, Dropped) for caption in text)
+            self._rows[image] = good or faults.pop(0)
+            self._faults += faults if self._captions_required else []
+
+    def _place(self, metadata: str, name: str, images: set[str]) -> str:
+        """The path of the image that a row of a metadata file names, relative to the folder."""
+        parent = os.path.dirname(metadata)
+        if name.startswith(os.path.join(os.path.abspath(self.folder), parent, "")):
+            name = os.path.relpath(name, os.path.join(os.path.abspath(self.folder), parent))
+        path = os.path.normpath(os.path.join(parent, name))
+        return path if path in images else os.path.normpath(os.path.join(parent, name.replace("\\", "/")))
 
 
 def read_image(folder: str, path: str) -> bytes:
     """The bytes of the image `path`, relative to `folder`.
 
     Raises:
-      BadRecord: 'outside the folder', 'no image', 'zero bytes', 'too many bytes' or 'unreadable file'.
+      BadRecord: 'outside the folder', 'unsupported image', 'no image', 'zero bytes', 'too many bytes' or 'unreadable
+        file'.
     """
     if os.path.isabs(path) or ".." in pathlib.PurePath(path).parts:
         raise BadRecord("outside the folder", f"expected a path inside the folder, got {path}")
-    data = _read(os.path.join(folder, path), limit=MAX_IMAGE_BYTES)
+    suffix = os.path.splitext(path)[1][1:].lower()
+    if suffix in UNREAD_SUFFIXES and os.path.isfile(os.path.join(folder, path)):
+        raise BadRecord("unsupported image", f"{suffix} files are not read: convert it to JPEG or PNG")
+    data = _read(folder, path, limit=MAX_IMAGE_BYTES, missing="no image")
     if not data:
         raise BadRecord("zero bytes")
     return data
 
 
-def _read(path: str, *, limit: int) -> bytes:
+def _read(folder: str, path: str, *, limit: int, missing: str) -> bytes:
+    """The content of a regular file. missing: the reason if there is none; a pipe would block forever."""
     try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        status = None
-    if status is None or not stat.S_ISREG(status.st_mode):  # a pipe would block forever
-        raise BadRecord("no image", f"{path} does not exist or is not a regular file")
-    try:
+        status = os.stat(os.path.join(folder, path))
+        if not stat.S_ISREG(status.st_mode):
+            raise BadRecord(missing, f"{path} is not a regular file")
         if status.st_size > limit:
             raise BadRecord("too many bytes", f"{status.st_size}, the limit is {limit}")
-        with open(path, "rb", buffering=0) as file:
+        with open(os.path.join(folder, path), "rb", buffering=0) as file:
             return file.read()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        raise BadRecord(missing, f"{path} does not exist") from None
     except OSError as error:
         raise BadRecord("unreadable file", str(error)) from None
 
 
-def _walk(folder: str) -> tuple[list[str], list[str], list[str]]:
-    """Sorted relative paths of the images, the texts and the metadata files."""
-    images, texts, metadata = [], [], []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = os.path.relpath(parent, folder)
-        for name in names:
-            path = name if relative == "." else os.path.join(relative, name)
-            suffix = os.path.splitext(name)[1][1:].lower()
-            if name.startswith("."):
-                continue
-            if name in METADATA:
-                metadata.append(path)
-            elif suffix in SUFFIXES:
-                images.append(path)
-            elif suffix == "txt":
-                texts.append(path)
-    return sorted(images), sorted(texts), sorted(metadata)
-
-
-def _rows(folder: str, path: str) -> dict[str, dict]:
-    """The rows of a metadata file: image path relative to `folder` -> row.
+def _rows(path: str) -> Iterator[tuple[int, dict | BadRecord]]:
+    """The rows of a metadata file with their line numbers.
 
     Raises:
-      UserError: the file does not parse, or a row has no file_name.
+      UserError: the file cannot be read, or is a .csv of another encoding than UTF-8.
     """
-    parent, rows = os.path.dirname(path), {}
     try:
-        with open(os.path.join(folder, path), encoding="utf-8-sig", newline="") as file:
-            lines = (json.loads(line) for line in file if line.strip())
-            for number, row in enumerate(csv.DictReader(file) if path.endswith(".csv") else lines, 1):
-                if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                    raise UserError(
-                        f"expected a file_name in every row of {os.path.join(folder, path)}, row {number} has none: "
-                        "add it or remove the row"
-                    )
-                rows[os.path.normpath(os.path.join(parent, row["file_name"]))] = row
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"expected a readable {os.path.join(folder, path)}, got {error}: mend or remove it") from error
-    return rows
+        if path.endswith(".csv"):
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                table = csv.DictReader(file, restval="")
+                for row in table:
+                    yield table.line_num, row
+            return
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"expected a readable {path}, got {error}: mend or remove it") from error
+
+
+def _parse(line: bytes) -> dict | BadRecord:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested thousands deep
+        return BadRecord("bad json", f"{type(error).__name__}: {error}")
+    return row if isinstance(row, dict) else BadRecord("bad json", f"expected an object, got {type(row).__name__}")

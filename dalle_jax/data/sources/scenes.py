@@ -321,13 +321,19 @@ class Scenes:
         return LENGTHS[self.split]
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name} has records 0 .. {len(self) - 1}, got {index}")
-        rng = _generator(self.split, index)
-        scene, text = _sample(rng)
+        rng, scene, text = self._begin(index)
         return Record(
             key=f"{self.split}-{index:07d}", image=draw(scene, rng, image_size=self.image_size), captions=(text,)
         )
+
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        return (self._begin(index)[2],)
+
+    def _begin(self, index: int) -> tuple[np.random.Generator, Scene, str]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has records 0 .. {len(self) - 1}, got {index}")
+        rng = _generator(self.split, index)
+        return rng, *_sample(rng)
 
 
 def open_scenes(split: str) -> Scenes:

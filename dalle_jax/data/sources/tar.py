@@ -117,10 +117,8 @@ class ShardSource:
         return int(self._ends[-1])
 
     def __getitem__(self, row: int) -> Record | Dropped:
-        row = range(len(self))[row]  # IndexError and negative rows as in a list
-        shard = int(np.searchsorted(self._ends, row, side="right"))
+        shard, row = self._place(row)
         index = self._indexes[shard]
-        row -= int(self._ends[shard]) - len(index)
         key = f"{self._labels[shard]}/{index.key(row)}".rstrip("/")
         try:
             if fault := _FAULTS[index.fault[row]]:
@@ -129,6 +127,19 @@ class ShardSource:
             return Record(key, self._bytes(shard, *index.image[row].tolist(), limit=MAX_IMAGE_BYTES), texts)
         except BadRecord as bad:
             return Dropped(key, bad.reason, bad.detail)
+
+    def captions_of(self, row: int) -> tuple[str, ...]:
+        shard, row = self._place(row)
+        try:
+            return () if self._indexes[shard].fault[row] else self._captions(shard, row)
+        except BadRecord:
+            return ()
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """The shard of a slot, and the row in it."""
+        row = range(len(self))[row]  # IndexError and negative rows as in a list
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return shard, row - int(self._ends[shard]) + len(self._indexes[shard])
 
     def _captions(self, shard: int, row: int) -> tuple[str, ...]:
         index = self._indexes[shard]
