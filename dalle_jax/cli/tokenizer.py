@@ -1,68 +1,88 @@
-"""`dalle-jax tokenizer SOURCE`: learn a BPE vocabulary from all captions of a source and report how well it fits."""
+"""`dalle-jax tokenizer SOURCE`: learn a BPE vocabulary from the captions of a source and report how well it fits.
+
+Images are not read. Memory grows with the different words of the captions, not with their number.
+"""
 
 import argparse
 import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tqdm
 
-from dalle_jax.data.record import Dropped, Source
+from dalle_jax import files
+from dalle_jax.data.in_order import evenly_spread, in_order
+from dalle_jax.data.record import Source, captions_of
 from dalle_jax.data.sources import HELP, open_source
 from dalle_jax.errors import check_number, writing_to
 from dalle_jax.text import Tokenizer
 from dalle_jax.text.bpe import RESERVED, BPETokenizer
 
-DESCRIBED = 20_000  # captions for the summary line, evenly spread
+LIMIT = 4_000_000  # records; more change no piece of 16,384 that many captions hold
+DESCRIBED = 20_000  # records for the summary line, evenly spread
+BLOCK = 256  # records for one thread at a time
 MAX_VOCAB = 1 << 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `main`."""
-    parser.add_argument("source", help=HELP)
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        default=16_384,
-        metavar="N",
-        help=f"entries of the vocabulary, {RESERVED} of them reserved (default: %(default)s)",
+
+    def add(flag: str, words: str, **options) -> None:
+        parser.add_argument(flag, help=words + (" (default: %(default)s)" if "default" in options else ""), **options)
+
+    add("source", HELP)
+    add(
+        "--vocab-size", f"entries of the vocabulary, {RESERVED} of them reserved", type=int, default=16_384, metavar="N"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.model")
+    add("--limit", "read the captions of N records, evenly spread", type=int, default=LIMIT, metavar="N")
+    add("--threads", "threads that read", type=int, default=os.cpu_count() or 1, metavar="N")
+    add("--out", "folder for tokenizer.model", required=True, metavar="DIR")
 
 
 def main(args: argparse.Namespace) -> int:
     """Trains, saves and describes a tokenizer.
 
     Raises:
-      UserError: no captions, an impossible vocabulary size or a folder that cannot be written.
+      UserError: no captions, a number out of range or a folder that cannot be written.
     """
     check_number("--vocab-size", args.vocab_size, min=RESERVED + 16, max=MAX_VOCAB, whole=True)
+    check_number("--limit", args.limit, min=1, whole=True)
+    check_number("--threads", args.threads, min=1, whole=True)
+    with writing_to(args.out):
+        files.probe(args.out)
     logging.basicConfig(format="%(message)s")
-    captions = read_captions(open_source(args.source, pictures_required=False))
-    tokenizer = BPETokenizer.train(captions, vocab_size=args.vocab_size)
+    source = open_source(args.source, pictures_required=False)
+    rows = evenly_spread(len(source), args.limit)
+    tokenizer = BPETokenizer.train(read_captions(source, rows, threads=args.threads), vocab_size=args.vocab_size)
     with writing_to(args.out):
         path = tokenizer.save(args.out)
-    print(f"{path}: {describe(tokenizer, captions)}")
+    sample = list(read_captions(source, evenly_spread(len(source), DESCRIBED), threads=args.threads))
+    print(f"{path}: {describe(tokenizer, sample)}, of {len(rows)} records of {len(source)}")
     return 0
 
 
-def read_captions(source: Source) -> list[str]:
-    """Every caption of every good record, with a progress bar."""
-    captions = []
-    for i in tqdm.trange(len(source), desc="captions", unit="record"):
-        record = source[i]
-        if not isinstance(record, Dropped):
-            captions.extend(record.captions)
-    return captions
+def read_captions(source: Source, rows: Sequence[int], *, threads: int) -> Iterator[str]:
+    """Every caption of these records, in order, with a progress bar."""
+
+    def read(block: Sequence[int]) -> list[str]:
+        return [caption for row in block for caption in captions_of(source, row)]
+
+    blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
+    with tqdm.tqdm(total=len(rows), desc="captions", unit=" records", disable=None, file=sys.stderr) as bar:
+        for captions in in_order(read, blocks, threads=threads, ahead=4 * threads):
+            bar.update(BLOCK)
+            yield from captions
 
 
-def describe(tokenizer: Tokenizer, captions: list[str]) -> str:
-    """One line: entries, tokens per caption, the share of tokens that are bytes, and the digest."""
-    sample = captions[:: max(1, len(captions) // DESCRIBED)]
-    ids = [tokenizer.encode(caption) for caption in sample]
+def describe(tokenizer: Tokenizer, captions: Sequence[str]) -> str:
+    """Entries, tokens per caption, the share of tokens that are bytes, and the digest, in one line."""
+    ids = [tokenizer.encode(caption) for caption in captions]
     lengths = np.array([len(tokens) for tokens in ids])
     share = sum(token < RESERVED for tokens in ids for token in tokens) / max(1, lengths.sum())
     return (
-        f"{tokenizer.vocab_size} pieces, {len(captions)} captions, tokens per caption mean {lengths.mean():.1f}, "
+        f"{tokenizer.vocab_size} pieces, tokens per caption mean {lengths.mean():.1f}, "
         f"95 % {np.percentile(lengths, 95):.0f}, max {lengths.max()}, byte fallback {share:.2%}, "
         f"digest {tokenizer.digest[:12]}"
     )

@@ -76,22 +76,29 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], *, vocab_size: int) -> "BPETokenizer":
-        """Learn the merges from raw captions; few distinct words give a smaller vocabulary.
+        """Learn a vocabulary of `vocab_size` entries, or fewer if the captions hold no more.
+
+        The captions are read once. Only their different words are kept, with how often each comes: pieces never cross
+        a space, so nothing else counts.
 
         Raises:
-          UserError: no caption has any text, or vocab_size leaves no room beside the byte pieces.
+          UserError: no captions with any text, or a size too small for the byte pieces.
         """
-        lines = [text for text in map(normalize, captions) if text]
-        if not lines:
+        words: collections.Counter[str] = collections.Counter()
+        for caption in captions:
+            words.update(normalize(caption).split())
+        if not words:
             raise UserError("expected captions to train a tokenizer on, got none with any text: check the source")
         if vocab_size < RESERVED + 16:
             raise UserError(
                 f"expected a vocabulary of at least {RESERVED + 16} entries (256 are bytes), got {vocab_size}"
             )
+        rare = _rare_characters(words, room=(vocab_size - RESERVED) // 2)
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(_without_rare_characters(lines, room=(vocab_size - RESERVED) // 2)),
+                sentence_iterator=(f"{word.translate(rare)}\t{count}" for word, count in words.items()),
+                input_format="tsv",
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -104,7 +111,7 @@ class BPETokenizer:
                 bos_id=-1,
                 eos_id=-1,
                 pad_id=-1,
-                num_threads=1,
+                num_threads=1,  # another number changes no piece, but the file and so the digest
                 minloglevel=2,
             )
         except RuntimeError as error:
@@ -237,12 +244,10 @@ def _file(path: str | os.PathLike) -> pathlib.Path:
     return path if path.suffix == ".model" else path / FILE_NAME
 
 
-def _without_rare_characters(lines: list[str], *, room: int) -> list[str]:
-    """The lines with spaces for all but the `room` most frequent characters, which are spelled in bytes instead."""
-    counts = collections.Counter()
-    for line in lines:
-        counts.update(line.replace(" ", ""))
-    if len(counts) <= room:
-        return lines
-    rare = {ord(character): " " for character, _ in counts.most_common()[room:]}
-    return [line.translate(rare) for line in lines]
+def _rare_characters(words: collections.Counter[str], *, room: int) -> dict[int, str]:
+    """A translation of all but the `room` most frequent characters to spaces: they are spelled in bytes instead."""
+    counts: collections.Counter[str] = collections.Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    return {ord(character): " " for character, _ in counts.most_common()[room:]}

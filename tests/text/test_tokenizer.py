@@ -3,6 +3,7 @@
 import argparse
 import collections
 import concurrent.futures
+import io
 import pickle
 import sys
 import unicodedata
@@ -134,6 +135,27 @@ def test_too_few_captions_make_a_smaller_vocabulary(caplog):
     assert f"{small.vocab_size} entries instead of 16384" in caplog.text
 
 
+@pytest.mark.parametrize("vocab_size", [300, 330, 400])
+def test_words_and_their_counts_teach_what_whole_captions_teach(vocab_size):
+    """The pieces are those that sentencepiece learns from the lines, with as many of its threads as you like."""
+    captions = [*TRAINING, *CAPTIONS[:9], CAPTIONS[10]]
+    ours = BPETokenizer.train(captions, vocab_size=vocab_size)
+    lines = [normalize(caption) for caption in captions if normalize(caption)]
+    counts = collections.Counter(letter for line in lines for letter in line if letter != " ")
+    rare = {letter for letter, _ in counts.most_common()[(vocab_size - RESERVED) // 2 :]}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=("".join(" " if letter in rare else letter for letter in line) for line in lines),
+        model_writer=model, model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
+        byte_fallback=True, normalization_rule_name="identity", unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+        num_threads=4, minloglevel=2,
+    )  # fmt: skip
+    wanted = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert [wanted.id_to_piece(i) for i in range(wanted.vocab_size())] == [
+        ours._processor.id_to_piece(i) for i in range(ours.vocab_size)
+    ]
+
+
 def test_more_characters_than_room_become_bytes():
     ideographs = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
     small = BPETokenizer.train([ideographs, "a red apple"], vocab_size=300)
@@ -185,7 +207,12 @@ def test_command_trains_on_every_caption_and_describes(monkeypatch, tmp_path, ca
     tokenizer = load_tokenizer(tmp_path / "new")
     assert tokenizer.digest == BPETokenizer.train(TRAINING, vocab_size=340).digest
     line = capsys.readouterr().out
-    assert f"340 pieces, {len(TRAINING)} captions" in line and tokenizer.digest[:12] in line
+    assert "340 pieces, tokens per caption mean 9" in line and tokenizer.digest[:12] in line
+    assert line.endswith("of 3 records of 3\n")
+    args.limit, args.out = 2, str(tmp_path / "ends")
+    assert train_tokenizer.main(args) == 0
+    assert "of 2 records of 3" in capsys.readouterr().out
+    assert load_tokenizer(args.out).digest == tokenizer.digest, "the first record and the last, where all captions are"
 
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="expected a folder"):
