@@ -6,6 +6,7 @@ Every record is read, decoded and filtered as the pipeline does it, without crop
 import argparse
 import collections
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -13,7 +14,6 @@ import pathlib
 import sys
 import textwrap
 from collections.abc import Sequence
-from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,17 @@ import tqdm
 from dalle_jax import files
 from dalle_jax.data import filters, transforms
 from dalle_jax.data.decode import decode_image
+from dalle_jax.data.in_order import evenly_spread, in_order
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
 from dalle_jax.data.sources import HELP, open_source
+from dalle_jax.data.sources.folder import FolderSource
 from dalle_jax.errors import UserError, check_number, say, writing_to
 from dalle_jax.pictures.fonts import fonts_for
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.text import Tokenizer, load_tokenizer
 
+DEFAULT_PICTURE = "examples.png"
 EXAMPLES, COLUMNS = 10, 5  # records on the sheet, in a row of it
 MAX_CAPTION = 75  # characters of a caption on the sheet
 EXAMPLE_KEYS = 3  # named for each reason
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", help=HELP)
     add("--json", action="store_true", help="print one JSON object instead of text (default: no)")
     add("--tokenizer", metavar="DIR", help="count caption lengths in this tokenizer's tokens (default: in words)")
-    add("--picture", metavar="PNG", help=f"draw {EXAMPLES} examples (default: examples.png, or none with --json)")
+    add("--picture", metavar="PNG", help=f"draw {EXAMPLES} examples (default: {DEFAULT_PICTURE}, or none with --json)")
     add("--dropped", metavar="FILE", help="write one JSON per dropped record: key, reason, detail (default: no)")
     add("--limit", **number, help="look at N records, evenly spread (default: all)")
     add("--pictures-only", action="store_true", help="captions are not needed, as for a dVAE (default: they are)")
@@ -82,15 +85,11 @@ def main(args: argparse.Namespace) -> int:
     limits = {field.name: getattr(args, field.name) for field in FILTERS}
     config = DataConfig(max_pixels=args.max_pixels, **limits)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    picture = args.picture or (None if args.json else "examples.png")
-    for option, path in (("picture", picture), ("dropped", args.dropped)):
-        if path and not os.access(pathlib.Path(path).resolve().parent, os.W_OK):
-            raise UserError(f"expected a writable place for --{option}, got {path}: choose another")
     source = open_source(args.source, captions_required=not args.pictures_only)
-    rows: Sequence[int] = range(len(source))
-    if args.limit and args.limit < len(source):
-        rows = np.linspace(0, len(source) - 1, args.limit).astype(int).tolist()
-
+    for path in filter(None, (args.picture, args.dropped)):
+        _check_place(path, source)
+    picture = args.picture or (None if args.json else _default_picture(source))
+    rows = evenly_spread(len(source), args.limit)
     found = survey(source, rows, config=config, tokenizer=tokenizer, threads=args.threads)
     summary = summarize(source.name, found, unit="tokens" if tokenizer else "words", total=len(source))
     if args.dropped:
@@ -99,13 +98,38 @@ def main(args: argparse.Namespace) -> int:
             files.write(args.dropped, "".join(lines))
     good = [row for row, outcome in zip(rows, found, strict=True) if isinstance(outcome, Usable)]
     if picture and good:
-        chosen_rows = [good[i] for i in np.linspace(0, len(good) - 1, min(EXAMPLES, len(good))).astype(int)]
-        draw([record for row in chosen_rows if isinstance(record := source[row], Record)], picture, config=config)
         summary["picture"] = str(picture)
-    print(json.dumps(summary) if args.json else as_text(summary))
+    print(json.dumps(summary) if args.json else as_text(summary), flush=True)
+    if picture and good:
+        chosen = (source[good[i]] for i in evenly_spread(len(good), EXAMPLES))
+        draw([record for record in chosen if isinstance(record, Record)], picture, config=config)
     if not good:
         say(f"dalle-jax: no record of {source.name} can be used")
     return 0 if good else 2
+
+
+def _check_place(path: str, source: Source) -> None:
+    """Raise UserError unless a file can be written to `path`; nothing is written into the folder of a source."""
+    folder = pathlib.Path(path).resolve().parent
+    if _is_in_source(folder, source):
+        raise UserError(f"expected a place outside of {source.name} to write to, got {path}, inside it: choose another")
+    with writing_to(path, "file"):
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        files.probe(folder)
+
+
+def _default_picture(source: Source) -> str | None:
+    try:
+        _check_place(DEFAULT_PICTURE, source)
+    except UserError as error:
+        say(f"dalle-jax: no examples are drawn without --picture: {error}")
+        return None
+    return DEFAULT_PICTURE
+
+
+def _is_in_source(folder: pathlib.Path, source: Source) -> bool:
+    return isinstance(source, FolderSource) and folder.is_relative_to(pathlib.Path(source.folder).resolve())
 
 
 def survey(
@@ -119,11 +143,8 @@ def survey(
 
     found: list[Usable | Dropped] = []
     blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
-    with (
-        futures.ThreadPoolExecutor(threads) as pool,
-        tqdm.tqdm(total=len(rows), unit=" records", disable=None, file=sys.stderr) as bar,
-    ):
-        for outcomes in pool.map(check_block, blocks):
+    with tqdm.tqdm(total=len(rows), unit=" records", disable=None, file=sys.stderr) as bar:
+        for outcomes in in_order(check_block, blocks, threads=threads, ahead=2 * threads):
             found += outcomes
             bar.update(len(outcomes))
     return found

@@ -9,12 +9,12 @@ import argparse
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
 import sys
 import time
-from concurrent import futures
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ import tqdm
 from dalle_jax import files, model_dir, sharding
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import MAX_PIXELS, BadImage, decode_image
+from dalle_jax.data.in_order import in_order
 from dalle_jax.data.record import Dropped, Encoded, Record, Source
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources import HELP, TOKENS, features, open_source
@@ -183,14 +184,12 @@ def encode(
         done = features.finished(folder, settings)
         total = sum(len(settings.slots(shard)) for shard in shards)
         left = sum(len(settings.slots(shard)) for shard in shards if shard not in done)
-        with (
-            futures.ThreadPoolExecutor(threads) as pool,
-            tqdm.tqdm(total=total, initial=total - left, unit=" records", disable=None, file=sys.stderr) as bar,
-        ):
+        files.probe(folder)
+        with tqdm.tqdm(total=total, initial=total - left, unit=" records", disable=None, file=sys.stderr) as bar:
             for shard in shards:
                 if shard in done:
                     continue
-                slots = _encode_shard(source, settings.slots(shard), encoder, pool=pool, bar=bar)
+                slots = _encode_shard(source, settings.slots(shard), encoder, threads=threads, bar=bar)
                 for left_by_a_kill in folder.glob(f".{features.shard_name(shard)}.*"):
                     left_by_a_kill.unlink()
                 files.write(folder / features.shard_name(shard), features.pack(slots, settings))
@@ -229,16 +228,13 @@ def _claim(folder: pathlib.Path, settings: features.Settings) -> None:
         raise UserError(f"{folder} holds other tokens ({', '.join(changed)}): use these values again or another --out")
 
 
-def _encode_shard(source: Source, rows: range, encoder: Encoder, *, pool, bar) -> list[Dropped | Encoded]:
+def _encode_shard(source: Source, rows: range, encoder: Encoder, *, threads: int, bar) -> list[Dropped | Encoded]:
     """The slots of one shard. Threads crop the next block while the devices encode the one before."""
-    crop = functools.partial(encoder.crop, source)
-    blocks = [rows[start : start + encoder.block] for start in range(0, len(rows), encoder.block)]
+    cropped = in_order(functools.partial(encoder.crop, source), rows, threads=threads, ahead=2 * encoder.block)
     finished: list[Dropped | Encoded] = []
     running: tuple[list[Dropped | Encoded], jax.Array | None] = [], None
-    ahead = [pool.submit(crop, row) for row in blocks[0]]
-    for following in [*blocks[1:], range(0)]:
-        current, ahead = ahead, [pool.submit(crop, row) for row in following]
-        slots, crops = zip(*(future.result() for future in current), strict=True)
+    while block := list(itertools.islice(cropped, encoder.block)):
+        slots, crops = zip(*block, strict=True)
         started = list(slots), encoder.start([crop for crop in crops if crop is not None])
         finished += encoder.finish(*running)
         running = started

@@ -6,6 +6,7 @@ Images are not read. Memory grows with the different words of the captions, not 
 import argparse
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--limit", "read the captions of N records, evenly spread", type=int, default=LIMIT, metavar="N")
     add("--threads", "threads that read", type=int, default=os.cpu_count() or 1, metavar="N")
-    add("--out", "folder for tokenizer.model", required=True, metavar="DIR")
+    add("--out", "folder for tokenizer.model", required=True, type=pathlib.Path, metavar="DIR")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -50,10 +51,11 @@ def main(args: argparse.Namespace) -> int:
     check_number("--vocab-size", args.vocab_size, min=RESERVED + 16, max=MAX_VOCAB, whole=True)
     check_number("--limit", args.limit, min=1, whole=True)
     check_number("--threads", args.threads, min=1, whole=True)
-    with writing_to(args.out):
-        files.probe(args.out)
     logging.basicConfig(format="%(message)s")
     source = open_source(args.source, pictures_required=False)
+    with writing_to(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        files.probe(args.out)
     rows = evenly_spread(len(source), args.limit)
     tokenizer = BPETokenizer.train(read_captions(source, rows, threads=args.threads), vocab_size=args.vocab_size)
     with writing_to(args.out):

@@ -5,6 +5,7 @@ What a folder holds is a good record or a counted slot, and one oddity costs no 
 
 import csv
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -15,6 +16,9 @@ import shutil
 
 import pytest
 
+from dalle_jax import files
+from dalle_jax.cli import data
+from dalle_jax.cli.main import main
 from dalle_jax.data.record import Dropped, Record, captions_of
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
@@ -216,3 +220,36 @@ def test_every_image_and_annotation_of_coco_is_a_record_or_a_counted_slot(tmp_pa
         if not any(isinstance(image, dict) and image["file_name"] for image in whole["images"]):
             continue  # nothing but faults: one sentence
         assert outcome(open_source(f"coco:{tmp_path}/captions.json,{tmp_path}/images")) == wanted, names
+
+
+def test_nothing_is_written_into_the_source(tmp_path, monkeypatch, capsys):
+    """A picture of examples would be a record of the next report."""
+    fill(tmp_path, {"pictures/a.jpg": IMAGE, "pictures/a.txt": b"a"})
+    spec = f"folder:{tmp_path}/pictures"
+    for option in ("--picture", "--dropped"):
+        assert main(["data", spec, option, f"{tmp_path}/pictures/out"]) == 2
+        assert "expected a place outside of folder:" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "pictures")
+    assert main(["data", "folder:."]) == 0
+    out, err = capsys.readouterr()
+    assert "good     1" in out and "examples" not in out and "no examples are drawn without --picture" in err
+    assert sorted(os.listdir()) == ["a.jpg", "a.txt"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", spec, "--picture", "named"]) == 0
+    assert "examples named" in capsys.readouterr().out and pathlib.Path("named").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_is_printed_before_the_picture_that_may_fail(tmp_path, monkeypatch, capsys):
+    fill(tmp_path, {"pictures/a.jpg": IMAGE, "pictures/a.txt": b"a"})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "contact_sheet", full)
+    assert main(["data", f"folder:{tmp_path}/pictures", "--json", "--picture", f"{tmp_path}/x.png"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["good"] == 1 and "No space left" in err and not (tmp_path / "x.png").exists()
+    monkeypatch.setattr(files, "probe", full)
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "folder:pictures"]) == 0  # as in a folder that is read-only
+    assert "good     1" in capsys.readouterr().out

@@ -248,7 +248,8 @@ def test_report_as_text_and_picture(two_shards, capsys):
     assert main(["data", f"wds:{two_shards}/*.tar", "--json", "--max-aspect-ratio", "1.4"]) == 2
     report = json.loads(capsys.readouterr().out)
     assert (report["good"], report["dropped"], report["picture"]) == (0, {"aspect ratio": 12}, None)
-    for wrong in (["--picture", f"{two_shards}/nope/x.png"], ["--limit", "-5"], ["--min-image-side", "-1"]):
+    places = ([option, f"{two_shards}/{place}"] for option in ("--picture", "--dropped") for place in ("nope/x", ""))
+    for wrong in (*places, ["--limit", "-5"], ["--min-image-side", "-1"]):
         capsys.readouterr()
         assert main(["data", f"wds:{two_shards}/*.tar", *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -209,7 +209,7 @@ def test_command_trains_on_every_caption_and_describes(monkeypatch, tmp_path, ca
     line = capsys.readouterr().out
     assert "340 pieces, tokens per caption mean 9" in line and tokenizer.digest[:12] in line
     assert line.endswith("of 3 records of 3\n")
-    args.limit, args.out = 2, str(tmp_path / "ends")
+    args.limit, args.out = 2, tmp_path / "ends"
     assert train_tokenizer.main(args) == 0
     assert "of 2 records of 3" in capsys.readouterr().out
     assert load_tokenizer(args.out).digest == tokenizer.digest, "the first record and the last, where all captions are"
