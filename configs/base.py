@@ -17,6 +17,10 @@ from ml_collections.config_dict import placeholder
 # late: of 12b, 197 GB each, four in the two days that preflight says 1024 chips take, and 29 in the fortnight of 64.
 WATCHED = dict(check_replicas_every=1_000, keep_every_hours=12.0)
 
+# The paper's filters (appendix C), the same for the dVAE as for the transformer. It gives no length: that captions of
+# one word are too short is our choice. A dVAE keeps images without a caption.
+PAPER_FILTERS = dict(min_caption_words=2, english_only=True, drop_boilerplate=True, max_aspect_ratio=2.0)
+
 
 def fields(instance: Any) -> ConfigDict:
     """The fields of a dataclass instance as config keys, those of its parts nested; a part that is None is left out.

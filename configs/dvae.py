@@ -11,7 +11,7 @@ demo    the 64x64 scenes of `dalle-jax demo`, 8x8 codes out of 128
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configs.base import WATCHED, fields
+from dalle_jax.configs.base import PAPER_FILTERS, WATCHED, fields
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.train.ema import Ema
@@ -25,7 +25,7 @@ def paper() -> TrainSettings:
         name="dvae",
         model=DVAEConfig(precision="bf16"),
         objective=DVAEObjective(),
-        data=DataConfig(image_size=256, augment="dvae", max_aspect_ratio=2.0),
+        data=DataConfig(image_size=256, augment="dvae", **PAPER_FILTERS),
         batch_size=512,
         optimizer=Optimizer(
             learning_rate=1e-4,

@@ -26,7 +26,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configs.base import WATCHED, fields
+from dalle_jax.configs.base import PAPER_FILTERS, WATCHED, fields
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.train.ema import Ema
@@ -48,9 +48,7 @@ def _paper(**sizes) -> TrainSettings:
             image_size=256,
             augment="transformer",
             bpe_dropout=0.1,
-            english_only=True,
-            drop_boilerplate=True,
-            max_aspect_ratio=2.0,
+            **PAPER_FILTERS,
         ),
         batch_size=1_024,
         optimizer=Optimizer(

@@ -39,10 +39,9 @@ class Filters:
     min_image_side: int = _option(0, "drop images whose shorter side has fewer pixels")
 
     @property
-    def read_captions(self) -> bool:
+    def of_captions(self) -> bool:
         """Whether captions decide on a record, also where a model is trained on images alone."""
-        words = self.min_caption_characters or self.min_caption_words
-        return bool(words or self.english_only or self.drop_boilerplate)
+        return bool(self.min_caption_characters or self.min_caption_words or self.english_only or self.drop_boilerplate)
 
     def __post_init__(self):
         for name in ("min_caption_characters", "min_caption_words", "min_image_side"):

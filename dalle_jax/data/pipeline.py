@@ -129,7 +129,8 @@ class Prepare:
             height, width = record.height, record.width
         else:
             image, (height, width) = decode_scaled(record.image, shortest=self._shortest, max_pixels=config.max_pixels)
-        captions = filters.good_captions(() if layout is None else record.captions, width, height, config)
+        given = () if layout is None and not config.of_captions else record.captions
+        captions = filters.good_captions(given, width, height, config)
         if isinstance(record, Encoded):
             crop = int(rng.integers(len(record.tokens_AI))) if at_random else 0
             arrays = {"image_tokens": record.tokens_AI[crop].astype(np.int32)}

@@ -1,19 +1,24 @@
 """The filters: each drops what it is for, keeps what it is not for, and is off unless asked."""
 
+import dataclasses
 import math
 import re
 import tarfile
 
+import numpy as np
 import pytest
 
 from dalle_jax.data import filters
 from dalle_jax.data.filters import Filters, good_captions
-from dalle_jax.data.record import BadRecord
+from dalle_jax.data.pipeline import DataConfig, Prepare
+from dalle_jax.data.record import BadRecord, Dropped, Record
 from dalle_jax.errors import UserError
 from dalle_jax.text.bpe import normalize
+from dalle_jax.train.settings import load_settings
 from tests.support import ROOT
 
 SHARED = ROOT / "../shared/data"
+SIZES = ("12b", "12b_v100", "5b6", "2b8", "1b3", "400m")
 GOOD = "two brown dogs playing in the snow"
 
 
@@ -141,6 +146,34 @@ def test_few_english_captions_are_lost():
         lost = [caption for caption in captions if not filters.may_be_english(normalize(caption))]
         print(f"{name}: {len(lost)} of {len(captions)}, {len(lost) / len(captions):.2%}")
         assert len(captions) > 100 and len(lost) < 0.02 * len(captions), lost[:10]
+
+
+PAPER = {"min_caption_words": 2, "english_only": True, "drop_boilerplate": True, "max_aspect_ratio": 2.0}
+
+
+@pytest.mark.parametrize("name", ["dvae.py:paper", *(f"transformer.py:{size}" for size in SIZES)])
+def test_the_papers_configs_have_its_filters(name):
+    """Appendix C; two words are our reading of 'too short'. The dVAE is trained on the transformer's data."""
+    found = load_settings(f"configs/{name}").data
+    assert {field.name: getattr(found, field.name) for field in dataclasses.fields(Filters)} == {
+        "min_caption_characters": 0, "min_image_side": 0, **PAPER
+    }  # fmt: skip
+
+
+def test_a_dvae_leaves_out_what_its_filters_leave_out_of_captioned_data():
+    image = np.zeros((9, 9, 3), np.uint8)
+
+    def reason(captions, **limits):
+        prepare = Prepare(DataConfig(image_size=8, **limits))
+        found = prepare(Record("key", image, captions), np.random.default_rng(0), at_random=True)
+        return found.reason if isinstance(found, Dropped) else None
+
+    assert (
+        reason(("photo taken in May 2008",), **PAPER) == filters.BOILERPLATE
+        and reason(("dog",), **PAPER) == filters.TOO_SHORT
+    )
+    assert reason((GOOD,), **PAPER) is None and reason((), **PAPER) is None
+    assert reason(("\x00",)) is None and reason(("\x00",), max_aspect_ratio=2.0) is None, "captions are not asked"
 
 
 def test_one_good_caption_keeps_the_record():
