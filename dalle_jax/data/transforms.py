@@ -45,16 +45,23 @@ def augment_transformer(image_uint8: np.ndarray, size: int, rng: np.random.Gener
 def augment_clip(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """CLIP's augmentation: any of the largest squares, bicubic to the size (Radford et al. 2021, section 2.3)."""
     square = _crop(image_uint8, rng, low=Fraction(0), high=Fraction(1), end_included=True)
-    return _resized(square, size, Image.Resampling.BICUBIC)
+    return _resized(square, size, size, Image.Resampling.BICUBIC)
 
 
 def center_crop(image_uint8: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """The middle square, resized to `size` (Lanczos); `rng` is not used."""
-    return _resized(middle_square(image_uint8), size)
+    """The shorter side resized to `size` (Lanczos), then the middle square, both rounded as the released notebook does.
+
+    That refuses images whose shorter side is smaller; here they grow. `rng` is not used.
+    """
+    height, width = image_uint8.shape[:2]
+    ratio = size / min(height, width)
+    tall, wide = round(ratio * height), round(ratio * width)
+    top, left = round((tall - size) / 2), round((wide - size) / 2)
+    return _resized(image_uint8, tall, wide)[top : top + size, left : left + size].copy()
 
 
 def middle_square(image_uint8: np.ndarray) -> np.ndarray:
-    """The largest square about the center: how the paper prepared validation images (Nichol et al. 2021, A.2)."""
+    """The largest square about the center, as the paper cut the images of its scores (Nichol et al. 2021, A.2)."""
     height, width = image_uint8.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -150,11 +157,13 @@ def _random_window(square: np.ndarray, side: int, size: int, rng: np.random.Gene
     """The square resized to `side`, and a window of `size` at a uniform position in it."""
     top, left = (int(offset) for offset in rng.integers(0, side - size, size=2, endpoint=True))
     if side > len(square):
-        return np.ascontiguousarray(_resized(square, side)[top : top + size, left : left + size])
+        return np.ascontiguousarray(_resized(square, side, side)[top : top + size, left : left + size])
     return shrink_by_area(square, side, top=top, left=left, size=size)
 
 
-def _resized(square: np.ndarray, side: int, filter_: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
-    if side == len(square):  # Pillow copies it too
-        return square.copy()
-    return np.array(Image.fromarray(np.ascontiguousarray(square)).resize((side, side), filter_))
+def _resized(
+    image: np.ndarray, height: int, width: int, filter_: Image.Resampling = Image.Resampling.LANCZOS
+) -> np.ndarray:
+    if (height, width) == image.shape[:2]:  # Pillow copies it too
+        return image.copy()
+    return np.array(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), filter_))

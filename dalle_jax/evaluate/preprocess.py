@@ -34,7 +34,8 @@ class Preprocess:
     def framed(self, image_uint8: np.ndarray) -> np.ndarray:
         """Cropped and blurred, still uint8 [H, W, 3]."""
         if self.crop == "center":
-            image_uint8 = center_crop(image_uint8, self.side) if self.side else middle_square(image_uint8)
+            image_uint8 = middle_square(image_uint8)
+            image_uint8 = center_crop(image_uint8, self.side) if self.side else image_uint8
         return blurred(image_uint8, self.blur)
 
     def for_inception(self, image_uint8: np.ndarray) -> np.ndarray:

@@ -124,11 +124,42 @@ def test_the_papers_sizes(monkeypatch, name, shortest, longest):
     assert seen[0] == 270 if name == "dvae" else 256 <= seen[0] <= 270
 
 
-def test_center_takes_the_middle():
-    out = transforms.center_crop(coordinates(8, 20), 8)
+def lanczos(image, height, width):
+    """Pillow's resampling by its definition: rows and columns, each rounded to whole levels, windows of 3 / scale."""
+
+    def line(length, wanted):
+        scale = max(1.0, length / wanted)
+        weights = np.zeros((wanted, length))
+        for i in range(wanted):
+            center = (i + 0.5) * length / wanted
+            low, high = max(0, int(center - 3 * scale + 0.5)), min(length, int(center + 3 * scale + 0.5))
+            x = (np.arange(low, high) + 0.5 - center) / scale
+            weights[i, low:high] = np.sinc(x) * np.sinc(x / 3) * (np.abs(x) < 3)
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    across = np.einsum("rcx,jc->rjx", image.astype(float), line(image.shape[1], width))
+    across = np.floor(across.clip(0, 255) + 0.5)
+    return np.floor(np.einsum("rjx,ir->ijx", across, line(image.shape[0], height)).clip(0, 255) + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(30, 40), (40, 30), (17, 49), (33, 32), (21, 64), (16, 37), (9, 14), (24, 24)]
+)
+def test_center_is_the_released_notebooks_preprocessing(height, width):
+    """notebooks/usage.ipynb of openai/DALL-E: with r = target / min(size), a resize to (round(r h), round(r w)) by
+    Lanczos, then torchvision's center_crop, which begins at int(round((length - size) / 2))."""
+    image, size = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8), 16
+    ratio = size / min(height, width)
+    tall, wide = round(ratio * height), round(ratio * width)
+    top, left = int(round((tall - size) / 2.0)), int(round((wide - size) / 2.0))
+    wanted = lanczos(image, tall, wide)[top : top + size, left : left + size]
+    assert np.abs(transforms.center_crop(image, size) - wanted).max() <= 1  # Pillow's weights have 22 bits
+
+
+def test_center_of_a_picture_that_needs_no_resizing():
+    out = transforms.center_crop(coordinates(8, 21), 8)  # 6.5 columns on each side: rounded to the even number
     np.testing.assert_array_equal(out[0, :, 1], np.arange(6, 14))
-    out = transforms.center_crop(coordinates(60, 40, step=4), 10)
-    assert abs(int(out[:, :, 0].mean()) - 29.5 * 4) < 2 and abs(int(out[:, :, 1].mean()) - 19.5 * 4) < 2
+    np.testing.assert_array_equal(out[:, 0, 0], np.arange(8))
 
 
 @pytest.mark.parametrize("name", ["center", "clip"])
