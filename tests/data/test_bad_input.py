@@ -118,17 +118,6 @@ def test_a_bomb_is_refused_before_it_is_decoded():
     tracemalloc.stop()
 
 
-def test_random_damage_to_a_shard_never_raises(tmp_path):
-    rng = np.random.default_rng(1)
-    whole = np.frombuffer(pack([*sample("a"), *sample("b"), *sample("c")]), np.uint8)
-    for number in range(60):
-        damaged = whole.copy()
-        damaged[rng.integers(0, len(whole), 40)] = rng.integers(0, 256, 40)
-        (tmp_path / f"{number:02d}.tar").write_bytes(damaged[: rng.integers(1, len(whole))].tobytes())
-    good, dropped = outcome(open_source(f"wds:{tmp_path}/*.tar"))
-    assert good and dropped
-
-
 def test_report_of_all_broken_shards(all_broken, tmp_path, capsys):
     """One JSON object on stdout: all the good records, all the reasons; exit status 0."""
     listed = tmp_path / "dropped.jsonl"

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from dalle_jax.data import decode
-from dalle_jax.data.record import REASONS
 from tests.support.broken_shards import encoded
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged headers
@@ -230,16 +229,3 @@ def test_cut_images_have_a_reason(kind, cut):
         decode.decode_image(whole[:cut])
     expected = {"zero bytes"} if not cut else {"not an image", "truncated image", "broken image"}
     assert error.value.reason in expected
-
-
-def test_random_damage_never_raises_anything_else():
-    rng = np.random.default_rng(0)
-    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        whole = np.frombuffer(encoded(kind=kind), np.uint8)
-        for _ in range(40):
-            damaged = whole.copy()
-            damaged[rng.integers(0, min(len(whole), 600), 8)] = rng.integers(0, 256, 8)
-            try:
-                assert decode.decode_image(damaged.tobytes(), max_pixels=1_000_000).shape[2] == 3
-            except decode.BadImage as bad:
-                assert bad.reason in REASONS

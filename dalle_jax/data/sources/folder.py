@@ -120,7 +120,8 @@ class FolderSource:
                 if isinstance(row, BadRecord):
                     self._faults.append(Dropped(key, row.reason, row.detail))
                 elif not isinstance(name := row.get("file_name"), str) or not name:
-                    nameless.append(Dropped(key, "no image", f"the row has no file_name, only {', '.join(row)[:80]}"))
+                    columns = ", ".join(map(str, row))[:80]
+                    nameless.append(Dropped(key, "no image", f"the row has no file_name, only {columns}"))
                 else:
                     texts = given.setdefault(self._place(path, name, images), [])
                     try:
