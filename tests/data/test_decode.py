@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax.data import decode
+from dalle_jax.serve import uploads
 from tests.support.broken_shards import encoded
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged headers
@@ -177,10 +178,11 @@ def test_every_orientation_is_turned_upright_and_only_once(kind, orientation):
 
 @pytest.mark.parametrize("block", [b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12"])
 def test_a_png_with_a_broken_exif_block_keeps_its_pixels(block):
-    out, whole = io.BytesIO(), picture(9, 7)
+    out, whole = io.BytesIO(), picture(8, 8)
     whole.save(out, "PNG", exif=block)
     np.testing.assert_array_equal(decode.decode_image(out.getvalue()), np.asarray(whole))
     np.testing.assert_array_equal(decode.to_pixels(Image.open(out)), np.asarray(whole))
+    np.testing.assert_array_equal(uploads.read_image(out.getvalue(), param="image"), np.asarray(whole))
 
 
 @pytest.mark.parametrize(
