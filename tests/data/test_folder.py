@@ -173,8 +173,12 @@ def test_every_file_and_row_is_a_record_or_a_counted_slot(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("metadata.jsonl", b'{"name": "a.jpg"}\n{"name": "b.jpg"}', "file_name in the rows of .* all 2 .* only name"),
-        ("metadata.csv", b"image,text\r\na.jpg,x\r\n", "only image, text.: name the column file_name"),
+        (
+            "metadata.jsonl",
+            b'{"name": "a.jpg"}\n{"name": "b.jpg"}',
+            "file_name in the rows of .* all 2 .*a row of ..name",
+        ),
+        ("metadata.csv", b"image,text\r\na.jpg,x\r\n", "a row of ..image., .text...: name the column file_name"),
         ("metadata.csv", "file_name,text\r\na.jpg,schön\r\n".encode("cp1252"), "expected a readable .*metadata.csv"),
     ],
 )

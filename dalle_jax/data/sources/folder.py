@@ -120,8 +120,7 @@ class FolderSource:
                 if isinstance(row, BadRecord):
                     self._faults.append(Dropped(key, row.reason, row.detail))
                 elif not isinstance(name := row.get("file_name"), str) or not name:
-                    columns = ", ".join(map(str, row))[:80]
-                    nameless.append(Dropped(key, "no image", f"the row has no file_name, only {columns}"))
+                    nameless.append(Dropped(key, "no image", f"no file_name in a row of {list(row)!r:.80}"))
                 else:
                     texts = given.setdefault(self._place(path, name, images), [])
                     try:
