@@ -256,7 +256,7 @@ def test_every_package_is_installed():
 
 def test_dependencies_are_what_is_imported():
     """Nothing is imported that the metadata does not ask for, and nothing is asked for that is not used."""
-    package_of = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
+    package_of = {"PIL": "pillow", "absl": "absl-py", "gcld3": "cld3-py", "orbax": "orbax-checkpoint"}
     package_of |= dict.fromkeys(("torch", "ftfy", "tokenizers"))  # in extras
     ours = {"dalle_jax"} | sys.stdlib_module_names
     libraries = {name.partition(".")[0] for path in PACKAGE_SOURCES for name, _ in imported(parse(path))} - ours
