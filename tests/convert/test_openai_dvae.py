@@ -139,6 +139,8 @@ def test_safetensors_through_the_command(golden, tmp_path, capsys):
     words = [f"--{part}={tmp_path}/{part}.safetensors" for part in ("encoder", "decoder")]
     assert main.main(["convert", "openai-dvae", *words, f"--out={tmp_path}/out", f"--image-size={IMAGE_SIZE}"]) == 0
     assert "24 codes" in capsys.readouterr().out
+    assert main.main(["convert", "openai-dvae", *words, f"--out={tmp_path}/more", "--image-size=99999999"]) == 2
+    assert "expected --image-size to be a whole number" in capsys.readouterr().err
     found = model_dir.load(tmp_path / "out")
     assert_near([encode(found.model, found.params, golden["image"])], [golden["logits"]], TOLERANCE)
 

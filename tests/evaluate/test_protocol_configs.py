@@ -50,14 +50,19 @@ def test_every_protocol_is_complete(variant):
     assert variant in (ROOT / "configs" / "evaluate.py").read_text().partition("VARIANTS")[0]
 
 
+MANY = 10**11
 IMPOSSIBLE = {
     Metrics: (
         {"blur": (1.0, 1.0)}, {"blur": ()}, {"blur": (float("nan"),)}, {"blur": (float("inf"),)}, {"resize": "x"},
         {"pools": "clean"}, {"splits": 0}, {"candidates": 1}, {"seed": -1}, {"side": 0, "crop": "center"}, {"side": 9},
+        {"splits": MANY}, {"candidates": MANY},
     ),
-    Draw: ({"count": 1}, {"best_of": 0}, {"seed": 2**32}, {"shard_size": 1.5}),
+    Draw: ({"count": 1}, {"count": MANY}, {"best_of": 0}, {"seed": 2**32}, {"shard_size": 1.5}, {"shard_size": MANY}),
     Overlap: ({"least": float("nan")},),
-    Evaluation: ({"pictures": "x", "count": 0}, {}, {"pictures": "x", "draw": Draw()}),
+    Evaluation: (
+        {"pictures": "x", "count": 0}, {"pictures": "x", "reference_count": MANY}, {},
+        {"pictures": "x", "draw": Draw()},
+    ),
 }  # fmt: skip
 
 
