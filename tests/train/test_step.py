@@ -154,14 +154,29 @@ def test_training_learns_and_the_average_follows():
     assert 0 < np.abs(ema - params).max()
 
 
-def test_the_average_moves_every_nth_update_only():
-    step = toy_step(ema=Ema(decay=0.75, every=2))
+def test_the_average_moves_every_nth_update_only_and_holds_nothing_of_the_initial_parameters():
+    """Of n parameters the k-th weighs decay^(n - k), over the sum of these weights."""
+    step, seen = toy_step(ema=Ema(decay=0.75, every=2)), []
     state = step.init(jax.random.key(0))
-    before = jax.device_get(state["ema"]["head"])
-    state, _ = make_updates(step, state, [0])
-    identical(state["ema"]["head"], before)
-    state, _ = make_updates(step, state, [1])
-    close(state["ema"]["head"], 0.75 * before + 0.25 * jax.device_get(state["params"]["head"]), rtol=1e-6)
+    for number in range(8):
+        before = jax.device_get(state["ema"])
+        state, _ = make_updates(step, state, [number])
+        if number % 2 == 0:
+            identical(state["ema"], before)
+            continue
+        seen.append(jax.device_get(state["params"]))
+        weights = [0.75 ** (len(seen) - k) for k in range(1, len(seen) + 1)]
+        wanted = jax.tree.map(lambda *x, w=weights: np.average(np.float64(x), axis=0, weights=w), *seen)
+        close(state["ema"], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_decay_rises_from_nothing_to_what_is_asked_for():
+    slow = Ema(decay=0.999)
+    assert float(slow.decay_at(jnp.int32(1))) == 0.0
+    for n in (2, 10, 1_000, 100_000):
+        wanted = 0.999 * (1 - 0.999 ** (n - 1)) / (1 - 0.999**n)
+        assert float(slow.decay_at(jnp.int32(n))) == pytest.approx(wanted, rel=1e-6), n
+    assert float(slow.decay_at(jnp.int32(10**5))) == np.float32(0.999)
 
 
 def test_an_average_in_host_memory_is_the_same():
