@@ -23,7 +23,7 @@ from dalle_jax.train.settings import Cosine, DVAEObjective, Run, Sources, TrainS
 def paper() -> TrainSettings:
     return TrainSettings(
         name="dvae",
-        model=DVAEConfig(precision="bf16"),
+        model=DVAEConfig(precision="bf16"),  # of the branches; V100s take the paper's fp16-global
         objective=DVAEObjective(),
         data=DataConfig(image_size=256, augment="dvae", **PAPER_FILTERS),
         batch_size=512,

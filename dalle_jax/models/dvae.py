@@ -2,10 +2,16 @@
 
 Convolutional ResNets without normalization: `encode` gives logits over the codebook at each grid position, `decode`
 gives the parameters of a pixel distribution. Knows nothing of noise, likelihoods or schedules.
+
+Branches add a hundredth to the stream at first, and the likelihood tells mu apart to a thousandth: less than bfloat16's
+8 bits do. So with precision 'bf16' only the branches are bfloat16. What every value passes, the first and last
+convolutions, the skips and the stream, is float32, its products of TF32 or of three bfloat16 parts (`Precision.HIGH`),
+which round like the float16 of the paper or less.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import einops
 import jax
@@ -28,8 +34,8 @@ class DVAEConfig:
 
     image_size: pixels per side. vocab: entries of the codebook. width: channels of the encoder's first group,
     doubled in each later group. stem: channels after the decoder's first convolution, in effect the size of an image
-    token's embedding. stem_kernel: size of the encoder's first convolution. precision: 'fp32', 'bf16' or 'fp16-global',
-    see `layers.compute_dtype`.
+    token's embedding. stem_kernel: size of the encoder's first convolution. precision: 'fp32', 'bf16' (of the branches)
+    or 'fp16-global', see `layers.compute_dtype`.
 
     patch: pixels per side that are folded into channels before the first and unfolded after the last convolution, so
     that a small model works on few positions; 1 is the paper's network. logits_norm: root mean square that the features
@@ -122,21 +128,31 @@ class DVAE(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A 'same' convolution of stride 1; normal weights with variance 1 / fan-in, zero bias (released code)."""
+    """A 'same' convolution of stride 1; normal weights with variance 1 / fan-in, zero bias (released code).
 
-    def __init__(self, kernel: int, channels: tuple[int, int], rngs, *, dtype, axes=("in", "out")):
+    precision: of float32 products on an accelerator; where the paper has float32 they are not rounded at all.
+    """
+
+    def __init__(
+        self,
+        kernel: int,
+        channels: tuple[int, int],
+        rngs,
+        *,
+        dtype=jnp.float32,
+        precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
+        axes=("in", "out"),
+    ):
         std = (kernel * kernel * channels[0]) ** -0.5
         self.weight = param(rngs, (kernel, kernel, *channels), axes=(None, None, *axes), std=std)
         self.bias = param(rngs, channels[1:], axes=axes[1:])
-        self.dtype = dtype
+        self.dtype, self.precision = dtype, precision if dtype == jnp.float32 else None
 
     def __call__(self, x_BHWC):
-        # Where the paper asks for float32, an accelerator must not round the factors to bfloat16 or TF32.
-        precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
         # Gathered before use: a convolution whose channels are cut over the mesh got wrong gradients from XLA's CPU
         # backend (jax 0.10.2), and a network this small needs its storage cut, not its products.
         x_BHWC, weight = x_BHWC.astype(self.dtype), constrain(self.weight[...].astype(self.dtype), (None,) * 4)
-        y_BHWC = ops.conv(x_BHWC, weight, precision)
+        y_BHWC = ops.conv(x_BHWC, weight, self.precision)
         return y_BHWC + self.bias[...].astype(self.dtype)[None, None, None]
 
     def look_up(self, tokens_BGG):
@@ -147,35 +163,37 @@ class Conv(nnx.Module):
 class Block(nnx.Module):
     """skip(x) + post_gain * four convolutions through a bottleneck of a quarter of the output channels."""
 
-    def __init__(self, kernels: tuple[int, int, int, int], channels: tuple[int, int], gain: float, rngs, *, dtype):
+    def __init__(self, kernels: tuple[int, int, int, int], channels: tuple[int, int], config: DVAEConfig, rngs):
         before, after = channels
+        dtype = compute_dtype(config.precision)
         hidden = after // 4
         widths = (before, hidden, hidden, hidden, after)
         self.conv_1 = Conv(kernels[0], widths[0:2], rngs, dtype=dtype)
         self.conv_2 = Conv(kernels[1], widths[1:3], rngs, dtype=dtype)
         self.conv_3 = Conv(kernels[2], widths[2:4], rngs, dtype=dtype)
         self.conv_4 = Conv(kernels[3], widths[3:5], rngs, dtype=dtype)
-        self.skip = Conv(1, channels, rngs, dtype=dtype) if before != after else None
-        self.gain = gain
+        self.skip = Conv(1, channels, rngs, **_trunk(config)) if before != after else None
+        self.gain = config.post_gain
 
     def __call__(self, x_BHWC):
         y_BHWC = x_BHWC
         for conv in (self.conv_1, self.conv_2, self.conv_3, self.conv_4):
             y_BHWC = conv(jax.nn.relu(y_BHWC))
-        return (x_BHWC if self.skip is None else self.skip(x_BHWC)) + self.gain * y_BHWC
+        x_BHWC = x_BHWC if self.skip is None else self.skip(x_BHWC)
+        return x_BHWC + self.gain * y_BHWC.astype(x_BHWC.dtype)
 
 
 class Tower(nnx.Module):
     """Groups of blocks with a change of resolution after every group but the last."""
 
-    def __init__(self, widths: tuple[int, ...], kernels, resize, config: DVAEConfig, rngs, *, dtype):
+    def __init__(self, widths: tuple[int, ...], kernels, resize, config: DVAEConfig, rngs):
         # widths[0] channels come in, group g gives widths[g + 1]
         self.resize = resize
         self.shape = (config.groups, config.blocks_per_group)
         for group in range(config.groups):
             for block in range(config.blocks_per_group):
                 channels = (widths[group] if block == 0 else widths[group + 1], widths[group + 1])
-                setattr(self, _block_name(group, block), Block(kernels, channels, config.post_gain, rngs, dtype=dtype))
+                setattr(self, _block_name(group, block), Block(kernels, channels, config, rngs))
 
     def __call__(self, x_BHWC):
         groups, blocks = self.shape
@@ -190,12 +208,11 @@ class Tower(nnx.Module):
 
 class Encoder(nnx.Module):
     def __init__(self, config: DVAEConfig, rngs: nnx.Rngs):
-        dtype = compute_dtype(config.precision)
         widths = tuple(config.width * 2**group for group in range(config.groups))
         self.config = config
-        self.stem = Conv(config.stem_kernel, (3 * config.patch**2, config.width), rngs, dtype=dtype)
-        self.tower = Tower((config.width, *widths), (3, 3, 3, 1), _max_pool, config, rngs, dtype=dtype)
-        self.head = Conv(1, (widths[-1], config.vocab), rngs, dtype=jnp.float32, axes=("in", "vocab"))
+        self.stem = Conv(config.stem_kernel, (3 * config.patch**2, config.width), rngs, **_trunk(config))
+        self.tower = Tower((config.width, *widths), (3, 3, 3, 1), _max_pool, config, rngs)
+        self.head = Conv(1, (widths[-1], config.vocab), rngs, axes=("in", "vocab"))
 
     def __call__(self, x_BHWC):
         size = (self.config.image_size, self.config.image_size, 3)
@@ -213,18 +230,23 @@ class Encoder(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, config: DVAEConfig, rngs: nnx.Rngs):
-        dtype = compute_dtype(config.precision)
         widths = tuple(config.width * 2**group for group in reversed(range(config.groups)))
         self.config = config
-        self.stem = Conv(1, (config.vocab, config.stem), rngs, dtype=jnp.float32, axes=("vocab", "embed"))
-        self.tower = Tower((config.stem, *widths), (1, 3, 3, 3), _double, config, rngs, dtype=dtype)
-        # Computed in `precision`, though the likelihood of the result is float32.
-        self.head = Conv(1, (config.width, OUTPUTS * config.patch**2), rngs, dtype=dtype)
+        self.stem = Conv(1, (config.vocab, config.stem), rngs, axes=("vocab", "embed"))
+        self.tower = Tower((config.stem, *widths), (1, 3, 3, 3), _double, config, rngs)
+        self.head = Conv(1, (config.width, OUTPUTS * config.patch**2), rngs, **_trunk(config))
 
     def pixels(self, x_BGGC):
-        x_BHWC = self.head(jax.nn.relu(self.tower(x_BGGC.astype(compute_dtype(self.config.precision)))))
+        x_BHWC = self.head(jax.nn.relu(self.tower(x_BGGC.astype(_trunk(self.config)["dtype"]))))
         patch = self.config.patch
         return einops.rearrange(x_BHWC, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch).astype(jnp.float32)
+
+
+def _trunk(config: DVAEConfig) -> dict[str, Any]:
+    """Arguments of the convolutions that every value passes, and the dtype of the stream between them."""
+    if config.precision == "bf16":
+        return {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGH}
+    return {"dtype": compute_dtype(config.precision)}
 
 
 def _block_name(group: int, block: int) -> str:
