@@ -91,7 +91,12 @@ def _train(settings: TrainSettings, workdir: pathlib.Path, **of_loop) -> loop.Re
     _fill_workdir(settings, workdir, tokenizer=tokenizer, frozen=frozen)
     if not reads_images(settings):
         task = dataclasses.replace(task, frozen={})  # no image will be made tokens: leave the memory to others
-    with contextlib.closing(batches), compilation_cache.kept(workdir):
+    with (
+        contextlib.closing(batches),
+        compilation_cache.kept(workdir),
+        jax.default_prng_impl("threefry2x32"),  # the numbers of a seed are these, whatever JAX's flags say
+        jax.threefry_partitionable(True),
+    ):
         result = loop.run(
             step_for(settings, task, mesh), settings, workdir, batches=batches, validation=validation, **of_loop
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import types
 
 import chex
@@ -185,6 +186,17 @@ def test_16_bits_learn_like_float32(kept):
     first, end, wanted = losses[0], np.mean(losses[-50:]), np.mean(fp32_losses()[-50:])
     assert wanted < 1e-4 * first
     assert end < 1.1 * wanted  # measured: 1.003, 0.999 and 0.69 of float32's 3.8e-5
+
+
+@pytest.mark.parametrize("kept", ["bf16", "paper"])
+def test_equal_layers_are_rounded_by_other_random_bits(kept):
+    """Else the errors of a stack of layers would not be independent."""
+    layer = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)
+    weights = {"w": jnp.stack([layer] * 6)}
+    opt = moments.stored(optax.scale_by_adam(b2=0.96), matrices={"w": True}, kept=kept)
+    nu = np.asarray(opt.update(weights, opt.init(weights), weights)[1].inner.nu["w"])
+    for one, other in itertools.combinations(nu, 2):
+        assert 0.3 < (one == other).mean() < 0.8  # two thirds of uniform numbers between neighbors go the same way
 
 
 @pytest.mark.parametrize("kept", ["bf16", "paper"])

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,6 +58,12 @@ def straight(dvae_values, tmp_path_factory):
     """A run of six updates that nothing stopped, on eight devices."""
     workdir = tmp_path_factory.mktemp("straight")
     return workdir, run.train(demo_settings("dvae", dvae_values), workdir, progress=False)
+
+
+def test_jaxs_flags_do_not_change_the_numbers_of_a_seed(straight, dvae_values, tmp_path):
+    with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
+        found = run.train(demo_settings("dvae", dvae_values), tmp_path, progress=False)
+    identical(found.state, straight[1].state)
 
 
 def test_a_run_leaves_everything_behind(straight, folder):
