@@ -11,7 +11,8 @@ l14     ViT-L/14: 24 layers x 1024, patches of 14 pixels
 demo    the 64x64 scenes of `dalle-jax demo`, a minute or two on a CPU
 
 b32 to l14 have the paper's batch of 32,768, AdamW and schedule: 32 epochs of 400 million pairs are 390,625 updates.
-Half precision is bfloat16 here, gradients are checkpointed as in the paper. `config.accumulate` stays 1: a batch in
+Half precision is bfloat16 here, gradients are checkpointed as in the paper. Adam's moments are float32 and the paper's
+of half precision: `config.optimizer.moments=bf16` keeps those of the blocks so. `config.accumulate` stays 1: a batch in
 parts would have other negatives.
 """
 

@@ -76,14 +76,15 @@ class Blocks(nnx.Module):
     """The parameters of LAYER, each with a leading dimension for the layers."""
 
     def __init__(
-        self, rngs: nnx.Rngs, *, layers: int, width: int, heads: int, head_size: int, std: Mapping[str, float]
+        self, rngs: nnx.Rngs, *, layers: int, width: int, heads: int, head_size: int, **initial: Mapping[str, float]
     ):
-        """std: initial standard deviations of a layer's four matrices, by name."""
+        """initial: std or bound of `layers.param`, by the name of a layer's parameter."""
         sizes = {"embed": width, "qkv": 3, "heads": heads, "head": head_size, "mlp": 4 * width}
         for name, entry in LAYER.items():
             shape = layers, *(sizes[axis] for axis in entry.axes)
             axes = "layers", *entry.axes
-            setattr(self, name, param(rngs, shape, axes=axes, std=std.get(name, 0.0), fill=entry.fill))
+            drawn = {kind: values.get(name, 0.0) for kind, values in initial.items()}
+            setattr(self, name, param(rngs, shape, axes=axes, fill=entry.fill, **drawn))
 
     def cast(self, dtype, *, vectors=None, scales=None):
         """All layers' parameters as `layer` reads them from rows.

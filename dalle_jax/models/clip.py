@@ -139,12 +139,19 @@ class ImageTower(nnx.Module):
     def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
         self.config = config
         width, inputs, std = config.image_width, 3 * config.patch**2, config.image_width**-0.5
-        self.patch = param(rngs, (inputs, width), axes=("in", "embed"), std=(3 * inputs) ** -0.5)  # torch's default
+        self.patch = param(rngs, (inputs, width), axes=("in", "embed"), bound=inputs**-0.5)  # PyTorch's default
         self.class_embedding = param(rngs, (1, width), axes=("position", "embed"), std=std)
         self.position = param(rngs, (config.grid**2 + 1, width), axes=("position", "embed"), std=std)
         self.norm_before_gain = param(rngs, (width,), axes=("embed",), fill=1.0)
         self.norm_before_bias = param(rngs, (width,), axes=("embed",))
-        self.blocks = _blocks(rngs, layers=config.image_layers, width=width, heads=config.image_heads)
+        self.blocks = Blocks(
+            rngs,
+            layers=config.image_layers,
+            width=width,
+            heads=config.image_heads,
+            head_size=width // config.image_heads,
+            bound=_pytorch_bounds(width),
+        )
         self.norm_gain = param(rngs, (width,), axes=("embed",), fill=1.0)
         self.norm_bias = param(rngs, (width,), axes=("embed",))
         self.projection = param(rngs, (width, config.embed), axes=("embed", "out"), std=std)
@@ -172,7 +179,15 @@ class TextTower(nnx.Module):
         layout, width = config.layout, config.text_width
         self.embedding = param(rngs, (layout.text_ids, width), axes=("vocab", "embed"), std=0.02)
         self.position = param(rngs, (layout.text_len, width), axes=("position", "embed"), std=0.01)
-        self.blocks = _blocks(rngs, layers=config.text_layers, width=width, heads=config.text_heads)
+        out = (2 * width * config.text_layers) ** -0.5
+        self.blocks = Blocks(
+            rngs,
+            layers=config.text_layers,
+            width=width,
+            heads=config.text_heads,
+            head_size=width // config.text_heads,
+            std={"qkv": width**-0.5, "out": out, "up": (2 * width) ** -0.5, "down": out},
+        )
         self.norm_gain = param(rngs, (width,), axes=("embed",), fill=1.0)
         self.norm_bias = param(rngs, (width,), axes=("embed",))
         self.projection = param(rngs, (width, config.embed), axes=("embed", "out"), std=width**-0.5)
@@ -187,11 +202,12 @@ class TextTower(nnx.Module):
         return _project(layer_norm(x_BD, self.norm_gain[...], self.norm_bias[...]), self.projection)
 
 
-def _blocks(rngs, *, layers: int, width: int, heads: int) -> Blocks:
-    residual = (2 * layers) ** -0.5
-    out = width**-0.5 * residual
-    std = {"qkv": width**-0.5, "out": out, "up": (2 * width) ** -0.5, "down": out}
-    return Blocks(rngs, layers=layers, width=width, heads=heads, head_size=width // heads, std=std)
+def _pytorch_bounds(width: int) -> dict[str, float]:
+    """Of uniform initial values, PyTorch's default for `nn.MultiheadAttention` and `nn.Linear`: the released code sets
+    those of the text tower alone."""
+    by_width, by_hidden = width**-0.5, (4 * width) ** -0.5
+    bounds = {"qkv": (6 / (4 * width)) ** 0.5, "out": by_width, "up": by_width, "up_bias": by_width}
+    return bounds | {"down": by_hidden, "down_bias": by_hidden}
 
 
 def _run(blocks: Blocks, x_BSD, attend, config: CLIPConfig):

@@ -45,8 +45,16 @@ def check_no_branch_scales(precision: str, model: str) -> None:
         )
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: tuple[str | None, ...], std: float = 0.0, fill: float = 0.0):
-    """A float32 parameter: normal(fill, std), or the constant `fill` where std is 0.
+def param(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    *,
+    axes: tuple[str | None, ...],
+    std: float = 0.0,
+    bound: float = 0.0,
+    fill: float = 0.0,
+):
+    """A float32 parameter: normal(fill, std), uniform in [-bound, bound], or the constant `fill` where both are 0.
 
     axes: one logical name (or None) per dimension, e.g. ('layers', 'embed', 'mlp'); `sharding.py` maps them.
     """
@@ -55,6 +63,8 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], *, axes: tuple[str | None, ...
     value = jnp.full(shape, fill, jnp.float32)
     if std:
         value = value + std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    elif bound:
+        value = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
     return nnx.Param(value, axes=axes)
 
 

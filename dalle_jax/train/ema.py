@@ -34,10 +34,10 @@ class Ema:
         check_number("config.ema.decay", self.decay, min=0, below=1)  # with 1 it would never come near the parameters
         check_number("config.ema.every", self.every, min=1, max=2**31 - 1, whole=True)
 
-    def decay_at(self, step: jax.Array) -> jax.Array | float:
+    def decay_at(self, step: jax.Array) -> jax.Array:
         """The decay after update number `step`: 1, which leaves the average as it is, where it does not move."""
         if not self.decay:
-            return 0.0
+            return jnp.zeros([])
         moves, log = step // self.every, math.log(self.decay)  # 1 - decay^n = -expm1(n log), also where it is small
         decay = self.decay * jnp.expm1((moves - 1) * log) / jnp.expm1(moves * log)
         return jnp.where(step % self.every == 0, decay, 1.0)

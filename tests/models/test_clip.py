@@ -20,7 +20,7 @@ from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import run
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.objectives import clip as clip_task
-from dalle_jax.train.optimizer import matrices
+from dalle_jax.train.optimizer import matrices, powersgd
 from dalle_jax.train.optimizer.build import build_optimizer
 from dalle_jax.train.settings import load_settings
 from dalle_jax.train.step import TrainStep
@@ -39,6 +39,36 @@ from tests.support.tiny_clip import (
 @pytest.mark.parametrize(("variant", "parameters"), [("b32", 151_277_313), ("b16", 149_620_737), ("l14", 427_616_513)])
 def test_parameter_counts_are_those_of_the_released_models(variant, parameters):
     assert build("clip", load_settings(f"configs/clip.py:{variant}").model).num_params == parameters
+
+
+def test_initial_values_are_those_of_the_released_code():
+    """`CLIP.initialize_parameters` of github.com/openai/CLIP, which leaves the blocks of the image tower at PyTorch's
+    defaults: xavier_uniform for the projection in, else uniform in 1 / sqrt(fan-in)."""
+    layers, width, up, patch = 4, 64, 4 * 64, 3 * 8**2
+    sizes = {"image_layers": layers, "image_width": width, "text_layers": layers, "text_width": width}
+    config = dataclasses.replace(TINY, text_vocab=200, image_size=64, patch=8, embed=32, **sizes)
+    params = jax.device_get(jax.jit(clip.model(config).init)(jax.random.key(0)))
+
+    def flat(tree):
+        return {powersgd.name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+    residual = width**-0.5 * (2 * layers) ** -0.5
+    normal = {"embedding": 0.02, "position": 0.01, "projection": width**-0.5, "blocks-qkv": width**-0.5}
+    normal |= {"blocks-out": residual, "blocks-up": (2 * width) ** -0.5, "blocks-down": residual}
+    uniform = {"patch": patch**-0.5, "blocks-qkv": (6 / (width + 3 * width)) ** 0.5, "blocks-out": width**-0.5}
+    uniform |= {"blocks-up": width**-0.5, "blocks-up_bias": width**-0.5}
+    uniform |= {"blocks-down": up**-0.5, "blocks-down_bias": up**-0.5}
+    scaled = dict.fromkeys(("class_embedding", "position", "projection"), width**-0.5)
+    for tower, normals, uniforms in (("image", scaled, uniform), ("text", normal, {})):
+        for name, x in flat(params[tower]).items():
+            if name in uniforms:
+                np.testing.assert_allclose(np.abs(x).max(), uniforms[name], rtol=0.03, err_msg=name)
+                assert np.abs(x).max() <= uniforms[name] and x.std() * 3**0.5 == pytest.approx(uniforms[name], rel=0.1)
+            elif name in normals:
+                assert x.std() == pytest.approx(normals[name], rel=5 / (2 * x.size) ** 0.5), name  # 5 standard errors
+                assert np.abs(x).max() > 2 * normals[name], name  # not uniform
+            else:
+                assert set(x.ravel()) == {1.0 if name.endswith("gain") else 0.0}, name
 
 
 def test_captions_lie_between_both_marks():
