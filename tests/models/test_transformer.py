@@ -1,6 +1,7 @@
 """The transformer: parameter counts, causality, and equality of its ways of computing."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -10,6 +11,8 @@ import pytest
 
 from dalle_jax.models import build, transformer
 from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.train.objectives import transformer as objective
+from dalle_jax.train.optimizer import powersgd
 from tests.support.tiny_transformer import TINY, apply, random_batch, random_params
 
 
@@ -34,14 +37,36 @@ def test_every_parameter_dimension_is_named():
         assert len(names) == array.ndim and None not in names
 
 
-def test_initial_values():
-    """Output heads start at zero, so a fresh model predicts uniformly; matrices have the stated deviations."""
-    config = dataclasses.replace(TINY, width=64, num_layers=8)
-    params = jax.jit(transformer.model(config).init)(jax.random.key(0))
-    text_logits, image_logits = apply(transformer.model(config), params, *random_batch(config))
-    assert not text_logits.any() and not image_logits.any()
-    assert np.std(params["blocks"]["qkv"]) == pytest.approx(0.125 / 8, rel=0.03)
-    assert np.std(params["blocks"]["down"]) == pytest.approx(0.125 / 16 / 4, rel=0.03)  # fan-in 256, 1/sqrt(2 * 8)
+def test_initial_values_are_those_of_child_et_al():
+    """Their section 6: normal of deviation 0.125 / sqrt(fan-in), the two matrices that write to the stream divided by
+    sqrt(2 N) besides; tokens 0.125 / sqrt(d), positions 0.125 / sqrt(d n_emb); the output matrices are zero."""
+    layers, width, inner = 8, 64, 6 * 8
+    config = dataclasses.replace(
+        TINY, num_layers=layers, width=width, heads=6, text_len=40, text_vocab=100, grid=30, image_vocab=200
+    )
+    params = jax.device_get(jax.jit(transformer.model(config).init)(jax.random.key(0)))
+    branch = (2 * layers) ** -0.5
+    wanted = {"text_embedding": width**-0.5, "image_embedding": width**-0.5, "text_position": width**-0.5}
+    wanted |= {"row_position": (2 * width) ** -0.5, "column_position": (2 * width) ** -0.5}  # two embeddings
+    wanted |= {"blocks-qkv": width**-0.5, "blocks-up": width**-0.5}
+    wanted |= {"blocks-out": inner**-0.5 * branch, "blocks-down": (4 * width) ** -0.5 * branch}
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = powersgd.name(path)
+        if name in wanted:
+            errors = 5 / (2 * x.size) ** 0.5  # standard errors of a deviation
+            assert x.std() == pytest.approx(0.125 * wanted[name], rel=errors) and errors < 0.1, name
+        else:
+            assert set(x.ravel()) == {1.0 if name.endswith("gain") else 0.0}, name
+
+
+def test_the_loss_is_an_eighth_text_and_seven_eighths_image():
+    """Section 2.2. Behind heads of zero every token costs the logarithm of its vocabulary, 16 and 7 here."""
+    model, (text, image) = transformer.model(TINY), random_batch(TINY)
+    params = random_params(TINY) | {name: jnp.zeros(model.abstract[name].shape) for name in ("text_head", "image_head")}
+    loss = jax.jit(functools.partial(objective._loss, model, None, frozen={}, key=None, step=0))
+    value, metrics = loss(params, batch={"text": text, "image_tokens": image})
+    assert float(value) == pytest.approx(np.log(16) / 8 + 7 * np.log(7) / 8, rel=1e-6)
+    assert [float(metrics[f"{name}_loss"]) for name in ("text", "image")] == pytest.approx([np.log(16), np.log(7)])
 
 
 @pytest.mark.parametrize("pattern", ["paper", "full"])

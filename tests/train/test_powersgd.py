@@ -110,6 +110,19 @@ def test_a_zero_gradient_stays_zero_and_the_largest_numbers_do_no_harm():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((mean, compressor.pack(left_out), norm)))
 
 
+def test_a_gradient_of_the_rank_that_is_kept_comes_through_whole():
+    """Its columns span P but for the 1e-6 on P's diagonal (appendix E), which what is left out shows."""
+    rng = np.random.default_rng(0)
+    mesh, shape = make_mesh({"replica": 2}, devices=jax.devices()[:2]), (1, 64, 96)
+    abstract, axes = {"up": jax.ShapeDtypeStruct(shape, jnp.float32)}, {"up": AXES["up"]}
+    compressor = PowerSGD(abstract, axes, compression=Compression(4, "fp32"), mesh=mesh)
+    sides, _ = np.linalg.qr(rng.normal(size=(2, 96, 4)))
+    matrix = (sides[0][:64] @ sides[1].T).astype(np.float32)
+    grads = {"up": jnp.broadcast_to(matrix, (2, *shape))}
+    mean, _, _ = jax.jit(compressor.reduce)(grads, compressor.init(), jax.random.key(0))
+    assert np.linalg.norm(mean["up"][0] - matrix) < 1e-6 * np.linalg.norm(matrix)
+
+
 @pytest.mark.parametrize("variant, rank, saved", [("2b8", 512, 0.83), ("5b6", 640, 0.85), ("12b", 896, 0.86)])
 def test_the_papers_ranks_save_what_its_table_says(variant, rank, saved):
     """Table 1: 1 - 5 rank / (8 width) on machines of eight GPUs."""
