@@ -203,8 +203,10 @@ class TextTower(nnx.Module):
 
 
 def _pytorch_bounds(width: int) -> dict[str, float]:
-    """Of uniform initial values, PyTorch's default for `nn.MultiheadAttention` and `nn.Linear`: the released code sets
-    those of the text tower alone."""
+    """The bounds of uniform initial values, PyTorch's default for `nn.MultiheadAttention` and `nn.Linear`.
+
+    The released code sets those of the text tower alone.
+    """
     by_width, by_hidden = width**-0.5, (4 * width) ** -0.5
     bounds = {"qkv": (6 / (4 * width)) ** 0.5, "out": by_width, "up": by_width, "up_bias": by_width}
     return bounds | {"down": by_hidden, "down_bias": by_hidden}
