@@ -35,8 +35,12 @@ def prepare(folder: str | os.PathLike) -> None:
     Raises:
       OSError: it is a file, may not be written in, or has no room.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    probe(folder)
+
+
+def probe(folder: str | os.PathLike) -> None:
+    """`prepare` for a folder that must be there."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(2**16))
 
@@ -49,16 +53,3 @@ def write(path: str | os.PathLike, data: bytes | str) -> None:
     """
     with replacing(path) as aside:
         aside.write_bytes(data if isinstance(data, bytes) else data.encode())
-
-
-def probe(folder: str | os.PathLike) -> None:
-    """Try to write into a folder, before the work is begun whose result it will get.
-
-    Raises:
-      OSError: it is not there or cannot be written.
-    """
-    tried = pathlib.Path(folder) / f".probe.{uuid.uuid4().hex[:8]}"
-    try:
-        tried.write_bytes(b"probe")
-    finally:
-        tried.unlink(missing_ok=True)

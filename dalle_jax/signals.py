@@ -20,6 +20,7 @@ GRACE_SECONDS = 1.0  # for files and threads to be closed after a Ctrl-C, then t
 RETRY_SECONDS = 0.05  # until a Ctrl-C that was dropped comes again
 _DROPPED = 0  # in the pipe, where no signal has this number
 
+_kept: list[str] = []  # what lies on disk already, so that nothing has to be finished
 _promises: list[str] = []  # what is finished before the process ends; without one it ends soon
 _pipe: list[int] = []  # of a process that watches: its two ends
 _ending = threading.Event()
@@ -33,6 +34,20 @@ def finishing(promise: str) -> Iterator[None]:
         yield
     finally:
         _promises.remove(promise)
+
+
+@contextlib.contextmanager
+def keeping(words: str) -> Iterator[None]:
+    """A block that an interrupt may end anywhere, as what it has made lies on disk: words that say so at once."""
+    _kept.append(words)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not _pipe:  # else the thread has said it
+            say(f"dalle-jax: {words}")
+        raise
+    finally:
+        _kept.remove(words)
 
 
 class Noted:
@@ -106,6 +121,8 @@ def _watch(read: int) -> None:
             end()
         elif number in (signal.SIGINT, signal.SIGTERM):
             asked = True
+            for words in _kept:
+                say(f"dalle-jax: {words}")
             for promise in _promises:
                 say(f"dalle-jax: {signal.Signals(number).name}: {promise}; Ctrl-C once more ends at once")
             if not _promises:

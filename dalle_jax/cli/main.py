@@ -7,6 +7,7 @@ and exit status 2; any other exception is a defect and keeps its traceback.
 
 import argparse
 import importlib
+import io
 import os
 import re
 import select
@@ -100,6 +101,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     host_memory.keep_freed()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         status = args.main(args)

@@ -5,17 +5,16 @@ reference come before the first picture is drawn. What was done is kept in OUT u
 command goes on after any stop.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
-from dalle_jax import files
+from dalle_jax import files, signals
 from dalle_jax.data.sources.tar import ShardSource
-from dalle_jax.errors import UserError, say, writing_to
+from dalle_jax.errors import UserError, writing_to
 from dalle_jax.evaluate import distances, drawing, overlap, report, statistics
 from dalle_jax.evaluate.drawing import Drawing, Plan
 from dalle_jax.evaluate.feature_cache import FeatureCache, ImageSet, Parts
@@ -52,9 +51,9 @@ def evaluate(
         raise UserError(f"{out} holds an evaluation that draws its pictures: give another --out for given ones")
     if save_statistics:
         statistics.check_place(save_statistics)
-    with writing_to(out), _kept(out):
-        out.mkdir(parents=True, exist_ok=True)
-        files.probe(out)
+    kept = f"what is drawn and computed so far is kept in {out}: the same command goes on with it"
+    with writing_to(out), signals.keeping(kept):
+        files.prepare(out)
         inputs = open_inputs(evaluation, model=model, tensor=tensor)
         plan = inputs.images.plan(out, worker) if isinstance(inputs.images, Drawing) else None
         if plan is not None and evaluation.expected is not None:
@@ -71,16 +70,6 @@ def evaluate(
     if worker.first:
         shutil.rmtree(out / FEATURES, ignore_errors=True)
     return made
-
-
-@contextlib.contextmanager
-def _kept(out: pathlib.Path) -> Iterator[None]:
-    """Says what an interrupt leaves; all of it is on disk already, each file whole."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"dalle-jax: what is drawn and computed so far is kept in {out}: the same command goes on with it")
-        raise
 
 
 def run(

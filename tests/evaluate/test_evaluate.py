@@ -175,13 +175,15 @@ def test_features_do_not_depend_on_the_batch(weights, folders, monkeypatch):
     np.testing.assert_allclose(one.logits_XV, other.logits_XV, atol=1e-5)
 
 
-def test_names_need_not_be_text(weights, folders, tmp_path, capsys):
+def test_names_need_not_be_text(weights, folders, tmp_path, capfdbinary):
     place, out = (tmp_path / os.fsdecode(name) for name in (b"pictures\xff", b"out\xff"))
     shutil.copytree(folders[0], place)
     (place / "00.png").rename(place / os.fsdecode(b"\xfe.png"))
-    words = ("--reference", place, "--weights", weights, "--config.measure.splits=1", "--out", out, "--json")
+    words = ("--reference", place, "--weights", weights, "--config.measure.splits=1", "--out", out)
+    assert run("--pictures", place, *words, "--json") == 0
+    assert json.loads(capfdbinary.readouterr().out) == json.loads((out / "report.json").read_text())
     assert run("--pictures", place, *words) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((out / "report.json").read_text())
+    assert b"/out\xff/report.json\n" in capfdbinary.readouterr().out
     assert b"pictures\xff" in (out / "report.md").read_bytes()
 
 
