@@ -5,18 +5,21 @@ import asyncio
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 20  # for the head of a request to arrive, from the opening of the connection or the answer before
+READ_SECONDS = 60  # in which a client must read something of an answer that waits for it
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if it owes a request for `HEAD_SECONDS`.
+    """A connection that is closed if it owes a request for `HEAD_SECONDS`, or reads nothing for `READ_SECONDS`.
 
-    uvicorn itself waits for ever for the rest of a head, and for the rest of a body that nobody reads any more. When
+    uvicorn itself waits for ever for the rest of a head, for the rest of a body that nobody reads any more, and for
+    somebody to read its answer. When
     there are as many connections as may be, the one that has owed its request longest goes, so that clients who send
     nothing keep nobody out.
     """
 
     _owing: asyncio.TimerHandle | None = None
     _due = 0.0  # while something is owing
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -37,6 +40,15 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._watch()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
     def _watch(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
             self._settle()
@@ -52,4 +64,5 @@ class Connection(H11Protocol):
     def _give_up(self) -> None:
         self._settle()
         self.connections.discard(self)
-        self.transport.close()
+        self.transport.close()  # when what was written is read
+        self.loop.call_later(READ_SECONDS, self.transport.abort)

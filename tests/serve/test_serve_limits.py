@@ -270,6 +270,20 @@ def test_what_a_client_owes_is_waited_for_in_bounded_time(sent, monkeypatch):
         assert not server.server.server_state.connections
 
 
+def test_who_does_not_read_an_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.3)
+    with serving(NoisePipeline()) as server, socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect(("127.0.0.1", server.port))
+        line.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(1000):  # 18 MB of pages
+                line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        connections = server.server.server_state.connections
+        until(lambda: connections)
+        until(lambda: not connections)
+
+
 def test_silent_connections_keep_nobody_out(monkeypatch):
     """Twice as many as may be, each with half a head: the oldest go, whoever asks is answered."""
     monkeypatch.setattr(serve_command, "MAX_CONNECTIONS", 100)
