@@ -138,16 +138,19 @@ def test_a_shard_that_shrinks_or_vanishes_while_it_is_read(two_shards):
 
 
 def test_coco(tmp_path):
-    write(tmp_path, images__a_jpg=encoded(), images__b_jpg=encoded(1), images__c_jpg=encoded(2))
+    place = tmp_path / "cats, and dogs"
+    write(place, images__a_jpg=encoded(), images__b_jpg=encoded(1), images__c_jpg=encoded(2))
     images = [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate(["a", "b", "c", "gone", "../x"])]
-    texts = [(0, "one"), (1, "two"), (0, "three"), (9, "of nothing"), (1, " "), ("2", "id as text"), (3, "x"), (4, "x")]
+    images.append({"id": 5, "file_name": "\ud83d.jpg"})  # JSON can spell what no name of a file is
+    texts = [(0, "one"), (1, "two"), (0, "three"), (9, "of nothing"), (1, " "), ("2", "id as text"), (2.0, "a float")]
+    texts += [(3, "x"), (4, "x")]
     content = {"images": [*images, images[0]], "annotations": [{"image_id": i, "caption": text} for i, text in texts]}
-    (tmp_path / "captions.json").write_text(json.dumps(content))
-    items = everything(open_source(f"coco:{tmp_path}/captions.json,{tmp_path}/images"))
+    (place / "captions.json").write_text(json.dumps(content))
+    items = everything(open_source(f"coco:{place}/captions.json,{place}/images"))
     good = {item.key: item.captions for item in items if isinstance(item, Record)}
-    assert good == {"a.jpg": ("one", "three"), "b.jpg": ("two",), "c.jpg": ("id as text",)}
+    assert good == {"a.jpg": ("one", "three"), "b.jpg": ("two",), "c.jpg": ("id as text", "a float")}
     assert [item.reason for item in items if isinstance(item, Dropped)] == [
-        "no image", "outside the folder", "duplicate key", "no image", "empty caption",
+        "no image", "outside the folder", "no image", "duplicate key", "no image", "empty caption",
     ]  # fmt: skip
 
 
@@ -214,6 +217,8 @@ def test_tfds_image_folder_labels_are_captions(tmp_path, monkeypatch):
         ("coco:{}/captions.json", "official download"),
         ("coco:{0}/captions.json,{0}", "check the path"),
         ("coco:{0}/list.json,{0}", "expected lists"),
+        ("coco:{0}/urls.json,{0}", "got none among 1, the first of them .*coco_url"),
+        ("coco:{0}/other.json,{0}", "such as 1; the first annotation is .*'image_id': 2"),
         ("tfds:nope/train@{}", "nope"),
         ("tfds:nope", "expected tfds:NAME/SPLIT"),
         ("tfds:image_folder/train@{}", "no folder"),
@@ -222,6 +227,10 @@ def test_tfds_image_folder_labels_are_captions(tmp_path, monkeypatch):
 )
 def test_a_wrong_place_is_one_sentence(spec, words, tmp_path, capsys):
     (tmp_path / "list.json").write_text("[1, 2]")
+    urls, named = {"id": 1, "coco_url": "x"}, {"id": 1, "file_name": "a.jpg"}
+    for name, image in (("urls", urls), ("other", named)):
+        content = {"images": [image], "annotations": [{"image_id": 2, "caption": "a"}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     spec = spec.format(tmp_path)
     with pytest.raises(UserError, match=words) as error:
         open_source(spec)

@@ -46,11 +46,13 @@ def open_coco(name: str, place: str, *, captions_required: bool = True) -> "Coco
     Raises:
       UserError: a part is not there or not readable.
     """
-    path, comma, images = place.rpartition(",")
-    if not comma:
+    commas = [at for at, letter in enumerate(place) if letter == ","]
+    pairs = [tuple(os.path.expanduser(part) for part in (place[:at], place[at + 1 :])) for at in commas]
+    if not pairs:
         folder, _, split = place.partition("@")
-        path, images = official_layout(os.path.expanduser(folder), split or OFFICIAL_SPLIT)
-    path, images = os.path.expanduser(path), os.path.expanduser(images)
+        pairs = [official_layout(os.path.expanduser(folder), split or OFFICIAL_SPLIT)]
+    # A path may have commas too.
+    path, images = next((pair for pair in pairs if os.path.isfile(pair[0]) and os.path.isdir(pair[1])), pairs[-1])
     return CocoSource(name, path, images, captions_required=captions_required)
 
 
@@ -58,7 +60,8 @@ class CocoSource:
     """Records in the order of the JSON's images. See `record.Source`; opened by `open_source('coco:JSON,DIR')`.
 
     Raises:
-      UserError: no such JSON or folder, a JSON that does not parse or has another form, or no images.
+      UserError: no such JSON or folder, a JSON that does not parse or has another form, no images that have a file, or
+        captions of other images only.
     """
 
     def __init__(self, name: str, path: str, images: str, *, captions_required: bool = True):
@@ -71,7 +74,17 @@ class CocoSource:
         self._captions = self._take_captions(annotations)
         self._ids = list(self._files)
         if not self._ids:
-            raise UserError(f"expected images in {path}, got an empty list: check the file")
+            first = f", the first of them {listed[0]!s:.200}" if listed else ""
+            raise UserError(
+                f"expected images with an id and a file_name in {path}, got none among {len(listed)}{first}: check the "
+                "file"
+            )
+        ids = {_id(annotation.get("image_id")) for annotation in annotations if isinstance(annotation, dict)}
+        if captions_required and ids and not ids & self._files.keys():
+            raise UserError(
+                f"expected captions of the images in {path}, got none whose image_id is the id of an image, such as "
+                f"{self._ids[0]}; the first annotation is {annotations[0]!s:.200}: check the file"
+            )
 
     def __len__(self) -> int:
         return len(self._ids) + len(self._faults)
@@ -95,11 +108,11 @@ class CocoSource:
         return self._captions.get(self._ids[index], ()) if index < len(self._ids) else ()
 
     def _take_images(self, listed: list) -> dict[str, str]:
-        """Image id -> file name. Ids are compared as text, since some tools write 33 and some "33"."""
+        """Image id -> file name."""
         files: dict[str, str] = {}
         for number, image in enumerate(listed):
             fields = image if isinstance(image, dict) else {}
-            image_id, file_name = str(fields.get("id")), fields.get("file_name")
+            image_id, file_name = _id(fields.get("id")), fields.get("file_name")
             if "id" not in fields or not isinstance(file_name, str) or not file_name:
                 self._faults.append(Dropped(f"images[{number}]", "no image", "no id or no file_name"))
             elif image_id in files:
@@ -112,7 +125,7 @@ class CocoSource:
         texts = collections.defaultdict(tuple)
         for number, annotation in enumerate(annotations):
             key, fields = f"annotations[{number}]", annotation if isinstance(annotation, dict) else {}
-            image_id = str(fields.get("image_id"))
+            image_id = _id(fields.get("image_id"))
             try:
                 caption = captions.from_fields(fields, names=("caption",))
                 if image_id not in self._files:
@@ -121,6 +134,11 @@ class CocoSource:
             except BadRecord as bad:
                 self._faults.append(Dropped(key, bad.reason, bad.detail or f"of image {image_id}"))
         return dict(texts)
+
+
+def _id(value: object) -> str:
+    """An id as text, since some tools write 33, some "33" and some 33.0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _load(path: str) -> tuple[list, list]:
