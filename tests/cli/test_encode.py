@@ -3,9 +3,12 @@
 import collections
 import dataclasses
 import json
+import os
 import pickle
 import re
 import shutil
+import threading
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -47,13 +50,17 @@ TRANSFORMER = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures of one colour and some noise with two captions each, one small, and three that are broken."""
+    """Pictures of one colour and some noise with two captions each, one small, three that are broken.
+
+    The names of the fifth are no UTF-8.
+    """
     path, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for index in range(PICTURES):
         size = (10, 30, 3) if index == 2 else (24, 40, 3)
         pixels = rng.integers(0, 256, 3) + rng.normal(0, 60, size)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / f"{index:02d}.png")
-        (path / f"{index:02d}.txt").write_text(f"picture number {index} of many\nanother text for {index}\n")
+        name = os.fsdecode(b"04 caf\xe9" if index == 4 else b"%02d" % index)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / f"{name}.png")
+        (path / f"{name}.txt").write_text(f"picture number {index} of many\nanother text for {index}\n")
     (path / "07.png").write_bytes(b"no picture")
     (path / "08.png").write_bytes((path / "09.png").read_bytes()[:300])
     (path / "10.txt").write_text(" \n")
@@ -145,11 +152,13 @@ def trained(folder, dvae, tokenizer, center, tmp_path_factory):
     return places, [train(places[kind], dvae, tokenizer, source) for kind, source in sources.items()]
 
 
-def test_training_on_codes_is_training_on_pictures_bit_for_bit(trained):
+def test_training_on_codes_is_training_on_pictures_bit_for_bit(trained, capsys):
     places, results = trained
     jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(result.state) for result in results))
     losses = [result.metrics["validation/loss"] for result in results]
     assert losses[0] == losses[1] > 0
+    assert main.main(["inspect", str(places["codes"]), "--json"]) == 0
+    assert "04 caf\udce9.png" in json.loads(capsys.readouterr().out)["data"]["keys"]
     positions = [reader.data_position(reader.checkpoint_path(place, step=4)[1]) for place in places.values()]
     assert positions[0] == positions[1] and positions[0]["lanes"][0]["dropped"]
     pictures = [Pipeline.load(place)("picture number 3 of many", seed=1)[0].tobytes() for place in places.values()]
@@ -314,6 +323,20 @@ def test_damaged_shards_cost_their_records_only(center, tmp_path):
         features.count(cut)
     with pytest.raises(UserError, match="vocab to be .* at most 65,536, got 65537"):
         dataclasses.replace(settings, vocab=1 + (1 << 16))
+
+
+def test_shards_are_opened_by_many_threads_at_once(center, monkeypatch):
+    """Two threads that wait for each other inside `safe_open` would never return, if one held a lock."""
+    source, together = open_source(f"tokens:{center}", pictures_required=False), threading.Barrier(2)
+    opened = features.safetensors.safe_open
+
+    def open_together(*args, **kwargs):
+        together.wait(10)
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(features.safetensors, "safe_open", open_together)
+    with futures.ThreadPoolExecutor(2) as pool:
+        assert all(isinstance(slot, Encoded) for slot in pool.map(source.__getitem__, (0, PICTURES - 1)))
 
 
 def test_preflight_leaves_the_dvae_out_of_an_update_on_codes():

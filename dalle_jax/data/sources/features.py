@@ -109,7 +109,8 @@ def pack(slots: list[Encoded | Dropped], settings: Settings) -> bytes:
         {"key": slot.key, "captions": slot.captions} if isinstance(slot, Encoded) else dataclasses.asdict(slot)
         for slot in slots
     ]
-    texts = [json.dumps(of_slot, ensure_ascii=False).encode() for of_slot in fields]
+    # Keys may be names of files that are no Unicode; `json.loads` reads such bytes as they were.
+    texts = [json.dumps(of_slot, ensure_ascii=False).encode("utf-8", "surrogatepass") for of_slot in fields]
     arrays = {
         "codes": np.stack([slot.tokens_AI for slot in good]) if good else none,
         "row": np.where(usable, np.cumsum(usable) - 1, -1).astype(np.int32),
