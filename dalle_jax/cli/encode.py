@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(
             f"expected --augmentations 1 with --augment center, got {args.augmentations}: center crops are all the same"
         )
-    share = _share(args.part)
+    share = Share.of_option(args.part)
     tokenizer = model_dir.load(args.image_tokenizer, name=image_tokenizer.NAMES)
     sizes = tokenizer.model.config
     source = open_source(args.source)
@@ -97,13 +97,6 @@ def main(args: argparse.Namespace) -> int:
     summary = encode(source, args.out, settings, encoder, share=share, threads=args.threads)
     print(json.dumps(summary) if args.json else _line(args.out, summary))
     return 0 if summary["good"] or not summary["dropped"] else 2
-
-
-def _share(text: str) -> Share:
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError(f"expected --part I/N with I from 0 to N - 1, got {text!r}: e.g. 0/4, 1/4, 2/4 and 3/4")
-    return Share(int(index), int(count))
 
 
 class Encoder:

@@ -23,6 +23,7 @@ from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USER_ERROR, UserE
 VERBS = {
     "demo": ("dalle_jax.cli.demo", "train everything on generated scenes and draw captions never seen, in minutes"),
     "data": ("dalle_jax.cli.data", "report what a source of captioned pictures holds and what would be dropped"),
+    "index": ("dalle_jax.cli.index", "find the records of many tar shards once, with all processors"),
     "tokenizer": ("dalle_jax.cli.tokenizer", "train a BPE tokenizer on the captions of a source"),
     "encode": ("dalle_jax.cli.encode", "turn the images of a source into image tokens once, to train a transformer on"),
     "train": ("dalle_jax.cli.train", "train a model, or go on with the training in a workdir"),

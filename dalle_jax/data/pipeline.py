@@ -17,7 +17,7 @@ import numpy as np
 
 from dalle_jax.data import filters, transforms
 from dalle_jax.data.decode import MAX_PIXELS, decode_scaled
-from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
+from dalle_jax.data.record import LEFT_OUT, BadRecord, Dropped, Encoded, Record, Source
 from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.layout import Layout
@@ -25,6 +25,7 @@ from dalle_jax.text.bpe import BPETokenizer, normalize
 
 EXAMPLE_KEYS = 3  # kept for each reason, for the table that ends a bad run
 CHECK_EVERY = 1000  # records between two checks of the share of broken ones; for a smaller source, once per epoch
+NOT_BROKEN = (*filters.REASONS, *LEFT_OUT)
 MAX_SIDE, MAX_THREADS, MAX_PREFETCH = 1 << 14, 1024, 1024  # more would be a slip of the keyboard
 
 
@@ -274,7 +275,7 @@ class Batches:
         seen = self.good + self.dropped.total()
         if seen >= self._records and not self.good:
             raise UserError(f"expected at least one usable record in {self._name}, got none:\n{self.table()}")
-        bad = sum(count for reason, count in self.dropped.items() if reason not in filters.REASONS)
+        bad = sum(count for reason, count in self.dropped.items() if reason not in NOT_BROKEN)
         if seen % min(CHECK_EVERY, self._records) == 0 and bad > self._max_bad_share * seen:
             raise UserError(
                 f"expected at most {self._max_bad_share:.0%} broken records in {self._name}, "

@@ -28,6 +28,9 @@ REASONS = {
     "duplicate key": "a second sample of the same name; the first one is used",
     "members apart": "the members of one sample are not next to each other in the shard",
     "link": "a symbolic or hard link inside a tar; never followed",
+    "sparse": "a file with holes inside a tar, whose data are in pieces; pack it without --sparse",
+    "extra image": "a further image of a sample, without a caption of its own; not counted as broken",
+    "changed shard": "a tar that is not what it was when it was indexed",
     "outside the folder": "a file name that leads out of the folder of the data",
     # faults of an image
     "zero bytes": "an image of no bytes",
@@ -40,6 +43,7 @@ REASONS = {
     # faults of a shard of tokens
     "broken tokens": "tokens beyond the vocabulary, or a slot that does not parse; encode that shard again",
 }
+LEFT_OUT = ("extra image",)  # reasons of what is not needed, though nothing about it is broken
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from dalle_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Share:
@@ -13,6 +15,18 @@ class Share:
     def __post_init__(self):
         if not 0 <= self.index < self.count:
             raise ValueError(f"index must be 0 .. count - 1, got index {self.index} and count {self.count}")
+
+    @staticmethod
+    def of_option(text: str) -> "Share":
+        """The share that `--part I/N` names.
+
+        Raises:
+          UserError: not two numbers, or I is not below N.
+        """
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise UserError(f"expected --part I/N with I from 0 to N - 1, got {text!r}: e.g. 0/4, 1/4, 2/4 and 3/4")
+        return Share(int(index), int(count))
 
     @property
     def slice(self) -> slice:

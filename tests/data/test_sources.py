@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import pickle
-import time
-from concurrent import futures
 
 import numpy as np
 import pytest
@@ -14,9 +11,9 @@ from PIL import Image
 from dalle_jax.cli.main import main
 from dalle_jax.data.decode import decode_image
 from dalle_jax.data.record import Dropped, Record, Source
-from dalle_jax.data.sources import cache, open_source, tar
+from dalle_jax.data.sources import cache, open_source
 from dalle_jax.errors import UserError
-from tests.support.broken_shards import CAPTION, encoded, pack, sample
+from tests.support.broken_shards import encoded, pack, sample
 
 
 @pytest.fixture
@@ -58,83 +55,11 @@ def test_text_comes_before_json_and_each_line_is_a_caption(tmp_path):
     assert open_source(f"wds:{tmp_path}/0.tar")[0].captions == ("one", "two", "three")
 
 
-def test_several_pictures_in_a_sample(tmp_path):
-    members = [("a.seg.png", encoded(1, kind="PNG")), ("a.jpg", encoded(2)), ("a.txt", CAPTION)]
-    members += [("b.v2.jpg", encoded(3)), ("b.v2.txt", b"of v2"), ("b.txt", b"of b")]
-    (tmp_path / "0.tar").write_bytes(pack(members))
-    first, second = everything(open_source(f"wds:{tmp_path}/0.tar"))
-    assert (first.image, first.captions) == (encoded(2), (CAPTION.decode(),))
-    assert (second.image, second.captions) == (encoded(3), ("of v2",))
-
-
-def test_the_index_is_read_once_and_follows_the_file(two_shards, monkeypatch):
-    scanned = []
-    scan = tar.scan
-    monkeypatch.setattr(tar, "scan", lambda path: scanned.append(os.path.basename(path)) or scan(path))
-    spec = f"wds:{two_shards}/*.tar"
-    before = everything(open_source(spec))
-    assert sorted(scanned) == ["000000.tar", "000001.tar"]
-    assert everything(open_source(spec)) == before and len(scanned) == 2
-
-    (two_shards / "000001.tar").write_bytes(pack(sample("new")))
-    assert [record.key for record in everything(open_source(spec))[6:]] == ["000001.tar/new"]
-    assert scanned[2:] == ["000001.tar"], "the shard that did not change is not read again"
-
-    for entry in (two_shards / "cache").iterdir():
-        entry.write_bytes(entry.read_bytes()[:100])
-    assert len(everything(open_source(spec))) == 7 and len(scanned) == 5
-
-
-def test_an_unwritable_cache_only_costs_time(two_shards, monkeypatch):
-    (two_shards / "file").write_bytes(b"")
-    monkeypatch.setenv("DALLE_JAX_CACHE", str(two_shards / "file/cache"))
-    assert len(open_source(f"wds:{two_shards}/*.tar")) == 12
-
-
 def test_cache_folder_variables(monkeypatch, tmp_path):
     assert cache.folder() == tmp_path / "cache"
     monkeypatch.delenv("DALLE_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache.folder() == tmp_path / "xdg/dalle_jax"
-
-
-def test_a_million_records_open_in_under_a_second():
-    """The promise of the index: arrays only. Measured 0.14 s on two busy cores."""
-    count = 1_000_000
-    index = tar.Index(
-        fault=np.zeros(count, np.uint8),
-        caption_kind=np.ones(count, np.uint8),
-        image=np.zeros((count, 2), np.int64),
-        caption=np.zeros((count, 2), np.int64),
-        keys=np.frombuffer(b"".join(b"%09d" % i for i in range(count)), np.uint8),
-        key_ends=np.arange(9, 9 * count + 1, 9),
-    )
-    cache.arrays("million", lambda: vars(index), names=tuple(vars(index)))
-    started = time.perf_counter()
-    loaded = tar.Index(**cache.arrays("million", dict, names=tuple(vars(index))))
-    assert loaded.key(len(loaded) - 1) == "000999999"
-    assert time.perf_counter() - started < 1.0
-
-
-def test_sources_are_picklable_and_thread_safe(two_shards, monkeypatch):
-    """More shards than open files are allowed, read by many threads at once, from a pickled copy."""
-    monkeypatch.setattr(tar, "OPEN_FILES", 1)
-    source = open_source(f"wds:{two_shards}/*.tar")
-    expected = everything(source)
-    copy = pickle.loads(pickle.dumps(source))
-    order = np.random.default_rng(0).integers(0, len(source), 600)
-    with futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(copy.__getitem__, order)) == [expected[i] for i in order]
-    assert copy._file.cache_info().currsize == 1
-
-
-def test_a_shard_that_shrinks_or_vanishes_while_it_is_read(two_shards):
-    source = open_source(f"wds:{two_shards}/*.tar")
-    with open(two_shards / "000001.tar", "r+b") as file:
-        file.truncate(2000)
-    assert source[11].reason == "truncated tar"
-    (two_shards / "000000.tar").unlink()
-    assert source[0].reason == "unreadable file"
 
 
 def test_coco(tmp_path):
@@ -237,14 +162,6 @@ def test_a_wrong_place_is_one_sentence(spec, words, tmp_path, capsys):
     assert "\n" not in str(error.value)
     assert main(["data", spec]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_braces(tmp_path):
-    assert tar.expand_braces("{08..10}-{a,b}.tar") == [f"{n}-{c}.tar" for n in ("08", "09", "10") for c in "ab"]
-    assert tar.expand_braces("plain.tar") == ["plain.tar"]
-    write(tmp_path, odd=b"")
-    (tmp_path / "a[1].tar").write_bytes(pack(sample("a")))
-    assert tar.shard_paths(f"{tmp_path}/a[1].tar") == [f"{tmp_path}/a[1].tar"]  # a file name first
 
 
 def test_report_as_text_and_picture(two_shards, capsys):

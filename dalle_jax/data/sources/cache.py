@@ -1,15 +1,14 @@
-"""The user's cache folder, for files that can be rebuilt at any time: shard indexes and unpacked shards.
+"""The user's cache folder, for files that can be rebuilt at any time: indexes of shards and unpacked shards.
 
 It is `$DALLE_JAX_CACHE`, else `$XDG_CACHE_HOME/dalle_jax`, else `~/.cache/dalle_jax`, and never beside the data, which
 may be read-only. A name has the fingerprint of what it was made from, so a stale entry is never used. Writing is
-atomic; a damaged entry is rebuilt; the folder can be deleted at any time.
+atomic; an entry that is cut is rebuilt; the folder can be deleted at any time.
 """
 
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,19 +25,22 @@ def folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dalle_jax"
 
 
-def arrays(name: str, build: Callable[[], dict[str, Any]], *, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays `names` of the cached file `name`, or those of `build()`, which are then stored if possible."""
-    path = folder() / f"{name}.npz"
+def array(name: str) -> np.ndarray | None:
+    """The cached array `name`, mapped into memory; None if it is not there or not whole."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {key: stored[key] for key in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        built = build()
-    try:
-        _write(path, lambda out: np.savez(out, **built))
-    except OSError:
-        pass  # cannot be kept: slower the next time, not wrong
-    return built
+        return np.load(folder() / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def stored(name: str, built: np.ndarray) -> np.ndarray:
+    """`built`, stored as the array `name` and mapped.
+
+    Raises:
+      UserError: the cache folder cannot be written.
+    """
+    _write(f"{name}.npy", lambda out: np.save(out, built))
+    return np.load(folder() / f"{name}.npy", mmap_mode="r")
 
 
 def file(name: str, write: Callable[[BinaryIO], None]) -> str:
@@ -47,19 +49,18 @@ def file(name: str, write: Callable[[BinaryIO], None]) -> str:
     Raises:
       UserError: the cache folder cannot be written.
     """
-    path = folder() / name
-    if not path.exists():
-        try:
-            _write(path, write)
-        except OSError as error:
-            raise UserError(
-                f"expected a writable cache folder for an unpacked shard, got {error}; set {VARIABLE} to a folder "
-                "with free space"
-            ) from error
-    return str(path)
+    if not (folder() / name).exists():
+        _write(name, write)
+    return str(folder() / name)
 
 
-def _write(path: pathlib.Path, write: Callable[[BinaryIO], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as aside, aside.open("wb") as out:
-        write(out)
+def _write(name: str, write: Callable[[BinaryIO], object]) -> None:
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        with files.replacing(folder() / name) as aside, aside.open("wb") as out:
+            write(out)
+    except OSError as error:
+        raise UserError(
+            f"expected a writable cache folder for what is made of tar shards, got {error}; set {VARIABLE} to a folder "
+            "with free space"
+        ) from error

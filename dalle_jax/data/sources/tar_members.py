@@ -1,116 +1,164 @@
 """The members of a tar file in any state: where the data of each is, and where the file is damaged.
 
-The standard library parses single headers. The walk from header to header is done here, because it has to continue
-where `tarfile` stops: after a damaged header at the next valid one, and after an end mark if another archive follows.
-Reads headers only.
+The standard library parses every header that is not a plain file's. The walk from header to header is done here,
+because it has to be fast, and to continue where `tarfile` stops: after a damaged header at the next valid one, and
+after an end mark if another archive follows. Reads headers only.
 """
 
-import dataclasses
 import os
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 BLOCK = 512  # bytes; the unit of the tar format
 CHUNK = 1 << 20
+AHEAD = 4096  # bytes of a read
 MAX_NAME_BYTES = 1 << 20  # of an extended header
 MAGIC_OFFSET = 257  # of b"ustar" in a header
+ADLER = 65521  # the modulus of Adler-32, whose lower half is 1 + the sum of all bytes
+NAMING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+EMPTY = (
+    tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
+)  # fmt: skip
+
+Read = Callable[[int, int], bytes]  # size, offset -> bytes, fewer at the end of the file
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A file in a tar, or a damaged place. offset, size: of its data, in bytes.
+class Member(NamedTuple):
+    """A file in a tar, or a damaged place. start, data: offsets of its first header and of its data, in bytes.
 
-    fault: '' or a name of `record.REASONS`: 'link', 'truncated tar', 'bad tar header', 'not a tar file'. Damage that
-    belongs to no known member has the path '@OFFSET'.
+    path: as the archive has it; None for damage that belongs to no known member. size: of its data, in bytes.
+    fault: '' or a name of `record.REASONS`: 'link', 'sparse', 'truncated tar', 'bad tar header', 'not a tar file'.
     """
 
-    path: str
-    offset: int = 0
+    path: bytes | None
+    start: int
+    data: int = 0
     size: int = 0
     fault: str = ""
 
 
-def members(descriptor: int) -> Iterator[Member]:
-    """Every regular file, link and damaged place of the open file, in file order.
+def members(read: Read, start: int, end: int) -> Iterator[Member]:
+    """Every regular file, link and damaged place between two offsets of a file, in its order.
 
     Raises:
       OSError: the file cannot be read.
     """
-    end = os.fstat(descriptor).st_size
-    offset, extended, known = 0, {}, False
+    offset, extended, known = start, {}, False
     while offset < end:
-        block = os.pread(descriptor, BLOCK, offset)
-        if len(block) < BLOCK:
+        block = read(BLOCK, offset)
+        header = _plain_header(block) or _any_header(block)
+        if header is None and len(block) < BLOCK:
             if any(block):
-                yield Member(f"@{offset}", fault="truncated tar" if known else "not a tar file")
+                yield Member(None, offset, fault="truncated tar" if known else "not a tar file")
             return
-        info = _header(block)
-        if info is None:
+        if header is None:
             blank = not any(block)
-            following, only_zeros = _next_header(descriptor, offset + BLOCK, end)
+            following, only_zeros = _next_header(read, offset + BLOCK, end)
             if not blank and not known and following is None:
-                yield Member("", fault="not a tar file")
+                yield Member(None, offset, fault="not a tar file")
             elif not blank or (following is not None and not only_zeros):
-                yield Member(f"@{offset}", fault="bad tar header")
+                yield Member(None, offset, fault="bad tar header")
             if following is None:
                 return
             offset, extended, known = following, {}, True
             continue
 
-        known = True
-        data = offset + BLOCK
-        size = int(extended.get("size", info.size))
-        has_data = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
-        named_by = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE)
-        if has_data or named_by or info.type == tarfile.XGLTYPE:
-            offset = data + -(-size // BLOCK) * BLOCK
-        else:
-            offset = data
-        path = extended.get("path", info.name)
+        kind, path, size = header
+        start, known, data = start if extended else offset, True, offset + BLOCK
+        if extended:
+            path, size = extended.get(b"path", path), int(extended.get(b"size", size))
+        if kind == tarfile.GNUTYPE_SPARSE and block[482]:
+            data += BLOCK * _map_blocks(read, data)
+        offset = data if kind in EMPTY else data + (size + BLOCK - 1) // BLOCK * BLOCK
         if offset > data and data + size > end:
-            yield Member(path, fault="truncated tar")
+            yield Member(path, start, data, fault="truncated tar")
             return
-        if named_by:
-            extended = extended | _extended(info.type, os.pread(descriptor, min(size, MAX_NAME_BYTES), data))
+        if kind in NAMING:
+            extended = {b"": b""} | extended | _extended(kind, read(min(size, MAX_NAME_BYTES), data))
             continue
+        if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            yield Member(path, start, data, fault="link")
+        elif kind == tarfile.GNUTYPE_SPARSE or b"GNU.sparse" in extended:
+            yield Member(path, start, data, fault="sparse")
+        elif kind in tarfile.REGULAR_TYPES:
+            yield Member(path, start, data, size)
         extended = {}
-        if info.issym() or info.islnk():
-            yield Member(path, fault="link")
-        elif info.isreg() and info.type != tarfile.GNUTYPE_SPARSE:  # the data of a sparse file are in pieces
-            yield Member(path, offset=data, size=size)
 
 
-def _header(block: bytes) -> tarfile.TarInfo | None:
+def read_ahead(descriptor: int) -> Read:
+    """Reads of an open file that ask the system for AHEAD bytes at least: headers often follow each other closely."""
+    buffer, base = b"", 0
+
+    def read(size: int, offset: int) -> bytes:
+        nonlocal buffer, base
+        if offset < base or offset + size > base + len(buffer):
+            buffer, base = os.pread(descriptor, max(size, AHEAD), offset), offset
+        return buffer[offset - base : offset - base + size]
+
+    return read
+
+
+def _plain_header(block: bytes) -> tuple[bytes, bytes, int] | None:
+    """Type, name and size in a sound header of a file or of a pax record; None where `tarfile` has to look."""
+    try:
+        kind = block[156:157]
+        if kind not in b"0x" or block[345] or block[135] not in b"\0 ":  # prefix of the name, end of the size
+            return None
+        field = block[148:156]
+        if (int(field.strip(b" \0"), 8) - 256 + sum(field) - (zlib.adler32(block) & 0xFFFF) + 1) % ADLER:
+            return None
+        return kind, block[:100].partition(b"\0")[0], int(block[124:135], 8)
+    except (IndexError, ValueError):
+        return None
+
+
+def _any_header(block: bytes) -> tuple[bytes, bytes, int] | None:
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return None
-    return info if info.size >= 0 else None
+    return (info.type, info.name.encode("utf-8", "surrogateescape"), info.size) if info.size >= 0 else None
 
 
-def _next_header(descriptor: int, start: int, end: int) -> tuple[int | None, bool]:
+def _map_blocks(read: Read, offset: int) -> int:
+    """The number of blocks that go on with the map of a file in GNU's old sparse format."""
+    count = 1
+    while read(BLOCK, offset + BLOCK * (count - 1))[504:505] > b"\0":
+        count += 1
+    return count
+
+
+def _next_header(read: Read, start: int, end: int) -> tuple[int | None, bool]:
     """Offset of the first valid header at or after `start`, None without one, and whether only zeros precede it."""
     only_zeros = True
     for offset in range(start, end, CHUNK):
-        chunk = os.pread(descriptor, CHUNK, offset)
+        chunk = read(CHUNK, offset)
         place = chunk.find(b"ustar")
         while place >= 0:
             header = place - MAGIC_OFFSET
-            if header >= 0 and header % BLOCK == 0 and _header(chunk[header : header + BLOCK]) is not None:
+            if header >= 0 and header % BLOCK == 0 and _any_header(chunk[header : header + BLOCK]):
                 return offset + header, only_zeros and not chunk[:header].strip(b"\0")
             place = chunk.find(b"ustar", place + 1)
         only_zeros = only_zeros and not chunk.strip(b"\0")
     return None, only_zeros
 
 
-def _extended(kind: bytes, data: bytes) -> dict[str, str]:
-    """The 'path' and 'size' in a long-name record (GNU) or an extended header (pax)."""
-    text = data.decode("utf-8", "surrogateescape")
+def _extended(kind: bytes, data: bytes) -> dict[bytes, bytes]:
+    """The b'path' and b'size' in a long-name record (GNU) or an extended header (pax), and b'GNU.sparse' if it is."""
     if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": text.partition("\0")[0]}
-    if kind != tarfile.XHDTYPE:
+        return {b"path": data.partition(b"\0")[0]}
+    if not any(key in data for key in (b"path=", b"size=", b"GNU.sparse.")):  # nearly always: it is the time
         return {}
-    # Records are 'LENGTH KEY=VALUE\n' with LENGTH in bytes; a value with a newline loses what follows it.
-    pairs = (line.partition(" ")[2].partition("=") for line in text.split("\n"))
-    fields = {key: value for key, _, value in pairs if key in ("path", "size")}
-    return fields if fields.get("size", "0").isdecimal() else {}
+    fields: dict[bytes, bytes] = {}
+    while kind != tarfile.GNUTYPE_LONGLINK and data[:1].isdigit():  # records are 'LENGTH KEY=VALUE\n', LENGTH in bytes
+        length, _, record = data.partition(b" ")
+        if not length.isdigit() or int(length) <= len(length):
+            break
+        key, _, value = record[: int(length) - len(length) - 2].partition(b"=")
+        fields |= {b"GNU.sparse": b""} if key.startswith(b"GNU.sparse.") else {}
+        if key in (b"path", b"GNU.sparse.name") or (key == b"size" and value.isdigit()):
+            fields[b"path" if key == b"GNU.sparse.name" else key] = value
+        data = data[int(length) :]
+    return fields
