@@ -41,7 +41,7 @@ def prepare(folder: str | os.PathLike) -> None:
 
 def probe(folder: str | os.PathLike) -> None:
     """`prepare` for a folder that must be there."""
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
         file.write(bytes(2**16))
 
 
