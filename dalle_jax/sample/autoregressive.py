@@ -15,7 +15,7 @@ from PIL import Image
 
 from dalle_jax import model_dir, sharding
 from dalle_jax.data.transforms import center_crop
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, check_number
 from dalle_jax.mesh import local_mesh, make_mesh
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models.image_tokenizer import decode, encode
@@ -87,9 +87,12 @@ class Autoregressive:
         average: bool = True,
     ) -> "Autoregressive":
         """The generator of a workdir or a model folder; arguments and errors are those of `Pipeline.load`."""
+        mesh = _mesh(devices, tensor=tensor)  # first, because reading a large model takes minutes
         transformer = model_dir.load(folder, "transformer", average=average)
         image_tokenizer = model_dir.load_frozen(folder, "image_tokenizer")
         config, image_config = transformer.model.config, image_tokenizer.model.config
+        if config.heads % tensor:
+            raise UserError(f"tensor must divide the model's {config.heads} heads, got {tensor}: choose such a number")
         if (image_config.vocab, image_config.grid) != (config.image_vocab, config.grid):
             raise UserError(
                 f"expected an image tokenizer of {config.image_vocab} tokens on a grid of {config.grid} in "
@@ -108,7 +111,7 @@ class Autoregressive:
             tokenizer,
             digest=digest.hexdigest(),
             can_guide=transformer.config.get("data", {}).get("caption_dropout", 0) > 0,
-            mesh=_mesh(config.heads, devices=devices, tensor=tensor),
+            mesh=mesh,
             weights=weights,
         )
 
@@ -208,11 +211,12 @@ class Autoregressive:
         return self._layout.grid * 15 // 32 if keep_rows is None else keep_rows  # section 3.3 keeps 15 of 32
 
 
-def _mesh(heads: int, *, devices: Sequence[jax.Device] | None, tensor: int) -> jax.sharding.Mesh:
-    """The devices as a mesh for a model of so many heads; raises UserError if the model cannot be cut so."""
+def _mesh(devices: Sequence[jax.Device] | None, *, tensor: int) -> jax.sharding.Mesh:
+    """The devices as a mesh; raises UserError if they are none, or no multiple of `tensor`."""
     devices = jax.local_devices() if devices is None else list(devices)
     if not devices or not all(isinstance(device, jax.Device) for device in devices):
         raise UserError(f"devices must be at least one of jax.local_devices(), or None for all, got {devices}")
-    if not isinstance(tensor, int) or tensor < 1 or len(devices) % tensor or heads % tensor:
-        raise UserError(f"tensor must divide the {len(devices)} device(s) and the model's {heads} heads, got {tensor}")
-    return make_mesh({sharding.REPLICA: -1, sharding.TENSOR: tensor}, devices=devices)
+    check_number("tensor", tensor, min=1, max=len(devices), whole=True)
+    if len(devices) % tensor:
+        raise UserError(f"tensor must divide the {len(devices)} devices, got {tensor}: choose such a number")
+    return make_mesh({sharding.REPLICA: -1, sharding.TENSOR: int(tensor)}, devices=devices)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import dalle_jax
@@ -64,6 +65,7 @@ def test_what_a_model_cannot_do_is_refused(model_folder):
         ({"weights": "int4"}, r"weights must be one of \('model', 'int8'\)"),
         ({"devices": []}, "devices must be at least one of"),
         ({"devices": ["cpu"]}, r"devices must be at least one of .* got \['cpu'\]"),
+        ({"tensor": np.int64(8)}, "tensor must divide the model's 2 heads, got 8"),
     ):
         with pytest.raises(UserError, match=message):
             dalle_jax.Pipeline.load(model_folder, **arguments)
@@ -82,7 +84,8 @@ def test_missing_and_foreign_parts_are_named(model_folder, tmp_path, capsys):
     )
     for (folder, *words), told in (
         ([other], "expected an image tokenizer of 12 tokens on a grid of 4"),
-        *(([model_folder, "--tensor", n], "tensor must divide the 8 device(s) and the model's 2") for n in "038"),
+        *((["nowhere", "--tensor", n], "tensor to be a whole number of at least 1 and of at most 8") for n in "09"),
+        (["nowhere", "--tensor", 3], "tensor must divide the 8 devices, got 3"),
         ([tmp_path / "nothing"], "config.json"),
         ([model_folder / "image_tokenizer"], "expected a transformer"),
         ([model_folder, "--image", tmp_path / "no.png"], "expected an image to complete"),
