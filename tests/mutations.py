@@ -104,6 +104,10 @@ MUTATIONS = [
         ("(kernel * kernel * channels[0]) ** -0.5", "(channels[0]) ** -0.5"),
         ("pixel_BHWC[..., :3]", "pixel_BHWC[..., 3:]"),
     ]),
+    ("dalle_jax/models/dvae.py", "models/test_dvae.py -k 'bfloat16'", [
+        ("**_trunk(config))\n\n    def pixels", "dtype=compute_dtype(config.precision))\n\n    def pixels"),
+        ('{"dtype": jnp.float32, "precision": jax.lax.Precision.HIGH}', '{"dtype": jnp.bfloat16}'),
+    ]),
     ("dalle_jax/pixels.py", "models/test_dvae.py -k formula", [("EPSILON = 0.1", "EPSILON = 0.2")]),
     ("dalle_jax/train/objectives/dvae.py", "models/test_dvae.py -k 'formula or kl_is or cold or integrates'", [
         ("kl_BGG.sum() / x_BHWC.size", "kl_BGG.mean()"),
@@ -130,6 +134,12 @@ MUTATIONS = [
         ("steps=3_000_000", "steps=1_000_000"),
         ("image_size=256", "image_size=128"),
         ('image_size=256, augment="dvae"', 'image_size=256, augment="center"'),
+        ("**PAPER_FILTERS", "max_aspect_ratio=2.0"),
+    ]),
+    ("configs/base.py", PAPER, [
+        ("min_caption_words=2", "min_caption_words=0"),
+        ("english_only=True", "english_only=False"),
+        ("drop_boilerplate=True", "drop_boilerplate=False"),
         ("max_aspect_ratio=2.0", "max_aspect_ratio=9.0"),
     ]),
     ("dalle_jax/train/optimizer/build.py", PAPER, [
@@ -155,13 +165,12 @@ MUTATIONS = [
     ]),
     ("dalle_jax/train/ema.py", "train/test_step.py -k average", [
         ("step % self.every == 0", "step % self.every == 1"),
+        ("self.decay * jnp.expm1((moves - 1) * log) / jnp.expm1(moves * log)", "self.decay"),
         ("decay * old + (1.0 - decay) * new", "(1.0 - decay) * old + decay * new"),
     ]),
     ("configs/transformer.py", PAPER, [
-        ("bpe_dropout=0.1,\n            english_only", "bpe_dropout=0.3,\n            english_only"),
-        ("english_only=True", "english_only=False"),
-        ("drop_boilerplate=True", "drop_boilerplate=False"),
-        ("max_aspect_ratio=2.0", "max_aspect_ratio=9.0"),
+        ("bpe_dropout=0.1,\n            **", "bpe_dropout=0.3,\n            **"),
+        ("**PAPER_FILTERS", "max_aspect_ratio=2.0"),
         ('augment="transformer",\n            bpe', 'augment="dvae",\n            bpe'),
         ("batch_size=1_024", "batch_size=512"),
         ("learning_rate=4.5e-4", "learning_rate=3e-4"),
@@ -255,7 +264,9 @@ MUTATIONS = [
         ('"embed"), std=0.02)', '"embed"), std=0.04)'),
         ('"embed"), std=0.01)', '"embed"), std=0.02)'),
         ('"qkv": width**-0.5', '"qkv": 3 * width**-0.5'),
-        ("residual = (2 * layers) ** -0.5", "residual = 1.0"),
+        ("out = (2 * width * config.text_layers) ** -0.5", "out = width**-0.5"),
+        ("(6 / (4 * width)) ** 0.5", "(6 / (2 * width)) ** 0.5"),
+        ("by_width, by_hidden = width**-0.5, (4 * width) ** -0.5", "by_width, by_hidden = width**-0.5, width**-0.5"),
         ('"up": (2 * width) ** -0.5', '"up": width**-0.5'),
     ]),
     ("configs/clip.py", PAPER, [
