@@ -29,7 +29,7 @@ from dalle_jax.data.decode import SUFFIXES, UNREAD_SUFFIXES
 from dalle_jax.data.record import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, BadRecord
 from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.data.sources import cache
-from dalle_jax.data.sources.tar_members import BLOCK, CHUNK, Member, members, read_ahead
+from dalle_jax.data.sources.tar_members import BLOCK, CHUNK, Member, members
 from dalle_jax.errors import UserError, say
 
 VERSION = 3  # raise it when `scan` reads the same file differently, so that cached indexes are rebuilt
@@ -208,7 +208,7 @@ def scan(path: str) -> tuple[np.ndarray, np.ndarray]:
             end = os.fstat(file.fileno()).st_size
             if end > MAX_SHARD:
                 raise BadRecord("too many bytes")
-            words = _slots(members(read_ahead(file.fileno()), 0, end)) or _of_shard("empty shard")
+            words = _slots(members(functools.partial(os.pread, file.fileno()), 0, end)) or _of_shard("empty shard")
     except OSError:
         size, time, words = -1, -1, _of_shard("unreadable file")
     except BadRecord as bad:

@@ -5,7 +5,6 @@ because it has to be fast, and to continue where `tarfile` stops: after a damage
 after an end mark if another archive follows. Reads headers only.
 """
 
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 BLOCK = 512  # bytes; the unit of the tar format
 CHUNK = 1 << 20
-AHEAD = 4096  # bytes of a read
+AHEAD = 8192  # bytes of a read
 MAX_NAME_BYTES = 1 << 20  # of an extended header
 MAGIC_OFFSET = 257  # of b"ustar" in a header
 ADLER = 65521  # the modulus of Adler-32, whose lower half is 1 + the sum of all bytes
@@ -22,6 +21,7 @@ EMPTY = (
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
 )  # fmt: skip
 
+PLAIN = {b"": b""}  # an extended header that says nothing of what is asked here
 Read = Callable[[int, int], bytes]  # size, offset -> bytes, fewer at the end of the file
 
 
@@ -46,8 +46,11 @@ def members(read: Read, start: int, end: int) -> Iterator[Member]:
       OSError: the file cannot be read.
     """
     offset, extended, known = start, {}, False
+    window, base = b"", start  # the last AHEAD bytes that were read, because headers often follow each other closely
     while offset < end:
-        block = read(BLOCK, offset)
+        if offset + BLOCK > base + len(window):
+            window, base = read(AHEAD, offset), offset
+        block = window[offset - base : offset - base + BLOCK]
         header = _plain_header(block) or _any_header(block)
         if header is None and len(block) < BLOCK:
             if any(block):
@@ -76,7 +79,9 @@ def members(read: Read, start: int, end: int) -> Iterator[Member]:
             yield Member(path, start, data, fault="truncated tar")
             return
         if kind in NAMING:
-            extended = {b"": b""} | extended | _extended(kind, read(min(size, MAX_NAME_BYTES), data))
+            near = data - base + size <= len(window)
+            text = window[data - base : data - base + size] if near else read(min(size, MAX_NAME_BYTES), data)
+            extended = {**extended, **_extended(kind, text)}
             continue
         if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
             yield Member(path, start, data, fault="link")
@@ -85,19 +90,6 @@ def members(read: Read, start: int, end: int) -> Iterator[Member]:
         elif kind in tarfile.REGULAR_TYPES:
             yield Member(path, start, data, size)
         extended = {}
-
-
-def read_ahead(descriptor: int) -> Read:
-    """Reads of an open file that ask the system for AHEAD bytes at least: headers often follow each other closely."""
-    buffer, base = b"", 0
-
-    def read(size: int, offset: int) -> bytes:
-        nonlocal buffer, base
-        if offset < base or offset + size > base + len(buffer):
-            buffer, base = os.pread(descriptor, max(size, AHEAD), offset), offset
-        return buffer[offset - base : offset - base + size]
-
-    return read
 
 
 def _plain_header(block: bytes) -> tuple[bytes, bytes, int] | None:
@@ -148,10 +140,10 @@ def _next_header(read: Read, start: int, end: int) -> tuple[int | None, bool]:
 def _extended(kind: bytes, data: bytes) -> dict[bytes, bytes]:
     """The b'path' and b'size' in a long-name record (GNU) or an extended header (pax), and b'GNU.sparse' if it is."""
     if kind == tarfile.GNUTYPE_LONGNAME:
-        return {b"path": data.partition(b"\0")[0]}
-    if not any(key in data for key in (b"path=", b"size=", b"GNU.sparse.")):  # nearly always: it is the time
-        return {}
-    fields: dict[bytes, bytes] = {}
+        return {**PLAIN, b"path": data.partition(b"\0")[0]}
+    if b"path=" not in data and b"size=" not in data and b"GNU.sparse." not in data:  # nearly always: it is the time
+        return PLAIN
+    fields = dict(PLAIN)
     while kind != tarfile.GNUTYPE_LONGLINK and data[:1].isdigit():  # records are 'LENGTH KEY=VALUE\n', LENGTH in bytes
         length, _, record = data.partition(b" ")
         if not length.isdigit() or int(length) <= len(length):
