@@ -142,6 +142,11 @@ MUTATIONS = [
         ("drop_boilerplate=True", "drop_boilerplate=False"),
         ("max_aspect_ratio=2.0", "max_aspect_ratio=9.0"),
     ]),
+    ("dalle_jax/data/filters.py", "data/test_filters.py", [
+        ("(0.99, 0.07)", "(0.99, 0.01)"),
+        ("(0.8, 0.004)", "(0.8, 0.003)"),
+        ("(0.0, 0.003)", "(0.0, 0.00003)"),
+    ]),
     ("dalle_jax/train/optimizer/build.py", PAPER, [
         ("b1: float = 0.9 ", "b1: float = 0.95 "),
         ("b2: float = 0.999", "b2: float = 0.99"),
@@ -200,6 +205,8 @@ MUTATIONS = [
         ("high=Fraction(5, 8), end_included=False", "high=Fraction(6, 8), end_included=False"),
         ("if rng.random() < 0.5 else crop", "if rng.random() < 0.1 else crop"),
         ("(length - 1) / (side - 1)", "length / side"),
+        ("round(ratio * height), round(ratio * width)", "int(ratio * height), int(ratio * width)"),
+        ("round(ratio * width)\n    top, left = round(", "round(ratio * width)\n    top, left = math.ceil("),
     ]),
     ("dalle_jax/train/optimizer/moments.py", "train/test_formats.py -k second_moment", [
         ("MAX_NU = 5.0", "MAX_NU = 50.0"),
