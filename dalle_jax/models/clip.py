@@ -22,7 +22,7 @@ from dalle_jax.models.blocks import Blocks, check_remat, scan_layers
 from dalle_jax.models.layers import (
     Model,
     Params,
-    check_no_branch_scales,
+    check_no_paper,
     compute_dtype,
     layer_norm,
     param,
@@ -75,7 +75,7 @@ class CLIPConfig:
                 raise ValueError(f"{tower}_width must be a multiple of {tower}_heads = {heads}, got {width}")
         check_remat(self.remat)
         compute_dtype(self.precision)
-        check_no_branch_scales(self.precision, "CLIP")
+        check_no_paper(self.precision, "CLIP")
         _ = self.layout
 
     @functools.cached_property

@@ -21,7 +21,7 @@ from flax import nnx
 from dalle_jax import pixels
 from dalle_jax.errors import check_sizes
 from dalle_jax.models import ops
-from dalle_jax.models.layers import Model, Params, check_no_branch_scales, compute_dtype, param
+from dalle_jax.models.layers import Model, Params, check_no_paper, compute_dtype, param
 from dalle_jax.sharding import constrain
 
 OUTPUTS = 6  # per pixel: three means, then three log scales (appendix A.3)
@@ -66,7 +66,7 @@ class DVAEConfig:
         if not 0 <= self.logits_norm <= MAX_NORM:
             raise ValueError(f"logits_norm must be a number of at least 0, at most {MAX_NORM}, got {self.logits_norm}")
         compute_dtype(self.precision)
-        check_no_branch_scales(self.precision, "dVAE")
+        check_no_paper(self.precision, "dVAE")
 
     @property
     def stride(self) -> int:

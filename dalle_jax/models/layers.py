@@ -16,13 +16,19 @@ from flax import nnx
 Params = dict[str, Any]  # nested dict of arrays
 EPSILON = 1e-5  # of layer norms
 # 'fp16-global' scales the whole loss, 'fp16-paper' the gradient of each residual branch (`models/scaled.py`).
-PRECISIONS = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16-global": jnp.float16, "fp16-paper": jnp.float16}
+PRECISIONS = {
+    "fp32": jnp.float32,
+    "bf16": jnp.bfloat16,
+    "bf16-paper": jnp.bfloat16,
+    "fp16-global": jnp.float16,
+    "fp16-paper": jnp.float16,
+}
 
 
 def compute_dtype(precision: str):
     """Dtype of activations and matrix products. Parameters, softmax, norm statistics and losses stay float32; with
-    'fp16-paper' (section 2.4, guideline 2) so do the stream between the residual branches, biases, embeddings and
-    output heads: `stream_dtype`.
+    '-paper' (section 2.4, guideline 2) so do the stream between the residual branches, biases, embeddings and output
+    heads: `keeps_stream`.
 
     Raises:
       ValueError: not one of PRECISIONS.
@@ -32,17 +38,21 @@ def compute_dtype(precision: str):
     return PRECISIONS[precision]
 
 
+def keeps_stream(precision: str) -> bool:
+    """Whether the transformer's stream, embeddings, biases and output heads stay float32 as in the paper."""
+    return precision.endswith("-paper")
+
+
 def stream_dtype(precision: str):
     """Dtype of the residual stream, and of what reads it at the end, the output heads."""
-    return jnp.float32 if precision == "fp16-paper" else compute_dtype(precision)
+    return jnp.float32 if keeps_stream(precision) else compute_dtype(precision)
 
 
-def check_no_branch_scales(precision: str, model: str) -> None:
-    """Raises ValueError for 'fp16-paper' where a model has no residual branches to scale apart."""
-    if precision == "fp16-paper":
-        raise ValueError(
-            f"precision fp16-paper scales the residual branches of the transformer, got a {model}: use fp16-global"
-        )
+def check_no_paper(precision: str, model: str) -> None:
+    """Raises ValueError for a '-paper' precision of a model that is not the transformer."""
+    if keeps_stream(precision):
+        other = {"bf16-paper": "bf16", "fp16-paper": "fp16-global"}[precision]
+        raise ValueError(f"precision {precision} is about the transformer's branches, got a {model}: use {other}")
 
 
 def param(

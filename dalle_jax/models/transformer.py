@@ -18,7 +18,7 @@ from dalle_jax.errors import check_sizes
 from dalle_jax.layout import Layout
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.blocks import Blocks, check_remat, scan_layers
-from dalle_jax.models.layers import Model, compute_dtype, layer_norm, param, stream_dtype
+from dalle_jax.models.layers import Model, compute_dtype, keeps_stream, layer_norm, param, stream_dtype
 from dalle_jax.sharding import constrain
 
 MAX_LAYERS = 1 << 16
@@ -126,7 +126,7 @@ class Transformer(nnx.Module):
     def logits(self, x_BSD):
         """The last norm's output [B, S, D] -> float32 [B, T, text_ids] and [B, I, image_vocab]."""
         # Where the paper asks for float32 logits, an accelerator must not round the factors to bfloat16 or TF32.
-        exact = jax.lax.Precision.HIGHEST if self.config.precision == "fp16-paper" else None
+        exact = jax.lax.Precision.HIGHEST if keeps_stream(self.config.precision) else None
         text_BTD, image_BID = x_BSD[:, : self.config.text_len], x_BSD[:, self.config.text_len :]
         return tuple(
             jnp.einsum("bsd,dv->bsv", x, head[...].astype(x.dtype), preferred_element_type=jnp.float32, precision=exact)

@@ -132,14 +132,23 @@ def test_scanned_program_does_not_grow_with_depth():
     assert lines(33) == lines(9)
 
 
-def test_bf16_is_close_to_fp32():
-    params, batch = random_params(TINY), random_batch(TINY)
-    exact = apply(transformer.model(TINY), params, *batch)
-    rounded = apply(transformer.model(dataclasses.replace(TINY, precision="bf16")), params, *batch)
-    for a, b in zip(exact, rounded, strict=True):
-        assert b.dtype == jnp.float32
-        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a)  # 8 bits of mantissa through 3 layers
-        assert not np.array_equal(a, b)
+# Errors of the logits in percent, in bf16 and bf16-paper; those of 64 layers stand in docs/numerics.md.
+ROUNDING = {8: (0.72, 0.25), 64: (1.7, 0.20)}
+
+
+@pytest.mark.parametrize("layers", [8, pytest.param(64, marks=pytest.mark.slow)])
+def test_rounding_to_bfloat16_piles_up_in_a_stream_that_is_not_float32(layers):
+    """Of a fresh model but for its heads. bf16-paper rounds inside the branches alone."""
+    config = dataclasses.replace(TINY, num_layers=layers, width=128, heads=4, head_size=32, pattern="full", scan=True)
+    batch, rng = random_batch(config), np.random.default_rng(0)
+    params = jax.jit(transformer.model(config).init)(jax.random.key(0))
+    params |= {n: jnp.float32(rng.normal(0, 0.1, params[n].shape)) for n in ("text_head", "image_head")}
+    exact, *rounded = (
+        np.concatenate([x.ravel() for x in apply(transformer.model(changed), params, *batch)])
+        for changed in (dataclasses.replace(config, precision=p) for p in ("fp32", "bf16", "bf16-paper"))
+    )
+    found = [100 * np.linalg.norm(x - exact) / np.linalg.norm(exact) for x in rounded]
+    assert found == pytest.approx(ROUNDING[layers], rel=0.2) and {x.dtype.name for x in rounded} == {"float32"}
 
 
 def test_wrong_sizes_are_refused():

@@ -111,11 +111,11 @@ def test_a_scale_a_branch_serves_it():
 # Which tensor has which format.
 
 
-def test_formats_of_all_tensors_are_the_papers():
-    """float16 in the products of the blocks, float32 in stream, logits, and every gradient that leaves the model."""
-    task = task_of("fp16-paper")
-    model, batch = task.model, tokens(0)
-    scales = jnp.ones((2, 2))
+@pytest.mark.parametrize("precision, half", [("fp16-paper", "float16"), ("bf16-paper", "bfloat16")])
+def test_formats_of_all_tensors_are_the_papers(precision, half):
+    """16 bits in the products of the blocks, float32 in stream, logits, and every gradient that leaves the model."""
+    model, batch = task_of(precision).model, tokens(0)
+    scales = jnp.ones((2, 2)) if precision == "fp16-paper" else None
     program = jax.make_jaxpr(jax.grad(lambda p, s: loss_of(model, p, batch, s)))(model.abstract, scales)
     assert {v.aval.dtype.name for v in program.jaxpr.outvars} == {"float32"}
 
@@ -131,7 +131,7 @@ def test_formats_of_all_tensors_are_the_papers():
             else:
                 inside += 1
                 of_scores = any(eqn.params["dimension_numbers"][1])  # batched; their gradients are float32
-                assert "float16" in of(eqn) if of_scores else of(eqn) == {"float16"}, eqn
+                assert half in of(eqn) if of_scores else of(eqn) == {half}, eqn
         if eqn.primitive.name == "scan" and not eqn.params["reverse"]:
             assert [v.aval.dtype.name for v in eqn.outvars if v.aval.shape == stream] == ["float32"]  # what it carries
     assert inside > 3 * 6  # forward, computed again and backward: q, k, v; out; up; down; scores and sums
@@ -291,7 +291,8 @@ def test_float16_is_refused_on_a_tpu(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "name, values, message",
     [
-        ("dvae", {"model.precision": "fp16-paper"}, "scales the residual branches of the transformer, got a dVAE"),
+        ("dvae", {"model.precision": "fp16-paper"}, "about the transformer's branches, got a dVAE: use fp16-global"),
+        ("clip", {"model.precision": "bf16-paper"}, "got a CLIP: use bf16"),
         ("clip", {"model.precision": "fp16-paper"}, "got a CLIP: use fp16-global"),
         ("transformer", {"model.precision": "fp16"}, "precision must be one of .*fp16-global"),
         ("transformer", {"model.precision": "fp16-paper", "storage.params": "bf16"}, "config.storage.params = fp32"),
