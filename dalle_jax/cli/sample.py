@@ -147,17 +147,14 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     Raises:
       UserError: a blank caption, a number out of its range, or an image that cannot be read.
     """
-    blank = next((caption for caption in args.captions if is_blank(caption)), None)
-    if blank is not None:
-        raise UserError(f"expected words in each CAPTION, got {blank!r}: say what to draw")
     common = {option.name: getattr(args, option.name) for option in COMMON}
     options = {o.name: value for o in OPTIONS if (value := getattr(args, o.name)) != o.default}
     image = None if args.image is None else read_image(args.image)
-    first = Request(args.captions[0], **common, image=image, options=options)
-    check(first, OPTIONS)
-    requests = first.for_captions(args.captions)
+    requests = Request("", **common, image=image, options=options).for_captions(args.captions)
     for request in requests:
         check(request, OPTIONS)
+        if is_blank(request.caption):
+            raise UserError(f"expected words in each CAPTION, got {request.caption!r}: say what to draw")
     return requests
 
 

@@ -100,6 +100,7 @@ def test_missing_and_foreign_parts_are_named(model_folder, tmp_path, capsys):
     [
         (["a star", " "], "expected words in each CAPTION, got ' '"),
         (["\u200b"], "expected words in each CAPTION"),
+        (["\udcff"], "caption must be Unicode text"),
         (["a star", "-n", "0"], "n to be a whole number"),
         (["a star", "-n", "2", "--best-of", "1"], "best_of must be at least n = 2"),
         (["a star", "--temperature", "nan"], "temperature to be a number"),
