@@ -230,7 +230,7 @@ MUTATIONS = [
         ("(cotangent * scale).astype", "cotangent.astype"),
     ]),
     ("dalle_jax/models/layers.py", PRECISION, [
-        ('jnp.float32 if precision == "fp16-paper" else compute_dtype(precision)', "compute_dtype(precision)"),
+        ('jnp.float32 if keeps_stream(precision) else compute_dtype(precision)', "compute_dtype(precision)"),
     ]),
     ("dalle_jax/train/optimizer/powersgd.py",
      "train/test_powersgd.py -k 'comes_through_whole or drawn_once or full_rank or add_up or formats or ranks'", [
@@ -271,6 +271,9 @@ MUTATIONS = [
         ('"embed"), std=0.02)', '"embed"), std=0.04)'),
         ('"embed"), std=0.01)', '"embed"), std=0.02)'),
         ('"qkv": width**-0.5', '"qkv": 3 * width**-0.5'),
+        ("(6 / (4 * width)) ** 0.5", "width**-0.5"),
+        ('"up_bias": by_width', '"up_bias": 0.0'),
+        ("bound=inputs**-0.5", "std=(3 * inputs) ** -0.5"),
         ("out = (2 * width * config.text_layers) ** -0.5", "out = width**-0.5"),
         ("(6 / (4 * width)) ** 0.5", "(6 / (2 * width)) ** 0.5"),
         ("by_width, by_hidden = width**-0.5, (4 * width) ** -0.5", "by_width, by_hidden = width**-0.5, width**-0.5"),

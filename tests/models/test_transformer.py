@@ -1,7 +1,6 @@
 """The transformer: parameter counts, causality, and equality of its ways of computing."""
 
 import dataclasses
-import functools
 
 import chex
 import jax
@@ -11,7 +10,6 @@ import pytest
 
 from dalle_jax.models import build, transformer
 from dalle_jax.models.transformer import TransformerConfig
-from dalle_jax.train.objectives import transformer as objective
 from dalle_jax.train.optimizer import powersgd
 from tests.support.tiny_transformer import TINY, apply, random_batch, random_params
 
@@ -57,16 +55,6 @@ def test_initial_values_are_those_of_child_et_al():
             assert x.std() == pytest.approx(0.125 * wanted[name], rel=errors) and errors < 0.1, name
         else:
             assert set(x.ravel()) == {1.0 if name.endswith("gain") else 0.0}, name
-
-
-def test_the_loss_is_an_eighth_text_and_seven_eighths_image():
-    """Section 2.2. Behind heads of zero every token costs the logarithm of its vocabulary, 16 and 7 here."""
-    model, (text, image) = transformer.model(TINY), random_batch(TINY)
-    params = random_params(TINY) | {name: jnp.zeros(model.abstract[name].shape) for name in ("text_head", "image_head")}
-    loss = jax.jit(functools.partial(objective._loss, model, None, frozen={}, key=None, step=0))
-    value, metrics = loss(params, batch={"text": text, "image_tokens": image})
-    assert float(value) == pytest.approx(np.log(16) / 8 + 7 * np.log(7) / 8, rel=1e-6)
-    assert [float(metrics[f"{name}_loss"]) for name in ("text", "image")] == pytest.approx([np.log(16), np.log(7)])
 
 
 @pytest.mark.parametrize("pattern", ["paper", "full"])
