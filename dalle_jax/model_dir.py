@@ -87,6 +87,10 @@ def read_params(folder: str | os.PathLike, *, step: int | None = None, average: 
     if not path.exists():
         _, checkpoint = reader.checkpoint_path(folder, checkpoint_dir(read_config(folder)), step=step)
         return reader.read(checkpoint, "ema" if average else "params")
+    if step is not None:
+        raise UserError(
+            f"expected a run to take a checkpoint of, got the model in {folder}, which has none: give no step"
+        )
     try:
         flat = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

@@ -24,6 +24,7 @@ _kept: list[str] = []  # what lies on disk already, so that nothing has to be fi
 _promises: list[str] = []  # what is finished before the process ends; without one it ends soon
 _pipe: list[int] = []  # of a process that watches: its two ends
 _ending = threading.Event()
+_saying = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -43,11 +44,18 @@ def keeping(words: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if not _pipe:  # else the thread has said it
-            say(f"dalle-jax: {words}")
+        _say_kept()
         raise
     finally:
-        _kept.remove(words)
+        if words in _kept:
+            _kept.remove(words)
+
+
+def _say_kept() -> None:
+    """Once, whether the main thread or the one that watches comes first."""
+    with _saying:
+        while _kept:
+            say(f"dalle-jax: {_kept.pop(0)}")
 
 
 class Noted:
@@ -121,8 +129,7 @@ def _watch(read: int) -> None:
             end()
         elif number in (signal.SIGINT, signal.SIGTERM):
             asked = True
-            for words in _kept:
-                say(f"dalle-jax: {words}")
+            _say_kept()
             for promise in _promises:
                 say(f"dalle-jax: {signal.Signals(number).name}: {promise}; Ctrl-C once more ends at once")
             if not _promises:

@@ -23,7 +23,7 @@ from dalle_jax import files
 from dalle_jax.data import filters, transforms
 from dalle_jax.data.decode import decode_image
 from dalle_jax.data.in_order import evenly_spread, in_order
-from dalle_jax.data.pipeline import DataConfig
+from dalle_jax.data.pipeline import MAX_THREADS, DataConfig
 from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
 from dalle_jax.data.sources import HELP, open_source
 from dalle_jax.data.sources.folder import FolderSource
@@ -80,8 +80,8 @@ def main(args: argparse.Namespace) -> int:
       UserError: a source, tokenizer, option or path that is wrong.
     """
     check_number("--limit", args.limit, min=1, whole=True, optional=True)
-    check_number("--threads", args.threads, min=1, whole=True)
-    check_number("--max-pixels", args.max_pixels, min=1, whole=True)
+    check_number("--threads", args.threads, min=1, max=MAX_THREADS, whole=True)
+    check_number("--max-pixels", args.max_pixels, min=1, max=1 << 31, whole=True)
     limits = {field.name: getattr(args, field.name) for field in FILTERS}
     config = DataConfig(max_pixels=args.max_pixels, **limits)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None

@@ -20,10 +20,11 @@ import jax
 import numpy as np
 import tqdm
 
-from dalle_jax import files, model_dir, sharding
+from dalle_jax import files, model_dir, sharding, signals
 from dalle_jax.data import transforms
 from dalle_jax.data.decode import MAX_PIXELS, BadImage, decode_image
 from dalle_jax.data.in_order import in_order
+from dalle_jax.data.pipeline import MAX_THREADS
 from dalle_jax.data.record import Dropped, Encoded, Record, Source
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources import HELP, TOKENS, features, open_source
@@ -69,10 +70,10 @@ def main(args: argparse.Namespace) -> int:
     """
     check_number("--batch-size", args.batch_size, min=1, max=MAX_BATCH, whole=True)
     check_number("--shard-records", args.shard_records, min=1, max=MAX_SHARD, whole=True)
-    for name in ("threads", "max_pixels"):
-        check_number(f"--{name.replace('_', '-')}", getattr(args, name), min=1, whole=True)
+    check_number("--threads", args.threads, min=1, max=MAX_THREADS, whole=True)
+    check_number("--max-pixels", args.max_pixels, min=1, max=1 << 31, whole=True)
     check_number("--augmentations", args.augmentations, min=1, max=MAX_BATCH, whole=True)
-    check_number("--seed", args.seed, min=0, whole=True)
+    check_number("--seed", args.seed, min=0, max=2**63 - 1, whole=True)
     if args.augment == "center" and args.augmentations > 1:
         raise UserError(
             f"expected --augmentations 1 with --augment center, got {args.augmentations}: center crops are all the same"
@@ -178,7 +179,11 @@ def encode(
         total = sum(len(settings.slots(shard)) for shard in shards)
         left = sum(len(settings.slots(shard)) for shard in shards if shard not in done)
         files.probe(folder)
-        with tqdm.tqdm(total=total, initial=total - left, unit=" records", disable=None, file=sys.stderr) as bar:
+        kept = f"the shards that are finished stay in {folder}: the same command goes on with the others"
+        with (
+            signals.keeping(kept),
+            tqdm.tqdm(total=total, initial=total - left, unit=" records", disable=None, file=sys.stderr) as bar,
+        ):
             for shard in shards:
                 if shard in done:
                     continue

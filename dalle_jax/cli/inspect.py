@@ -35,7 +35,7 @@ def inspect(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
     """
     config = model_dir.read_config(workdir)
     if (workdir / model_dir.PARAMS).exists():
-        parameters = digest.of_tree(model_dir.read_params(workdir))
+        parameters = digest.of_tree(model_dir.read_params(workdir, step=step))
         return {"step": None, "data": None, "parameters_sha256": parameters, "checkpoints": [], "config": config}
     newest, path = reader.checkpoint_path(workdir, model_dir.checkpoint_dir(config), step=step)
     checkpoints = _described(path.parent)

@@ -109,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.main(args)
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt as interrupt:
-        return _interrupted(str(interrupt))
+    except KeyboardInterrupt:
+        return _interrupted()
     except Exception as error:
         if signals.ending():
-            return _interrupted("")
+            return _interrupted()
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return EXIT_PIPE
         if not isinstance(error, UserError):
@@ -128,13 +128,12 @@ def command() -> None:
         signals.watch()
         status = main()
     except KeyboardInterrupt:  # before `main` has begun
-        status = _interrupted("")
+        status = _interrupted()
     sys.exit(status)
 
 
-def _interrupted(kept: str) -> int:
-    """kept: what has been saved and how to go on, in words."""
-    say(": ".join(["dalle-jax: interrupted", *[kept] * bool(kept)]))
+def _interrupted() -> int:
+    say("dalle-jax: interrupted")
     signals.end()
     return EXIT_INTERRUPTED
 

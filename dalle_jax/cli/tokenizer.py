@@ -15,6 +15,7 @@ import tqdm
 
 from dalle_jax import files
 from dalle_jax.data.in_order import evenly_spread, in_order
+from dalle_jax.data.pipeline import MAX_THREADS
 from dalle_jax.data.record import Source, captions_of
 from dalle_jax.data.sources import HELP, open_source
 from dalle_jax.errors import check_number, writing_to
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     """
     check_number("--vocab-size", args.vocab_size, min=RESERVED + 16, max=MAX_VOCAB, whole=True)
     check_number("--limit", args.limit, min=1, whole=True)
-    check_number("--threads", args.threads, min=1, whole=True)
+    check_number("--threads", args.threads, min=1, max=MAX_THREADS, whole=True)
     logging.basicConfig(format="%(message)s")
     source = open_source(args.source, pictures_required=False)
     with writing_to(args.out):

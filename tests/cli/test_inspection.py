@@ -124,6 +124,9 @@ def test_export_gives_a_model_directory(workdir, tmp_path, capsys):
 def test_what_is_not_there_is_refused(workdir, tmp_path, capsys):
     with pytest.raises(UserError, match="step 5 in .*, got those of 8, 12: take one"):
         inspect(workdir, 5)
+    main.main(["export", str(workdir), str(tmp_path / "model")])
+    assert main.main(["export", str(tmp_path / "model"), str(tmp_path / "again"), "--step=8"]) == 2
+    assert "got the model in" in capsys.readouterr().err
     with pytest.raises(UserError, match="check the path"):
         inspect(tmp_path)
     assert main.main(["export", str(workdir), str(workdir)]) == 2

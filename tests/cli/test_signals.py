@@ -4,6 +4,7 @@ import contextlib
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dalle_jax.cli import main
 from dalle_jax.cli.inspect import inspect
 from dalle_jax.data.sources import features
 from tests.support import ROOT, until
+from tests.support.broken_shards import pack, sample
 from tests.support.evaluation import write_inception
 from tests.support.inception_weights import state_dict
 
@@ -64,7 +66,7 @@ def started(*words):
     terminal, inside = pty.openpty()
     termios.tcsetwinsize(inside, (24, 80))  # else a progress bar has no column
     command = [sys.executable, "-m", "dalle_jax.cli", *map(str, words)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=inside) as running:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=inside, process_group=0) as running:
         os.close(inside)
         until(lambda: len(os.listdir(f"/proc/{running.pid}/task")) > 1, SECONDS)
         yield running, terminal
@@ -144,6 +146,7 @@ def test_encode_leaves_whole_shards(sign, model_folder, tmp_path):
     status, said = interrupted_at(sign, "encode", "scenes:train", *words, f"--out={tmp_path / 'out'}")
     assert status == 130 and "interrupted" in said and "Traceback" not in said
     if sign:
+        assert f"the shards that are finished stay in {tmp_path / 'out'}" in said
         settings = features.read_settings(tmp_path / "out")
         shards = [features.shard_name(shard) for shard in features.finished(tmp_path / "out", settings)]
         assert shards and {path.name for path in (tmp_path / "out").iterdir()} == {features.SETTINGS, *shards}
@@ -157,6 +160,13 @@ def test_train_saves_first(sign, tmp_path):
         assert "SIGINT: the running step is finished and saved; Ctrl-C once more ends at once" in said
         (entry,) = inspect(tmp_path)["checkpoints"]
         assert entry["step"] < 1000 and entry["damage"] is None
+
+
+def group_lives(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, 0)
+        return True
+    return False
 
 
 def words_of(verb, model, folder):
@@ -187,6 +197,11 @@ def words_of(verb, model, folder):
             ]
         case "serve":
             return [model, "--port=0"]
+        case "index":
+            (folder / "shards").mkdir(exist_ok=True)
+            for number in range(200):
+                (folder / "shards" / f"{number}.tar").write_bytes(pack(sample("a", txt=b"a caption") * 50))
+            return [f"wds:{folder}/shards/*.tar"]
         case "convert":
             save_file(state_dict("fid"), folder / "inception.safetensors")
             return ["inception", folder / "inception.safetensors", f"--out={out}"]
@@ -195,8 +210,13 @@ def words_of(verb, model, folder):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("verb", [verb for verb in main.VERBS if verb != "preflight"])  # whose compilers few have
-def test_twenty_moments(verb, model_folder, tmp_path):
-    """From the first moment at which the command hears to its end, evenly spread; an end before counts as one."""
+def test_twenty_moments(verb, model_folder, tmp_path, monkeypatch):
+    """From the first moment at which the command hears to its end, evenly spread; an end before counts as one.
+
+    No process of it is left.
+    """
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DALLE_JAX_CACHE", str(cache))
     words, began = words_of(verb, model_folder, tmp_path), time.monotonic()
     with started(verb, *words) as (running, _):
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -204,8 +224,8 @@ def test_twenty_moments(verb, model_folder, tmp_path):
         seconds = time.monotonic() - began
         running.kill()
     for moment in range(20):
-        for path in tmp_path.glob("out"):
-            path.rename(tmp_path / f"out.{moment}")
+        for path in (tmp_path / "out", cache):
+            shutil.rmtree(path, ignore_errors=True)
         with started(verb, *words) as (running, terminal):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.wait(seconds * moment / 20)
@@ -213,3 +233,4 @@ def test_twenty_moments(verb, model_folder, tmp_path):
             said = read(terminal)
             assert running.wait(SECONDS) in (0, 130), said
             assert "Traceback" not in said and "Fatal" not in said, said
+            until(lambda pid=running.pid: not group_lives(pid))

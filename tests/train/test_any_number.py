@@ -63,6 +63,7 @@ def test_any_number_of_a_config():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_any_number_of_a_config_at_length():
     fuzz(check_value, 27_000)
     fuzz(check_word, 3_000)
