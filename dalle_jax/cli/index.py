@@ -63,6 +63,10 @@ def main(args: argparse.Namespace) -> int:
                     yield facts, slots
 
             facts = tar_index.build(paths, scan_all=scan_all, share=share, done=mine.append)
+    except BaseException:  # Ctrl-C too, which the processes do not hear
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     seconds = time.monotonic() - began
