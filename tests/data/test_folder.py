@@ -19,9 +19,11 @@ import pytest
 from dalle_jax import files
 from dalle_jax.cli import data
 from dalle_jax.cli.main import main
+from dalle_jax.data.decode import decode_image
 from dalle_jax.data.record import Dropped, Record, captions_of
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
+from tests.support import ROOT
 from tests.support.broken_shards import encoded
 
 IMAGE = encoded(size=(4, 3))
@@ -77,7 +79,14 @@ ROWS = {
     "line ends in a row": Odd({"K.jpg": ("one\ntwo\u2028.",)}, {"K.jpg": IMAGE}, [("K.jpg", "one\ntwo\u2028.")]),
     "no file_name": Odd({0: "no image", "L.jpg": ("l",)}, {"L.jpg": IMAGE}, [("", "lost"), ("L.jpg", "l")]),
 }  # fmt: skip
-ONLY_CSV = {"comma without quotes": Odd({"M.jpg": "bad csv"}, {"M.jpg": IMAGE}, [b"M.jpg,,red, round\r\n"])}
+ONLY_CSV = {
+    "comma without quotes": Odd({"M.jpg": "bad csv"}, {"M.jpg": IMAGE}, [b"M.jpg,,red, round\r\n"]),
+    "quotes inside": Odd({"O.jpg": ("big dog 12\"",)}, {"O.jpg": IMAGE}, [b'O.jpg,,"big" dog 12"\r\n']),
+    "quote that is not closed": Odd(
+        {"P.jpg": "bad csv", "Q.jpg": "no caption"}, {"P.jpg": IMAGE, "Q.jpg": IMAGE},
+        [b'P.jpg,,"red\r\n', b'Q.jpg,,a "blue" one"\r\n'],
+    ),
+}  # fmt: skip
 ONLY_JSON = {
     "broken line": Odd({0: "bad json", "N.jpg": ("n",)}, {"N.jpg": IMAGE}, [b'{"file_name": "x\n', ("N.jpg", "n")]),
     "line that is no object": Odd({0: "bad json"}, {}, [b"[1]\n"]),
@@ -257,3 +266,25 @@ def test_a_report_is_printed_before_the_picture_that_may_fail(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["data", "folder:pictures"]) == 0  # as in a folder that is read-only
     assert "good     1" in capsys.readouterr().out
+
+
+REPORTS = ROOT / "../shared/data/reports"  # after public reports of users; each oddity is among the generated ones
+SHARED = {
+    "caption_TXT_upper_case": {"IMG_0.JPG": ("a caption",)},
+    "caption_is_a_directory": {"0.jpg": "no caption"},
+    "caption_line_separators": {f"{i}.jpg": (f"a dog{c}on a beach",) for i, c in enumerate("\u2028\x0b\x0c\x85\x1e")},
+    "heic_beside_jpg": {"0.jpg": ("a",), "1.HEIC": "unsupported image", "2.HEIC": "unsupported image"},
+    "metadata_absolute_path": {"0.jpg": "no caption", "/data/elsewhere/my_pictures/0.jpg": "outside the folder"},
+    "metadata_csv_unquoted_comma": {"0.jpg": "bad csv"},
+    "metadata_one_bad_line": {"0.jpg": ("a",), "1.jpg": "no caption", "2.jpg": ("c",), "metadata.jsonl:2": "bad json"},
+    "metadata_rows_of_one_picture": {"0.jpg": ("caption 0", "caption 1", "caption 2")},
+    "png_broken_exif": {"0.png": ("a",)},
+}
+
+
+@pytest.mark.skipif(not REPORTS.is_dir(), reason=f"the shared reports are not here: {REPORTS}")
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_reports(name):
+    source = open_source(f"folder:{REPORTS / name}")
+    assert outcome(source) == SHARED[name]
+    assert all(decode_image(slot.image).shape[2] == 3 for slot in source if isinstance(slot, Record))

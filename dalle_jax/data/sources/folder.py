@@ -126,6 +126,8 @@ class FolderSource:
                     try:
                         if None in row:  # where `csv` puts the fields beyond the header's
                             raise BadRecord("bad csv", f"more fields than the header has, from {row[None][0]!r} on")
+                        if path.endswith(".csv") and (taken := self._taken_in(path, row, images)):
+                            raise BadRecord("bad csv", f"a quote that is not closed takes in the row of {taken}")
                         texts.append(captions.from_fields(row))
                     except BadRecord as bad:
                         texts.append(Dropped(key, bad.reason, bad.detail))
@@ -140,6 +142,12 @@ class FolderSource:
             good = tuple(caption for text in texts if not isinstance(text, Dropped) for caption in text)
             self._rows[image] = good or faults.pop(0)
             self._faults += faults if self._captions_required else []
+
+    def _taken_in(self, metadata: str, row: dict, images: set[str]) -> str | None:
+        """The first image whose own row stands inside a field of this one."""
+        lines = (line for field in row.values() for line in field.split("\n")[1:])
+        places = (self._place(metadata, line.partition(",")[0], images) for line in lines)
+        return next((place for place in places if place in images), None)
 
     def _place(self, metadata: str, name: str, images: set[str]) -> str:
         """The path of the image that a row of a metadata file names, relative to the folder."""
