@@ -193,7 +193,7 @@ def words_of(verb, model, folder):
             weights = write_inception(folder / "weights")
             return [
                 *("--pictures=scenes:val@40", "--reference=scenes:val@32", f"--weights={weights}", f"--out={out}"),
-                "--count=64",
+                *("--config.count=64", "--config.reference_count=64"),
             ]
         case "serve":
             return [model, "--port=0"]
