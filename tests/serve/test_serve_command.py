@@ -1,7 +1,10 @@
 """`dalle-jax serve` as a process: how it starts, what it says when it can't, how it ends."""
 
+import contextlib
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -78,6 +81,31 @@ def test_sigterm_finishes_what_runs():
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.slow
+def test_2000_slow_connections_keep_nobody_out():
+    """Each with half a head, at a server that may open no more than the 1,024 files of most shells."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2500:
+        pytest.skip(f"needs 2,500 open files, of which the system allows {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2500), hard))
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
+    command = [sys.executable, "-c", few + COMMAND]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            server = SimpleNamespace(port=int(process.stdout.readline().rsplit(":", 1)[1]))
+            with contextlib.ExitStack() as lines:
+                for number in range(2000):
+                    line = lines.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+                    line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+                    if number % 100 == 99:
+                        assert post(server, None, "/health", {}, "GET")[0] == 200
+                assert post(server, {"prompt": "a star"})[0] == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0 and process.stderr.read() == ""
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(
