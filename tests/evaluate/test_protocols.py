@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import threading
 import time
@@ -265,8 +266,8 @@ def test_given_pictures_score_as_drawn_ones_and_near_duplicates_are_found_and_re
     out, report = straight
     training = tmp_path / "training"
     training.mkdir()
-    for i in (2, 5, 9):
-        shutil.copy(coco / "val2014" / f"COCO_val2014_{i + 7:012d}.jpg", training / f"{i}.jpg")
+    for i, name in ((2, b"2.jpg"), (5, b"5.jpg"), (9, b"9 caf\xe9.jpg")):  # the last is no UTF-8
+        shutil.copy(coco / "val2014" / f"COCO_val2014_{i + 7:012d}.jpg", training / os.fsdecode(name))
     more = (f"--config.overlap.source=folder:{training}", "--config.overlap.least=0.99999")
     words = [word for word in words if "blur" not in word]  # a second tuple would be joined to the first
     common = ("--pictures", f"wds:{out}/pictures/*.tar", *words, *more, "--json", "--config.measure.blur=(0.0,)")
@@ -277,7 +278,7 @@ def test_given_pictures_score_as_drawn_ones_and_near_duplicates_are_found_and_re
     closest = found["overlap"]["closest"][:3]
     assert found["overlap"]["duplicates"] == 3 and found["overlap"]["share"] == 3 / IMAGES
     assert {(pair["reference"][-6:-4], pair["training"]) for pair in closest} == {
-        ("09", "2.jpg"), ("12", "5.jpg"), ("16", "9.jpg"),
+        ("09", "2.jpg"), ("12", "5.jpg"), ("16", "9 caf\udce9.jpg"),
     }  # fmt: skip
     assert found["reference"]["count"] == IMAGES and found["scores"]["fid"] == report["scores"]["fid"]
     assert Image.open(tmp_path / "found" / "overlap.png").width > 500
