@@ -59,6 +59,11 @@ def gnu_sparse(name: str) -> bytes:
     return bytes(header + more + bytes(512) + PICTURE + bytes(-len(PICTURE) % 512))
 
 
+def between(name: str) -> bytes:
+    """A sample between two parts of another one."""
+    return members(f"{name}x", "png", "txt")
+
+
 # What is odd -> (the members of samples under a name, keys of the good ones without that name, reasons of the others).
 ODDITIES = {
     "plain": (lambda n: members(n, "png", "txt"), [""], []),
@@ -87,6 +92,14 @@ ODDITIES = {
     "not read": (lambda n: members(n, "HEIC", "txt"), [], ["unsupported image"]),
     "broken header": (lambda n: b"\0" + members(n, "png", "txt")[1:], [], ["bad tar header", "no image"]),
     "twice": (lambda n: members(n, "png", "txt") * 2, [""], ["duplicate key"]),
+    "apart": (lambda n: members(n, "png") + between(n) + members(n, "txt"), ["x"], ["members apart"]),
+    "apart, text first": (lambda n: members(n, "txt") + between(n) + members(n, "png"), ["x"], ["members apart"]),
+    "apart, with a picture of its own": (
+        lambda n: members(n, "jpg") + between(n) + members(n, "png", "txt"), ["x"], ["no caption", "duplicate key"],
+    ),
+    "apart, numbered": (
+        lambda n: members(n, "1.png", "1.txt") + between(n) + members(n, "2.png", "2.txt"), [".1", ".2", "x"], [],
+    ),
     "not in a sample": (lambda n: members(f".{n}", "png") + members(n, "cls", "npy"), [], []),
 }  # fmt: skip
 

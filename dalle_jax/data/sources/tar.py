@@ -28,7 +28,8 @@ def shard_paths(pattern: str) -> list[str]:
     Raises:
       UserError: nothing matches.
     """
-    pattern = os.path.join(os.getcwd(), os.path.expanduser(pattern))
+    pattern = os.path.expanduser(pattern)
+    pattern = pattern if os.path.isabs(pattern) else os.path.join(os.getcwd(), pattern)
     paths: list[str] = []
     for part in [pattern] if os.path.isdir(pattern) else expand_braces(pattern):
         literal = glob.escape(part) == part
@@ -88,14 +89,15 @@ class ShardSource:
 
     def __getitem__(self, row: int) -> Record | Dropped:
         shard, (start, image, *caption) = self._index.find(range(len(self))[row])
-        key = pathlib.Path(self._paths[shard]).name
+        label = pathlib.Path(self._paths[shard]).name
+        key = f"{label}/@{start * BLOCK}" if start else label
         fault, of_slot = tar_index.fault(image >> 24)
         headers, blocks = image >> 20 & 15, image % (1 << 20)
         if not headers:
-            return Dropped(f"{key}/@{start * BLOCK}" if start else key, fault, REASONS[fault])
+            return Dropped(key, fault, REASONS[fault])
         try:
             path, data = self._read(shard, start, headers, blocks)
-            key = f"{key}/{path[: path.rfind(b'.')].decode('utf-8', 'replace')}"
+            key = f"{label}/{path[: path.rfind(b'.')].decode('utf-8', 'replace')}"
             if of_slot:
                 raise BadRecord(fault, f"{REASONS[fault]}: {os.fsdecode(path)}")
             try:

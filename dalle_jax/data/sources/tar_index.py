@@ -53,6 +53,11 @@ FAULTS = (
 )
 _CAPTION = {reason: 2 + number for number, reason in enumerate(FAULTS)}  # codes
 _SLOT = {reason: 128 + number for number, reason in enumerate(FAULTS)}
+_OTHER_HALF = {  # of a sample that lacks something
+    _CAPTION["no caption"]: _SLOT["no image"],
+    _SLOT["members apart"]: _SLOT["no image"],
+    _SLOT["no image"]: _CAPTION["no caption"],
+}
 _TEXTS = (b"txt", b"json")  # by their code
 _READ, _IMAGES = ({s.encode() for s in suffixes} for suffixes in (SUFFIXES, SUFFIXES | UNREAD_SUFFIXES))
 _OPENERS: dict[bytes, Callable[[str], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -199,12 +204,12 @@ def scan(path: str) -> tuple[np.ndarray, np.ndarray]:
       UserError: it is not there, or is compressed and the cache folder cannot be written.
     """
     size, time = _status(path)
-    packed = False
+    place = path
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block forever
             raise OSError
-        packed = is_packed(path)
-        with open(unpacked(path, size, time) if packed else path, "rb", buffering=0) as file:
+        place = unpacked(path, size, time)
+        with open(place, "rb", buffering=0) as file:
             end = os.fstat(file.fileno()).st_size
             if end > MAX_SHARD:
                 raise BadRecord("too many bytes")
@@ -216,19 +221,13 @@ def scan(path: str) -> tuple[np.ndarray, np.ndarray]:
     rows = np.empty(len(words) // 4, ROW)
     for field, column in zip(ROW.fields or (), np.frombuffer(words, np.uint32).reshape(-1, 4).T, strict=True):
         rows[field] = column
-    return np.array([size, time, len(rows), packed], np.int64), rows
-
-
-def is_packed(path: str) -> bool:
-    """Whether a file is compressed, so that it has no random access."""
-    with open(path, "rb") as file:
-        return file.read(6).startswith(tuple(_OPENERS))
+    return np.array([size, time, len(rows), place != path], np.int64), rows
 
 
 def unpacked(path: str, size: int, time: int) -> str:
-    """The unpacked copy in the cache of a compressed file of this size and time, which is made if it is not there.
+    """A shard of this size and time itself, or its unpacked copy in the cache, which is made if it is not there.
 
-    A stream that ends early gives what came before its end.
+    A compressed file has no random access. A stream that ends early gives what came before its end.
 
     Raises:
       BadRecord: 'decompression bomb', for more than MAX_UNPACKED bytes or half of what the cache folder has free.
@@ -237,7 +236,9 @@ def unpacked(path: str, size: int, time: int) -> str:
     """
     with open(path, "rb") as file:
         head = file.read(6)
-    opener = next(opener for magic, opener in _OPENERS.items() if head.startswith(magic))
+    opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
+    if opener is None:
+        return path
 
     def write(out: BinaryIO) -> None:
         place = os.fstatvfs(out.fileno())
@@ -287,12 +288,15 @@ def _slots(found: Iterable[Member]) -> array.array:
                 words.extend(slot)
             continue
         earlier, seen = first[key]
-        code = words[earlier + 1] >> 24 if earlier >= 0 else None
         fresh = run.keys().isdisjoint(seen)
-        if fresh and code in (_CAPTION["no caption"], _SLOT["no image"]):
-            words[earlier + 1] = _instead(words[earlier + 1], "members apart")
-        elif not (fresh and code == _SLOT["members apart"]):
-            for start, image, *_ in slots:
+        wanted = _OTHER_HALF.get(words[earlier + 1] >> 24) if fresh and earlier >= 0 else None
+        for start, image, *caption in slots:
+            if image >> 24 == wanted:
+                words[earlier + 1] = _instead(words[earlier + 1], "members apart")
+                wanted = _SLOT["no image"]
+            elif fresh and all(map(_stem, run)):  # numbered: samples of their own
+                words.extend((start, image, *caption))
+            else:
                 words.extend((start, _instead(image, "duplicate key"), 0, 0))
         first[key] = earlier, (*seen, *run)
     return words
