@@ -25,8 +25,7 @@ from dalle_jax.data.decode import decode_image
 from dalle_jax.data.in_order import evenly_spread, in_order
 from dalle_jax.data.pipeline import MAX_THREADS, DataConfig
 from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
-from dalle_jax.data.sources import HELP, open_source
-from dalle_jax.data.sources.folder import FolderSource
+from dalle_jax.data.sources import HELP, check_outside, open_source
 from dalle_jax.errors import UserError, check_number, say, writing_to
 from dalle_jax.pictures.fonts import fonts_for
 from dalle_jax.pictures.sheet import contact_sheet
@@ -87,8 +86,8 @@ def main(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     source = open_source(args.source, captions_required=not args.pictures_only)
     for path in filter(None, (args.picture, args.dropped)):
-        _check_place(path, source)
-    picture = args.picture or (None if args.json else _default_picture(source))
+        _check_place(path, args.source)
+    picture = args.picture or (None if args.json else _default_picture(args.source))
     rows = evenly_spread(len(source), args.limit)
     found = survey(source, rows, config=config, tokenizer=tokenizer, threads=args.threads)
     summary = summarize(source.name, found, unit="tokens" if tokenizer else "words", total=len(source))
@@ -108,28 +107,22 @@ def main(args: argparse.Namespace) -> int:
     return 0 if good else 2
 
 
-def _check_place(path: str, source: Source) -> None:
-    """Raise UserError unless a file can be written to `path`; nothing is written into the folder of a source."""
-    folder = pathlib.Path(path).resolve().parent
-    if _is_in_source(folder, source):
-        raise UserError(f"expected a place outside of {source.name} to write to, got {path}, inside it: choose another")
+def _check_place(path: str, spec: str) -> None:
+    """Raise UserError unless a file can be written to `path`, outside of the source."""
+    check_outside(spec, path)
     with writing_to(path, "file"):
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        files.probe(folder)
+        files.probe(pathlib.Path(path).parent)
 
 
-def _default_picture(source: Source) -> str | None:
+def _default_picture(spec: str) -> str | None:
     try:
-        _check_place(DEFAULT_PICTURE, source)
+        _check_place(DEFAULT_PICTURE, spec)
     except UserError as error:
         say(f"dalle-jax: no examples are drawn without --picture: {error}")
         return None
     return DEFAULT_PICTURE
-
-
-def _is_in_source(folder: pathlib.Path, source: Source) -> bool:
-    return isinstance(source, FolderSource) and folder.is_relative_to(pathlib.Path(source.folder).resolve())
 
 
 def survey(

@@ -199,7 +199,9 @@ def check_machine(settings: TrainSettings, *, machine: str, platform: str, capab
 
 
 def _check_workdir(settings: TrainSettings, workdir: pathlib.Path) -> None:
-    """Raises UserError if something else than these settings was begun in the workdir."""
+    """Raises UserError if something else was begun in the workdir, or it lies among the pictures to train on."""
+    for spec in filter(None, (settings.run.data.train, settings.run.data.validation)):
+        sources.check_outside(spec, workdir)
     if not (workdir / model_dir.CONFIG).exists():
         if reader.complete_steps(workdir, settings.run.checkpoint_dir):
             raise UserError(f"expected {workdir / model_dir.CONFIG} beside the checkpoints there, got none: restore it")

@@ -188,6 +188,7 @@ def test_every_file_and_row_is_a_record_or_a_counted_slot(tmp_path, kind):
             "file_name in the rows of .* all 2 .*a row of ..name",
         ),
         ("metadata.csv", b"image,text\r\na.jpg,x\r\n", "a row of ..image., .text...: name the column file_name"),
+        ("metadata.csv", PIPE, "expected a readable .*, got no regular file"),
         ("metadata.csv", "file_name,text\r\na.jpg,schön\r\n".encode("cp1252"), "expected a readable .*metadata.csv"),
     ],
 )
@@ -242,6 +243,9 @@ def test_nothing_is_written_into_the_source(tmp_path, monkeypatch, capsys):
     for option in ("--picture", "--dropped"):
         assert main(["data", spec, option, f"{tmp_path}/pictures/out"]) == 2
         assert "expected a place outside of folder:" in capsys.readouterr().err
+    training = ["train", "--config=configs/dvae.py:demo", f"--config.run.data.train={spec}", "--workdir"]
+    assert main([*training, f"{tmp_path}/pictures/run"]) == 2
+    assert "expected a place outside of folder:" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path / "pictures")
     assert main(["data", "folder:."]) == 0
     out, err = capsys.readouterr()

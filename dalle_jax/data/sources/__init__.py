@@ -4,6 +4,7 @@
 """
 
 import os
+import pathlib
 
 from dalle_jax.data.record import Source
 from dalle_jax.data.sources import coco, scenes, tar
@@ -22,6 +23,21 @@ TOKENS = "tokens"  # of `dalle-jax encode`, for a transformer's config.data
 def is_tokens(spec: str) -> bool:
     """Whether `spec` names image tokens instead of images."""
     return spec.partition(":")[0] == TOKENS
+
+
+def check_outside(spec: str, place: str | os.PathLike) -> None:
+    """Refuse a place to write to inside a folder of pictures: what is written there would be records of the source.
+
+    Raises:
+      UserError: with both.
+    """
+    kind, _, folder = spec.partition(":")
+    inside = pathlib.Path(place).resolve().is_relative_to(pathlib.Path(folder).expanduser().resolve())
+    if kind == "folder" and folder and inside:
+        raise UserError(
+            f"expected a place outside of {spec} to write to, got {place}, where pictures would be records: choose "
+            "another"
+        )
 
 
 def open_source(spec: str, *, captions_required: bool = True, pictures_required: bool = True) -> Source:

@@ -34,7 +34,7 @@ class FolderSource:
     """
 
     def __init__(self, name: str, folder: str, *, captions_required: bool = True):
-        self.name, self.folder, self._captions_required = name, folder, captions_required
+        self.name, self._folder, self._captions_required = name, folder, captions_required
         if not os.path.isdir(folder):
             raise UserError(f"expected a folder of images, got {folder}, which is no folder: check the path")
         self._faults: list[Dropped] = []
@@ -59,7 +59,7 @@ class FolderSource:
             return self._faults[index - len(self._paths)]
         path = self._paths[index]
         try:
-            image = read_image(self.folder, path)
+            image = read_image(self._folder, path)
             try:
                 return Record(path, image, self._read_captions(path))
             except BadRecord:
@@ -84,15 +84,15 @@ class FolderSource:
         stem = os.path.splitext(path)[0]
         for suffix, parse in ((TEXT, captions.from_text), (JSON, captions.from_json)):
             if file := self._beside[suffix].get(stem):
-                return parse(_read(self.folder, file, limit=MAX_CAPTION_BYTES, missing="no caption"))
+                return parse(_read(self._folder, file, limit=MAX_CAPTION_BYTES, missing="no caption"))
         raise BadRecord("no caption", "no .txt or .json of the same name and no row of a metadata file")
 
     def _walk(self) -> tuple[list[str], list[str]]:
         """Sorted relative paths of the images and of the metadata files."""
         images, metadata = [], []
-        for parent, folders, names in os.walk(self.folder, onerror=self._cannot_list):
+        for parent, folders, names in os.walk(self._folder, onerror=self._cannot_list):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            inside = os.path.relpath(parent, self.folder)
+            inside = os.path.relpath(parent, self._folder)
             for name in sorted(name for name in names if not name.startswith(".")):
                 path = name if inside == os.curdir else os.path.join(inside, name)
                 stem, suffix = os.path.splitext(path)
@@ -106,7 +106,7 @@ class FolderSource:
         return sorted(images), sorted(metadata)
 
     def _cannot_list(self, error: OSError) -> None:
-        path = os.path.relpath(error.filename, self.folder)
+        path = os.path.relpath(error.filename, self._folder)
         self._faults.append(Dropped(path, "unreadable file", f"the folder cannot be listed: {error.strerror}"))
 
     def _take_rows(self, metadata: list[str], images: set[str]) -> None:
@@ -114,7 +114,7 @@ class FolderSource:
         for path in metadata:
             nameless: list[Dropped] = []
             rows = 0
-            for line, row in _rows(os.path.join(self.folder, path)):
+            for line, row in _rows(os.path.join(self._folder, path)):
                 rows += 1
                 key = f"{path}:{line}"
                 if isinstance(row, BadRecord):
@@ -133,8 +133,8 @@ class FolderSource:
                         texts.append(Dropped(key, bad.reason, bad.detail))
             if nameless and len(nameless) == rows:
                 raise UserError(
-                    f"expected a file_name in the rows of {os.path.join(self.folder, path)}, got none in all {rows} of "
-                    f"them ({nameless[0].detail}): name the column file_name"
+                    f"expected a file_name in the rows of {os.path.join(self._folder, path)}, got none in all {rows} "
+                    f"({nameless[0].detail}): name the column file_name"
                 )
             self._faults += nameless
         for image, texts in given.items():
@@ -152,8 +152,8 @@ class FolderSource:
     def _place(self, metadata: str, name: str, images: set[str]) -> str:
         """The path of the image that a row of a metadata file names, relative to the folder."""
         parent = os.path.dirname(metadata)
-        if name.startswith(os.path.join(os.path.abspath(self.folder), parent, "")):
-            name = os.path.relpath(name, os.path.join(os.path.abspath(self.folder), parent))
+        if name.startswith(os.path.join(os.path.abspath(self._folder), parent, "")):
+            name = os.path.relpath(name, os.path.join(os.path.abspath(self._folder), parent))
         path = os.path.normpath(os.path.join(parent, name))
         return path if path in images else os.path.normpath(os.path.join(parent, name.replace("\\", "/")))
 
@@ -199,6 +199,8 @@ def _rows(path: str) -> Iterator[tuple[int, dict | BadRecord]]:
       UserError: the file cannot be read, or is a .csv of another encoding than UTF-8.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block forever
+            raise OSError("no regular file")
         if path.endswith(".csv"):
             with open(path, encoding="utf-8-sig", newline="") as file:
                 table = csv.DictReader(file, restval="")
