@@ -212,7 +212,7 @@ def test_a_cache_that_cannot_be_written_costs_time_and_one_that_is_deleted_nothi
     assert everything(source) == everything(open_source(f"wds:{shards}")) and len(source) == 15
 
 
-def test_a_shard_that_has_changed_is_named_when_it_is_opened(shards, monkeypatch):
+def test_a_shard_that_has_changed_is_named_when_it_is_opened(shards, monkeypatch, capsys):
     """Its slots are dropped with what to do, and the other shards are read on."""
     monkeypatch.setattr(tar_index, "CHECKED", 0)
     spec = f"wds:{shards}/*.tar"
@@ -227,6 +227,7 @@ def test_a_shard_that_has_changed_is_named_when_it_is_opened(shards, monkeypatch
         f"00001.tar as it was indexed, got another size, time or content: give `dalle-jax index {spec}`"
         in after[3].detail
     )
+    assert capsys.readouterr().err.count("\n") == 1  # said once
     (shards / "00002.tar").write_bytes(pack(sample("back")))
     assert main(["index", spec, "--processes=1"]) == 0
     assert [item.key for item in everything(open_source(spec))[3:5]] == ["00001.tar/another", "00002.tar/back"]

@@ -12,9 +12,9 @@ import re
 from typing import BinaryIO
 
 from dalle_jax.data.record import REASONS, BadRecord, Dropped, Record
-from dalle_jax.data.sources import captions, tar_index
+from dalle_jax.data.sources import cache, captions, tar_index
 from dalle_jax.data.sources.tar_members import BLOCK, Member, members
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, say
 
 OPEN_FILES = 64  # per process and source
 NO_MEMBER = Member(None, 0)
@@ -78,7 +78,7 @@ class ShardSource:
 
     def __init__(self, name: str, paths: list[str], *, captions_required: bool = True):
         self.name, self._paths, self._captions_required = name, paths, captions_required
-        self._index = tar_index.Index(paths)
+        self._index, self._told = tar_index.Index(paths), False
         self._file = functools.lru_cache(OPEN_FILES)(self._open)  # the last ones; opened outside of its lock
 
     def __reduce__(self):
@@ -143,18 +143,22 @@ class ShardSource:
         if blocks and (member.fault == "truncated tar" or len(data) <= headers * BLOCK):
             raise BadRecord("truncated tar", f"{self._paths[shard]} has shrunk since it was indexed")
         if not member.path or (blocks and (member.data, -(-member.size // BLOCK)) != (headers * BLOCK, blocks)):
-            raise BadRecord(*self._changed(shard))
+            raise self._changed(
+                shard, f"other content of the same size and time: remove {cache.folder()}, and start again"
+            )
         return member.path, data[member.data : member.data + member.size]
 
     def _open(self, shard: int) -> BinaryIO:
         path, (size, time, _, packed) = self._paths[shard], self._index.facts[shard].tolist()
         status = os.stat(path)
         if (status.st_size, status.st_mtime_ns) != (size, time):
-            raise BadRecord(*self._changed(shard))
+            raise self._changed(shard, f"another size or time: give `dalle-jax index {self.name}`, and start again")
         return open(tar_index.unpacked(path, size, time) if packed else path, "rb", buffering=0)
 
-    def _changed(self, shard: int) -> tuple[str, str]:
-        return "changed shard", (
-            f"expected {self._paths[shard]} as it was indexed, got another size, time or content: give "
-            f"`dalle-jax index {self.name}` and start again"
-        )
+    def _changed(self, shard: int, got: str) -> BadRecord:
+        """The fault, which is also said once. got: what came, and what to do."""
+        detail = f"expected {self._paths[shard]} as it was indexed, got {got}"
+        if not self._told:
+            self._told = True
+            say(f"dalle-jax: {detail}; its records are dropped until then, and those of other shards like it")
+        return BadRecord("changed shard", detail)
