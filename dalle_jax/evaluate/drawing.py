@@ -154,6 +154,11 @@ class Drawing:
         options = {"temperature": draw.temperature, "top_k": draw.top_k, "top_p": draw.top_p}
         return Request(caption, best_of=draw.best_of, seed=seed, guidance=draw.guidance, options=options)
 
+    def cut(self, plan: Plan) -> int:
+        """The number of captions that are longer than the model reads."""
+        usages = (self.pipe.generator.usage(self.request(caption, 0)) for caption in plan.captions)
+        return sum(usage.text_tokens > usage.max_text_tokens for usage in usages)
+
     def plan(self, out: pathlib.Path, worker: Worker) -> Plan:
         """The plan in a folder, made by the first worker if there is none.
 

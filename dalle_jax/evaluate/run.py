@@ -215,6 +215,8 @@ def _warnings(inputs: Inputs, plan: Plan | None, found: FeatureSet, reference: F
             warnings.append(f"{name} of {sizes} different sizes, each squeezed to a square")
     if plan is not None and plan.dropped:
         warnings.append(f"records left out, which give no caption to draw: {counted(plan.dropped)}")
+    if plan is not None and isinstance(inputs.images, Drawing) and (cut := inputs.images.cut(plan)):
+        warnings.append(f"{cut} of {len(plan.captions)} captions are longer than the model reads, and cut there")
     if inputs.clip is not None and plan is not None and plan.settings["ranked_by"] == inputs.clip.digest:
         warnings.append("the CLIP that judges has also chosen the pictures: its scores favor them")
     if inputs.evaluation.measure.features == "clip":

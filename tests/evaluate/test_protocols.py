@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -17,13 +18,15 @@ from dalle_jax.cli.evaluate import OTHER_KEYS, evaluate
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import drawing, feature_cache
-from dalle_jax.evaluate.drawing import Drawing
+from dalle_jax.evaluate.drawing import Drawing, Plan
 from dalle_jax.evaluate.protocol import Draw, Evaluation
 from dalle_jax.evaluate.report import PUBLISHED_WARNING, table
+from dalle_jax.evaluate.run import _warnings
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.sample.pipeline import Pipeline
 from tests.support import processes
 from tests.support.evaluation import IMAGES, make_coco, run
+from tests.support.stand_in_server import NoisePipeline
 
 DRAWN, SHARD, BEST_OF = 10, 4, 2
 
@@ -59,6 +62,16 @@ def straight(model, words, tmp_path_factory):
 
 def shards(out):
     return {path.name: path.read_bytes() for path in sorted((out / "pictures").iterdir()) if path.is_file()}
+
+
+def test_captions_that_are_cut_are_counted():
+    plan = Plan(["a", "b"], ["a star", "a red star " * 5], {}, {}, 2)  # the stand-in reads twelve words
+    metrics = types.SimpleNamespace(crops=("none", "none"), features="inception")
+    inputs = types.SimpleNamespace(
+        images=Drawing(NoisePipeline(), Draw(), "coco"), clip=None, evaluation=types.SimpleNamespace(measure=metrics)
+    )
+    found = types.SimpleNamespace(dropped={}, rows=[])
+    assert _warnings(inputs, plan, found, None) == ["1 of 2 captions are longer than the model reads, and cut there"]
 
 
 def test_the_job_leaves_shards_a_report_a_table_and_a_curve(straight, model, coco):
