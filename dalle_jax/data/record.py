@@ -29,7 +29,7 @@ REASONS = {
     "members apart": "the members of one sample are not next to each other in the shard",
     "link": "a symbolic or hard link inside a tar; never followed",
     "sparse": "a file with holes inside a tar, whose data are in pieces; pack it without --sparse",
-    "extra image": "a further image of a sample, without a caption of its own; not counted as broken",
+    "extra image": "a further image of a sample, without a caption of its own or not read; not counted as broken",
     "changed shard": "a tar that is not what it was when it was indexed",
     "outside the folder": "a file name that leads out of the folder of the data",
     # faults of an image

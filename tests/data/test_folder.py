@@ -59,7 +59,7 @@ BESIDE = {
     "caption alone": Odd({"o.txt": "no image"}, {"o.txt": b"o"}),
     "no bytes": Odd({"p.jpg": "zero bytes"}, {"p.jpg": b"", "p.txt": b"p"}),
     "HEIC": Odd({"q.HEIC": "unsupported image"}, {"q.HEIC": b"ftypheic", "q.txt": b"q"}),
-    "RAW too": Odd({"r.jpg": ("r",), "r.dng": "unsupported image"}, {"r.jpg": IMAGE, "r.dng": b"", "r.txt": b"r"}),
+    "RAW too": Odd({"r.jpg": ("r",), "r.dng": "extra image"}, {"r.jpg": IMAGE, "r.dng": b"", "r.txt": b"r"}),
     "link to nothing": Odd({"s.jpg": "no image"}, {"s.jpg": NOWHERE, "s.txt": b"s"}),
     "no Unicode": Odd({"\udcff.jpg": ("t",)}, {"\udcff.jpg": IMAGE, "\udcff.txt": b"t"}),
     "path too long": Odd({"/".join(["x" * 250] * 17): "unreadable file"}, {"/".join(["x" * 250] * 17): FOLDER}),

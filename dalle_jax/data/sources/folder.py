@@ -40,13 +40,19 @@ class FolderSource:
         self._faults: list[Dropped] = []
         self._rows: dict[str, tuple[str, ...] | Dropped] = {}  # image -> captions of its rows, or why they have none
         self._beside: dict[str, dict[str, str]] = {TEXT: {}, JSON: {}}  # path without suffix -> file with captions
-        images, metadata = self._walk()
-        self._take_rows(metadata, set(images))
-        self._paths = [*images, *sorted(self._rows.keys() - set(images))]
+        images, unread, metadata = self._walk()
+        self._take_rows(metadata, {*images, *unread})
         stems = {os.path.splitext(path)[0] for path in images}
+        for path in unread:
+            if os.path.splitext(path)[0] in stems and path not in self._rows:  # e.g. the raw file of a camera
+                self._faults.append(Dropped(path, "extra image", "there is one of the same name that is read"))
+            else:
+                images.append(path)
+        stems |= {os.path.splitext(path)[0] for path in unread}
         for stem, path in self._beside[TEXT].items():
             if stem not in stems:
                 self._faults.append(Dropped(path, "no image", f"no image of the same name beside {path}"))
+        self._paths = [*sorted(images), *sorted(self._rows.keys() - set(images))]
         if not len(self):
             raise UserError(f"expected images in {folder}, got none: check the path, or name a folder with image files")
 
@@ -87,9 +93,9 @@ class FolderSource:
                 return parse(_read(self._folder, file, limit=MAX_CAPTION_BYTES, missing="no caption"))
         raise BadRecord("no caption", "no .txt or .json of the same name and no row of a metadata file")
 
-    def _walk(self) -> tuple[list[str], list[str]]:
-        """Sorted relative paths of the images and of the metadata files."""
-        images, metadata = [], []
+    def _walk(self) -> tuple[list[str], list[str], list[str]]:
+        """Relative paths of the images, of those that are not read, and of the metadata files."""
+        images, unread, metadata = [], [], []
         for parent, folders, names in os.walk(self._folder, onerror=self._cannot_list):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             inside = os.path.relpath(parent, self._folder)
@@ -99,11 +105,13 @@ class FolderSource:
                 suffix = suffix[1:].lower()
                 if name in METADATA:
                     metadata.append(path)
-                elif suffix in SUFFIXES or suffix in UNREAD_SUFFIXES:
+                elif suffix in SUFFIXES:
                     images.append(path)
+                elif suffix in UNREAD_SUFFIXES:
+                    unread.append(path)
                 elif suffix in self._beside and self._beside[suffix].setdefault(stem, path) != path:
                     self._faults.append(Dropped(path, "duplicate key", f"{self._beside[suffix][stem]} is used"))
-        return sorted(images), sorted(metadata)
+        return images, unread, sorted(metadata)
 
     def _cannot_list(self, error: OSError) -> None:
         path = os.path.relpath(error.filename, self._folder)
