@@ -1,10 +1,13 @@
 """Files: the old one or the whole new one at any moment."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from dalle_jax import files
+from tests.support import ROOT
 
 
 def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path, monkeypatch):
@@ -19,3 +22,15 @@ def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path, monkeypatch):
     files.write(path, b"new")
     assert (synced, path.read_bytes()) == (["old"], b"new")  # on the disk before it has its name
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_process_holds_a_lock_until_it_ends_by_a_kill_too(tmp_path):
+    code = "import sys; from dalle_jax import files\nwith files.locked(sys.argv[1]) as free: print(free), input()"
+    other = subprocess.Popen([sys.executable, "-uc", code, tmp_path / "lock"], cwd=ROOT, stdin=-1, stdout=-1, text=True)
+    assert other.stdout.readline() == "True\n"
+    with files.locked(tmp_path / "lock") as free:
+        assert not free
+    other.kill()
+    other.wait()
+    with files.locked(tmp_path / "lock") as free:
+        assert free

@@ -12,7 +12,6 @@ all are there. So what a kill left is used again, and the shard has the same byt
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import itertools
@@ -229,15 +228,11 @@ def collecting(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     folder = path.with_name(f".{path.name}.parts")
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with files.locked(folder / "lock") as free:
+        if not free:
             raise UserError(
                 f"expected to draw into {path} alone, but another process is: wait for it, or use another --out"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+            )
         yield folder
 
 

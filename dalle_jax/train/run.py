@@ -37,7 +37,7 @@ from dalle_jax.train.optimizer.build import build_optimizer
 from dalle_jax.train.settings import TrainSettings
 from dalle_jax.train.step import TrainStep
 
-TOKENIZER = "tokenizer.model"  # inside the workdir
+TOKENIZER, LOCK = "tokenizer.model", ".training"  # inside the workdir
 # Besides `run.`: what computes attention depends on the machine, and changes the order of sums alone.
 MAY_CHANGE = ("model.attention",)
 
@@ -88,15 +88,16 @@ def _train(settings: TrainSettings, workdir: pathlib.Path, **of_loop) -> loop.Re
         say(describe(mesh))
     batches, validation = open_data(settings, mesh, tokenizer=tokenizer, frozen=frozen)
     distributed.gather_json(None)  # nobody reads any more what the first process writes now
-    _fill_workdir(settings, workdir, tokenizer=tokenizer, frozen=frozen)
     if not reads_images(settings):
         task = dataclasses.replace(task, frozen={})  # no image will be made tokens: leave the memory to others
     with (
         contextlib.closing(batches),
+        _alone_in(workdir),
         compilation_cache.kept(workdir),
         jax.default_prng_impl("threefry2x32"),  # the numbers of a seed are these, whatever JAX's flags say
         jax.threefry_partitionable(True),
     ):
+        _fill_workdir(settings, workdir, tokenizer=tokenizer, frozen=frozen)
         result = loop.run(
             step_for(settings, task, mesh), settings, workdir, batches=batches, validation=validation, **of_loop
         )
@@ -285,6 +286,26 @@ def _in_step(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield {name: value[:size] for name, value in batch.items()}
 
 
+@contextlib.contextmanager
+def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
+    """Make the workdir, and keep other trainings out of it until the block ends.
+
+    Raises:
+      UserError: it cannot be written, or another training is at work in it.
+    """
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:  # the one that writes
+            with writing_to(workdir, "workdir"):
+                workdir.mkdir(parents=True, exist_ok=True)
+                free = stack.enter_context(files.locked(workdir / LOCK))
+            if not free:
+                raise UserError(
+                    f"expected {workdir} without another training at work in it, got one: wait for its end or stop it, "
+                    "or take another --workdir"
+                )
+        yield
+
+
 def _fill_workdir(
     settings: TrainSettings, workdir: pathlib.Path, *, tokenizer: BPETokenizer | None, frozen: Mapping[str, ModelDir]
 ) -> None:
@@ -292,7 +313,6 @@ def _fill_workdir(
     if jax.process_index() != 0:
         return
     with writing_to(workdir, "workdir"):
-        workdir.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None and not (workdir / TOKENIZER).exists():
             tokenizer.save(workdir)
         if not all(model_dir.has_frozen(workdir, role) for role in frozen):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import model_dir
+from dalle_jax import files, model_dir
 from dalle_jax.checkpoint import reader
 from dalle_jax.errors import UserError
 from dalle_jax.text.bpe import BPETokenizer
@@ -118,11 +119,31 @@ def data_position(workdir):
     return reader.data_position(reader.checkpoint_path(workdir)[1])
 
 
-def test_a_finished_run_is_left_as_it_is_and_more_steps_go_on(straight, dvae_values):
+def test_a_finished_run_is_left_as_it_is_and_more_steps_go_on_where_the_data_moved(
+    straight, dvae_values, folder, tmp_path
+):
     workdir, result = straight
     again = run.train(demo_settings("dvae", dvae_values), workdir, progress=False)
     identical(again.state, result.state)
     assert again.step == 6
+    here, moved = shutil.copytree(workdir, tmp_path / "run"), shutil.copytree(folder, tmp_path / "moved")
+    settings = demo_settings("dvae", dvae_values | {"run.data.train": f"folder:{moved}", "run.data.validation": None})
+    assert run.train(settings.changed({"run.steps": 7}), here, progress=False).step == 7
+    for kind in ("png", "txt"):
+        (moved / f"00.{kind}").rename(moved / f"99.{kind}")
+    with pytest.raises(UserError, match="got record .*01.* in the place of .*00"):
+        run.train(settings.changed({"run.steps": 8}), here, progress=False)
+
+
+def test_a_workdir_has_one_training(straight, dvae_values, tmp_path):
+    """The second one neither tidies up what the first is writing nor takes a line out of its log."""
+    workdir = shutil.copytree(straight[0], tmp_path / "run")
+    writing = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
+    writing.mkdir()
+    content = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    with files.locked(workdir / run.LOCK), pytest.raises(UserError, match="without another training at work in it"):
+        run.train(demo_settings("dvae", dvae_values), workdir, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == content
 
 
 @pytest.fixture(scope="module")
