@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from dalle_jax.errors import UserError
+
 MANIFEST = "sha256.json"
 THREADS = 8  # hashing releases the interpreter, so files are hashed side by side
 BLOCK = 1 << 22  # bytes read at a time
@@ -39,12 +41,17 @@ def damage(folder: epath.Path, *, share: slice = slice(None)) -> str | None:
     """The damage to the files of `folder` by its manifest, in a few words; None if there is none, or no manifest.
 
     share: which of the files to check, ordered by size, so that several processes share the reading.
+
+    Raises:
+      UserError: this user may not read a file, which is no damage.
     """
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(path.read_text()).items()}
+    except PermissionError as error:
+        raise forbidden(error) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"{MANIFEST} is unreadable"
     by_size = sorted(listed, key=lambda name: (listed[name][0], name))
@@ -53,6 +60,11 @@ def damage(folder: epath.Path, *, share: slice = slice(None)) -> str | None:
             if problem:
                 return problem
     return None
+
+
+def forbidden(error: PermissionError) -> UserError:
+    """The error for a file of a checkpoint that this user may not read."""
+    return UserError(f"expected to read {error.filename}, got {error.strerror}: allow it, and give the command again")
 
 
 def size(folder: epath.Path) -> int:
@@ -105,6 +117,8 @@ def _hash(path: epath.Path) -> tuple[int, str]:
 def _difference(path: epath.Path, name: str, size: int, digest: str) -> str | None:
     try:
         found = _hash(path)
+    except PermissionError as error:
+        raise forbidden(error) from error
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     if found[0] != size:

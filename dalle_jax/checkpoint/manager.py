@@ -22,7 +22,7 @@ from etils import epath
 from dalle_jax import distributed
 from dalle_jax.checkpoint import digest, reader
 from dalle_jax.checkpoint.save_barrier import OtherProcessFailed, SaveBarrier
-from dalle_jax.errors import first_line, say, writing_to
+from dalle_jax.errors import UserError, first_line, say, writing_to
 
 DAMAGED = "damaged"  # damaged-STEP-N beside the checkpoints
 ORBAX_WRITER = "async_save"  # Orbax's thread that writes and renames
@@ -50,7 +50,7 @@ class Checkpoints:
         the first process only.
 
         Raises:
-          UserError: the place cannot be written.
+          UserError: the place cannot be written, or Orbax would not find in it what it has written.
         """
         self._folder = reader.checkpoint_folder(workdir, folder)
         self._warn = warn
@@ -64,6 +64,7 @@ class Checkpoints:
         self._started: concurrent.futures.Future | None = None  # Orbax's `save`, where it runs in the background
         with writing_to(self._folder, "workdir"):
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._probe()
             self._tidy()
         self._manager: ocp.CheckpointManager | None = None
         self._opened()
@@ -221,17 +222,28 @@ class Checkpoints:
 
     def _obstacle(self) -> Exception | None:
         """Why this process cannot begin a save, None if it can."""
-        probe = self._folder / f".room-{jax.process_index()}"
         try:
             if not reader.is_remote(self._folder):
-                try:
-                    probe.write_bytes(b"?")
-                finally:
-                    probe.unlink(missing_ok=True)
+                self._probe()
             self._opened()
         except Exception as error:  # of the many kinds that the libraries of object stores raise
             return error
         return None
+
+    def _probe(self) -> None:
+        """Write a file, and find it as Orbax looks for the parts of a checkpoint: in a path that it takes for a
+        pattern, such as '[1] run', it finds none and joins none."""
+        probe = self._folder / f".room-{jax.process_index()}"
+        try:
+            probe.write_bytes(b"?")
+            found = any(self._folder.glob(probe.name))
+        finally:
+            probe.unlink(missing_ok=True)
+        if not found:
+            raise UserError(
+                f"expected a folder for checkpoints whose path is no pattern of names, got {self._folder}: take one "
+                "without [ and ]"
+            )
 
     def _steps(self) -> list[int]:
         """Steps of the complete checkpoints that the first process sees; on shared disks the others may see fewer."""
@@ -241,6 +253,8 @@ class Checkpoints:
         """Called by Orbax in the background, when all files are written and the checkpoint is not yet complete."""
         for path in self._folder.iterdir():
             if path.name.partition(".")[0] == str(self._writing):
+                if not (path / reader.JOINED).exists():
+                    raise FileNotFoundError(f"{reader.JOINED} is missing, without which nothing can be read back")
                 digest.write_manifest(path, leave_out=[reader.COMMITTED])
 
     def _damage(self, step: int) -> str | None:

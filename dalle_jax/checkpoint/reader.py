@@ -25,6 +25,7 @@ from dalle_jax.errors import UserError, first_line
 
 CHECKPOINTS = "checkpoints"
 COMMITTED = "_CHECKPOINT_METADATA"  # Orbax dates it at the very end, so the manifest leaves it out
+JOINED = "state/manifest.ocdbt"  # what joins the parts `state/ocdbt.process_K` that the processes wrote
 
 
 def complete_steps(workdir: str | os.PathLike, folder: str | None = None) -> list[int]:
@@ -72,9 +73,15 @@ def steps_in(folder: epath.Path) -> list[int]:
 
 
 def is_complete(path: epath.Path) -> bool:
-    """Whether a checkpoint is complete: Orbax dates its metadata once all arrays are on disk."""
+    """Whether a checkpoint is complete: Orbax dates its metadata once all arrays are on disk.
+
+    Raises:
+      UserError: this user may not read it.
+    """
     try:
         return bool(json.loads((path / COMMITTED).read_text()).get("commit_timestamp_nsecs"))
+    except PermissionError as error:
+        raise digest.forbidden(error) from error
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -126,10 +133,20 @@ def read(path: epath.Path, key: str) -> Any:
 
 
 def unreadable(path: epath.Path, error: Exception) -> UserError:
-    """The error for a checkpoint that Orbax cannot read."""
+    """The error for a checkpoint that Orbax cannot read. An exception of a library is no damage."""
+    if problem := digest.damage(path):
+        return UserError(
+            f"expected an undamaged checkpoint in {path}, got one where {problem}: move that folder away to use the "
+            "checkpoint before it"
+        )
+    if not (path / JOINED).exists():
+        return UserError(
+            f"expected {JOINED} in {path}, got a checkpoint whose parts were not joined: nothing of it is lost, and "
+            'docs/faults.md says under "A path with brackets" how to join them'
+        )
     return UserError(
-        f"expected a checkpoint in {path}, but it cannot be read ({first_line(error)}): delete that folder to use the "
-        "checkpoint before it"
+        f"expected to read the checkpoint in {path}, got {first_line(error)}: its files are not damaged, so leave them "
+        "as they are, and look for the cause in this installation or in the config"
     )
 
 
@@ -142,6 +159,7 @@ def _parts(path: epath.Path) -> Mapping[str, Any]:
 @contextlib.contextmanager
 def _opened(path: epath.Path, handler: ocp.CheckpointHandler) -> Iterator[ocp.Checkpointer]:
     """An Orbax reader. It warns that one item read alone lacks the metadata one folder up; we do not repeat that."""
+    jax.devices()  # of which Orbax asks, too: without one the checkpoint is not to blame
     before = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:

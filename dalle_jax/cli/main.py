@@ -116,9 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _interrupted()
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return EXIT_PIPE
-        if not isinstance(error, UserError):
+        if isinstance(error, UserError):
+            say(f"dalle-jax: error: {error}")
+        elif wanted := _missing_platform():
+            say(
+                f"dalle-jax: error: expected a device for JAX_PLATFORMS={wanted}, got none that JAX can use: set it to "
+                "what this machine has, or unset it, and JAX chooses"
+            )
+        else:
             raise
-        say(f"dalle-jax: error: {error}")
         return EXIT_USER_ERROR
 
 
@@ -136,6 +142,17 @@ def _interrupted() -> int:
     say("dalle-jax: interrupted")
     signals.end()
     return EXIT_INTERRUPTED
+
+
+def _missing_platform() -> str | None:
+    """The platforms that the user has asked for, if JAX has no device of them; whatever is called then fails."""
+    if (jax := sys.modules.get("jax")) is None or not (wanted := jax.config.jax_platforms):
+        return None
+    try:
+        jax.devices()
+    except Exception:  # an AssertionError without a word among others
+        return wanted
+    return None
 
 
 def _reader_is_gone() -> bool:

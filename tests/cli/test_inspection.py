@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -68,6 +69,17 @@ def test_the_digests_do_not_depend_on_the_mesh_a_run_was_saved_on(workdir, tmp_p
         assert one[name] == eight[name]
 
 
+def test_a_device_that_is_not_there_is_no_damage(workdir, monkeypatch, capsys):
+    def none():
+        raise AssertionError  # as JAX says it under JAX_PLATFORMS=cuda
+
+    monkeypatch.setattr(jax, "devices", none)
+    for words in (["inspect"], ["export", f"{workdir}-out"]):
+        assert main.main([words[0], str(workdir), *words[1:]]) == 2
+        said = capsys.readouterr().err
+        assert "expected a device for JAX_PLATFORMS=cpu, got none" in said and said.count("\n") == 1
+
+
 def test_inspect_names_damage(workdir, tmp_path, capsys):
     copy = shutil.copytree(workdir, tmp_path / "copy")
     path = copy / "checkpoints" / "8" / "data" / "metadata"
@@ -84,7 +96,7 @@ def test_with_its_newest_checkpoint_damaged_a_run_stands_at_the_one_before(workd
     assert [bool(entry["damage"]) for entry in found["checkpoints"]] == [False, True]
     text = said(capsys, "inspect", copy)
     assert "update       8 of 12" in text and text.count("DAMAGED") == 1
-    with pytest.raises(UserError, match="12, but it cannot be read"):
+    with pytest.raises(UserError, match="checkpoints/12, got one where state/_METADATA .*: move that folder away"):
         inspect(copy, 12)
 
 
