@@ -3,7 +3,9 @@
 Above `train`, `sample` and `evaluate`, which do not know one another.
 """
 
+import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,19 +13,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from dalle_jax import distributed, model_dir
+from dalle_jax import distributed, model_dir, sharding
 from dalle_jax.data.record import Dropped
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
-from dalle_jax.models import build
+from dalle_jax.mesh import make_mesh
+from dalle_jax.models import Model, build
+from dalle_jax.models.layers import compute_dtype
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.autoregressive import Autoregressive
+from dalle_jax.sample.batches import free_bytes
+from dalle_jax.sample.engine import weight_bytes
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.request import Request
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.text import Tokenizer, load_tokenizer
-from dalle_jax.train.loop import Hook
+from dalle_jax.train.aside import Hook
 from dalle_jax.train.settings import Evaluate, TrainSettings
 from dalle_jax.train.step import ema_params
 
@@ -44,7 +50,7 @@ def hooks_of(settings: TrainSettings, workdir: pathlib.Path) -> list[Hook]:
 
 
 def sample_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
-    """Every `run.picture_every` steps, samples of held-out captions as WORKDIR/pictures/STEP.png.
+    """Every `run.picture_every` steps, samples of held-out captions as WORKDIR/pictures/STEP.png; None: never.
 
     They are drawn with the moving average of the parameters, at temperature 1 and with the same seeds each time, so
     that the sheets of a run compare. The captions are the first of the validation source, or of the training source
@@ -59,7 +65,7 @@ def sample_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
             (workdir / "pictures").mkdir(exist_ok=True)
             sheet.save(workdir / "pictures" / f"{step:07d}.png")
 
-    return settings.run.picture_every or settings.run.steps, draw
+    return settings.run.picture_every, draw
 
 
 def evaluate_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
@@ -83,7 +89,7 @@ def evaluate_hook(settings: TrainSettings, workdir: pathlib.Path) -> Hook:
         scores = probe.scores([np.asarray(picture) for picture in pictures], [picture.caption for picture in pictures])
         return {f"samples/{name}": value for name, value in scores.items()}
 
-    return evaluate.every or settings.run.steps, score
+    return evaluate.every, score
 
 
 def _open_probe(spec: str, evaluate: Evaluate) -> Callable:
@@ -102,7 +108,11 @@ def _open_probe(spec: str, evaluate: Evaluate) -> Callable:
 def _sampler(settings: TrainSettings, workdir: pathlib.Path, *, count: int) -> Callable[[int, Any], list[Picture]]:
     """A function that draws a picture for each of so many captions with the parameters of a training state.
 
-    It draws in the first process and returns nothing in the others.
+    The moving average comes to the first process alone, layer by layer in the model's own precision, and is cut over
+    its devices as far as the heads divide. It draws there and returns nothing in the others.
+
+    Raises, when called:
+      UserError: the weights do not fit beside the state.
     """
 
     @functools.cache
@@ -111,16 +121,53 @@ def _sampler(settings: TrainSettings, workdir: pathlib.Path, *, count: int) -> C
         return image_tokenizer, tokenizer, first_captions(_spec(settings), count)
 
     def draw(step: int, state) -> list[Picture]:
-        ema = distributed.whole(ema_params(state))
+        model, mesh = build("transformer", settings.model), _mesh(settings.model.heads)
+        if problem := distributed.gather_json(_lack_of_room(model, mesh))[0]:
+            raise UserError(problem)
+        average, dtype = ema_params(state), compute_dtype(settings.model.precision)
+        blocks = {
+            name: distributed.whole_in_first(x, dtype=dtype, by_rows=True) for name, x in average["blocks"].items()
+        }
+        ends = {name: distributed.whole_in_first(x, dtype=x.dtype) for name, x in average.items() if name != "blocks"}
+        del average
         if jax.process_index() != 0:
             return []
         image_tokenizer, tokenizer, captions = parts()
-        transformer = model_dir.ModelDir({}, build("transformer", settings.model), ema)
-        generator = Autoregressive(transformer, image_tokenizer, tokenizer, digest=f"step {step}")
+        params = ends | {"blocks": {name: _Layers(array) for name, array in blocks.items()}}
+        generator = Autoregressive(
+            model_dir.ModelDir({}, model, params), image_tokenizer, tokenizer, digest=f"step {step}", mesh=mesh
+        )
         requests = [Request(caption, seed=seed) for seed, caption in enumerate(captions)]
         return [pictures[0] for pictures in Pipeline(generator).draw(requests)]
 
     return draw
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """An array of all layers, perhaps in 16 bits, of which the engine takes one at a time in float32."""
+
+    array: np.ndarray
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self.array[layer].astype(np.float32)
+
+
+def _mesh(heads: int) -> jax.sharding.Mesh:
+    """This process's devices, of which as many share the weights as the heads divide among."""
+    devices = jax.local_devices()
+    return make_mesh({sharding.REPLICA: -1, sharding.TENSOR: math.gcd(len(devices), heads)}, devices=devices)
+
+
+def _lack_of_room(model: Model, mesh: jax.sharding.Mesh) -> str | None:
+    """Why the weights do not fit beside the training state, None if they do."""
+    free, wanted = min(map(free_bytes, mesh.local_devices)), weight_bytes(model, mesh)
+    if wanted < free:
+        return None
+    return (
+        f"expected {wanted / 1e9:.1f} GB free on each device for the weights to draw with, got {free / 1e9:.1f}: set "
+        "config.run.picture_every and config.run.evaluate.every to None, and sample from the checkpoints elsewhere"
+    )
 
 
 def first_captions(spec: str, count: int) -> list[str]:

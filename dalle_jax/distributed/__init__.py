@@ -6,8 +6,8 @@ JAX's distributed runtime does the work: initialization (`jax.distributed`), col
 key-value store in process 0. With one process nothing here costs or does anything.
 """
 
-from dalle_jax.distributed.agree import gather_json, stop_agreed, whole
+from dalle_jax.distributed.agree import gather_json, stop_agreed, whole, whole_in_first
 from dalle_jax.distributed.cluster import add_arguments, initialize
 from dalle_jax.distributed.watchdog import Watchdog
 
-__all__ = ["Watchdog", "add_arguments", "gather_json", "initialize", "stop_agreed", "whole"]
+__all__ = ["Watchdog", "add_arguments", "gather_json", "initialize", "stop_agreed", "whole", "whole_in_first"]

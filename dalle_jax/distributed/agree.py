@@ -41,6 +41,24 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(read, tree)
 
 
+def whole_in_first(x: jax.Array, *, dtype: Any, by_rows: bool = False) -> np.ndarray | None:
+    """An array in `dtype` as numpy in process 0, None in the others, wherever its pieces lie.
+
+    by_rows: one row at a time, so that no device and no other host holds more than one row as a whole. All processes
+    must call this at the same point.
+    """
+    first = jax.process_index() == 0
+    if not by_rows:
+        found = whole(x.astype(dtype))
+        return found if first else None
+    rows = np.empty(x.shape, dtype) if first else None
+    for index in range(len(x)):
+        row = whole(x[index].astype(dtype))
+        if rows is not None:
+            rows[index] = row
+    return rows
+
+
 def stop_agreed(step: int, wants_stop: bool) -> bool:
     """Whether all processes stop after this step: True on all of them at the same step, False before.
 

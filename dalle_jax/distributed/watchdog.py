@@ -37,7 +37,8 @@ class Watchdog:
     for `timeout_seconds` (frozen, or its machine is gone). If all still publish, it looks at the process with the
     fewest beats: all go through the same phases, so the others wait for that one. If it has been in its phase for
     longer than `timeout_seconds`, it hangs. The first two times of every phase, in which programs are compiled, may
-    take `first_seconds`, and the phase 'start' `start_seconds`. The other processes watch for the silence of process 0.
+    take `first_seconds`, as may each 'hook', and the phase 'start' `start_seconds`. The other processes watch for the
+    silence of process 0.
 
     Whoever finds something prints rank, host, step and phase on stderr, then its own Python stacks, and ends with
     `EXIT_RESTART` by os._exit, because threads that wait in a collective never return. The verdict in the store ends
@@ -78,7 +79,7 @@ class Watchdog:
         """Say that this phase of this step begins here. Costs a microsecond: another thread publishes it."""
         self._times_in[phase] += 1
         self._beats += 1
-        allowed = self._first if self._times_in[phase] <= 2 else self._timeout
+        allowed = self._first if self._times_in[phase] <= 2 or phase == "hook" else self._timeout
         if phase == "start":
             allowed = self._start
         self._beat = (time.monotonic(), {"beats": self._beats, "step": step, "phase": phase, "allowed": allowed})

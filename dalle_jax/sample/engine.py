@@ -11,6 +11,7 @@ Images are cut over the mesh's devices, heads and hidden units along `tensor`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,20 @@ class Batch:
     program: Program
     arrays: dict[str, Any]
     shape: tuple[int, int]
+
+
+def weight_bytes(model: Model, mesh: Mesh) -> int:
+    """Bytes of a transformer's weights on each device of a mesh."""
+    params = dict(model.abstract)
+    block = {name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for name, leaf in params.pop("blocks").items()}
+
+    def held(weights, axes) -> int:
+        pairs = zip(jax.tree.leaves(weights), jax.tree.leaves(_places(weights, axes, mesh)), strict=True)
+        return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs)
+
+    layer = jax.eval_shape(functools.partial(decoding.layer_weights, model.config), block)
+    ends = jax.eval_shape(functools.partial(decoding.end_weights, model.config), params)
+    return model.config.num_layers * held(layer, decoding.LAYER_AXES) + held(ends, decoding.END_AXES)
 
 
 def image_keys(seeds):

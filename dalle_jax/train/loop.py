@@ -23,21 +23,21 @@ from dalle_jax.checkpoint.manager import Checkpoints
 from dalle_jax.data.shards import ShardedBatches
 from dalle_jax.errors import UserError
 from dalle_jax.signals import Noted
+from dalle_jax.train.aside import Hook, Hooks, due
 from dalle_jax.train.evaluator import Evaluator
 from dalle_jax.train.monitor import goodput, tracing
 from dalle_jax.train.monitor.replicas import make_check
-from dalle_jax.train.monitor.report import Report, surviving_a_full_disk, to_terminal
+from dalle_jax.train.monitor.report import Report, to_terminal
 from dalle_jax.train.rollback import Rollback
 from dalle_jax.train.settings import TrainSettings
 from dalle_jax.train.step import State, TrainStep
 
-# (every, f): f(step, state) after each `every`-th update; it may return numbers for the metrics.
-Hook = tuple[int, Callable[[int, State], Mapping[str, float] | None]]
 Beat = Callable[[int, str], None]
 # What the ledger of goodput books a phase on.
-BOOKED = dict.fromkeys(("profile", "validation", "pictures", "hook"), "look") | {
+BOOKED = dict.fromkeys(("profile", "validation", "pictures"), "look") | {
     "replicas": "step",
     "checkpoint": "checkpoint",
+    "hook": "sample",
 }
 
 
@@ -67,9 +67,9 @@ def run(
     """Train until `settings.run.steps`, from the newest complete checkpoint in the workdir if there is one.
 
     batches: endless; gets the position of the checkpoint. validation: makes a new iterator over held-out batches.
-    hooks: called between updates; they must not keep the state, which the next update overwrites. progress: show a
-    bar on a terminal, lines elsewhere; False is silent but for warnings. profile: updates to trace into
-    WORKDIR/profile. beat: gets the step and what begins in it, see `distributed.Watchdog`.
+    hooks: called between updates, see `aside.py`. progress: show a bar on a terminal, lines elsewhere; False is silent
+    but for warnings. profile: updates to trace into WORKDIR/profile. beat: gets the step and what begins in it, see
+    `distributed.Watchdog`.
 
     On SIGTERM or Ctrl-C in any process the update that all of them agree on is finished and saved before this returns.
 
@@ -108,7 +108,7 @@ class _Loop:
 
     def __init__(self, step: TrainStep, settings: TrainSettings, workdir: pathlib.Path, **given: Any):
         """given: the arguments of `run`."""
-        self.step, self.run, self.hooks, self.beat = step, settings.run, given["hooks"], given["beat"]
+        self.step, self.run, self.beat = step, settings.run, given["beat"]
         self.batches: ShardedBatches = given["batches"]
         self.ledger = goodput.Ledger(workdir)
         init_key, self.key, look_key = jax.random.split(jax.random.key(settings.seed), 3)
@@ -119,6 +119,7 @@ class _Loop:
             folder=self.run.checkpoint_dir,
             warn=to_terminal,
         )
+        self.hooks = Hooks(workdir, given["hooks"])
         self.beat(0, "restore")
         if (position := self.restore()) is None:
             self.saved, self.state = 0, step.init(init_key)
@@ -163,12 +164,15 @@ class _Loop:
 
             self.look(n, batch, last=last)
             stop = distributed.stop_agreed(turn, bool(interrupted.signal))
-            save_due |= last or stop or _due(n, self.run.checkpoint_every)
-            if _due(n, self.run.check_replicas_every) or (self.run.check_replicas_every and save_due):
+            save_due |= last or stop or due(n, self.run.checkpoint_every)
+            if due(n, self.run.check_replicas_every, last=save_due):
                 with self.phase("replicas", n):
                     self.check_replicas(self.state, n)
             if save_due:
                 save_due = not self.save(n, last=last)
+            if self.hooks.due(n) and (last or not stop):  # whoever wants the run to stop does not wait for them
+                with self.phase("hook", n):
+                    self.report.write(n, self.hooks.call(n, self.state))
             self.ledger.tick()
         return stop
 
@@ -210,20 +214,15 @@ class _Loop:
         return self.saved
 
     def look(self, n: int, batch: Any, *, last: bool) -> None:
-        """Validation, pictures and hooks, those that are due."""
-        if self.evaluator.validation and (last or _due(n, self.run.validate_every)):
+        """Validation and pictures, if they are due."""
+        if self.evaluator.validation and due(n, self.run.validate_every, last=last):
             with self.phase("validation", n):
                 self.report.write(n, self.evaluator.validate(self.state))
-        if last or _due(n, self.run.picture_every):
+        if due(n, self.run.picture_every, last=last):
             with self.phase("pictures", n):
                 self.evaluator.draw(n, self.state, batch)
                 if not last:
                     self.report.draw_curves()
-        for every, hook in self.hooks:
-            if n % every == 0:
-                with self.phase("hook", n), surviving_a_full_disk("what a hook writes"):
-                    if measured := hook(n, self.state):
-                        self.report.write(n, measured)
 
     def save(self, n: int, *, last: bool) -> bool:
         """Begin to write a checkpoint; False while updates are skipped, as a checkpoint is something to go back to."""
@@ -259,8 +258,3 @@ class _Loop:
         with self.ledger.during("checkpoint"):
             self.checkpoints.close()
         self.ledger.write()
-
-
-def _due(n: int, every: int | None) -> bool:
-    """every: in updates; None is never."""
-    return n % every == 0 if every else False

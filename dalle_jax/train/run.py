@@ -30,6 +30,7 @@ from dalle_jax.models.layers import compute_dtype
 from dalle_jax.text import load_tokenizer
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import compilation_cache, loop
+from dalle_jax.train.aside import Hook
 from dalle_jax.train.objectives import build_task, frozen_roles
 from dalle_jax.train.objectives.task import Task
 from dalle_jax.train.optimizer import powersgd
@@ -48,7 +49,7 @@ def train(
     settings: TrainSettings,
     workdir: str | pathlib.Path,
     *,
-    hooks: Sequence[loop.Hook] = (),
+    hooks: Sequence[Hook] = (),
     progress: bool = True,
     profile: range | None = None,
 ) -> loop.Result:

@@ -49,7 +49,7 @@ COMMON = {
     "optimizer.name": "adamw",
     "optimizer.learning_rate": 2e-3,
     "run.log_every": 50,
-    "run.validate_every": None,  # at the end only
+    "run.validate_every": STEPS,
     "run.picture_every": None,
     "run.checkpoint_every": 500,
     "run.keep_checkpoints": 1,

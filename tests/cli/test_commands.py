@@ -66,7 +66,7 @@ def test_from_broken_shards_to_pictures(shards, tmp_path, capsys):
 
     common = {
         "run.data.train": shards, "run.data.validation": None, "run.steps": STEPS, "run.validate_every": None,
-        "run.picture_every": None, "run.log_every": 4, "run.mesh.fsdp": 1, "run.mesh.replica": None,
+        "run.picture_every": STEPS, "run.log_every": 4, "run.mesh.fsdp": 1, "run.mesh.replica": None,
         "batch_size": BATCH, "run.data.max_bad_share": 0.9, "data.image_size": 16, "data.max_pixels": 10_000_000,
         "run.data.threads": 2, "optimizer.schedule.warmup_steps": 0,
     }  # fmt: skip

@@ -226,10 +226,10 @@ def test_process_0_names_the_process_for_which_the_others_wait():
 def test_a_phase_may_take_longer_the_first_two_times_and_at_the_start():
     dog = distributed.Watchdog(10.0, first_seconds=100.0, start_seconds=30.0)
     allowed = [dog._beat[1]["allowed"]]
-    for phase in ("update", "update", "validation", "update", "validation", "validation"):
+    for phase in ("update", "update", "validation", "update", "validation", "validation", "hook", "hook", "hook"):
         dog.beat(1, phase)
         allowed.append(dog._beat[1]["allowed"])
-    assert allowed == [30.0, 100.0, 100.0, 100.0, 10.0, 100.0, 10.0]
+    assert allowed == [30.0, 100.0, 100.0, 100.0, 10.0, 100.0, 10.0, 100.0, 100.0, 100.0]
 
 
 @pytest.mark.parametrize(

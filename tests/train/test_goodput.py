@@ -35,6 +35,8 @@ def test_the_ledger_books_every_second_once(tmp_path, monkeypatch):
     ledger.move("data", 1)
     with ledger.during("look"):
         passes(7)
+    with ledger.during("sample"):
+        passes(5)
     ledger.write()  # and the process is killed
     passes(9)
 
@@ -46,9 +48,10 @@ def test_the_ledger_books_every_second_once(tmp_path, monkeypatch):
     ledger.write(ended=True)
     passes(10_000)  # the person comes back the next day
     expected = {"init": 4, "compile": 4, "step": 70, "data": 1, "checkpoint": 2, "look": 7, "lost": 20, "down": 9}
+    expected |= {"sample": 5}
     assert goodput.Ledger(tmp_path).seconds == expected
     found = goodput.read(tmp_path)
-    assert found["starts"] == 3 and found["goodput"] == pytest.approx(70 / 110)
+    assert found["starts"] == 3 and found["goodput"] == pytest.approx(70 / 115)
 
 
 def test_a_ledger_that_cannot_be_read_begins_again(tmp_path):

@@ -258,7 +258,7 @@ def test_a_tasks_warning_waits_for_the_warm_up_and_is_said_once_until_it_is_gone
 
 def test_a_signal_that_comes_among_skipped_updates_saves_nothing_worse_than_what_is_there(tmp_path):
     def interrupt(n, state):
-        if n == 6:
+        if n == 5:
             signal.raise_signal(signal.SIGTERM)
 
     stopped = train(tmp_path, Numbers(poison=(6, 7)), hooks=[(1, interrupt)])

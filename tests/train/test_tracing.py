@@ -62,13 +62,13 @@ def test_the_first_update_and_the_last_can_be_traced(tmp_path):
 @pytest.mark.parametrize("end", ["signal", "error"])
 def test_a_run_that_ends_in_its_trace_writes_it(tmp_path, end):
     def hook(step, state):
-        if step == 6:
-            if end == "error":
-                raise ZeroDivisionError
+        if step == 6 and end == "error":
+            raise KeyboardInterrupt
+        if step == 5 and end == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
 
     if end == "error":
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(KeyboardInterrupt):
             traced(tmp_path, 5, 9, hooks=[(1, hook)])
     else:
         assert traced(tmp_path, 5, 9, hooks=[(1, hook)]).signal == signal.SIGTERM

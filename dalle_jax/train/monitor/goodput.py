@@ -24,7 +24,8 @@ KINDS = {
     "step": "updates that count",
     "data": "data stall",  # the device had nothing to do because the next batch was not there
     "checkpoint": "the loop waited",
-    "look": "validation, pictures",  # and hooks, and beginning and writing a profile
+    "look": "validation, pictures",  # and beginning and writing a profile
+    "sample": "samples, scores",  # what hooks make
     "lost": "updates made again",  # after a restart or a rollback
     "down": "between starts",  # from the last sign of life of a process that died
 }

@@ -140,6 +140,8 @@ class Report:
             self._warned = bool(warning)
 
     def write(self, n: int, values: Mapping[str, float]) -> None:
+        if not values:
+            return
         self.latest.update(values)
         with surviving_a_full_disk("metrics.jsonl"):
             self._log.write(n, values)
