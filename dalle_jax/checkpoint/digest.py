@@ -25,15 +25,19 @@ BLOCK = 1 << 22  # bytes read at a time
 def write_manifest(folder: epath.Path, *, leave_out: Collection[str] = ()) -> None:
     """Write size and sha256 of every file below `folder` into its sha256.json.
 
+    What a folder below has in a sha256.json of its own is taken from there, so that each process reads what it wrote.
     leave_out: names of files at the top of the folder that may still change.
 
     Raises:
       OSError: a file cannot be read, or the manifest not be written.
     """
-    names = [name for name in sorted(_files(folder)) if name not in (MANIFEST, *leave_out)]
+    names, listed = [name for name in sorted(_files(folder)) if name not in (MANIFEST, *leave_out)], {}
+    for part in (name.removesuffix(MANIFEST) for name in names if name.endswith(f"/{MANIFEST}")):
+        listed |= {part + name: entry for name, entry in json.loads((folder / part / MANIFEST).read_text()).items()}
+    names = [name for name in names if name not in listed]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda name: _hash(folder / name), names))
-    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in zip(names, found, strict=True)}
+    listed |= {name: {"bytes": size, "sha256": digest} for name, (size, digest) in zip(names, found, strict=True)}
     (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
 
 

@@ -77,7 +77,7 @@ class Checkpoints:
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._write_manifest, barrier_sync_fn=SaveBarrier()
+                post_finalization_callback=self._write_manifest, barrier_sync_fn=SaveBarrier(self._write_share)
             ),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -249,13 +249,19 @@ class Checkpoints:
         """Steps of the complete checkpoints that the first process sees; on shared disks the others may see fewer."""
         return distributed.gather_json(reader.steps_in(self._folder))[0]
 
+    def _write_share(self) -> None:
+        """The sha256 of the arrays that this process wrote. Called in the background where there are others."""
+        for path in _named(self._folder, str(self._writing)):
+            for state in _named(path, "state"):
+                if (part := state / f"ocdbt.process_{jax.process_index()}").exists():
+                    digest.write_manifest(part)
+
     def _write_manifest(self) -> None:
         """Called by Orbax in the background, when all files are written and the checkpoint is not yet complete."""
-        for path in self._folder.iterdir():
-            if path.name.partition(".")[0] == str(self._writing):
-                if not (path / reader.JOINED).exists():
-                    raise FileNotFoundError(f"{reader.JOINED} is missing, without which nothing can be read back")
-                digest.write_manifest(path, leave_out=[reader.COMMITTED])
+        for path in _named(self._folder, str(self._writing)):
+            if not (path / reader.JOINED).exists():
+                raise FileNotFoundError(f"{reader.JOINED} is missing, without which nothing can be read back")
+            digest.write_manifest(path, leave_out=[reader.COMMITTED])
 
     def _damage(self, step: int) -> str | None:
         """The damage to a checkpoint's files. Each process reads a share of them, all get the same answer."""
@@ -282,6 +288,11 @@ class Checkpoints:
         taken = {other.name for other in self._folder.iterdir()}
         number = next(i for i in range(1, len(taken) + 2) if f"{DAMAGED}-{path.name}-{i}" not in taken)
         return path.rename(self._folder / f"{DAMAGED}-{path.name}-{number}")
+
+
+def _named(folder: epath.Path, name: str) -> list[epath.Path]:
+    """The folders of this name, also those that Orbax has not renamed yet: NAME.orbax-checkpoint-tmp."""
+    return [path for path in folder.iterdir() if path.name.partition(".")[0] == name]
 
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)

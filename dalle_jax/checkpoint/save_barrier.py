@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections.abc import Callable
 
 import jax
 
@@ -26,7 +27,9 @@ class SaveBarrier:
     Every process must make its barriers and saves in the same order. With one process nothing happens.
     """
 
-    def __init__(self):
+    def __init__(self, written: Callable[[], None]):
+        """written: called in each process when its part is written, before the others are waited for."""
+        self._written = written
         self._root, self._save = f"{kv_store.ROOT}/save/{next(_barriers)}", 0
         self._begun, self._left = False, list[str]()  # barriers of the save that has begun that it has still to pass
 
@@ -37,6 +40,8 @@ class SaveBarrier:
         save = f"{self._root}/{self._save}"
         name = next(name for name in (*BEGIN_OR_END, WRITTEN, RENAMED) if name in key)
         if name in (WRITTEN, RENAMED):
+            if name == WRITTEN:
+                self._written()
             self._left.remove(name)
             client.wait_at_barrier(f"{save}/{name}", timeout_ms)
             if kv_store.get(client, f"{save}/failed") is not None:

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from dalle_jax import distributed, sharding
+from dalle_jax.checkpoint import digest, reader
 from dalle_jax.cli import main
 from dalle_jax.distributed import agree, cluster, connections, kv_store, watchdog
 from dalle_jax.errors import EXIT_RESTART, EXIT_USER_ERROR, UserError
@@ -254,11 +255,15 @@ def test_processes_that_hold_unlike_parts_are_refused():
 
 
 def test_a_disk_that_is_full_for_one_process_costs_a_checkpoint_and_not_the_job(tmp_path):
+    """And each process reads back what it wrote itself: sha256.json lists all but itself and what says complete."""
     ended = processes.statuses(processes.start("disk_driver", tmp_path, 2))
     logs = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
     assert ended == [0, 0], "\n".join(logs)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert found == [{"step": 20, "checkpoints": [12, 20]}] * 2
+    for rank, one in enumerate(found):
+        assert (one["step"], one["checkpoints"], one["hashed"]) == (20, [12, 20], [str(rank)])
+        assert one["listed"] == one["files"] - 3
+    assert digest.damage(reader.checkpoint_path(tmp_path / "run")[1]) is None
     for update, who, newest in ((8, 1, 4), (16, 0, 12)):
         line = f"WARNING: the checkpoint of step {update} could not be written (process {who}: File too large)"
         assert logs[0].count(line) == 1 and f"is that of step {newest};" in logs[0]

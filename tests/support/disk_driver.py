@@ -3,13 +3,14 @@
 import io
 import json
 import pathlib
+import re
 import resource
 import sys
 import threading
 import time
 
 from dalle_jax import distributed
-from dalle_jax.checkpoint import reader
+from dalle_jax.checkpoint import digest, reader
 from dalle_jax.mesh import make_mesh
 from tests.support import line_task, processes
 
@@ -29,6 +30,8 @@ def main(folder: pathlib.Path, rank: int) -> None:
                 time.sleep(0.02)  # whatever is being written
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
+    read, hashed = digest._hash, set()
+    digest._hash = lambda path: hashed.update(re.findall(r"ocdbt.process_(\d)/d/", str(path))) or read(path)
     said, sys.stderr = sys.stderr, io.StringIO()  # a full disk has no room for a log either
     with distributed.Watchdog(20.0, first_seconds=60) as watchdog:
         result = line_task.train(
@@ -39,7 +42,10 @@ def main(folder: pathlib.Path, rank: int) -> None:
             steps=20,
         )
     said.write(sys.stderr.getvalue())
-    found = {"step": result.step, "checkpoints": reader.complete_steps(folder / "run")}
+    newest = reader.checkpoint_path(folder / "run")[1]
+    found = {"step": result.step, "checkpoints": reader.complete_steps(folder / "run"), "hashed": sorted(hashed)}
+    found["listed"] = len(json.loads((newest / digest.MANIFEST).read_text()))
+    found["files"] = len(list(digest._files(newest)))
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
