@@ -5,6 +5,7 @@ import fcntl
 import os
 import pathlib
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -57,20 +58,24 @@ def write(path: str | os.PathLike, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike) -> Iterator[bool]:
+def locked(path: str | os.PathLike, *, seconds: float = 0.0) -> Iterator[bool]:
     """Hold the lock of a file, which is made for it, until the block ends, by a kill too.
 
-    Yields False where another process holds it, and True on a file system without locks.
+    Yields False where another process still holds it after so many seconds, and True on a file system without locks.
 
     Raises:
       OSError: the file cannot be made.
     """
     with pathlib.Path(path).open("ab") as file:
-        free = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-        except OSError:  # a file system without locks
-            pass
+        until, free = time.monotonic() + seconds, False
+        while not free:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = True
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    break
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                free = True
         yield free

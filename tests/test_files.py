@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -30,7 +31,6 @@ def test_one_process_holds_a_lock_until_it_ends_by_a_kill_too(tmp_path):
     assert other.stdout.readline() == "True\n"
     with files.locked(tmp_path / "lock") as free:
         assert not free
-    other.kill()
-    other.wait()
-    with files.locked(tmp_path / "lock") as free:
-        assert free
+    threading.Timer(0.3, other.kill).start()
+    with files.locked(tmp_path / "lock", seconds=60) as free:
+        assert free and other.wait(60)

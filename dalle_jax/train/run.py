@@ -93,7 +93,7 @@ def _train(settings: TrainSettings, workdir: pathlib.Path, **of_loop) -> loop.Re
         task = dataclasses.replace(task, frozen={})  # no image will be made tokens: leave the memory to others
     with (
         contextlib.closing(batches),
-        _alone_in(workdir),
+        _alone_in(workdir, settings),
         compilation_cache.kept(workdir),
         jax.default_prng_impl("threefry2x32"),  # the numbers of a seed are these, whatever JAX's flags say
         jax.threefry_partitionable(True),
@@ -288,8 +288,10 @@ def _in_step(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 @contextlib.contextmanager
-def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
+def _alone_in(workdir: pathlib.Path, settings: TrainSettings) -> Iterator[None]:
     """Make the workdir, and keep other trainings out of it until the block ends.
+
+    A job of several processes, which a launcher starts again, waits for what is left of the one before to end.
 
     Raises:
       UserError: it cannot be written, or another training is at work in it.
@@ -298,7 +300,8 @@ def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
         if jax.process_index() == 0:  # the one that writes
             with writing_to(workdir, "workdir"):
                 workdir.mkdir(parents=True, exist_ok=True)
-                free = stack.enter_context(files.locked(workdir / LOCK))
+                seconds = settings.run.processes.hang_seconds if jax.process_count() > 1 else 0
+                free = stack.enter_context(files.locked(workdir / LOCK, seconds=seconds))
             if not free:
                 raise UserError(
                     f"expected {workdir} without another training at work in it, got one: wait for its end or stop it, "
