@@ -19,12 +19,11 @@ from dalle_jax.errors import UserError, say
 from dalle_jax.sample.request import Option
 from dalle_jax.serve.app import build_app
 from dalle_jax.serve.batcher import Batcher
-from dalle_jax.serve.connection import Connection
+from dalle_jax.serve.connection import BACKLOG, Connection
 from dalle_jax.serve.middleware import MAX_HEAD_BYTES
 
 TOKEN_VARIABLE = "DALLE_JAX_TOKEN"
 MAX_CONNECTIONS = 1000  # if this process may open enough files
-BACKLOG = 128  # connections that are accepted at a time
 NUMBERS = (
     Option("port", int, 8000, "0 takes a free one", min=0, max=65_535),
     Option("max_batch", int, None, "images drawn together", min=1, max=65_536, unset="as many as fit the free memory"),
@@ -111,7 +110,7 @@ def make_server(app, *, deadline_seconds: float) -> uvicorn.Server:
         log_level="error",
         access_log=False,
         server_header=False,
-        limit_concurrency=max_connections(),
+        limit_concurrency=max_connections() + BACKLOG,  # beyond, it answers 503
         backlog=BACKLOG,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=15,

@@ -4,6 +4,7 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+BACKLOG = 128  # connections that are accepted at a time; room for so many is kept below uvicorn's limit
 HEAD_SECONDS = 20  # for the head of a request to arrive, from the opening of the connection or the answer before
 READ_SECONDS = 60  # in which a client must read something of an answer that waits for it
 
@@ -12,21 +13,22 @@ class Connection(H11Protocol):
     """A connection that is closed if it owes a request for `HEAD_SECONDS`, or reads nothing for `READ_SECONDS`.
 
     uvicorn itself waits for ever for the rest of a head, for the rest of a body that nobody reads any more, and for
-    somebody to read its answer. When
-    there are as many connections as may be, the one that has owed its request longest goes, so that clients who send
-    nothing keep nobody out.
+    somebody to read its answer. When there are as many connections as may be, the one that has owed the rest of a
+    request longest goes, so that clients who send nothing keep nobody out.
     """
 
     _owing: asyncio.TimerHandle | None = None
-    _due = 0.0  # while something is owing
+    _due = 0.0  # of the head of the request that comes next, or is being read or answered
     _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         self._watch()
-        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
-            owing = [other for other in self.connections if isinstance(other, Connection) and other._owing]
-            min(owing, key=lambda other: other._due)._give_up()  # at worst this one
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency - BACKLOG:
+            others = [other for other in self.connections if isinstance(other, Connection) and other is not self]
+            owing = [other for other in others if other._owing is not None or other.cycle.more_body]
+            if owing:
+                min(owing, key=lambda other: other._due)._give_up()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

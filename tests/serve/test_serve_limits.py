@@ -284,20 +284,22 @@ def test_who_does_not_read_an_answer_is_given_up(monkeypatch):
         until(lambda: not connections)
 
 
-def test_silent_connections_keep_nobody_out(monkeypatch):
-    """Twice as many as may be, each with half a head: the oldest go, whoever asks is answered."""
+@pytest.mark.parametrize("body", [False, True])
+def test_silent_connections_keep_nobody_out(body, monkeypatch):
+    """Twice as many as may be, each with half a head or half a body: the oldest go, whoever asks is answered."""
+    half = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nContent-Type: application/json\r\n\r\n{{"
     monkeypatch.setattr(serve_command, "MAX_CONNECTIONS", 100)
-    with contextlib.ExitStack() as lines, serving(NoisePipeline()) as server:
+    with serving(NoisePipeline()) as server, contextlib.ExitStack() as lines:
         slow = []
         for number in range(200):
             slow.append(lines.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10)))
-            slow[-1].sendall(HEAD)
+            slow[-1].sendall(half.encode() if body else HEAD)
             if number % 25 == 24:
                 assert post(server, None, "/health", {}, "GET")[0] == 200
         assert post(server, {"prompt": "a star"})[0] == 200
         assert closes(slow[0]) and len(server.server.server_state.connections) <= 100
-        slow[-1].sendall(b"\r\n")  # a late one may still finish its head
-        assert healthy(slow[-1])
+        slow[-1].sendall(b"1234567}" if body else b"\r\n")  # a late one may still finish its request
+        assert b" 400 " in slow[-1].recv(1000) if body else healthy(slow[-1])
 
 
 def test_heads_have_the_size_that_is_documented():
