@@ -67,8 +67,8 @@ BESIDE = {
 }  # fmt: skip
 ROWS = {
     "several rows": Odd({"A.jpg": ("one", "two")}, {"A.jpg": IMAGE}, [("A.jpg", "one"), ("A.jpg", "two")]),
-    "a blank row": Odd({"B.jpg": ("b",), 0: "empty caption"}, {"B.jpg": IMAGE}, [("B.jpg", " "), ("B.jpg", "b")]),
-    "blank rows": Odd({"C.jpg": "empty caption", 1: "empty caption"}, {"C.jpg": IMAGE}, [("C.jpg", ""), ("C.jpg", "")]),
+    "a blank row": Odd({"B.jpg": ("b",)}, {"B.jpg": IMAGE}, [("B.jpg", " "), ("B.jpg", "b")]),
+    "blank rows": Odd({"C.jpg": "empty caption"}, {"C.jpg": IMAGE}, [("C.jpg", ""), ("C.jpg", "")]),
     "row before text": Odd({"D.jpg": ("row",)}, {"D.jpg": IMAGE, "D.txt": b"text"}, [("D.jpg", "row")]),
     "no such image": Odd({"E.jpg": "no image"}, {}, [("E.jpg", "e")]),
     "outside": Odd({"../outside.jpg": "outside the folder"}, {}, [("../outside.jpg", "f")]),

@@ -149,7 +149,8 @@ class FolderSource:
             faults = [text for text in texts if isinstance(text, Dropped)]
             good = tuple(caption for text in texts if not isinstance(text, Dropped) for caption in text)
             self._rows[image] = good or faults.pop(0)
-            self._faults += faults if self._captions_required else []
+            if self._captions_required:  # a blank row among others is as a blank line of a .txt
+                self._faults += [fault for fault in faults if fault.reason != "empty caption"]
 
     def _taken_in(self, metadata: str, row: dict, images: set[str]) -> str | None:
         """The first image whose own row stands inside a field of this one."""
