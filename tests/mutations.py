@@ -206,7 +206,7 @@ MUTATIONS = [
         ("if rng.random() < 0.5 else crop", "if rng.random() < 0.1 else crop"),
         ("(length - 1) / (side - 1)", "length / side"),
         ("round(ratio * height), round(ratio * width)", "int(ratio * height), int(ratio * width)"),
-        ("round(ratio * width)\n    top, left = round(", "round(ratio * width)\n    top, left = math.ceil("),
+        ("round((length - size) / 2)", "math.ceil((length - size) / 2)"),
     ]),
     ("dalle_jax/train/optimizer/moments.py", "train/test_formats.py -k second_moment", [
         ("MAX_NU = 5.0", "MAX_NU = 50.0"),

@@ -55,9 +55,7 @@ def center_crop(image_uint8: np.ndarray, size: int, rng: np.random.Generator | N
     """
     height, width = image_uint8.shape[:2]
     ratio = size / min(height, width)
-    tall, wide = round(ratio * height), round(ratio * width)
-    top, left = round((tall - size) / 2), round((wide - size) / 2)
-    return _resized(image_uint8, tall, wide)[top : top + size, left : left + size].copy()
+    return _center(_resized(image_uint8, round(ratio * height), round(ratio * width)), size).copy()
 
 
 def middle_square(image_uint8: np.ndarray) -> np.ndarray:
@@ -75,11 +73,7 @@ def clip_crop(image_uint8: np.ndarray, size: int) -> np.ndarray:
     """
     height, width = image_uint8.shape[:2]
     tall, wide = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
-    if (tall, wide) != (height, width):
-        resized = Image.fromarray(np.ascontiguousarray(image_uint8)).resize((wide, tall), Image.Resampling.BICUBIC)
-        image_uint8 = np.asarray(resized)
-    top, left = round((tall - size) / 2), round((wide - size) / 2)
-    return image_uint8[top : top + size, left : left + size]
+    return _center(_resized(image_uint8, tall, wide, Image.Resampling.BICUBIC), size)
 
 
 def shortest(augment: str, size: int) -> int:
@@ -151,6 +145,12 @@ def _crop(image: np.ndarray, rng: np.random.Generator, *, low: Fraction, high: F
         offsets.append(int(rng.integers(first, last + 1 if end_included else max(first + 1, last))))
     top, left = offsets
     return image[top : top + side, left : left + side]
+
+
+def _center(image: np.ndarray, size: int) -> np.ndarray:
+    """A view of the middle square, rounded as torchvision's CenterCrop does."""
+    top, left = (round((length - size) / 2) for length in image.shape[:2])
+    return image[top : top + size, left : left + size]
 
 
 def _random_window(square: np.ndarray, side: int, size: int, rng: np.random.Generator) -> np.ndarray:
