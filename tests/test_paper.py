@@ -6,6 +6,7 @@ that each number is held by a test.
 
 import argparse
 import math
+import re
 
 import pytest
 
@@ -17,6 +18,7 @@ from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sample.autoregressive import OPTIONS
 from dalle_jax.train.optimizer.schedule import Plateau
 from dalle_jax.train.settings import MeshSizes, load_settings
+from tests.support import ROOT
 
 
 def adam_of(settings):
@@ -147,3 +149,14 @@ def test_the_evaluation(name, crop, side):
     assert (found.measure.pools, found.measure.resize) == ("torchvision", "dm-gan")
     cub = config.load("configs/evaluate.py:cub").draw
     assert (cub.count, cub.unique, cub.best_of) == (None, True, 512)
+
+
+def test_no_fact_is_silent():
+    """Each is exact, a departure or a reading, and names where it is or what holds it."""
+    table = (ROOT / "docs" / "paper.md").read_text().partition("## Every fact")[2]
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in table.splitlines() if line.startswith("| ")][1:]
+    facts = [row for row in rows if not row[0].startswith("| **")]
+    assert len(facts) >= 140
+    for fact in facts:
+        assert len(fact) == 4 and all(fact), fact
+        assert re.match(r"exact\b|departs: |open: ", fact[2]), fact
