@@ -66,5 +66,6 @@ class Connection(H11Protocol):
     def _give_up(self) -> None:
         self._settle()
         self.connections.discard(self)
-        self.transport.close()  # when what was written is read
-        self.loop.call_later(READ_SECONDS, self.transport.abort)
+        self.transport.close()
+        if self.transport.get_write_buffer_size():  # it is closed when this is read
+            self.loop.call_later(READ_SECONDS, self.transport.abort)
