@@ -72,6 +72,7 @@ ODDITIES = {
         lambda n: members(n, "1.png", "2.png", "2.txt", "3.txt"), [".2"], ["extra image", "no image"],
     ),
     "a mask": (lambda n: members(n, "seg.png", "png", "txt"), [""], ["extra image"]),
+    "a mask of the same name": (lambda n: members(n, "png", "jpg", "txt"), [""], ["extra image"]),
     "letter @": (lambda n: members(f"@{n}/@1", "png", "txt"), ["@/@1"], []),
     "no UTF-8": (lambda n: members(f"{n}\udce9", "png", "txt"), ["\ufffd"], []),
     "newline": (lambda n: members(f"{n}é\n1", "png", "txt", pax=True), ["é\n1"], []),

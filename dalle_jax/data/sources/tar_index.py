@@ -32,7 +32,7 @@ from dalle_jax.data.sources import cache
 from dalle_jax.data.sources.tar_members import BLOCK, CHUNK, Member, members
 from dalle_jax.errors import UserError, say
 
-VERSION = 3  # raise it when `scan` reads the same file differently, so that cached indexes are rebuilt
+VERSION = 4  # raise it when `scan` reads the same file differently, so that cached indexes are rebuilt
 TABLE = 512  # shards
 CHECKED = 100  # a source of no more shards is compared with their sizes and times at every start
 OPEN_TABLES = 256  # per process and source
@@ -346,7 +346,8 @@ def _sample(run: dict[bytes, Member]) -> list[Words]:
         texts = texts or [name for name in run if name == b"json"]
         return [_slot(run[name], _SLOT["no image"]) for name in texts]
     readable = sorted((name for name in images if _suffix(name) in _READ), key=lambda name: name.count(b"."))
-    own = [name for name in readable if any(_stem(name) + text in run for text in _TEXTS)]
+    first = {_stem(name): name for name in reversed(readable)}  # of those beside one caption
+    own = [name for stem, name in first.items() if any(stem + text in run for text in _TEXTS)]
     good = own or readable[:1]
     rest = _SLOT["extra image" if good else "unsupported image"]
     slots = {name: _good(run, name) if name in good else _slot(run[name], rest) for name in images}

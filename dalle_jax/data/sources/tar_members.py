@@ -96,7 +96,8 @@ def _plain_header(block: bytes) -> tuple[bytes, bytes, int] | None:
     """Type, name and size in a sound header of a file or of a pax record; None where `tarfile` has to look."""
     try:
         kind = block[156:157]
-        if kind not in b"0x" or block[345] or block[135] not in b"\0 ":  # prefix of the name, end of the size
+        whole = len(block) == BLOCK and block[135] in b"\0 "  # the end of the size
+        if kind not in b"0x" or block[345] or not whole:  # 345: the prefix of a long name
             return None
         field = block[148:156]
         if (int(field.strip(b" \0"), 8) - 256 + sum(field) - (zlib.adler32(block) & 0xFFFF) + 1) % ADLER:
