@@ -55,7 +55,7 @@ def test_captions_are_read_without_images(two_shards, monkeypatch):
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda *where: read.append(pread(*where)) or read[-1])
     assert [captions_of(shards, i) for i in range(12)] == [(f"caption {i % 6}",) for i in range(12)]
-    assert read == [b"caption %d" % (i % 6) for i in range(12)]
+    assert [len(data) for data in read] == [1024] * 12, "the header and the block of a caption"
     assert [captions_of(built_in, i) for i in range(9)] == [built_in[i].captions for i in range(9)]
     assert captions_of([Dropped("a", "no image"), Record("b", b"", ("b",))], 1) == ("b",), "a source without them"
 
