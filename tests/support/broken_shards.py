@@ -75,6 +75,7 @@ def _damage(data: bytes, name: bytes, *, with_bytes: bytes = b"!!!") -> bytes:
 
 _THREE = [*sample("a"), *sample("b"), *sample("c")]
 _LAST_PICTURE = pack(_THREE).index(b"c.jpg")  # offset of its header
+_JSON_LAST = pack([*sample("a"), *sample("b", json=b"{}")])
 _PICTURE = encoded()
 
 CASES: dict[str, tuple[bytes, list[str], dict[str, int]]] = {
@@ -117,6 +118,11 @@ CASES: dict[str, tuple[bytes, list[str], dict[str, int]]] = {
     "huge caption": (pack(sample("a", txt=b"word " * 60_000)), ["a"], {}),
     "cut in a member": (pack(_THREE)[: _LAST_PICTURE + 512 + 100], ["a", "b"], {"truncated tar": 1}),
     "cut in a header": (pack(_THREE)[: _LAST_PICTURE + 300], ["a", "b"], {"truncated tar": 1}),
+    "cut in the last zeros of a header": (
+        _JSON_LAST[: _JSON_LAST.index(b"b.json") + 500],
+        ["a", "b"],
+        {"truncated tar": 1},
+    ),
     "no end mark": (
         pack(_THREE).rstrip(b"\0") + bytes(512 - len(pack(_THREE).rstrip(b"\0")) % 512),
         ["a", "b", "c"],
