@@ -24,6 +24,7 @@ from tests.support.evaluation import write_inception
 from tests.support.inception_weights import state_dict
 
 pytestmark = pytest.mark.usefixtures("interruptible")
+MOMENTS = 20
 SECONDS = 120  # a process that has not ended by then hangs
 # The main thread computes, and hears nothing, for longer than a test may take.
 STUCK = """
@@ -223,12 +224,12 @@ def test_twenty_moments(verb, model_folder, tmp_path, monkeypatch):
             running.wait(60)
         seconds = time.monotonic() - began
         running.kill()
-    for moment in range(20):
+    for moment in range(MOMENTS):
         for path in (tmp_path / "out", cache):
             shutil.rmtree(path, ignore_errors=True)
         with started(verb, *words) as (running, terminal):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                running.wait(seconds * moment / 20)
+                running.wait(seconds * moment / MOMENTS)
             running.send_signal(signal.SIGINT)
             said = read(terminal)
             assert running.wait(SECONDS) in (0, 130), said
