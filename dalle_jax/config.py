@@ -4,12 +4,14 @@ A config is a Python file with `get_config(variant)` that returns every key with
 values but never add keys. Knows of no key what it means.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import pathlib
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import dalle_jax
-from dalle_jax.errors import UserError
+from dalle_jax.errors import UserError, first_line
 
 OVERRIDE = "--config."
 # Keys of version 0.1, or what they begin with -> what they are called now.
@@ -64,7 +66,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
         arguments = inspect.signature(get_config).bind(*[variant] * bool(variant)).args
     except TypeError as error:
         raise UserError(f"expected --config FILE.py:VARIANT that get_config takes, got {spec} ({error})") from error
-    config = get_config(*arguments)
+    with _run_by_python(path):
+        config = get_config(*arguments)
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f"expected get_config of {path} to return a ConfigDict, got a {type(config).__name__}: start from a config "
@@ -90,10 +93,10 @@ def _configs() -> pathlib.Path:
 
 def _find(name: str) -> pathlib.Path:
     for folder in (pathlib.Path(), _configs().parent):
-        if (path := folder / name).is_file():
+        if (path := folder / name).is_file() and path.suffix == ".py":
             return path.resolve()
     known = sorted(f"configs/{p.name}" for p in _configs().glob("*.py") if p.stem not in ("__init__", "base"))
-    raise UserError(f"expected a config file, got {name!r} that does not exist: try {' or '.join(known)}")
+    raise UserError(f"expected a Python file with a config, got {name!r}, which is none: try {' or '.join(known)}")
 
 
 def _module(path: pathlib.Path) -> ModuleType:
@@ -104,8 +107,25 @@ def _module(path: pathlib.Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader  # every .py file has them
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _run_by_python(str(path)):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _run_by_python(path: str) -> Iterator[None]:
+    """A block that runs a config file, whose mistakes are those of its author."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
+        raise UserError(
+            f"expected a config that Python can run, got {type(error).__name__} in line {line} of {path} "
+            f"({first_line(error)}): mend the file"
+        ) from error
 
 
 def _override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
@@ -124,7 +144,7 @@ def _override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml
     try:
         values(["", *words])
     except flags.Error as error:
-        raise UserError(f"a config value has the wrong type or form: {error}") from None
+        raise UserError(f"a config value has the wrong type or form: {first_line(error)}") from None
     holder.value.update_from_flattened_dict(nothing)
     return holder.value.lock()
 

@@ -59,6 +59,7 @@ def test_overrides_change_values_and_keep_types():
         ("configs/dvae.py:demo", "--config.model.width", "join key and value"),
         ("configs/dvae.py:tiny", "--config.run.steps=1", "one of paper, emoji, demo"),
         ("configs/vae.py:demo", "", "try configs/clip.py or configs/dvae.py or configs/evaluate.py"),
+        ("README.md", "", "expected a Python file with a config, got 'README.md', which is none"),
         ("configs/base.py", "", "expected a config file with a function get_config"),
         ("configs/dvae.py:demo", "--config.steps=1", "'steps': it is called 'run.steps' since version 0.2"),
         (
@@ -89,6 +90,12 @@ def test_a_config_file_of_ones_own(tmp_path):
         config.load(str(path))
     with pytest.raises(UserError, match="to return a ConfigDict, got a dict"):
         config.load(f"{path}:demo")
+    path.write_text("def get_config():\n    from dalle_jax.configs import dvae\n    return dvae.get_config('demu')\n")
+    with pytest.raises(UserError, match=r"got KeyError in line 3 of .*mine.py \('demu'\): mend the file"):
+        config.load(str(path))
+    path.write_text("\ndef get_config(:\n")
+    with pytest.raises(UserError, match="got SyntaxError in line 2 of"):
+        config.load(str(path))
 
 
 def test_none_is_a_value():

@@ -221,7 +221,7 @@ def test_twenty_moments(verb, model_folder, tmp_path, monkeypatch):
     words, began = words_of(verb, model_folder, tmp_path), time.monotonic()
     with started(verb, *words) as (running, _):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            running.wait(60)
+            running.wait(10 if verb == "serve" else 60)  # it never ends by itself
         seconds = time.monotonic() - began
         running.kill()
     for moment in range(MOMENTS):
@@ -232,6 +232,7 @@ def test_twenty_moments(verb, model_folder, tmp_path, monkeypatch):
                 running.wait(seconds * moment / MOMENTS)
             running.send_signal(signal.SIGINT)
             said = read(terminal)
-            assert running.wait(SECONDS) in (0, 130), said
+            # -SIGINT is what shells call 130: Python's own end, which the work no longer needs, leaves signals to C
+            assert running.wait(SECONDS) in (0, 130, -signal.SIGINT), said
             assert "Traceback" not in said and "Fatal" not in said, said
             until(lambda pid=running.pid: not group_lives(pid))
