@@ -30,7 +30,7 @@ def read(path: str | os.PathLike, *, allow_pickle: bool | None = None) -> dict[s
 
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"expected a safetensors file, but {path} does not read as one: {error}") from error
 
 

@@ -51,10 +51,11 @@ def evaluate(
         raise UserError(f"{out} holds an evaluation that draws its pictures: give another --out for given ones")
     if save_statistics:
         statistics.check_place(save_statistics)
+    with writing_to(out):
+        files.prepare(out)
+    inputs = open_inputs(evaluation, model=model, tensor=tensor)  # whose failures are not those of OUT
     kept = f"what is drawn and computed so far is kept in {out}: the same command goes on with it"
     with writing_to(out), signals.keeping(kept):
-        files.prepare(out)
-        inputs = open_inputs(evaluation, model=model, tensor=tensor)
         plan = inputs.images.plan(out, worker) if isinstance(inputs.images, Drawing) else None
         if plan is not None and evaluation.expected is not None:
             evaluation.expected.check("drawn.captions_sha256", plan.digest)
