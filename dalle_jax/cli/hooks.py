@@ -5,7 +5,6 @@ Above `train`, `sample` and `evaluate`, which do not know one another.
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from dalle_jax import distributed, model_dir, sharding
+from dalle_jax import distributed, model_dir
 from dalle_jax.data.record import Dropped
 from dalle_jax.data.sources import open_source
 from dalle_jax.errors import UserError
-from dalle_jax.mesh import make_mesh
 from dalle_jax.models import Model, build
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.autoregressive import Autoregressive
 from dalle_jax.sample.batches import free_bytes
-from dalle_jax.sample.engine import weight_bytes
+from dalle_jax.sample.engine import weight_bytes, widest_mesh
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.sample.request import Request
 from dalle_jax.sample.rerank import Reranker
@@ -121,7 +119,7 @@ def _sampler(settings: TrainSettings, workdir: pathlib.Path, *, count: int) -> C
         return image_tokenizer, tokenizer, first_captions(_spec(settings), count)
 
     def draw(step: int, state) -> list[Picture]:
-        model, mesh = build("transformer", settings.model), _mesh(settings.model.heads)
+        model, mesh = build("transformer", settings.model), widest_mesh(settings.model.heads, jax.local_devices())
         if problem := distributed.gather_json(_lack_of_room(model, mesh))[0]:
             raise UserError(problem)
         average, dtype = ema_params(state), compute_dtype(settings.model.precision)
@@ -151,12 +149,6 @@ class _Layers:
 
     def __getitem__(self, layer: int) -> np.ndarray:
         return self.array[layer].astype(np.float32)
-
-
-def _mesh(heads: int) -> jax.sharding.Mesh:
-    """This process's devices, of which as many share the weights as the heads divide among."""
-    devices = jax.local_devices()
-    return make_mesh({sharding.REPLICA: -1, sharding.TENSOR: math.gcd(len(devices), heads)}, devices=devices)
 
 
 def _lack_of_room(model: Model, mesh: jax.sharding.Mesh) -> str | None:

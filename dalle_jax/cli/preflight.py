@@ -91,6 +91,7 @@ def _json(result) -> dict[str, Any]:
             "code": verdict.code_bytes,
             "total": verdict.total_bytes,
         },
+        "sampling": None if result.sampling is None else dataclasses.asdict(result.sampling),
         "bytes_across_replicas": dict(zip(("sent", "without_compression"), job.across_replicas, strict=True)),
         "compression_saved": 1 - job.across_replicas[0] / job.across_replicas[1],
         "chip_bytes": job.topology.chip.memory_bytes,

@@ -27,7 +27,8 @@ class Work:
 
     tokens: its positions. model_flops: by the rules above. executed_flops: with recomputation and the frozen image
     tokenizer. scores: attention scores of all layers that lie in memory as arrays, 0 with a fused kernel.
-    result_bytes: of the results of all products of the forward pass, if the loss was traced.
+    result_bytes: of the results of all products of the forward pass, if the loss was traced, and what is added where
+    they are widened, as into a residual stream of float32.
     """
 
     tokens: int
@@ -49,8 +50,7 @@ def traced_work(loss, model: Model, example: Any) -> Work:
     """The work of any model with `config.grid`, from the trace of loss(params, example). example: abstract, of one."""
     found = list(_products(jax.make_jaxpr(loss)(model.abstract, example).jaxpr))
     total = TRAINING_PASSES * sum(times * count for times, count, _ in found)
-    sizes = tuple(result.size * result.dtype.itemsize for _, _, result in found)
-    return Work(model.config.grid**2, total, total, result_bytes=sizes)
+    return Work(model.config.grid**2, total, total, result_bytes=tuple(size for *_, size in found))
 
 
 @functools.cache
@@ -100,23 +100,30 @@ def traced(function, *args: Any) -> int:
     return sum(times * count for times, count, _ in _products(jax.make_jaxpr(function)(*args).jaxpr))
 
 
-def _products(jaxpr) -> Iterator[tuple[int, int, Any]]:
-    """For each product how often it runs, its FLOPs and its abstract result."""
+def _products(jaxpr) -> Iterator[tuple[int, int, int]]:
+    """For each product how often it runs, its FLOPs and the bytes of its result; a widening has bytes alone."""
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         result: Any = equation.outvars[0].aval if equation.outvars else None
         if name == "dot_general":
             (left, _), _ = params["dimension_numbers"]
             contracted = math.prod(equation.invars[0].aval.shape[i] for i in left)
-            yield 1, 2 * math.prod(result.shape) * contracted, result
+            yield 1, 2 * math.prod(result.shape) * contracted, _bytes(result)
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             channel = params["dimension_numbers"].rhs_spec[0]  # the kernel's dimension of output channels
-            yield 1, 2 * math.prod(result.shape) * math.prod(kernel) // kernel[channel], result
+            yield 1, 2 * math.prod(result.shape) * math.prod(kernel) // kernel[channel], _bytes(result)
+        elif name == "convert_element_type" and 0 < (more := _bytes(result) - _bytes(equation.invars[0].aval)):
+            if jax.numpy.issubdtype(equation.invars[0].aval.dtype, jax.numpy.floating):
+                yield 1, 0, more
         else:
             outer = params["length"] if name == "scan" else 1
             for inner in _inner(params):
-                yield from ((outer * times, count, found) for times, count, found in _products(inner))
+                yield from ((outer * times, count, size) for times, count, size in _products(inner))
+
+
+def _bytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize
 
 
 def _inner(params) -> list:

@@ -171,6 +171,14 @@ class Job:
         return self.settings.batch_size // (sharding.batch_ways(self.mesh) * self.settings.accumulate)
 
     @property
+    def first_devices(self) -> list[Any]:
+        """Devices of the first process: of a TPU slice those of a host, of GPUs one, as the launchers start them."""
+        first = self.devices[0]
+        if self.topology.chip.platform == "gpu":
+            return [first]
+        return [device for device in self.devices if device.process_index == first.process_index]
+
+    @property
     def slices(self) -> list[int]:
         """Number of the slice or NVLink domain of each device, in the order of the mesh."""
         place = {device: index // self.topology.slice_size for index, device in enumerate(self.devices)}

@@ -26,6 +26,7 @@ def table(result: Result, change: Result | None) -> str:
     lines += [f"  {'':<16}{verdict.total_bytes / GB:>9.3f}   by the compiler{_parts(verdict)}"]
     lines += [
         f"  {'chip':<16}{chip.memory_bytes / GB:>9.3f}   a program may use {job.topology.usable_bytes / GB:.3f}",
+        *_sampling(result),
         "",
         f"FLOPs per sequence {work.model_flops:.4g}, with recomputation and the image tokenizer "
         f"{work.executed_flops:.4g}; per step {work.model_flops * job.settings.batch_size:.4g}",
@@ -64,6 +65,17 @@ def _parts(verdict) -> str:
         f": arguments {verdict.argument_bytes / GB:.3f}, temporaries {verdict.temporary_bytes / GB:.3f}, "
         f"code {verdict.code_bytes / GB:.3f}"
     )
+
+
+def _sampling(result: Result) -> list[str]:
+    if (found := result.sampling) is None:
+        return []
+    devices = f"each of {found.devices} devices" if found.devices > 1 else "a device"
+    outcome = "" if found.fits else ": DOES NOT FIT, so the training goes on without them"
+    return [
+        f"  {'samples':<16}{found.weights / GB:>9.3f}   of weights on {devices} of the first process, between steps "
+        f"beside {found.held / GB:.3f}{outcome}"
+    ]
 
 
 def _collectives(result: Result) -> list[str]:

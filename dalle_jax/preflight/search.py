@@ -30,7 +30,8 @@ class Result:
     """All figures of one job.
 
     changed: config keys that differ from what was asked for, or 'topology'. bytes: the byte model's, by kind.
-    collectives: the compiled program's or, if there is none to read, those that the mesh makes necessary.
+    collectives: the compiled program's or, if there is none to read, those that the mesh makes necessary. sampling: see
+    `memory.sampling`.
     """
 
     job: Job
@@ -39,6 +40,7 @@ class Result:
     verdict: Verdict
     collectives: Sequence[Collective]
     estimate: roofline.Estimate
+    sampling: memory.Sampling | None
 
 
 def examine(job: Job, changed: Mapping[str, Any] | None = None) -> Result:
@@ -48,7 +50,7 @@ def examine(job: Job, changed: Mapping[str, Any] | None = None) -> Result:
     found = verdict.collectives
     if found is None:
         found = [c for c in roofline.expected(job) if c.bytes]
-    return Result(job, changed or {}, model_bytes, verdict, found, roofline.estimate(job, found))
+    return Result(job, changed or {}, model_bytes, verdict, found, roofline.estimate(job, found), memory.sampling(job))
 
 
 def smallest_change(result: Result) -> Result | None:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from dalle_jax import sharding
 from dalle_jax.errors import UserError
+from dalle_jax.mesh import make_mesh
 from dalle_jax.models import Model, Params, decoding
 from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sample import batches
@@ -48,6 +49,11 @@ class Batch:
     program: Program
     arrays: dict[str, Any]
     shape: tuple[int, int]
+
+
+def widest_mesh(heads: int, devices: Sequence[Any]) -> Mesh:
+    """These devices, of which as many share the weights as a model's heads divide among."""
+    return make_mesh({sharding.REPLICA: -1, sharding.TENSOR: math.gcd(len(devices), heads)}, devices=devices)
 
 
 def weight_bytes(model: Model, mesh: Mesh) -> int:

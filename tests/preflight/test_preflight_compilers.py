@@ -23,7 +23,7 @@ def preflight(topology: str, *words: str, config: str = "12b") -> tuple[int, dic
     if not any(importlib.util.find_spec(name) for name in names):
         pytest.skip(f"needs {' or '.join(names)} to compile for {topology}")
     clean = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    spec = f"configs/transformer.py:{config}"
+    spec = config if ":" in config else f"configs/transformer.py:{config}"
     command = [sys.executable, "-m", "dalle_jax.cli", "preflight", "--config", spec, "--json"]
     done = subprocess.run(
         [*command, "--topology", topology, *words], capture_output=True, text=True, timeout=1100, env=clean
@@ -36,6 +36,7 @@ def preflight(topology: str, *words: str, config: str = "12b") -> tuple[int, dic
     ("topology", "config", "words"),
     [
         ("tpu:v5p:2x2x1", "12b", ("--config.model.num_layers=13", "--config.batch_size=8")),
+        ("tpu:v5p:2x2x1", "configs/dvae.py:paper", ("--config.batch_size=32",)),
         ("gpu:h100:1x8", "12b", WIDE),
         ("gpu:h100:8x8", "12b", ("--config.run.mesh.fsdp=64", "--config.accumulate=4")),
         ("gpu:h100:1x1", "1b3", ("--config.batch_size=16", "--config.model.remat=dots", "--config.model.scan=False")),

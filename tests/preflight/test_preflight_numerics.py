@@ -26,6 +26,27 @@ def test_the_average_that_a_gpus_host_holds_is_taken_off(result):
     assert memory.by_kind(on_tpu)["ema"] == 0 == on_tpu.average_bytes_taken_off
 
 
+def test_samples_of_a_training_are_counted(result):
+    """On the devices of the first process: one GPU, as the launchers start them, or those of a TPU host, which share
+    the weights as far as the heads divide."""
+    job = result.job.changed({"run.picture_every": 5})
+    alone = memory.sampling(job)
+    host = memory.sampling(emulated("v5e", (2, 4), "tpu").changed({"run.picture_every": 5}))
+    assert (alone.devices, host.devices) == (1, 4) and alone.fits and host.fits
+    drawing = job.task.model.num_params - job.task.model.abstract["text_head"].size
+    assert alone.weights == pytest.approx(4 * drawing, rel=0.01)  # float32, with the norms folded in
+    assert alone.weights / 4 < host.weights < 0.4 * alone.weights  # tables and vectors lie whole
+    state = shard_bytes([job.state[part] for part in ("params", "opt_state", "ema")])
+    assert alone.held == state + shard_bytes(job.frozen)
+    chip = dataclasses.replace(job.topology.chip, memory_bytes=alone.held + alone.weights, usable_share=0.99)
+    small = memory.sampling(dataclasses.replace(job, topology=dataclasses.replace(job.topology, chip=chip)))
+    assert small == dataclasses.replace(alone, fits=False)
+    assert memory.sampling(job.changed({"run.picture_every": None})) is None
+    for found, words in ((alone, "of weights on a device of the first"), (small, "DOES NOT FIT, so the training")):
+        drawn = dataclasses.replace(result, sampling=found)
+        assert words in report.table(drawn, None) and preflight._json(drawn)["sampling"] == dataclasses.asdict(found)
+
+
 def test_the_papers_own_layout_holds_more_than_its_gpus_have():
     """12b_v100 on 1,024 V100 of 16 GB: by shapes alone, and as docs/numerics.md says."""
     pod = topology.parse("gpu:v100-16:128x8")
@@ -44,6 +65,18 @@ def test_the_papers_own_layout_holds_more_than_its_gpus_have():
     for kind, size in found.items():
         assert f"  {report.NAMES.get(kind, kind):<16}{size / 1e9:>9.3f}\n" in text, kind
     assert f"{sent / 1e9:.3f} GB instead of {instead / 1e9:.3f}" in text and "DOES NOT FIT" in text
+
+
+def test_the_dvaes_stream_in_float32_is_counted():
+    """The compiler asks for 12.6 GB (tests/preflight/test_preflight_compilers.py); its branches alone are bfloat16."""
+    job = Job(load_settings("configs/dvae.py:paper", ["--config.batch_size=32"]), topology.parse("tpu:v5p:2x2x1"), ())
+    whole = job.changed({"model.precision": "fp32"})
+    for each in (job, whole):
+        vars(each)["mesh"] = AbstractMesh((1, 4, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    assert memory.total(job) == pytest.approx(12.604e9, rel=0.15)
+    stream = 2 * 4 * 2 * 256**3 * (1 + 1 / 2 + 1 / 4 + 1 / 8)  # bytes: of both towers after each of two blocks a group
+    halves = sum(whole.work.result_bytes) / 2
+    assert halves + stream / 2 < sum(job.work.result_bytes) < 2 * halves
 
 
 def test_compression_is_in_the_report_and_the_json(result):
