@@ -21,7 +21,6 @@ EMPTY = (
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
 )  # fmt: skip
 
-PLAIN = {b"": b""}  # an extended header that says nothing of what is asked here
 Read = Callable[[int, int], bytes]  # size, offset -> bytes, fewer at the end of the file
 
 
@@ -45,7 +44,9 @@ def members(read: Read, start: int, end: int) -> Iterator[Member]:
     Raises:
       OSError: the file cannot be read.
     """
-    offset, extended, known = start, {}, False
+    offset, known = start, False
+    begin: int | None = None  # of the extended headers before a member, with what they say of it
+    extended: dict[bytes, bytes] = {}
     window, base = b"", start  # the last AHEAD bytes that were read, because headers often follow each other closely
     while offset < end:
         if offset + BLOCK > base + len(window):
@@ -65,11 +66,11 @@ def members(read: Read, start: int, end: int) -> Iterator[Member]:
                 yield Member(None, offset, fault="bad tar header")
             if following is None:
                 return
-            offset, extended, known = following, {}, True
+            offset, begin, extended, known = following, None, {}, True
             continue
 
         kind, path, size = header
-        start, known, data = start if extended else offset, True, offset + BLOCK
+        start, known, data = offset if begin is None else begin, True, offset + BLOCK
         if extended:
             path, size = extended.get(b"path", path), int(extended.get(b"size", size))
         if kind == tarfile.GNUTYPE_SPARSE and block[482]:
@@ -81,7 +82,7 @@ def members(read: Read, start: int, end: int) -> Iterator[Member]:
         if kind in NAMING:
             near = data - base + size <= len(window)
             text = window[data - base : data - base + size] if near else read(min(size, MAX_NAME_BYTES), data)
-            extended = {**extended, **_extended(kind, text)}
+            begin, extended = start, extended | _extended(kind, text)
             continue
         if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
             yield Member(path, start, data, fault="link")
@@ -89,7 +90,7 @@ def members(read: Read, start: int, end: int) -> Iterator[Member]:
             yield Member(path, start, data, fault="sparse")
         elif kind in tarfile.REGULAR_TYPES:
             yield Member(path, start, data, size)
-        extended = {}
+        begin, extended = None, {}
 
 
 def _plain_header(block: bytes) -> tuple[bytes, bytes, int] | None:
@@ -141,10 +142,10 @@ def _next_header(read: Read, start: int, end: int) -> tuple[int | None, bool]:
 def _extended(kind: bytes, data: bytes) -> dict[bytes, bytes]:
     """The b'path' and b'size' in a long-name record (GNU) or an extended header (pax), and b'GNU.sparse' if it is."""
     if kind == tarfile.GNUTYPE_LONGNAME:
-        return {**PLAIN, b"path": data.partition(b"\0")[0]}
+        return {b"path": data.partition(b"\0")[0]}
     if b"path=" not in data and b"size=" not in data and b"GNU.sparse." not in data:  # nearly always: it is the time
-        return PLAIN
-    fields = dict(PLAIN)
+        return {}
+    fields: dict[bytes, bytes] = {}
     while kind != tarfile.GNUTYPE_LONGLINK and data[:1].isdigit():  # records are 'LENGTH KEY=VALUE\n', LENGTH in bytes
         length, _, record = data.partition(b" ")
         if not length.isdigit() or int(length) <= len(length):
