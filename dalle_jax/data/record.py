@@ -38,8 +38,9 @@ REASONS = {
     "truncated image": "an image that ends too early",
     "broken image": "an image that its decoder refuses",
     "unsupported image": "a format that is not read (HEIC, RAW, SVG ...), or pixels without a defined brightness",
-    "decompression bomb": "more pixels or bytes after decoding than the limit",
-    "too many bytes": "a member larger than any sensible image or caption",
+    "decompression bomb": "more pixels or bytes after decoding than the limit; of a compressed shard, more than 64 GiB "
+    "or than half of what is free in the cache folder (DALLE_JAX_CACHE)",
+    "too many bytes": "a member larger than any sensible image or caption, or a shard of more than 2 TiB",
     # faults of a shard of tokens
     "broken tokens": "tokens beyond the vocabulary, or a slot that does not parse; encode that shard again",
 }
