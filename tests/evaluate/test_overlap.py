@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from dalle_jax.data.record import Dropped, Record
-from dalle_jax.evaluate import overlap
+from dalle_jax.data.share import Share
+from dalle_jax.evaluate import features, overlap
 from dalle_jax.evaluate.feature_cache import ImageSet
-from dalle_jax.evaluate.features import FeatureSet, Row
+from dalle_jax.evaluate.features import ClipExtractor, FeatureSet, Row
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.models import build
 from dalle_jax.models.clip import encode_images
 from dalle_jax.preflight import flops, roofline
 from dalle_jax.preflight.hardware import CHIPS
+from dalle_jax.sample.rerank import Reranker
 from dalle_jax.train.settings import load_settings
 
 
@@ -91,10 +93,24 @@ def test_the_nearest_are_those_of_all_cosines_at_once(tmp_path, monkeypatch):
         i: kept[best] for i, best in enumerate(cosine_XY.argmax(1))
     }
     np.testing.assert_allclose([pair.cosine for pair in pairs], np.sort(cosine_XY.max(1))[::-1], rtol=1e-6)
+    for index in (0, 1):  # two workers share the parts
+        shared = tmp_path / "shared"
+        shared.mkdir(exist_ok=True)
+        theirs = overlap.search(clip, reference, training, folder=shared, worker=Worker(Share(index, 2)))
+    assert overlap.closest(theirs, reference, source) == (pairs, seen)
     clip.seen = 0
     assert search() == paths and clip.seen == 0
     paths[1].write_bytes(paths[1].read_bytes()[:-40])
     assert search() == paths and clip.seen == 33
+
+
+def test_clip_works_on_all_devices(model):
+    clip = Reranker.load(model / "clip")
+    extractor, size = ClipExtractor(clip), clip.image_size
+    images_uint8 = np.random.default_rng(0).integers(0, 256, (11, size, size, 3), np.uint8)
+    vectors_XE, _ = extractor(images_uint8)
+    assert extractor.batch == features.BATCH * jax.device_count()
+    np.testing.assert_allclose(vectors_XE, encode_images(clip.model, clip.params, images_uint8), atol=1e-5)
 
 
 def test_the_name_of_all_rows_costs_nothing():
