@@ -131,7 +131,7 @@ def _sampler(settings: TrainSettings, workdir: pathlib.Path, *, count: int) -> C
         if jax.process_index() != 0:
             return []
         image_tokenizer, tokenizer, captions = parts()
-        params = ends | {"blocks": {name: _Layers(array) for name, array in blocks.items()}}
+        params = ends | {"blocks": {name: _Layers(array) for name, array in blocks.items() if array is not None}}
         generator = Autoregressive(
             model_dir.ModelDir({}, model, params), image_tokenizer, tokenizer, digest=f"step {step}", mesh=mesh
         )
