@@ -127,7 +127,7 @@ def _watch(read: int) -> None:
             again -= 1
         elif number == signal.SIGINT and asked:
             end()
-        elif number in (signal.SIGINT, signal.SIGTERM):
+        elif number in (signal.SIGINT, signal.SIGTERM) and not asked:  # uvicorn raises once more what ended it
             asked = True
             _say_kept()
             for promise in _promises:

@@ -49,8 +49,12 @@ import sys
 from tests.support.stand_in_server import NoisePipeline
 from dalle_jax.cli import main, serve
 serve.load = lambda args: NoisePipeline(step_seconds=0.3)
-sys.exit(main.main(["serve", "runs/noise", "--port", "0"]))
+sys.argv[1:] = ["serve", "runs/noise", "--port", "0"]
+main.command()
 """
+
+
+FINISHING = "dalle-jax: SIGTERM: requests that were accepted are answered; Ctrl-C once more ends at once\n"
 
 
 def test_sigterm_finishes_what_runs():
@@ -77,7 +81,7 @@ def test_sigterm_finishes_what_runs():
         assert status == 200
         drawn = pixels(made["data"][0]["b64_json"])
         np.testing.assert_array_equal(drawn, np.asarray(NoisePipeline().picture(Request("a star", seed=1), 0)))
-        assert process.wait(30) == 0 and process.stderr.read() == ""
+        assert process.wait(30) == 0 and process.stderr.read() == FINISHING
     finally:
         process.kill()
         process.communicate()
@@ -103,7 +107,7 @@ def test_2000_slow_connections_keep_nobody_out():
                         assert post(server, None, "/health", {}, "GET")[0] == 200
                 assert post(server, {"prompt": "a star"})[0] == 200
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0 and process.stderr.read() == ""
+            assert process.wait(30) == 0 and process.stderr.read() == FINISHING
         finally:
             process.kill()
 
