@@ -4,7 +4,7 @@ The state is a nested dict of arrays:
 
     params      the model's parameters            opt_state   the optimizer's
     ema         their moving average              step        int32, updates attempted so far
-    skipped     int32, updates left out because the loss or the gradient was not finite
+    skipped     int32, updates left out because the loss, the gradient or a new parameter was not finite
     scales      of float16 gradients (`loss_scale.py`), where the model's precision has any
     error       what compression has left out so far (`powersgd.py`), where gradients are compressed
 
@@ -78,8 +78,9 @@ class TrainStep:
         """The jitted `update(state, frozen, batch, key) -> (state, metrics)`; the old state is donated.
 
         The metrics are the task's, averaged over microbatches, and `loss`, `grad_norm` (before clipping), `skipped`
-        (updates so far), `plateau_scale` (what halving on plateaus has made of the step size) and `log2_scale` (of
-        float16 gradients, one or an array of [layers, 2], before the update moved them).
+        (updates so far), `finite` (False where this one was skipped), `plateau_scale` (what halving on plateaus has
+        made of the step size) and `log2_scale` (of float16 gradients, one or an array of [layers, 2], before the update
+        moved them).
         """
 
         def update(state, frozen, batch, key):
@@ -159,20 +160,25 @@ class TrainStep:
         grads = self._scaler.unscaled(moments.to_float32(grads), scales)
         in_range = self._reducer.everywhere(self._scaler.finite, grads)
         grads, grad_norm, error = self._reducer.reduce(grads, error, key)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         wide = moments.to_float32(params)
         changes, opt_state = self.optimizer.update(
             grads, state["opt_state"], wide, value=metrics["loss"], norm=grad_norm
         )
         params = moments.cast_like(optax.apply_updates(wide, changes), params, jax.random.fold_in(key, ROUNDING))
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         new = {"params": params, "opt_state": opt_state} | _filled(error=error)
-        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {name: state[name] for name in new})
+        old = {name: state[name] for name in new}
+        # Checked after a first choice, as a check before it makes the CPU's compiler round the update in another way.
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        kept = _all_finite(new["params"])
+        new = jax.tree.map(lambda n, o: jnp.where(kept, n, o), new, old)
+        finite &= kept
 
         step, skipped = state["step"] + 1, state["skipped"] + jnp.where(finite, 0, 1)
         new |= {"ema": self._average(state["ema"], new["params"], step), "step": step, "skipped": skipped}
         new |= _filled(scales=self._scaler.updated(scales, in_range))
-        metrics |= {"grad_norm": grad_norm, "skipped": skipped}
+        metrics |= {"grad_norm": grad_norm, "skipped": skipped, "finite": finite}
         return new, metrics | self._scaler.measured(scales) | schedule.measured(new["opt_state"])
 
     def _gradients(self, params, frozen, batch: Batch, key, step, scales) -> tuple[Any, Metrics]:
@@ -212,6 +218,10 @@ class TrainStep:
 def ema_params(state: State) -> Any:
     """The moving average, on the devices wherever it lies between updates."""
     return jax.tree.map(lambda average, p: jax.device_put(average, p.sharding), state["ema"], state["params"])
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _places(abstract: State) -> Any:

@@ -8,6 +8,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dalle_jax import model_dir
@@ -17,7 +18,7 @@ from dalle_jax.mesh import make_mesh
 from dalle_jax.train import loop, rollback
 from dalle_jax.train.monitor import goodput
 from dalle_jax.train.monitor.report import Report
-from tests.support.line_task import LINE, Numbers, digest_of, line_step, logged, train
+from tests.support.line_task import LINE, Numbers, digest_of, line_settings, line_step, logged, train
 from tests.support.trees import identical
 
 # Damage on disk.
@@ -164,6 +165,19 @@ def test_a_poisoned_batch_leaves_state_and_moments_clean(tmp_path, value):
     assert all(jax.tree.leaves(clean))
     assert int(result.state["skipped"]) == 1 and int(result.state["step"]) == 12
     assert np.isfinite(result.metrics["train/loss"])
+
+
+def test_updates_whose_parameters_would_not_be_finite_are_skipped_and_counted(tmp_path, capfd):
+    """Loss and gradient are finite; what the optimizer makes of them is not, as with an epsilon of 0."""
+    endless = optax.with_extra_args_support(optax.scale(np.inf))
+    step, settings = line_step(optimizer=endless), line_settings(rollback_after=None, log_every=2)
+    with pytest.raises(UserError, match="got none in the last 2 updates before 3"):
+        loop.run(step, settings, tmp_path, batches=Numbers(), progress=False)
+    assert "2 of the last 2 updates were not finite, skipped" in capfd.readouterr().err
+    state, values = step.update(step.init(jax.random.key(0)), {}, Numbers().batch(1), jax.random.key(1))
+    assert np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]) and not values["finite"]
+    identical(state["params"], step.init(jax.random.key(0))["params"])
+    assert (int(state["step"]), int(state["skipped"])) == (1, 1)
 
 
 def test_many_in_a_row_go_back_to_the_last_checkpoint_and_past_the_data(tmp_path, capfd):

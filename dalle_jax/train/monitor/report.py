@@ -72,7 +72,7 @@ class Report:
         values = metrics.scalars(jax.device_get(measured))
         if self._run.log_every:
             self._interval.append(values)
-        if _finite(values):
+        if values["finite"]:
             self.streak = self.overflows = 0
         else:
             self.streak, self.overflows = self.streak + 1, self.overflows + math.isfinite(values["loss"])
@@ -112,7 +112,7 @@ class Report:
     def _end_interval(self, n: int) -> None:
         """Write the means of the interval, non-finite updates left out."""
         interval, self._interval = self._interval, []
-        good = [values for values in interval if _finite(values)]
+        good = [values for values in interval if values.pop("finite")]
         if len(good) < len(interval):
             to_terminal(
                 f"warning: {len(interval) - len(good)} of the last {len(interval)} updates were not finite, skipped"
@@ -190,7 +190,3 @@ def surviving_a_full_disk(what: str):
         yield
     except OSError as error:
         to_terminal(f"warning: {what} could not be written ({error.strerror or error}), training goes on")
-
-
-def _finite(values: dict[str, float]) -> bool:
-    return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
