@@ -244,6 +244,21 @@ def test_a_file_that_shrinks_while_it_is_open_and_an_index_of_other_bytes(shards
     assert {source[row].reason for row in (4, 5)} <= {"changed shard", "truncated tar"}
 
 
+def test_a_damaged_table_costs_slots_and_raises_nothing(shards):
+    records, rng = everything(open_source(f"wds:{shards}")), np.random.default_rng(0)
+    (table,) = (shards / "cache").glob("slots-*.npy")
+    whole = table.read_bytes()
+    first = len(whole) - tar_index.ROW.itemsize * len(records)
+    for _ in range(100):
+        data = bytearray(whole)
+        for place in rng.integers(first, len(whole), 4):
+            data[place] = rng.integers(256)
+        table.write_bytes(data)
+        found = everything(open_source(f"wds:{shards}"))
+        assert sum(a == b for a, b in zip(found, records, strict=True)) >= 11
+        assert all(isinstance(a, Record) or a.reason in REASONS for a in found)
+
+
 def test_parts_in_processes_make_the_index_of_one_go(shards, monkeypatch, capsys):
     monkeypatch.setattr(tar_index, "TABLE", 2)
     monkeypatch.setattr(tar_index, "CHECKED", 0)

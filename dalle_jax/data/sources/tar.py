@@ -94,6 +94,7 @@ class ShardSource:
         fault, of_slot = tar_index.fault(image >> 24)
         headers, blocks = image >> 20 & 15, image % (1 << 20)
         if not headers:
+            fault = fault or "changed shard"  # in a damaged table
             return Dropped(key, fault, REASONS[fault])
         try:
             path, data = self._read(shard, start, headers, blocks)

@@ -53,6 +53,9 @@ FAULTS = (
 )
 _CAPTION = {reason: 2 + number for number, reason in enumerate(FAULTS)}  # codes
 _SLOT = {reason: 128 + number for number, reason in enumerate(FAULTS)}
+_FAULT = dict.fromkeys((TEXT, JSON), ("", False))
+_FAULT |= {code: (reason, False) for reason, code in _CAPTION.items()}
+_FAULT |= {code: (reason, True) for reason, code in _SLOT.items()}
 _OTHER_HALF = {  # of a sample that lacks something
     _CAPTION["no caption"]: _SLOT["no image"],
     _SLOT["members apart"]: _SLOT["no image"],
@@ -260,9 +263,7 @@ def unpacked(path: str, size: int, time: int) -> str:
 
 def fault(code: int) -> tuple[str, bool]:
     """The fault of a code, '' for TEXT and JSON, and whether it is one of the whole slot, image and all."""
-    if code in (TEXT, JSON):
-        return "", False
-    return FAULTS[code % 128 - (0 if code in _SLOT.values() else 2)], code in _SLOT.values()
+    return _FAULT.get(code, ("changed shard", True))  # unknown in a table that was damaged
 
 
 def _of_shard(reason: str) -> array.array:
