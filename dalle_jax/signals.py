@@ -95,6 +95,8 @@ def watch() -> None:
     _pipe[:] = read, write
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     sys.unraisablehook = _on_unraisable
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+        signal.signal(signal.SIGINT, _interrupt)
     threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
 
 
@@ -132,8 +134,11 @@ def _watch(read: int) -> None:
             _say_kept()
             for promise in _promises:
                 say(f"dalle-jax: {signal.Signals(number).name}: {promise}; Ctrl-C once more ends at once")
-            if not _promises:
-                _ending.set()
+
+
+def _interrupt(number, frame) -> None:
+    _ending.set()
+    raise KeyboardInterrupt
 
 
 def _on_unraisable(dropped) -> None:
