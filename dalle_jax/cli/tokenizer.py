@@ -55,8 +55,7 @@ def main(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     source = open_source(args.source, pictures_required=False)
     with writing_to(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-        files.probe(args.out)
+        files.prepare(args.out)
     rows = evenly_spread(len(source), args.limit)
     tokenizer = BPETokenizer.train(read_captions(source, rows, threads=args.threads), vocab_size=args.vocab_size)
     with writing_to(args.out):
