@@ -274,6 +274,9 @@ def test_parts_in_processes_make_the_index_of_one_go(shards, monkeypatch, capsys
         (2, 6, 6, False), (3, 9, 9, True), (3, 9, 0, True),
     ]  # fmt: skip
     assert {path.name: path.read_bytes() for path in (shards / "shared").iterdir()} == alone
+    times = {path: path.stat().st_mtime_ns for path in (shards / "shared").iterdir()}
+    assert main(["index", spec, "--processes=1"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
     assert everything(open_source(spec)) == records
 
 

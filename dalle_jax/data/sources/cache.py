@@ -34,12 +34,13 @@ def array(name: str) -> np.ndarray | None:
 
 
 def stored(name: str, built: np.ndarray) -> np.ndarray:
-    """`built`, stored as the array `name` and mapped.
+    """`built`, stored as the array `name` and mapped. Equal ones stay, as others may have mapped them over a network.
 
     Raises:
       UserError: the cache folder cannot be written.
     """
-    _write(f"{name}.npy", lambda out: np.save(out, built))
+    if not np.array_equal(array(name), built):
+        _write(f"{name}.npy", lambda out: np.save(out, built))
     return np.load(folder() / f"{name}.npy", mmap_mode="r")
 
 

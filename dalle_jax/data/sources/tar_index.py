@@ -87,7 +87,7 @@ class Index:
         facts = cache.array(_name("shards", paths))
         if facts is None or (len(paths) <= CHECKED and not np.array_equal(facts[:, :2], [_status(p) for p in paths])):
             facts = self._build()
-        self.facts = facts
+        self.facts = np.array(facts)  # not mapped: small, and made anew when a shard changes
         self._ends = np.cumsum(facts[:, 2])
 
     def __len__(self) -> int:
