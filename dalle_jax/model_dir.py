@@ -167,7 +167,12 @@ def load_frozen(folder: str | os.PathLike, role: str) -> ModelDir:
     folder, found = pathlib.Path(folder), load(_frozen_dir(folder, role), ROLES[role])
     old_sha256 = folder / _old_names(role)[1]
     if (folder / FROZEN).exists():
-        trained_with = json.loads((folder / FROZEN).read_text()).get(role)
+        try:
+            trained_with = json.loads((folder / FROZEN).read_text()).get(role)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"expected the sha256 of frozen models in {folder / FROZEN}, got {first_line(error)}: restore that file"
+            ) from error
     else:
         trained_with = old_sha256.read_text().strip() if old_sha256.exists() else None
     if trained_with not in (None, found.digest):

@@ -79,6 +79,10 @@ def test_a_frozen_model_of_any_role_comes_back_and_no_other(tmp_path, monkeypatc
     assert not model_dir.has_frozen(run, "teacher")
     model_dir.save_frozen(run, {"teacher": found})
     assert model_dir.has_frozen(run, "teacher") and model_dir.load_frozen(run, "teacher").digest == found.digest
+    for text in ("{", "[]"):
+        (run / model_dir.FROZEN).write_text(text)
+        with pytest.raises(UserError, match=r"expected the sha256 of frozen models in .*frozen.json, got .*: restore"):
+            model_dir.load_frozen(run, "teacher")
     (run / model_dir.FROZEN).write_text(json.dumps({"teacher": "0" * 64}))
     with pytest.raises(UserError, match="expected the teacher that the model in .* was trained with"):
         model_dir.load_frozen(run, "teacher")

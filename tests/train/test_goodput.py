@@ -1,5 +1,6 @@
 """The ledger of a run's time."""
 
+import json
 import types
 
 import jax
@@ -55,8 +56,15 @@ def test_the_ledger_books_every_second_once(tmp_path, monkeypatch):
 
 
 def test_a_ledger_that_cannot_be_read_begins_again(tmp_path):
-    (tmp_path / goodput.FILE).write_text("{")
+    path = tmp_path / goodput.FILE
     assert goodput.Ledger(tmp_path).starts == 1
+    good = json.loads(path.read_text())
+    odd = [good | {key: value} for key in good for value in (None, [], "x") if key != "ended"]
+    for text in ["{", "null", "\udcff", *map(json.dumps, odd)]:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        assert goodput.Ledger(tmp_path).starts == 1 and goodput.Ledger(tmp_path).starts == 2
+    path.write_text(json.dumps(good | {"marks": {"x": 1.0}, "seconds": {"other": 1.0}}))
+    assert goodput.Ledger(tmp_path).seconds["step"] == 0
 
 
 def test_the_picture_has_a_bar_of_every_kind(tmp_path, monkeypatch):

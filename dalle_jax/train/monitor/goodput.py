@@ -41,10 +41,11 @@ class Ledger:
     def __init__(self, workdir: pathlib.Path):
         self._path, self._active = workdir / FILE, jax.process_index() == 0
         before = read(workdir) or {}
-        self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0) | before.get("seconds", {})
+        self.seconds: dict[str, float] = {k: before.get("seconds", {}).get(k, 0.0) for k in KINDS}
         self.starts: int = before.get("starts", 0) + 1
         # Checkpoint -> seconds of `step` up to it. A restart from it loses the ones after.
-        self._marks: dict[int, float] = {int(step): s for step, s in before.get("marks", {"0": 0.0}).items()}
+        marks = before.get("marks", {"0": 0.0})
+        self._marks: dict[int, float] = {int(step): s for step, s in marks.items() if step.isdecimal()}
         if before and not before["ended"]:
             self.seconds["down"] += max(0.0, time.time() - before["time"])
         self._kind, self._since, self._written = "init", time.monotonic(), 0.0
@@ -142,6 +143,8 @@ def read(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The ledger of a workdir, None where there is none or it cannot be read: it is a report, not a part of the run."""
     try:
         content = json.loads((workdir / FILE).read_text())
-        return content if {"goodput", "starts", "seconds", "marks", "ended", "time"} <= content.keys() else None
-    except (OSError, ValueError, AttributeError):
+        numbers = {key: float(content[key]) for key in ("goodput", "time")} | {"starts": int(content["starts"])}
+        tables = {key: {name: float(s) for name, s in content[key].items()} for key in ("seconds", "marks")}
+        return numbers | tables | {"ended": bool(content["ended"])}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
