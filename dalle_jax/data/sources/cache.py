@@ -39,7 +39,8 @@ def stored(name: str, built: np.ndarray) -> np.ndarray:
     Raises:
       UserError: the cache folder cannot be written.
     """
-    if not np.array_equal(array(name), built):
+    before = array(name)
+    if before is None or not np.array_equal(before, built):
         _write(f"{name}.npy", lambda out: np.save(out, built))
     return np.load(folder() / f"{name}.npy", mmap_mode="r")
 
