@@ -205,7 +205,7 @@ def coco(images, annotations):
 
 COCO = {  # slots: the key of annotation or image n of an oddity is its kind and n
     "several captions": (coco([(1, "a.jpg")], [(1, "one"), (1, "two")]), {"a.jpg": ("one", "two")}),
-    "id as text": (coco([(2, "b.jpg")], [("2", "b")]), {"b.jpg": ("b",)}),
+    "ids as text and float": (coco([(2, "b.jpg")], [("2", "b"), (2.0, "B")]), {"b.jpg": ("b", "B")}),
     "blank": (coco([(3, "c.jpg")], [(3, " "), (3, "c")]), {"c.jpg": ("c",), ("annotations", 0): "empty caption"}),
     "no caption": (coco([(4, "d.jpg")], []), {"d.jpg": "no caption"}),
     "no such image": (coco([], [(99, "of nothing")]), {("annotations", 0): "no image"}),
@@ -220,6 +220,7 @@ COCO = {  # slots: the key of annotation or image n of an oddity is its kind and
 
 
 def test_every_image_and_annotation_of_coco_is_a_record_or_a_counted_slot(tmp_path):
+    tmp_path = tmp_path / "cats, and dogs"  # the specification has a comma too
     fill(tmp_path, {f"images/{name}.jpg": IMAGE for name in "abcdhi"} | {"images/f.heic": b""})
     for names in in_pairs(COCO, 4):
         whole: dict = {"images": [], "annotations": []}

@@ -73,23 +73,6 @@ def test_cache_folder_variables(monkeypatch, tmp_path):
     assert cache.folder() == tmp_path / "xdg/dalle_jax"
 
 
-def test_coco(tmp_path):
-    place = tmp_path / "cats, and dogs"
-    write(place, images__a_jpg=encoded(), images__b_jpg=encoded(1), images__c_jpg=encoded(2))
-    images = [{"id": i, "file_name": f"{name}.jpg"} for i, name in enumerate(["a", "b", "c", "gone", "../x"])]
-    images.append({"id": 5, "file_name": "\ud83d.jpg"})  # JSON can spell what no name of a file is
-    texts = [(0, "one"), (1, "two"), (0, "three"), (9, "of nothing"), (1, " "), ("2", "id as text"), (2.0, "a float")]
-    texts += [(3, "x"), (4, "x")]
-    content = {"images": [*images, images[0]], "annotations": [{"image_id": i, "caption": text} for i, text in texts]}
-    (place / "captions.json").write_text(json.dumps(content))
-    items = everything(open_source(f"coco:{place}/captions.json,{place}/images"))
-    good = {item.key: item.captions for item in items if isinstance(item, Record)}
-    assert good == {"a.jpg": ("one", "three"), "b.jpg": ("two",), "c.jpg": ("id as text", "a float")}
-    assert [item.reason for item in items if isinstance(item, Dropped)] == [
-        "no image", "outside the folder", "no image", "duplicate key", "no image", "empty caption",
-    ]  # fmt: skip
-
-
 def test_tfds_without_tensorflow(tmp_path):
     """A real dataset in the array_record format, prepared and read without TensorFlow."""
     tfds = pytest.importorskip("tensorflow_datasets")
