@@ -114,9 +114,8 @@ def end() -> None:
 
 
 def _watch(read: int) -> None:
-    asked, again = False, 0
+    asked, hurry, again = False, False, 0
     while True:
-        hurry = asked and not _promises
         if not select.select([read], [], [], GRACE_SECONDS if hurry else None)[0]:
             say("dalle-jax: interrupted")
             end()
@@ -130,7 +129,7 @@ def _watch(read: int) -> None:
         elif number == signal.SIGINT and asked:
             end()
         elif number in (signal.SIGINT, signal.SIGTERM) and not asked:  # uvicorn raises once more what ended it
-            asked = True
+            asked, hurry = True, number == signal.SIGINT and not _promises
             _say_kept()
             for promise in _promises:
                 say(f"dalle-jax: {signal.Signals(number).name}: {promise}; Ctrl-C once more ends at once")

@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).st
 # `--dist worksteal` needs no order, but builds the fixtures of a module in every process, models and programs included.
 LONGEST_FIRST = (
     "demo many_processes memory train distributed powersgd meshes transformer sampling precision encode protocols "
-    "attention_kernels survival clip pipeline_api commands"
+    "attention_kernels survival signals clip pipeline_api commands"
 ).split()
 
 

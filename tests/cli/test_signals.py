@@ -93,13 +93,13 @@ def interrupted_at(sign, *words):
         return running.wait(SECONDS), said
 
 
-def interrupt(code, times=1):
-    """Status and answers of Python code that is interrupted when it says that it is ready, and when it has answered."""
+def interrupt(code, times=1, number=signal.SIGINT):
+    """Status and answers of Python code that gets a signal when it says that it is ready, and when it has answered."""
     words = [sys.executable, "-c", "from dalle_jax import signals\nsignals.watch()\n" + code]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         said = [running.stdout.readline()]
         for _ in range(times):
-            running.send_signal(signal.SIGINT)
+            running.send_signal(number)
             said.append(running.stdout.readline())
         return running.wait(SECONDS), "".join([*said[1:], running.stdout.read()])
 
@@ -111,6 +111,24 @@ def test_a_main_thread_that_hears_nothing_is_ended():
 def test_what_promises_to_end_is_left_to_it_until_the_second():
     code = STUCK % ("with signals.Noted('the step is saved')")
     assert interrupt(code, times=2) == (130, "dalle-jax: SIGINT: the step is saved; Ctrl-C once more ends at once\n")
+
+
+def test_a_sigterm_that_is_raised_again_ends_nothing():
+    """As uvicorn does, when the requests are answered and the process may still take its time."""
+    code = """
+import os, time
+from signal import SIGTERM, signal
+with signals.Noted("requests are answered") as noted:
+    print("ready", flush=True)
+    while not noted.signal:
+        time.sleep(0.01)
+    signal(SIGTERM, lambda *_: None)
+    os.kill(os.getpid(), SIGTERM)
+time.sleep(1.5)
+print("done")
+"""
+    status, said = interrupt(code, number=signal.SIGTERM)
+    assert (status, said) == (0, "dalle-jax: SIGTERM: requests are answered; Ctrl-C once more ends at once\ndone\n")
 
 
 def test_an_interrupt_that_garbage_collection_drops_comes_again():
