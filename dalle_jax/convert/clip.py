@@ -16,7 +16,7 @@ import numpy as np
 
 from dalle_jax import model_dir
 from dalle_jax.convert import weights
-from dalle_jax.errors import UserError, first_line
+from dalle_jax.errors import UserError, check_number, first_line
 from dalle_jax.models import Params, clip
 from dalle_jax.text.clip import CLIPTokenizer
 
@@ -24,6 +24,8 @@ WEIGHTS = "model.safetensors"
 HEAD_SIZE = 64  # of every released model
 ACTIVATION = "quick_gelu"
 EPSILON = 1e-5
+MAX_HEADS = 65_536
+MAX_PIXEL = 1_000  # of the mean and deviation of pixels in [0, 1]
 
 # Buffers, not parameters.
 _IGNORED = re.compile(r".*position_ids|input_resolution|context_length|vocab_size")
@@ -113,6 +115,8 @@ def read_settings(folder: pathlib.Path) -> dict:
     found = _json(folder / "config.json")
     for tower, key in (("image", "vision_config"), ("text", "text_config")):
         part = found.get(key) or {}
+        if not isinstance(part, dict):
+            raise UserError(f"expected {key} of {folder / 'config.json'} to be an object, got {part!r}: mend it")
         for name, wanted in (("hidden_act", ACTIVATION), ("layer_norm_eps", EPSILON)):
             if part.get(name, wanted) != wanted:
                 raise UserError(
@@ -120,11 +124,17 @@ def read_settings(folder: pathlib.Path) -> dict:
                     f"{part[name]}: this model cannot be imported"
                 )
         if "num_attention_heads" in part:
-            settings[f"{tower}_heads"] = int(part["num_attention_heads"])
+            settings[f"{tower}_heads"] = heads = part["num_attention_heads"]
+            check_number(f"num_attention_heads in {key} of {folder}", heads, min=1, max=MAX_HEADS, whole=True)
     pixels = _json(folder / "preprocessor_config.json")
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in pixels:
-            settings[ours] = tuple(pixels[theirs])
+            values = pixels[theirs]
+            if not isinstance(values, list) or len(values) != 3:
+                raise UserError(f"expected three numbers as {theirs} in {folder}, got {values!r}: mend it")
+            for value in values:
+                check_number(f"{theirs} in {folder}", value, min=-MAX_PIXEL if ours == "mean" else 1e-6, max=MAX_PIXEL)
+            settings[ours] = tuple(values)
     return settings
 
 
@@ -132,7 +142,7 @@ def _json(path: pathlib.Path) -> dict:
     try:
         found = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"expected json in {path}, got {first_line(error)}: mend or remove it") from error
+        raise UserError(f"expected json in {path}, got {first_line(error)}: mend it") from error
     return found if isinstance(found, dict) else {}
 
 

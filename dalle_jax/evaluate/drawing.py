@@ -82,9 +82,14 @@ class Plan:
 def load(path: pathlib.Path) -> Plan:
     """Raises UserError if the file is no plan."""
     try:
-        return Plan(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"expected the plan of an evaluation in {path}, got {error}: delete its folder") from error
+        plan = Plan(**json.loads(path.read_text()))
+        texts = [*plan.ids, *plan.captions]
+        if not texts or len(texts) != 2 * len(plan.ids) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{len(plan.ids)} ids of {len(plan.captions)} captions, or others than texts")
+        plan.seed(len(plan.captions))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"expected the plan of an evaluation in {path}, got {error!r}: use another --out") from error
+    return plan
 
 
 def choose(source: Source, draw: Draw, settings: Mapping[str, Any]) -> Plan:

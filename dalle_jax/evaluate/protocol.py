@@ -25,6 +25,13 @@ PLACES = ("source", "reference", "pictures", "weights", "score_weights", "clip",
 PROCESSES = Processes(hang_seconds=600)  # a process may be silent longer than in training: a set is one phase
 
 
+def check_texts(values: object, *names: str) -> None:
+    """Raises UserError unless these fields are texts, or None."""
+    for name in names:
+        if not isinstance(value := getattr(values, name), str | None):
+            raise UserError(f"expected {name} to be a text or None, got {value!r}: write a text")
+
+
 @dataclasses.dataclass(frozen=True)
 class Metrics:
     """The way two sets of pictures are compared, whoever made them.
@@ -102,6 +109,7 @@ class Draw:
     shard_size: int = 256
 
     def __post_init__(self):
+        check_texts(self, "weights", "clip")
         check_number("draw.count", self.count, min=2, max=MAX_PICTURES, whole=True, optional=True)
         check_number("draw.best_of", self.best_of, min=1, max=MAX_CANDIDATES, whole=True, optional=True)
         check_number("draw.seed", self.seed, min=0, max=MAX_SEEDS - 1, whole=True)
@@ -122,6 +130,7 @@ class Overlap:
 
     def __post_init__(self):
         check_number("overlap.least", self.least, min=-1, max=1)
+        check_texts(self, "source")
 
 
 # What must not have changed when a report is repeated: where the report has the sha256, and what it is of.
@@ -192,6 +201,7 @@ class Evaluation:
 
     def __post_init__(self):
         object.__setattr__(self, "departures", tuple(self.departures))
+        check_texts(self, "protocol", "pictures", "source", "reference", "weights", "score_weights", "clip")
         for name in ("reference_exactly", "reference_count", "count"):
             check_number(name, getattr(self, name), min=2, max=MAX_PICTURES, whole=True, optional=True)
         if (self.draw is None) == (self.pictures is None):

@@ -97,10 +97,12 @@ def load(path: pathlib.Path) -> Evaluation:
     """
     try:
         report = json.loads(path.read_text())
-        values, flat = report["evaluation"], flatten(report)
+        values, flat = dict(report["evaluation"]), flatten(report)
         digests = {name: flat.get(name) for name in DIGESTS}
+        if not all(isinstance(digest, str | None) for digest in digests.values()):
+            raise TypeError(f"digests {digests}")
         expected = Expected(str(path), digests, dict(report["scores"]), dict(report["versions"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"expected a report of `dalle-jax evaluate` in {path}, got {error!r}: check the path"
         ) from error

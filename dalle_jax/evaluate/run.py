@@ -188,7 +188,7 @@ def _images(inputs: Inputs, plan: Plan | None, out: pathlib.Path, worker: Worker
     source = ShardSource(f"wds:{folder}", shards, captions_required=False)
     count, measure = len(plan.captions), inputs.evaluation.measure
     if len(source) != count:
-        raise UserError(f"expected the {count} drawn pictures in {source.name}, got {len(source)}: delete this folder")
+        raise UserError(f"expected the {count} drawn pictures in {source.name}, got {len(source)}: use another --out")
     return ImageSet.choose("pictures", source, crop=measure.crop, count=count, seed=measure.seed)
 
 
