@@ -57,6 +57,7 @@ def test_a_record_is_a_picture_and_the_caption_of_what_it_shows(split):
         record = source[index]
         assert record.image.shape == (64, 64, 3) and record.image.dtype == np.uint8
         (text,) = record.captions
+        assert source.captions_of(index) == record.captions
         assert scenes.parse(text) == sampled(split, index)
         assert not fault(record.image, scenes.parse(text))
     for index in (-1, len(source)):

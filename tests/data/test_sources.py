@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 
 from dalle_jax.cli.main import main
 from dalle_jax.data.decode import decode_image
-from dalle_jax.data.record import Dropped, Record, Source, captions_of
+from dalle_jax.data.record import Record, Source
 from dalle_jax.data.sources import cache, open_source
 from dalle_jax.errors import UserError
 from tests.support.broken_shards import encoded, pack, sample
@@ -48,16 +47,6 @@ def test_shards_give_records_in_file_order(two_shards):
     with pytest.raises(IndexError):
         source[12]
     assert everything(open_source(f"wds:{two_shards}")) == records == everything(open_source(f"wds:{two_shards}/*.tar"))
-
-
-def test_captions_are_read_without_images(two_shards, monkeypatch):
-    shards, built_in, read = open_source(f"wds:{two_shards}"), open_source("scenes:val"), []
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda *where: read.append(pread(*where)) or read[-1])
-    assert [captions_of(shards, i) for i in range(12)] == [(f"caption {i % 6}",) for i in range(12)]
-    assert [len(data) for data in read] == [1024] * 12, "the header and the block of a caption"
-    assert [captions_of(built_in, i) for i in range(9)] == [built_in[i].captions for i in range(9)]
-    assert captions_of([Dropped("a", "no image"), Record("b", b"", ("b",))], 1) == ("b",), "a source without them"
 
 
 def test_text_comes_before_json_and_each_line_is_a_caption(tmp_path):

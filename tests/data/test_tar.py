@@ -350,11 +350,13 @@ def test_images_beside_a_captioned_one_are_left_out_and_not_broken(tmp_path):
     assert sum(len(batch["image"]) for batch in once) == 4 and once.dropped == {"extra image": 4}
 
 
-def test_captions_are_read_without_images(tmp_path):
+def test_captions_are_read_without_images(tmp_path, monkeypatch):
     data = [*sample("a", jpg=b"broken", txt=b"one\ntwo"), ("b.jpg", PICTURE), *sample("c", txt=b"\xff")]
     (tmp_path / "a.tar").write_bytes(pack([*data, ("d.txt", CAPTION)]))
-    source = open_source(f"wds:{tmp_path}/a.tar")
+    source, pread, read = open_source(f"wds:{tmp_path}/a.tar"), os.pread, []
+    monkeypatch.setattr(os, "pread", lambda *where: read.append(pread(*where)) or read[-1])
     assert [source.captions_of(row) for row in range(4)] == [("one", "two"), (), (), ()]
+    assert {len(data) for data in read} <= {512, 1024}, "a header, and the block of a caption"
 
 
 def test_names_of_shards(shards, monkeypatch):
