@@ -154,8 +154,8 @@ def convert(state: Mapping[str, np.ndarray], **settings) -> tuple[clip.CLIPConfi
     Raises:
       UserError: an array is missing, left over or of another shape than the rest asks for, or the sizes do not fit.
     """
-    state = _named_as_hugging_face(state)
     try:
+        state = _named_as_hugging_face(state)
         config = _infer_config(state, settings)
         params = _params(state, config)
     except KeyError as error:

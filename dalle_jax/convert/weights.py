@@ -67,7 +67,7 @@ def renamed(state: Mapping[str, np.ndarray], path_of: Callable[[str], Sequence[s
     path_of: name in the state dict -> keys in the parameters.
 
     Raises:
-      UserError: an array that is not finite.
+      UserError: an array that is not finite, or one whose name goes on behind that of another.
     """
     params: Params = {}
     for name, array in state.items():
@@ -77,6 +77,8 @@ def renamed(state: Mapping[str, np.ndarray], path_of: Callable[[str], Sequence[s
         *path, leaf = path_of(name)
         node = params
         for key in path:
-            node = node.setdefault(key, {})
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node
+        if not isinstance(node, dict):
+            raise UserError(f"expected one array or several under a name, got {name} beside one: fetch the file again")
         node[leaf] = np.ascontiguousarray(array.transpose(2, 3, 1, 0)) if array.ndim == 4 else array
     return params

@@ -210,6 +210,7 @@ def test_pickled_files_are_refused(name, tmp_path, capsys):
         (lambda s: s.update({"text_model.final_layer_norm.bias": np.zeros(7)}), "text/norm_bias"),
         (lambda s: s.update({"vision_model.embeddings.patch_embedding.weight": np.zeros(3)}), "do not make a CLIP"),
         (lambda s: s.clear(), "is missing"),
+        (lambda s: s.update({"transformer.resblocks.0.attn.in_proj_weight": np.zeros((4, 4))}), "do not make a CLIP"),
     ],
 )
 def test_wrong_state_dicts_are_refused(golden, damage, message):

@@ -150,6 +150,7 @@ def test_safetensors_through_the_command(golden, tmp_path, capsys):
     [
         (lambda e, d: d.pop("blocks.group_2.block_1.id_path.w"), "group_2_block_1/skip/weight"),
         (lambda e, d: d.update({"blocks.extra.w": np.zeros(3)}), "extra"),
+        (lambda e, d: d.update({"blocks.output.conv.w.x": np.zeros(3)}), "conv.w.x"),
         (lambda e, d: e.update({"blocks.output.conv.b": np.zeros(7)}), "head/bias"),
         (lambda e, d: e.pop("blocks.input.w"), "blocks.input.w"),
         (lambda e, d: e.clear(), "blocks"),
