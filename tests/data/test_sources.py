@@ -126,7 +126,7 @@ def test_tfds_image_folder_labels_are_captions(tmp_path, monkeypatch):
         ("coco:{0}/captions.json,{0}", "check the path"),
         ("coco:{0}/list.json,{0}", "expected lists"),
         ("coco:{0}/urls.json,{0}", "got none among 1, the first of them .*coco_url"),
-        ("coco:{0}/other.json,{0}", "such as 1; the first annotation is .*'image_id': 2"),
+        ("coco:{0}/other.json,{0}", "such as '1'; the first annotation is .*'image_id': 2"),
         ("tfds:nope/train@{}", "nope"),
         ("tfds:nope", "expected tfds:NAME/SPLIT"),
         ("tfds:image_folder/train@{}", "no folder"),

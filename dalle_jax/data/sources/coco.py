@@ -74,7 +74,7 @@ class CocoSource:
         self._captions = self._take_captions(annotations)
         self._ids = list(self._files)
         if not self._ids:
-            first = f", the first of them {listed[0]!s:.200}" if listed else ""
+            first = f", the first of them {listed[0]!r:.200}" if listed else ""
             raise UserError(
                 f"expected images with an id and a file_name in {path}, got none among {len(listed)}{first}: check the "
                 "file"
@@ -83,7 +83,7 @@ class CocoSource:
         if captions_required and ids and not ids & self._files.keys():
             raise UserError(
                 f"expected captions of the images in {path}, got none whose image_id is the id of an image, such as "
-                f"{self._ids[0]}; the first annotation is {annotations[0]!s:.200}: check the file"
+                f"{self._ids[0]!r}; the first annotation is {annotations[0]!r:.200}: check the file"
             )
 
     def __len__(self) -> int:
