@@ -122,18 +122,23 @@ def _sampler(settings: TrainSettings, workdir: pathlib.Path, *, count: int) -> C
         model, mesh = build("transformer", settings.model), widest_mesh(settings.model.heads, jax.local_devices())
         if problem := distributed.gather_json(_lack_of_room(model, mesh))[0]:
             raise UserError(problem)
-        average, dtype = ema_params(state), compute_dtype(settings.model.precision)
+        ema, params, dtype = state["ema"], state["params"], compute_dtype(settings.model.precision)
+
+        def fetched(average, param, **how) -> np.ndarray | None:
+            """One array at a time, as the average may lie in the hosts' memory and pass through the devices."""
+            return distributed.whole_in_first(ema_params({"ema": average, "params": param}), **how)
+
         blocks = {
-            name: distributed.whole_in_first(x, dtype=dtype, by_rows=True) for name, x in average["blocks"].items()
+            name: fetched(ema["blocks"][name], param, dtype=dtype, by_rows=True)
+            for name, param in params["blocks"].items()
         }
-        ends = {name: distributed.whole_in_first(x, dtype=x.dtype) for name, x in average.items() if name != "blocks"}
-        del average
+        ends = {n: fetched(ema[n], param, dtype=ema[n].dtype) for n, param in params.items() if n != "blocks"}
         if jax.process_index() != 0:
             return []
         image_tokenizer, tokenizer, captions = parts()
-        params = ends | {"blocks": {name: _Layers(array) for name, array in blocks.items() if array is not None}}
+        whole = ends | {"blocks": {name: _Layers(array) for name, array in blocks.items() if array is not None}}
         generator = Autoregressive(
-            model_dir.ModelDir({}, model, params), image_tokenizer, tokenizer, digest=f"step {step}", mesh=mesh
+            model_dir.ModelDir({}, model, whole), image_tokenizer, tokenizer, digest=f"step {step}", mesh=mesh
         )
         requests = [Request(caption, seed=seed) for seed, caption in enumerate(captions)]
         return [pictures[0] for pictures in Pipeline(generator).draw(requests)]

@@ -12,7 +12,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.mesh import make_mesh
 from dalle_jax.models import build
 from dalle_jax.pictures.sheet import contact_sheet
-from dalle_jax.sample.engine import weight_bytes
+from dalle_jax.sample.engine import weight_bytes, widest_mesh
 from tests.support import processes, tiny_model
 from tests.support.demo_settings import demo_settings
 
@@ -63,7 +63,7 @@ def test_weights_that_do_not_fit_beside_the_state_are_not_put_there(model, monke
 
 def test_weights_to_draw_with_are_cut_as_far_as_heads_divide():
     model = build("transformer", demo_settings("transformer", SIZES).model)
-    cut, whole = hooks._mesh(model.config.heads), make_mesh({}, devices=jax.devices()[:1])
+    cut, whole = widest_mesh(model.config.heads, jax.local_devices()), make_mesh({}, devices=jax.devices()[:1])
     assert dict(cut.shape) == {"replica": 4, "fsdp": 1, "tensor": 2}
     all_parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract))
     assert 0.5 * all_parameters < weight_bytes(model, whole) < all_parameters  # the text head is not among them
