@@ -30,6 +30,8 @@ def finite_values(form) -> np.ndarray:
 
 @BOTH
 def test_every_code_is_the_number_that_it_should_be(form):
+    sign, exponent, significand = map(int, form.name.split("-"))
+    assert (form.signed, formats.EXPONENT_BITS, form.significand) == (bool(sign), exponent, significand)
     decoded = np.asarray(formats.decode(jnp.asarray(CODES), form))
     np.testing.assert_array_equal(decoded, [value(int(code), form) for code in CODES])
     assert form.infinity == (63 << form.significand) and np.isposinf(decoded[form.infinity])

@@ -51,8 +51,9 @@ def values(schedule, counts):
 
 def test_cosine_is_the_papers_and_stays_at_its_end():
     schedule = Schedule("cosine", decay_steps=1_200_000, end_learning_rate=1.25e-6)
-    got = values(learning_rate(schedule, 1e-4, steps=3_000_000), [0, 600_000, 1_200_000, 2_999_999])
-    np.testing.assert_allclose(got, [1e-4, (1e-4 + 1.25e-6) / 2, 1.25e-6, 1.25e-6], rtol=1e-5)
+    got = values(learning_rate(schedule, 1e-4, steps=3_000_000), [0, 300_000, 600_000, 1_200_000, 2_999_999])
+    quarter = 1.25e-6 + (1e-4 - 1.25e-6) * (1 + 0.5**0.5) / 2  # of the way: cos(pi / 4)
+    np.testing.assert_allclose(got, [1e-4, quarter, (1e-4 + 1.25e-6) / 2, 1.25e-6, 1.25e-6], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,18 @@ def test_a_gradient_of_the_rank_that_is_kept_comes_through_whole():
     assert np.linalg.norm(mean["up"][0] - matrix) < 1e-6 * np.linalg.norm(matrix)
 
 
+def test_the_diagonal_of_p_has_1e_6():
+    """A gradient of a single row comes back without that share of eps / sqrt(rows x rank), which the first rows get."""
+    mesh, shape = make_mesh({"replica": 2}, devices=jax.devices()[:2]), (1, 4, 32)
+    abstract, axes = {"up": jax.ShapeDtypeStruct(shape, jnp.float32)}, {"up": AXES["up"]}
+    compressor = PowerSGD(abstract, axes, compression=Compression(2, "fp32"), mesh=mesh)
+    row = np.random.default_rng(0).normal(size=32).astype(np.float32)
+    grads = {"up": jnp.zeros((2, *shape)).at[:, :, -1].set(row)}
+    mean, _, _ = jax.jit(compressor.reduce)(grads, compressor.init(), jax.random.key(0))
+    share = np.linalg.norm(mean["up"][0, :2]) / np.linalg.norm(row)
+    assert share * np.sqrt(4 * 2) == pytest.approx(1e-6, rel=0.2)  # float32's rounding is a tenth of it
+
+
 @pytest.mark.parametrize("variant, rank, saved", [("2b8", 512, 0.83), ("5b6", 640, 0.85), ("12b", 896, 0.86)])
 def test_the_papers_ranks_save_what_its_table_says(variant, rank, saved):
     """Table 1: 1 - 5 rank / (8 width) on machines of eight GPUs."""
