@@ -23,7 +23,7 @@ from dalle_jax.text import Tokenizer
 from dalle_jax.text.bpe import RESERVED, BPETokenizer
 
 LIMIT = 4_000_000  # records; more change no piece of 16,384 that many captions hold
-DESCRIBED = 20_000  # records for the summary line, evenly spread
+DESCRIBED = 20_000  # captions for the summary line, evenly spread
 BLOCK = 256  # records for one thread at a time
 MAX_VOCAB = 1 << 24
 
@@ -57,11 +57,19 @@ def main(args: argparse.Namespace) -> int:
     with writing_to(args.out):
         files.prepare(args.out)
     rows = evenly_spread(len(source), args.limit)
-    tokenizer = BPETokenizer.train(read_captions(source, rows, threads=args.threads), vocab_size=args.vocab_size)
+    every, read, sample = max(1, len(rows) // DESCRIBED), 0, []
+
+    def captions() -> Iterator[str]:
+        nonlocal read
+        for read, caption in enumerate(read_captions(source, rows, threads=args.threads), 1):
+            if (read - 1) % every == 0:
+                sample.append(caption)
+            yield caption
+
+    tokenizer = BPETokenizer.train(captions(), vocab_size=args.vocab_size)
     with writing_to(args.out):
         path = tokenizer.save(args.out)
-    sample = list(read_captions(source, evenly_spread(len(source), DESCRIBED), threads=args.threads))
-    print(f"{path}: {describe(tokenizer, sample)}, of {len(rows)} records of {len(source)}")
+    print(f"{path}: {describe(tokenizer, sample)}, of {read} captions in {len(rows)} of {len(source)} records")
     return 0
 
 

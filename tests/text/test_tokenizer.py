@@ -208,10 +208,11 @@ def test_command_trains_on_every_caption_and_describes(monkeypatch, tmp_path, ca
     assert tokenizer.digest == BPETokenizer.train(TRAINING, vocab_size=340).digest
     line = capsys.readouterr().out
     assert "340 pieces, tokens per caption mean 9" in line and tokenizer.digest[:12] in line
-    assert line.endswith("of 3 records of 3\n")
+    assert line.endswith(f"of {len(TRAINING)} captions in 3 of 3 records\n")
+    monkeypatch.setattr(train_tokenizer, "DESCRIBED", 1)  # every third caption, and at least one
     args.limit, args.out = 2, tmp_path / "ends"
     assert train_tokenizer.main(args) == 0
-    assert "of 2 records of 3" in capsys.readouterr().out
+    assert "in 2 of 3 records" in capsys.readouterr().out
     assert load_tokenizer(args.out).digest == tokenizer.digest, "the first record and the last, where all captions are"
 
     (tmp_path / "file").touch()
