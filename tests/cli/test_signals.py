@@ -181,6 +181,28 @@ def test_train_saves_first(sign, tmp_path):
         assert entry["step"] < 1000 and entry["damage"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_second_interrupt_leaves_a_workdir_that_goes_on(tmp_path):
+    """Whatever was being written at that moment: every checkpoint that counts is whole."""
+    words = ["train", *TRAIN, f"--workdir={tmp_path}", "--config.run.checkpoint_every=5"]
+    with started(*words, "--config.run.steps=10") as (running, _):
+        assert running.wait(SECONDS) == 0
+    for moment in range(3):
+        with started(*words) as (running, terminal):
+            read(terminal, rb" [1-9][1-9]\d*/1000")
+            running.send_signal(signal.SIGINT)
+            time.sleep(0.04 * moment)
+            running.send_signal(signal.SIGINT)
+            said = read(terminal)
+            assert running.wait(SECONDS) == 130 and "Traceback" not in said, said
+    steps = [entry["step"] for entry in inspect(tmp_path)["checkpoints"] if entry["damage"] is None]
+    assert len(steps) == len(inspect(tmp_path)["checkpoints"]) and steps[-1] >= 10
+    with started(*words, f"--config.run.steps={steps[-1] + 3}") as (running, _):
+        assert running.wait(SECONDS) == 0
+    assert inspect(tmp_path)["step"] == steps[-1] + 3
+
+
 def group_lives(pid):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, 0)
