@@ -11,6 +11,7 @@ import pytest
 
 import dalle_jax
 from dalle_jax.cli import main as cli
+from dalle_jax.data.sources import cache
 from dalle_jax.errors import UserError
 
 
@@ -142,6 +143,8 @@ def test_a_tilde_is_home_where_a_path_begins_with_it(verbs, monkeypatch):
     assert [args.source for args in verbs] == ["/me/in", "~ no path", "~100 stars"]
     assert verbs[0].config == "/me/x.py:demo"
     assert verbs[0].overrides == ["--config.tokenizer=/me/t", "--config.name=a~/b"]
+    monkeypatch.setenv(cache.VARIABLE, "~/cache")
+    assert str(cache.folder()) == "/me/cache"
 
 
 def test_interrupt_is_130(verbs, capsys):

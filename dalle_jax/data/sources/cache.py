@@ -21,7 +21,7 @@ VARIABLE = "DALLE_JAX_CACHE"
 def folder() -> pathlib.Path:
     """The cache folder; may not exist yet."""
     if chosen := os.environ.get(VARIABLE):
-        return pathlib.Path(chosen)
+        return pathlib.Path(chosen).expanduser()
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dalle_jax"
 
 
