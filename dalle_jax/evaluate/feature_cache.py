@@ -55,9 +55,11 @@ class ImageSet:
         """All rows, or `count` of them by the seed.
 
         Raises:
-          UserError: the source has fewer pictures than `count`.
+          UserError: the source has fewer pictures than `count`, or a set that is compared fewer than two.
         """
         rows = range(len(source))
+        if len(rows) < 2 and name != "training":
+            raise UserError(f"expected at least 2 pictures in {source.name}, got {len(rows)}: give more")
         if count is None:
             return cls(name, source, rows, crop)
         if count > len(rows):

@@ -234,7 +234,8 @@ GIVEN = ("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIG
         ((*GIVEN, "--weights", "PICTURES"), "config.json"),
         ((*GIVEN, "--reference", "none.npz"), "none.npz"),
         ((*GIVEN, "--pictures", "nowhere"), "expected a source"),
-        ((*GIVEN, "--pictures", "BAD"), "1 x not an image"),
+        ((*GIVEN, "--pictures", "BAD"), "2 x not an image"),
+        ((*GIVEN, "--pictures", "scenes:val@64", "--reference", "ONE"), "expected at least 2 pictures in folder:"),
         ((*GIVEN, "--config.count=99"), "a count of 99"),
         ((*GIVEN[2:], "--pictures", "BROKEN", "--config.count=13"), "got 12"),
         ((*GIVEN, "--config.measure.blur=(-1.0,)"), "blur"),
@@ -257,9 +258,16 @@ GIVEN = ("--pictures", "PICTURES", "--reference", "PICTURES", "--weights", "WEIG
 )
 def test_bad_input_is_one_clear_line(words, message, weights, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.jpg").write_bytes(b"x" * 300)
-    places = {"PICTURES": folders[0], "BROKEN": folders[1], "WEIGHTS": weights, "BAD": tmp_path / "bad"}
+    for name in ("bad/a.jpg", "bad/b.jpg", "one/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * 300)
+    places = {
+        "PICTURES": folders[0],
+        "BROKEN": folders[1],
+        "WEIGHTS": weights,
+        "BAD": tmp_path / "bad",
+        "ONE": tmp_path / "one",
+    }
     words = [places.get(word, str(word).replace("=WEIGHTS", f"={weights}")) for word in words]
     assert run(*words, "--json") == 2
     out, err = capsys.readouterr()
