@@ -16,6 +16,7 @@ from typing import Any
 from dalle_jax.errors import UserError
 from dalle_jax.preflight.hardware import Chip, find_chip, gpu_target
 
+MAX_CHIPS = 65_536
 FORM = "tpu:CHIP:XxYxZ or gpu:CHIP:HOSTSxGPUS"
 
 # Modules of a platform's compiler, what it is, the extra that installs it, a note.
@@ -85,7 +86,7 @@ def parse(text: str) -> Topology:
     """The topology that this text names.
 
     Raises:
-      UserError: another form, an unknown chip, or a shape with the wrong number of dimensions.
+      UserError: another form, an unknown chip, or a shape with the wrong number of dimensions or too many chips.
     """
     match = re.fullmatch(r"(\w+):([\w-]+):(\d+(?:x\d+)*)", text)
     if not match:
@@ -96,6 +97,8 @@ def parse(text: str) -> Topology:
     if len(shape) != wanted or 0 in shape:
         what = "HOSTSxGPUS" if chip.platform == "gpu" else f"{wanted} positive sizes joined by x"
         raise UserError(f"expected {what} after {chip.platform}:{chip.name}:, got {match[3]!r}")
+    if (count := math.prod(shape)) > MAX_CHIPS:
+        raise UserError(f"expected at most {MAX_CHIPS:,} chips, got {count:,} in {text}: name a smaller pod")
     return Topology(chip, shape)
 
 

@@ -51,6 +51,7 @@ def test_topologies(text, count, slice_size):
         ("tpu:v6e:4x4x4", "2 positive sizes"),
         ("gpu:h100:8", "HOSTSxGPUS"),
         ("gpu:h100:0x8", "HOSTSxGPUS"),
+        ("gpu:h100:99999999x8", "at most 65,536 chips"),
     ],
 )
 def test_wrong_topologies_are_one_sentence(text, says):
