@@ -25,6 +25,9 @@ def encoded(seed: int = 0, *, kind: str = "JPEG", size: tuple[int, int] = (48, 3
     return out.getvalue()
 
 
+TINY = encoded(size=(4, 4), kind="PNG")
+
+
 def pack(members, *, kind=tarfile.GNU_FORMAT) -> bytes:
     """(name, bytes) or TarInfo -> a tar file."""
     out = io.BytesIO()

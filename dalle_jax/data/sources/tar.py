@@ -141,7 +141,7 @@ class ShardSource:
         except OSError as error:
             raise BadRecord("unreadable file", str(error)) from None
         member = next(members(lambda size, at: data[at : at + size], 0, len(data)), NO_MEMBER)
-        if blocks and (member.fault == "truncated tar" or len(data) <= headers * BLOCK):
+        if len(data) < size and (member.fault == "truncated tar" or len(data) <= headers * BLOCK):
             raise BadRecord("truncated tar", f"{self._paths[shard]} has shrunk since it was indexed")
         if not member.path or (blocks and (member.data, -(-member.size // BLOCK)) != (headers * BLOCK, blocks)):
             raise self._changed(

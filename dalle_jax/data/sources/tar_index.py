@@ -294,7 +294,7 @@ def _slots(found: Iterable[Member]) -> array.array:
         for start, image, *caption in slots:
             if image >> 24 == wanted:
                 words[earlier + 1] = _instead(words[earlier + 1], "members apart")
-                wanted = _SLOT["no image"]
+                wanted = None
             elif fresh and all(map(_stem, run)):  # numbered: samples of their own
                 words.extend((start, image, *caption))
             else:

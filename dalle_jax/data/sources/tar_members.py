@@ -16,7 +16,7 @@ AHEAD = 8192  # bytes of a read
 MAX_NAME_BYTES = 1 << 20  # of an extended header
 MAGIC_OFFSET = 257  # of b"ustar" in a header
 ADLER = 65521  # the modulus of Adler-32, whose lower half is 1 + the sum of all bytes
-NAMING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+NAMING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE)
 EMPTY = (
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
 )  # fmt: skip
