@@ -29,7 +29,7 @@ from dalle_jax.train.monitor import goodput, metrics
 
 COMMON = {
     "run.log_every": 1, "run.validate_every": None, "run.picture_every": None, "run.checkpoint_every": 1,
-    "run.keep_checkpoints": 1,
+    "run.keep_checkpoints": 1, "optimizer.schedule.warmup_steps": 0,
     "run.data.validation": None, "run.mesh.replica": 1, "run.mesh.fsdp": 1,
 }  # fmt: skip
 # name -> the dVAE's sizes, the config, what differs from it, updates to the end.
