@@ -42,7 +42,7 @@ CASES = {
         {
             "run.steps": 4, "batch_size": 2, "model.precision": "fp32", "model.width": 64, "model.heads": 1,
             "run.data.train": "scenes:train@256", "data.augment": "center", "data.bpe_dropout": 0.0,
-            "data.english_only": False, "data.drop_boilerplate": False, "model.text_vocab": 384,
+            "data.english_only": False, "data.drop_boilerplate": False, "model.text_vocab": 384, "ema.every": 1,
         },
     ),
 }  # fmt: skip
