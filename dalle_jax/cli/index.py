@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -64,6 +65,7 @@ def main(args: argparse.Namespace) -> int:
 
             facts = tar_index.build(paths, scan_all=scan_all, share=share, done=mine.append)
     except BaseException:  # Ctrl-C too, which the processes do not hear
+        threading.excepthook = lambda _: None  # the pool's thread trips over cancelled futures (Python 3.11)
         for process in multiprocessing.active_children():
             process.terminate()
         raise

@@ -135,6 +135,13 @@ def test_an_interrupt_that_garbage_collection_drops_comes_again():
     assert interrupt(IN_GARBAGE_COLLECTION) == (130, "unwound\n")
 
 
+def test_nothing_is_raised_into_an_import(tmp_path):
+    """Extensions in C++ end with an abort or a segmentation fault there, as numpy's and JAX's have."""
+    (tmp_path / "long.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\ntry:\n    import long\nfinally:\n    print('raised')\n"
+    assert interrupt(code) == (130, "dalle-jax: interrupted\n")
+
+
 def test_an_error_that_a_library_makes_of_an_interrupt_is_one(monkeypatch, capsys):
     """As sentencepiece does, which reads captions through a function of ours."""
 
