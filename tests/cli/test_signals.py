@@ -122,6 +122,7 @@ with signals.Noted("requests are answered") as noted:
     print("ready", flush=True)
     while not noted.signal:
         time.sleep(0.01)
+    time.sleep(0.5)
     signal(SIGTERM, lambda *_: None)
     os.kill(os.getpid(), SIGTERM)
 time.sleep(1.5)
