@@ -67,7 +67,10 @@ def started(*words):
     terminal, inside = pty.openpty()
     termios.tcsetwinsize(inside, (24, 80))  # else a progress bar has no column
     command = [sys.executable, "-m", "dalle_jax.cli", *map(str, words)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=inside, process_group=0) as running:
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device compiles faster
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=inside, process_group=0
+    ) as running:
         os.close(inside)
         until(lambda: len(os.listdir(f"/proc/{running.pid}/task")) > 1, SECONDS)
         yield running, terminal
