@@ -136,13 +136,14 @@ def _watch(read: int) -> None:
 
 
 def _interrupt(number, frame) -> None:
-    """Raise in the main thread, unless it imports something: extensions in C++ crash, and nothing has to be closed."""
+    """Raise in the main thread, unless it imports something, where extensions in C++ crash: GRACE_SECONDS end it then.
+
+    A handler writes nothing: it may have come in the midst of a write to the same stream.
+    """
     _ending.set()
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            _say_kept()
-            say("dalle-jax: interrupted")
-            end()
+            return
         frame = frame.f_back
     raise KeyboardInterrupt
 
