@@ -11,10 +11,10 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-# For runs of days on many machines, which nobody looks at by night. Before each checkpoint (every 1,000 steps) devices
-# that must agree are compared, so no checkpoint holds what a faulty chip made of the model; a check reads the state
-# once, which is less than a step does. One checkpoint in 12 hours stays for ever, to go back behind what is noticed
-# late: of 12b, 197 GB each, four in the two days that preflight says 1024 chips take, and 29 in the fortnight of 64.
+# For runs of days on many machines, unattended at night. Before each checkpoint (every 1,000 steps) devices that must
+# agree are compared, so no checkpoint holds what a faulty chip made of the model; a check reads the state once, less
+# than a step does. One checkpoint in 12 hours is kept for good, to return to when a fault is noticed late: of 12b, 197
+# GB each, four in the two days that preflight gives for 1024 chips, and 29 in the two weeks of 64.
 WATCHED = dict(check_replicas_every=1_000, keep_every_hours=12.0)
 
 # The paper's filters (appendix C), the same for the dVAE as for the transformer. It gives no length: that captions of

@@ -21,7 +21,7 @@ import tqdm
 
 from dalle_jax import files
 from dalle_jax.data import filters, transforms
-from dalle_jax.data.decode import decode_image
+from dalle_jax.data.decode import MAX_PIXELS_LIMIT, decode_image
 from dalle_jax.data.in_order import evenly_spread, in_order
 from dalle_jax.data.pipeline import MAX_THREADS, DataConfig
 from dalle_jax.data.record import BadRecord, Dropped, Encoded, Record, Source
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     """
     check_number("--limit", args.limit, min=1, whole=True, optional=True)
     check_number("--threads", args.threads, min=1, max=MAX_THREADS, whole=True)
-    check_number("--max-pixels", args.max_pixels, min=1, max=1 << 31, whole=True)
+    check_number("--max-pixels", args.max_pixels, min=1, max=MAX_PIXELS_LIMIT, whole=True)
     limits = {field.name: getattr(args, field.name) for field in FILTERS}
     config = DataConfig(max_pixels=args.max_pixels, **limits)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None

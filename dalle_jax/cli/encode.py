@@ -22,7 +22,7 @@ import tqdm
 
 from dalle_jax import files, model_dir, sharding, signals
 from dalle_jax.data import transforms
-from dalle_jax.data.decode import MAX_PIXELS, BadImage, decode_image
+from dalle_jax.data.decode import MAX_PIXELS, MAX_PIXELS_LIMIT, BadImage, decode_image
 from dalle_jax.data.in_order import in_order
 from dalle_jax.data.pipeline import MAX_THREADS
 from dalle_jax.data.record import Dropped, Encoded, Record, Source
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
     check_number("--batch-size", args.batch_size, min=1, max=MAX_BATCH, whole=True)
     check_number("--shard-records", args.shard_records, min=1, max=MAX_SHARD, whole=True)
     check_number("--threads", args.threads, min=1, max=MAX_THREADS, whole=True)
-    check_number("--max-pixels", args.max_pixels, min=1, max=1 << 31, whole=True)
+    check_number("--max-pixels", args.max_pixels, min=1, max=MAX_PIXELS_LIMIT, whole=True)
     check_number("--augmentations", args.augmentations, min=1, max=MAX_BATCH, whole=True)
     check_number("--seed", args.seed, min=0, max=2**63 - 1, whole=True)
     if args.augment == "center" and args.augmentations > 1:

@@ -22,7 +22,7 @@ from dalle_jax.errors import check_number, writing_to
 from dalle_jax.text import Tokenizer
 from dalle_jax.text.bpe import RESERVED, BPETokenizer
 
-LIMIT = 4_000_000  # records; more change no piece of 16,384 that many captions hold
+LIMIT = 4_000_000  # records: enough to learn 16,384 pieces from, and bounded in time and memory
 DESCRIBED = 20_000  # captions for the summary line, evenly spread
 BLOCK = 256  # records for one thread at a time
 MAX_VOCAB = 1 << 24

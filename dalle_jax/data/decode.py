@@ -34,6 +34,7 @@ _TURNS = {  # EXIF orientation -> what turns the pixels upright
 }
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded: more than nearly any camera makes, less than any machine holds
+MAX_PIXELS_LIMIT = 1 << 31  # the largest value that a user may give instead
 # Our limit is the stricter one, and a damaged header either decodes or gets its reason: no warnings are needed.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")

@@ -12,11 +12,12 @@ Result = TypeVar("Result")
 
 
 def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None, ahead: int
 ) -> Iterator[Result]:
     """function(item) of each item, in order, by threads that begin at most `ahead` items before they are asked for.
 
-    However the loop ends, with an interrupt too, what has not begun is dropped.
+    threads: None takes as many as `ThreadPoolExecutor` does. However the loop ends, with an interrupt too, what has not
+    begun is dropped.
     """
     pool, waiting = futures.ThreadPoolExecutor(threads), collections.deque[futures.Future[Any]]()
     try:

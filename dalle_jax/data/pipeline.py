@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from dalle_jax.data import filters, transforms
-from dalle_jax.data.decode import MAX_PIXELS, decode_scaled
+from dalle_jax.data.decode import MAX_PIXELS, MAX_PIXELS_LIMIT, decode_scaled
 from dalle_jax.data.record import LEFT_OUT, BadRecord, Dropped, Encoded, Record, Source
 from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.errors import UserError, check_choice, check_number
@@ -48,7 +48,7 @@ class DataConfig(filters.Filters):
         super().__post_init__()
         check_choice("config.data.augment", self.augment, transforms.AUGMENTATIONS)
         check_number("config.data.image_size", self.image_size, min=1, max=MAX_SIDE, whole=True)
-        check_number("config.data.max_pixels", self.max_pixels, min=1, max=1 << 31, whole=True)
+        check_number("config.data.max_pixels", self.max_pixels, min=1, max=MAX_PIXELS_LIMIT, whole=True)
         for name in ("bpe_dropout", "caption_dropout"):
             check_number(f"config.data.{name}", getattr(self, name), min=0, max=1)
 

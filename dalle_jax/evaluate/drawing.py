@@ -14,13 +14,11 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import pathlib
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -28,11 +26,12 @@ import tqdm
 
 from dalle_jax import files
 from dalle_jax.config import differences
+from dalle_jax.data.in_order import in_order
 from dalle_jax.data.record import Dropped, Source
 from dalle_jax.data.sources import open_source
 from dalle_jax.data.sources.tar_members import BLOCK
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate.features import counted, read_ahead
+from dalle_jax.evaluate.features import counted
 from dalle_jax.evaluate.protocol import Draw
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.pictures.picture import Picture
@@ -104,15 +103,13 @@ def choose(source: Source, draw: Draw, settings: Mapping[str, Any]) -> Plan:
         return record if isinstance(record, Dropped) else (record.key, record.captions)  # no pictures in memory
 
     ids, captions, dropped = [], [], collections.Counter()
-    with futures.ThreadPoolExecutor(READERS) as pool:
-        blocks = read_ahead(pool, read, range(len(source)), READ_AHEAD)  # so that an interrupt waits for few
-        for found in itertools.chain.from_iterable(blocks):
-            if isinstance(found, Dropped):
-                dropped[found.reason] += 1
-                continue
-            key, texts = found
-            ids += [f"{key}#{number}" for number in range(len(texts))]
-            captions += texts
+    for found in in_order(read, range(len(source)), threads=READERS, ahead=READ_AHEAD):
+        if isinstance(found, Dropped):
+            dropped[found.reason] += 1
+            continue
+        key, texts = found
+        ids += [f"{key}#{number}" for number in range(len(texts))]
+        captions += texts
     if draw.unique:
         first: dict[str, str] = {}
         for caption_id, caption in zip(ids, captions, strict=True):

@@ -7,10 +7,10 @@ dropping it. The network is Inception, or a CLIP, which also says how well pictu
 import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from dalle_jax import model_dir, sharding
 from dalle_jax.checkpoint import digest
 from dalle_jax.convert.inception import load_published
 from dalle_jax.data.decode import BadImage, decode_image
+from dalle_jax.data.in_order import in_order
 from dalle_jax.data.record import Dropped, Encoded, Record, Source
 from dalle_jax.errors import UserError
 from dalle_jax.evaluate import distances
@@ -164,14 +165,14 @@ class Extractor:
             row = Row(record.key, index, caption, hash_of(record.image), (height, width))
             return row, self.prepared(image_uint8, preprocess)
 
-        with futures.ThreadPoolExecutor() as pool:
-            for found in read_ahead(pool, read, indices, self.batch):
-                good = [outcome for outcome in found if not isinstance(outcome, Dropped)]
-                dropped.update(outcome.reason for outcome in found if isinstance(outcome, Dropped))
-                if good:
-                    batches.append(self(np.stack([x for _, x in good])))
-                kept += [row for row, _ in good]
-                advance(len(found))
+        outcomes = in_order(read, map(int, indices), threads=None, ahead=self.batch)
+        while found := list(itertools.islice(outcomes, self.batch)):
+            good = [outcome for outcome in found if not isinstance(outcome, Dropped)]
+            dropped.update(outcome.reason for outcome in found if isinstance(outcome, Dropped))
+            if good:
+                batches.append(self(np.stack([x for _, x in good])))
+            kept += [row for row, _ in good]
+            advance(len(found))
         none = np.zeros((0, self.features), np.float32), np.zeros((0, self.classes), np.float32)
         features_XF, logits_XV = (np.concatenate(parts) for parts in zip(none, *batches, strict=True))
         return FeatureSet(features_XF, logits_XV, kept, dict(dropped))
@@ -241,14 +242,3 @@ def hash_of(image: bytes | np.ndarray) -> str:
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
-
-
-def read_ahead(pool: futures.Executor, work: Callable, indices, size: int) -> Iterator[list]:
-    """work(index) of all indices in their order, `size` at a time, the next batch under way while one is used."""
-    waiting: collections.deque = collections.deque()
-    for start in range(0, len(indices), size):
-        waiting.append([pool.submit(work, int(index)) for index in indices[start : start + size]])
-        if len(waiting) > 1:
-            yield [future.result() for future in waiting.popleft()]
-    while waiting:
-        yield [future.result() for future in waiting.popleft()]

@@ -150,7 +150,7 @@ class Job:
     def frozen(self) -> Any:
         """Parameters of frozen models, whole on every chip as the loop puts them where anything asks for them."""
         everywhere = sharding.replicated(self.mesh)
-        frozen = self.task.frozen if run.reads_images(self.settings) else {}
+        frozen = run.frozen_in_use(self.settings, self.task)
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), frozen)
 
     @functools.cached_property

@@ -12,9 +12,9 @@ READ_SECONDS = 60  # in which a client must read something of an answer that wai
 class Connection(H11Protocol):
     """A connection that is closed if it owes a request for `HEAD_SECONDS`, or reads nothing for `READ_SECONDS`.
 
-    uvicorn itself waits for ever for the rest of a head, for the rest of a body that nobody reads any more, and for
-    somebody to read its answer. When there are as many connections as may be, the one that has owed the rest of a
-    request longest goes, so that clients who send nothing keep nobody out.
+    uvicorn itself waits without limit for the rest of a head, for the rest of a body that nobody reads any more, and
+    for the client to read its answer. At the maximum number of connections the one whose request has been incomplete
+    longest is closed, so that clients who send nothing keep nobody out.
     """
 
     _owing: asyncio.TimerHandle | None = None

@@ -1,8 +1,8 @@
-"""Hooks: what is made of the state beside training, such as samples and their scores. They decide nothing over a run.
+"""Hooks make something of the state beside training, such as samples and their scores, and never affect the run.
 
-A hook is called after the checkpoint of its step. One that raises costs what it makes, and never a step. One that takes
-its process with it, as the system does where a host has no memory left, is not called at that step again: the step
-stands in WORKDIR/.hook while a hook is at work.
+A hook is called after the checkpoint of its step. If it raises, only what it makes is lost. If its process dies in it,
+as when the host has no memory left, it is not called at that step again: WORKDIR/.hook holds the step while a hook
+runs.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """The moving average of the parameters, which samples and evaluations use.
 
-It is free of the initial parameters from its first move on. After n moves, a share of decay^n of a plain average, 13 %
-after 200 of 0.99, would still be what the run started from, noise; here the parameters theta_1 .. theta_n weigh as in
-the plain average, and their weights sum to 1 (Adam's correction of its bias):
+After n moves a plain average still holds a share of decay^n of the initial parameters, which are noise: 13 % after 200
+moves with a decay of 0.99. This average holds none of them from its first move on. The parameters theta_1 .. theta_n
+have the weights of the plain average, divided by their sum, as Adam corrects its bias:
 
     average_n = (1 - decay) / (1 - decay^n) * sum over k of decay^(n - k) theta_k
 
@@ -24,7 +24,7 @@ from dalle_jax.train.optimizer import matrices
 class Ema:
     """The paper has 0.99 every 25 updates for the transformer (appendix E) and 0.999 in each for the dVAE (A.2).
 
-    It does not say where the average starts; after some thousands of updates all readings are one.
+    It does not say where the average starts, which makes no difference after some thousands of updates.
     """
 
     decay: float = 0.0  # 0 keeps the average equal to the parameters

@@ -32,7 +32,7 @@ from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import compilation_cache, loop
 from dalle_jax.train.aside import Hook
 from dalle_jax.train.objectives import build_task, frozen_roles
-from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.objectives.task import Frozen, Task
 from dalle_jax.train.optimizer import powersgd
 from dalle_jax.train.optimizer.build import build_optimizer
 from dalle_jax.train.settings import TrainSettings
@@ -89,8 +89,7 @@ def _train(settings: TrainSettings, workdir: pathlib.Path, **of_loop) -> loop.Re
         say(describe(mesh))
     batches, validation = open_data(settings, mesh, tokenizer=tokenizer, frozen=frozen)
     distributed.gather_json(None)  # nobody reads any more what the first process writes now
-    if not reads_images(settings):
-        task = dataclasses.replace(task, frozen={})  # no image will be made tokens: leave the memory to others
+    task = dataclasses.replace(task, frozen=frozen_in_use(settings, task))
     with (
         contextlib.closing(batches),
         _alone_in(workdir, settings),
@@ -149,6 +148,11 @@ def reads_images(settings: TrainSettings) -> bool:
     """Whether training or validation reads images, not only their tokens."""
     train, validation = settings.run.data.train, settings.run.data.validation
     return not (train and sources.is_tokens(train)) or bool(validation and not sources.is_tokens(validation))
+
+
+def frozen_in_use(settings: TrainSettings, task: Task) -> Frozen:
+    """The frozen parameters that updates read: where no image is made tokens, all but the image tokenizer's."""
+    return {r: params for r, params in task.frozen.items() if r != "image_tokenizer" or reads_images(settings)}
 
 
 def load_frozen(settings: TrainSettings, workdir: pathlib.Path) -> dict[str, ModelDir]:

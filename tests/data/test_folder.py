@@ -21,7 +21,7 @@ from dalle_jax.cli import data
 from dalle_jax.cli.main import main
 from dalle_jax.data.decode import decode_image
 from dalle_jax.data.record import Dropped, Record, captions_of
-from dalle_jax.data.sources import open_source
+from dalle_jax.data.sources import check_outside, open_source
 from dalle_jax.errors import UserError
 from tests.support import ROOT
 from tests.support.broken_shards import encoded
@@ -244,6 +244,10 @@ def test_nothing_is_written_into_the_source(tmp_path, monkeypatch, capsys):
     for option in ("--picture", "--dropped"):
         assert main(["data", spec, option, f"{tmp_path}/pictures/out"]) == 2
         assert "expected a place outside of folder:" in capsys.readouterr().err
+    for inside, other in (("pictures/run", f"tfds:image_folder/pictures@{tmp_path}"), ("pictures", spec)):
+        with pytest.raises(UserError, match="expected a place outside of"):
+            check_outside(other, tmp_path / inside)
+    check_outside(f"tfds:image_folder/pictures@{tmp_path}", tmp_path / "run")
     training = ["train", "--config=configs/dvae.py:demo", f"--config.run.data.train={spec}", "--workdir"]
     assert main([*training, f"{tmp_path}/pictures/run"]) == 2
     assert "expected a place outside of folder:" in capsys.readouterr().err

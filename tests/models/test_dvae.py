@@ -80,24 +80,38 @@ def test_looking_a_code_up_is_decoding_its_one_hot(tiny, precision):
     np.testing.assert_allclose(found, dense, atol=1e-6)
 
 
-def test_rounding_to_bfloat16_is_small_beside_what_the_branches_add():
+PAPERS_DEPTH = {"image_size": 64, "vocab": 512, "width": 64, "groups": 4, "blocks_per_group": 2, "stem": 128}
+
+
+@pytest.mark.parametrize(
+    "sizes, precision, share",
+    [
+        (TINY | {"width": 32, "blocks_per_group": 2}, "bf16", 0.03),
+        pytest.param(PAPERS_DEPTH, "bf16", 0.03, marks=pytest.mark.slow),
+        pytest.param(PAPERS_DEPTH, "fp16-global", 0.15, marks=pytest.mark.slow),
+    ],
+)
+def test_rounding_to_16_bits_is_small_beside_what_the_branches_add(sizes, precision, share):
     """At initial values, where branches of gain 1/16 (the paper's are of 1/64) add a few hundredths. With stream, skips
     and ends in bfloat16 too, rounding is a fifth of it here, and half of it in a network of the paper's depth."""
-    x, ids = pixels.to_laplace(pixels.to_unit(some_images())), np.arange(128).reshape(2, 8, 8) % 12
+    size = sizes["image_size"]
+    image_BHWC = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
+    x, ids = pixels.to_laplace(pixels.to_unit(image_BHWC)), np.arange(128).reshape(2, 8, 8) % sizes["vocab"]
 
     def program(precision):
-        model = build("dvae", TINY | {"width": 32, "blocks_per_group": 2, "precision": precision})
+        model = build("dvae", sizes | {"precision": precision})
         return model, jax.jit(
             lambda p: (model.apply(p, x, method="encode"), model.apply(p, ids, method="decode_tokens"))
         )
 
-    (model, exact), (_, rounded) = program("fp32"), program("bf16")
+    (model, exact), (_, rounded) = program("fp32"), program(precision)
     params = init(model)
     bare = jax.tree_util.tree_map_with_path(lambda path, a: 0 * a if path[-2].key == "conv_4" else a, params)
     for found, wanted, without in zip(rounded(params), exact(params), exact(bare), strict=True):
         added = np.linalg.norm(wanted - without)
         assert found.dtype == jnp.float32 and added < 0.1 * np.linalg.norm(wanted)
-        assert 0 < np.linalg.norm(found - wanted) < 0.03 * added
+        print(f"{precision}: {np.linalg.norm(found - wanted) / added:.1%} of what the branches add")
+        assert 0 < np.linalg.norm(found - wanted) < share * added
 
 
 def test_white_is_exact_in_bfloat16_too():

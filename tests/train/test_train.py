@@ -209,6 +209,15 @@ def test_a_workdir_that_cannot_be_written_is_refused(dvae_values, tmp_path):
         run.train(demo_settings("dvae", dvae_values), tmp_path / "file" / "run", progress=False)
 
 
+def test_image_tokens_need_no_image_tokenizer_and_every_other_frozen_model(dvae_values):
+    of_images = demo_settings("dvae", dvae_values)
+    of_tokens = of_images.changed({"run.data.train": "tokens:somewhere", "run.data.validation": None})
+    task = objectives.build_task(of_images, {})
+    task = dataclasses.replace(task, frozen={"image_tokenizer": {"a": 1}, "teacher": {"b": 2}})
+    assert run.frozen_in_use(of_images, task) == task.frozen
+    assert run.frozen_in_use(of_tokens, task) == {"teacher": {"b": 2}}
+
+
 def test_a_model_of_another_name_is_no_task(dvae_values):
     settings = dataclasses.replace(demo_settings("dvae", dvae_values), name="gan")
     with pytest.raises(UserError, match="one of dvae, transformer, clip, got 'gan'"):

@@ -26,14 +26,17 @@ def is_tokens(spec: str) -> bool:
 
 
 def check_outside(spec: str, place: str | os.PathLike) -> None:
-    """Refuse a place to write to inside a folder of pictures: what is written there would be records of the source.
+    """Refuse a place to write to inside a folder whose every picture is a record, as one written there would be too.
 
     Raises:
       UserError: with both.
     """
-    kind, _, folder = spec.partition(":")
-    inside = pathlib.Path(place).resolve().is_relative_to(pathlib.Path(folder).expanduser().resolve())
-    if kind == "folder" and folder and inside:
+    if spec.startswith("tfds:image_folder/"):
+        split, _, parent = spec.removeprefix("tfds:image_folder/").partition("@")
+        folder = os.path.join(parent, split)
+    else:
+        folder = spec.removeprefix("folder:") if spec.startswith("folder:") else ""
+    if folder and pathlib.Path(place).resolve().is_relative_to(pathlib.Path(folder).expanduser().resolve()):
         raise UserError(
             f"expected a place outside of {spec} to write to, got {place}, where pictures would be records: choose "
             "another"

@@ -78,7 +78,7 @@ class ShardSource:
 
     def __init__(self, name: str, paths: list[str], *, captions_required: bool = True):
         self.name, self._paths, self._captions_required = name, paths, captions_required
-        self._index, self._told = tar_index.Index(paths), False
+        self._index, self._warned = tar_index.Index(paths), False
         self._file = functools.lru_cache(OPEN_FILES)(self._open)  # the last ones; opened outside of its lock
 
     def __reduce__(self):
@@ -159,7 +159,7 @@ class ShardSource:
     def _changed(self, shard: int, got: str) -> BadRecord:
         """The fault, which is also said once. got: what came, and what to do."""
         detail = f"expected {self._paths[shard]} as it was indexed, got {got}"
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             say(f"dalle-jax: {detail}; its records are dropped until then, and those of other shards like it")
         return BadRecord("changed shard", detail)

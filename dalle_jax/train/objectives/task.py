@@ -27,8 +27,8 @@ class Task:
       float32 scalar, the mean over the batch, so that equal microbatches average to the whole batch; the metrics are
       float32 scalars, averaged in the same way. `step` is an int32 scalar, the number of updates already made. A model
       of precision 'fp16-paper' also gets `scales=`, float32 [layers, 2], while it is differentiated.
-    mean_over_examples: is the loss of a batch the mean of its examples' own losses, so that each replica can take it of
-      its part of the batch?
+    mean_over_examples: whether the loss of a batch is the mean of the losses of its examples, so that each replica can
+      take it of its part of the batch. False for a loss that compares examples, such as CLIP's.
     frozen: role -> parameters of a model that gets no update. Passed as an argument, never baked in.
     pictures: (params, frozen, batch, key) -> uint8 [rows, columns, H, W, 3], or None for a model that draws nothing.
       Runs outside the update and may jit what it likes.
