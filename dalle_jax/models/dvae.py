@@ -13,15 +13,14 @@ import dataclasses
 import functools
 from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dalle_jax import pixels
 from dalle_jax.errors import check_sizes
-from dalle_jax.models import ops
-from dalle_jax.models.layers import Model, Params, check_no_paper, compute_dtype, param
+from dalle_jax.models.convolutions import Conv, fold, unfold
+from dalle_jax.models.layers import Model, Params, check_no_paper, compute_dtype
 from dalle_jax.sharding import constrain
 
 OUTPUTS = 6  # per pixel: three means, then three log scales (appendix A.3)
@@ -127,39 +126,6 @@ class DVAE(nnx.Module):
         return self.decoder.pixels(self.decoder.stem.look_up(tokens_BGG))
 
 
-class Conv(nnx.Module):
-    """A 'same' convolution of stride 1; normal weights with variance 1 / fan-in, zero bias (released code).
-
-    precision: of float32 products on an accelerator; where the paper has float32 they are not rounded at all.
-    """
-
-    def __init__(
-        self,
-        kernel: int,
-        channels: tuple[int, int],
-        rngs,
-        *,
-        dtype=jnp.float32,
-        precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
-        axes=("in", "out"),
-    ):
-        std = (kernel * kernel * channels[0]) ** -0.5
-        self.weight = param(rngs, (kernel, kernel, *channels), axes=(None, None, *axes), std=std)
-        self.bias = param(rngs, channels[1:], axes=axes[1:])
-        self.dtype, self.precision = dtype, precision if dtype == jnp.float32 else None
-
-    def __call__(self, x_BHWC):
-        # Gathered before use: a convolution whose channels are cut over the mesh got wrong gradients from XLA's CPU
-        # backend (jax 0.10.2), and a network this small needs its storage cut, not its products.
-        x_BHWC, weight = x_BHWC.astype(self.dtype), constrain(self.weight[...].astype(self.dtype), (None,) * 4)
-        y_BHWC = ops.conv(x_BHWC, weight, self.precision)
-        return y_BHWC + self.bias[...].astype(self.dtype)[None, None, None]
-
-    def look_up(self, tokens_BGG):
-        """The result for one-hot inputs; for a 1x1 kernel only."""
-        return self.weight[0, 0][tokens_BGG] + self.bias[...][None, None, None]
-
-
 class Block(nnx.Module):
     """skip(x) + post_gain * four convolutions through a bottleneck of a quarter of the output channels."""
 
@@ -218,9 +184,7 @@ class Encoder(nnx.Module):
         size = (self.config.image_size, self.config.image_size, 3)
         if x_BHWC.shape[1:] != size:
             raise ValueError(f"the encoder takes images [B, {size[0]}, {size[1]}, 3], got {x_BHWC.shape}")
-        patch = self.config.patch
-        x_BHWC = einops.rearrange(x_BHWC, "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
-        x_BGGC = self.tower(self.stem(x_BHWC))
+        x_BGGC = self.tower(self.stem(fold(x_BHWC, self.config.patch)))
         x_BGGC = jax.nn.relu(x_BGGC).astype(jnp.float32)
         if self.config.logits_norm:
             mean_square = jnp.square(x_BGGC).mean(-1, keepdims=True)
@@ -238,8 +202,7 @@ class Decoder(nnx.Module):
 
     def pixels(self, x_BGGC):
         x_BHWC = self.head(jax.nn.relu(self.tower(x_BGGC.astype(_trunk(self.config)["dtype"]))))
-        patch = self.config.patch
-        return einops.rearrange(x_BHWC, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch).astype(jnp.float32)
+        return unfold(x_BHWC, self.config.patch).astype(jnp.float32)
 
 
 def _trunk(config: DVAEConfig) -> dict[str, Any]:
