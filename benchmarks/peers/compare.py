@@ -109,7 +109,7 @@ def sampler(pattern: str):
     def sample():
         batch = engine.begin(text_CT, image_keys(next(seed) + np.arange(BATCH)[:, None]))
         ids_CMI = engine.tokens(engine.advance(batch, 0, engine.config.grid))
-        np.asarray(to_pixels(dvae, dvae_params, ids_CMI.reshape(BATCH, -1)))
+        np.asarray(to_pixels(dvae, dvae_params, ids_CMI.reshape(BATCH, SHAPE["grid"], -1)))
 
     return sample
 
@@ -121,8 +121,8 @@ def notes(about: Mapping[str, Any]) -> list[str]:
         sides = f"Parameters: ours {ours / 1e6:.2f} and theirs {theirs / 1e6:.2f} million. "
         sides += "Samples end at pixels on our side and at image tokens on theirs."
     else:
-        model, ids_BI = dvae_model(), jax.ShapeDtypeStruct((1, SHAPE["grid"] ** 2), jnp.int32)
-        ours = flops.traced(functools.partial(decode_images, model), model.abstract, ids_BI) // 2
+        model, ids_BRC = dvae_model(), jax.ShapeDtypeStruct((1, SHAPE["grid"], SHAPE["grid"]), jnp.int32)
+        ours = flops.traced(functools.partial(decode_images, model), model.abstract, ids_BRC) // 2
         sides = f"Decoders of the dVAEs: ours {ours / 1e6:.1f} and theirs {about['decoder_multiply_adds'] / 1e6:.1f} "
         sides += "million multiply-adds an image."
     shape = ", ".join(f"{key} {value}" for key, value in SHAPE.items())

@@ -38,9 +38,9 @@ class Conv(nnx.Module):
         y_BHWC = ops.conv(x_BHWC, weight, self.precision)
         return y_BHWC + self.bias[...].astype(self.dtype)[None, None, None]
 
-    def look_up(self, tokens_BGG):
+    def look_up(self, tokens_BRC):
         """The result for one-hot inputs; for a 1x1 kernel only."""
-        return self.weight[0, 0][tokens_BGG] + self.bias[...][None, None, None]
+        return self.weight[0, 0][tokens_BRC] + self.bias[...][None, None, None]
 
 
 def fold(x_BHWC, patch: int):

@@ -90,15 +90,14 @@ def model(config: DVAEConfig) -> Model:
 
 
 def encode_images(model: Model, params: Params, image_uint8):
-    """uint8 [B, H, W, 3] -> the most likely image tokens int32 [B, G * G] in raster order; no noise (footnote 6)."""
-    logits = model.apply(params, pixels.to_laplace(pixels.to_unit(image_uint8)), method="encode")
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32).reshape(image_uint8.shape[0], -1)
+    """uint8 [B, H, W, 3] -> the most likely image tokens int32 [B, R, C]; no noise (footnote 6)."""
+    logits_BRCV = model.apply(params, pixels.to_laplace(pixels.to_unit(image_uint8)), method="encode")
+    return jnp.argmax(logits_BRCV, axis=-1).astype(jnp.int32)
 
 
-def decode_images(model: Model, params: Params, tokens_BI):
-    """Image tokens [B, G * G] in raster order -> uint8 [B, H, W, 3]."""
-    grid = model.config.grid
-    return pixels.to_uint8(to_unit(model.apply(params, tokens_BI.reshape(-1, grid, grid), method="decode_tokens")))
+def decode_images(model: Model, params: Params, tokens_BRC):
+    """Image tokens [B, R, C] -> uint8 [B, H, W, 3]."""
+    return pixels.to_uint8(to_unit(model.apply(params, tokens_BRC, method="decode_tokens")))
 
 
 def to_unit(pixel_BHWC):
@@ -107,23 +106,26 @@ def to_unit(pixel_BHWC):
 
 
 class DVAE(nnx.Module):
-    """Encoder and decoder. Parameters: {'encoder': ..., 'decoder': ...}."""
+    """Encoder and decoder. Parameters: {'encoder': ..., 'decoder': ...}.
+
+    Heights H and widths W are any multiples of the stride; there are R = H / stride rows of C = W / stride positions.
+    """
 
     def __init__(self, config: DVAEConfig, rngs: nnx.Rngs):
         self.encoder = Encoder(config, rngs)
         self.decoder = Decoder(config, rngs)
 
     def encode(self, x_BHWC):
-        """Images in the logit-Laplace range [B, H, W, 3] -> float32 logits over the codebook [B, G, G, V]."""
+        """Images in the logit-Laplace range [B, H, W, 3] -> float32 logits over the codebook [B, R, C, V]."""
         return self.encoder(x_BHWC)
 
-    def decode(self, z_BGGV):
-        """Image tokens as distributions (one-hot or relaxed) [B, G, G, V] -> float32 [B, H, W, 6]: mu, then ln b."""
-        return self.decoder.pixels(self.decoder.stem(z_BGGV))
+    def decode(self, z_BRCV):
+        """Image tokens as distributions (one-hot or relaxed) [B, R, C, V] -> float32 [B, H, W, 6]: mu, then ln b."""
+        return self.decoder.pixels(self.decoder.stem(z_BRCV))
 
-    def decode_tokens(self, tokens_BGG):
+    def decode_tokens(self, tokens_BRC):
         """`decode` of the one-hot vectors of image tokens, by table look-up."""
-        return self.decoder.pixels(self.decoder.stem.look_up(tokens_BGG))
+        return self.decoder.pixels(self.decoder.stem.look_up(tokens_BRC))
 
 
 class Block(nnx.Module):
@@ -181,15 +183,12 @@ class Encoder(nnx.Module):
         self.head = Conv(1, (widths[-1], config.vocab), rngs, axes=("in", "vocab"))
 
     def __call__(self, x_BHWC):
-        size = (self.config.image_size, self.config.image_size, 3)
-        if x_BHWC.shape[1:] != size:
-            raise ValueError(f"the encoder takes images [B, {size[0]}, {size[1]}, 3], got {x_BHWC.shape}")
-        x_BGGC = self.tower(self.stem(fold(x_BHWC, self.config.patch)))
-        x_BGGC = jax.nn.relu(x_BGGC).astype(jnp.float32)
+        x_BRCD = self.tower(self.stem(fold(x_BHWC, self.config.patch)))
+        x_BRCD = jax.nn.relu(x_BRCD).astype(jnp.float32)
         if self.config.logits_norm:
-            mean_square = jnp.square(x_BGGC).mean(-1, keepdims=True)
-            x_BGGC = x_BGGC * self.config.logits_norm * jax.lax.rsqrt(mean_square + 1e-6)
-        return self.head(x_BGGC)
+            mean_square = jnp.square(x_BRCD).mean(-1, keepdims=True)
+            x_BRCD = x_BRCD * self.config.logits_norm * jax.lax.rsqrt(mean_square + 1e-6)
+        return self.head(x_BRCD)
 
 
 class Decoder(nnx.Module):
@@ -200,8 +199,8 @@ class Decoder(nnx.Module):
         self.tower = Tower((config.stem, *widths), (1, 3, 3, 3), _double, config, rngs)
         self.head = Conv(1, (config.width, OUTPUTS * config.patch**2), rngs, **_trunk(config))
 
-    def pixels(self, x_BGGC):
-        x_BHWC = self.head(jax.nn.relu(self.tower(x_BGGC.astype(_trunk(self.config)["dtype"]))))
+    def pixels(self, x_BRCD):
+        x_BHWC = self.head(jax.nn.relu(self.tower(x_BRCD.astype(_trunk(self.config)["dtype"]))))
         return unfold(x_BHWC, self.config.patch).astype(jnp.float32)
 
 

@@ -178,7 +178,7 @@ class Autoregressive:
     def encode(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """An image, its center crop at `image_size`, as int32 image tokens [I] in raster order."""
         image_uint8 = center_crop(pixels_of(image), self.image_size)
-        return np.asarray(_encode(self.image_tokenizer, self._image_params, image_uint8[None]))[0]
+        return np.asarray(_encode(self.image_tokenizer, self._image_params, image_uint8[None])).reshape(-1)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Image tokens in raster order, [I] or [B, I] -> uint8 [image_size, image_size, 3] or [B, ...].
@@ -197,7 +197,8 @@ class Autoregressive:
             )
 
         def decode(tokens_BI):
-            return _decode(self.image_tokenizer, self._image_params, jax.device_put(tokens_BI, self._batch_sharding))
+            tokens_BRC = jax.device_put(tokens_BI.reshape(-1, layout.grid, layout.grid), self._batch_sharding)
+            return _decode(self.image_tokenizer, self._image_params, tokens_BRC)
 
         multiple = self.batch_multiple
         size = -(-min(self.decode_batch, batches.bucket(len(tokens_BI))) // multiple) * multiple

@@ -112,7 +112,8 @@ def crops(folder, dvae, tmp_path_factory):
 def encode_here(dvae, pictures):
     found = model_dir.load(dvae)
     config, params = found.config, found.params
-    return np.asarray(encode_images(build("dvae", config["model"]), params, np.stack(pictures)))
+    tokens_BRC = encode_images(build("dvae", config["model"]), params, np.stack(pictures))
+    return np.asarray(tokens_BRC).reshape(len(pictures), -1)
 
 
 def test_every_slot_is_the_sources_own(folder, dvae, center):

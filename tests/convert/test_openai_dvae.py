@@ -81,8 +81,8 @@ def encode(model, params, image_uint8):
     return np.asarray(apply(model, params, pixels.to_laplace(pixels.to_unit(image_uint8)), method="encode"))
 
 
-def some_image() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+def some_image(height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,10 @@ def test_the_golden_numbers_depend_on_every_weight(golden):
     assert_every_weight_matters(both, params, 10 * TOLERANCE)
 
 
-def test_pytorch_and_jax_agree():
+@pytest.mark.parametrize("size", [(IMAGE_SIZE, IMAGE_SIZE), (16, 40)])
+def test_pytorch_and_jax_agree(size):
     encoder, decoder = reference(seed=1, blocks=2)
-    image = some_image()
+    image = some_image(*size)
     got = our_outputs(state_arrays(encoder), state_arrays(decoder), image)
     assert_near(got, torch_outputs(encoder, decoder, image), TOLERANCE)
 

@@ -13,6 +13,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.models import build, dvae
 from dalle_jax.train.objectives import dvae as dvae_objective
 from dalle_jax.train.settings import LIKELIHOODS, Cosine, DVAEObjective
+from tests.support.parameters import random_parameters
 
 TINY = {"image_size": 16, "vocab": 12, "width": 8, "groups": 2, "blocks_per_group": 1, "stem": 6, "stem_kernel": 3}
 PAPER_GRID, PAPER_VOCAB = 32, 8192
@@ -181,10 +182,29 @@ def test_impossible_sizes_are_refused(wrong):
         dvae.DVAEConfig(**wrong)
 
 
-def test_a_picture_of_another_size_is_refused(tiny):
-    model, params = tiny
-    with pytest.raises(ValueError, match="16, 16"):
-        run(model, params, np.zeros((1, 32, 32, 3), np.float32), method="encode")
+def test_a_picture_may_have_any_height_and_width(tiny):
+    """Its tokens are those of its tiles where nothing sees across their borders: all kernels are their centers here."""
+    model = tiny[0]
+
+    def center(leaf):
+        return leaf if leaf.ndim < 4 else np.pad(leaf[1:2, 1:2], ((1, 1), (1, 1), (0, 0), (0, 0)))
+
+    params = jax.tree.map(
+        lambda leaf: center(np.asarray(leaf)) if leaf.shape[0] == 3 else leaf, random_parameters(model)
+    )
+    tiles = some_images(6).reshape(2, 3, 16, 16, 3)  # 2 rows of 3
+    whole = np.concatenate(np.concatenate(tiles, axis=1), axis=1)[None]
+    assert whole.shape == (1, 32, 48, 3)
+    encode, decode = (jax.jit(function, static_argnums=0) for function in (dvae.encode_images, dvae.decode_images))
+    tokens = np.asarray(encode(model, params, whole))
+    assert tokens.shape == (1, 16, 24) and tokens.dtype == np.int32
+    of_tiles = np.asarray(encode(model, params, tiles.reshape(6, 16, 16, 3)))
+    assert len({tokens_RC.tobytes() for tokens_RC in of_tiles}) == 6
+    np.testing.assert_array_equal(tokens[0, :8, 8:16], of_tiles[1])
+    np.testing.assert_array_equal(tokens[0, 8:, :8], of_tiles[3])
+    images = np.asarray(decode(model, params, tokens))
+    assert images.shape == whole.shape and images.dtype == np.uint8 and len(np.unique(images)) > 3
+    np.testing.assert_array_equal(images[0, 16:, :16], np.asarray(decode(model, params, of_tiles))[3])
 
 
 # The objective

@@ -137,5 +137,5 @@ def _pictures(model: Model, params: Params, frozen: Params, batch, key):
     """uint8 [2, n, H, W, 3]: a row of originals and a row of their hard reconstructions."""
     del frozen, key
     image_uint8 = batch["image"][:PICTURES]
-    ids_BI = encode_images(model, params, image_uint8)
-    return jnp.stack([image_uint8, decode_images(model, params, ids_BI)])
+    ids_BRC = encode_images(model, params, image_uint8)
+    return jnp.stack([image_uint8, decode_images(model, params, ids_BRC)])

@@ -72,8 +72,8 @@ def _loss(model, tokenizer, params, frozen, batch, *, key, step, scales=None):
     if "image_tokens" in batch:
         image_BI = batch["image_tokens"]
     else:
-        image_BI = image_tokenizer.encode(tokenizer, frozen["image_tokenizer"], batch["image"])
-        image_BI = jax.lax.stop_gradient(image_BI)
+        image_BRC = image_tokenizer.encode(tokenizer, frozen["image_tokenizer"], batch["image"])
+        image_BI = jax.lax.stop_gradient(image_BRC.reshape(len(image_BRC), -1))
     text_logits, image_logits = model.apply(params, batch["text"], image_BI, scales)
     text, image = token_losses(text_logits, image_logits, batch["text"], image_BI)
     loss = TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image
