@@ -27,7 +27,7 @@ RENAMED |= {
     for name in ("resize", "crop", "reference-crop", "side", "blur", "splits", "seed")
 }
 OTHER_KEYS = ("name", "processes")  # of a config, beside those of an `Evaluation`
-FREE_KEYS = (*PLACES, "draw.shard_size", "overlap.least")  # values that a protocol leaves to the user
+FREE_KEYS = (*PLACES, "draw.shard_size", "overlap.min_cosine")  # values that a protocol leaves to the user
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -134,9 +134,11 @@ def closest(paths: Sequence[pathlib.Path], reference: FeatureSet, training: Sour
     return [Pair(cosine_X[i], reference.rows[i], int(row_X[i])) for i in order], seen
 
 
-def summary(pairs: Sequence[Pair], training: Source, *, seen: int, least: float) -> tuple[dict[str, Any], set[int]]:
+def summary(
+    pairs: Sequence[Pair], training: Source, *, seen: int, min_cosine: float
+) -> tuple[dict[str, Any], set[int]]:
     """The overlap as a report has it, and the places of duplicates in the reference."""
-    same = [pair for pair in pairs if pair.cosine >= least]
+    same = [pair for pair in pairs if pair.cosine >= min_cosine]
     listed = [
         {
             "reference": pair.reference.key,
@@ -145,7 +147,12 @@ def summary(pairs: Sequence[Pair], training: Source, *, seen: int, least: float)
         }
         for pair in pairs[:LISTED]
     ]
-    counts = {"training_pictures": seen, "least": least, "duplicates": len(same), "share": len(same) / len(pairs)}
+    counts = {
+        "training_pictures": seen,
+        "min_cosine": min_cosine,
+        "duplicates": len(same),
+        "share": len(same) / len(pairs),
+    }
     return {**counts, "closest": listed}, {pair.reference.index for pair in same}
 
 

@@ -120,16 +120,16 @@ class Draw:
 class Overlap:
     """Near duplicates between the reference and a training set, by CLIP.
 
-    source: the training pictures, None to look for no overlap. least: cosine from which on two pictures count as the
-    same; remove: take those out of the reference.
+    source: the training pictures, None to look for no overlap. min_cosine: cosine from which on two pictures count as
+    the same. remove: take those out of the reference.
     """
 
     source: str | None = None
-    least: float = 0.95
+    min_cosine: float = 0.95
     remove: bool = False
 
     def __post_init__(self):
-        check_number("overlap.least", self.least, min=-1, max=1)
+        check_number("overlap.min_cosine", self.min_cosine, min=-1, max=1)
         check_texts(self, "source")
 
 

@@ -167,7 +167,7 @@ def _overlap(inputs: Inputs, cache: FeatureCache, out: pathlib.Path) -> tuple[Co
         return (), {}
     cache.worker.wait(paths)
     pairs, seen = overlap.closest(paths, found, training.source)
-    summary, duplicates = overlap.summary(pairs, training.source, seen=seen, least=asked.least)
+    summary, duplicates = overlap.summary(pairs, training.source, seen=seen, min_cosine=asked.min_cosine)
     overlap.save_sheet(out / overlap.SHEET, pairs, (reference.source, training.source))
     summary = {"source": asked.source, "clip": clip.digest, **summary, "removed": asked.remove}
     return (duplicates if asked.remove else ()), {"overlap": summary}

@@ -58,7 +58,7 @@ IMPOSSIBLE = {
         {"splits": MANY}, {"candidates": MANY},
     ),
     Draw: ({"count": 1}, {"count": MANY}, {"best_of": 0}, {"seed": 2**32}, {"shard_size": 1.5}, {"shard_size": MANY}),
-    Overlap: ({"least": float("nan")},),
+    Overlap: ({"min_cosine": float("nan")},),
     Evaluation: (
         {"pictures": "x", "count": 0}, {"pictures": "x", "reference_count": MANY}, {},
         {"pictures": "x", "draw": Draw()},

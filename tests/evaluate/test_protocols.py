@@ -281,7 +281,7 @@ def test_given_pictures_score_as_drawn_ones_and_near_duplicates_are_found_and_re
     training.mkdir()
     for i, name in ((2, b"2.jpg"), (5, b"5.jpg"), (9, b"9 caf\xe9.jpg")):  # the last is no UTF-8
         shutil.copy(coco / "val2014" / f"COCO_val2014_{i + 7:012d}.jpg", training / os.fsdecode(name))
-    more = (f"--config.overlap.source=folder:{training}", "--config.overlap.least=0.99999")
+    more = (f"--config.overlap.source=folder:{training}", "--config.overlap.min_cosine=0.99999")
     words = [word for word in words if "blur" not in word]  # a second tuple would be joined to the first
     common = ("--pictures", f"wds:{out}/pictures/*.tar", *words, *more, "--json", "--config.measure.blur=(0.0,)")
     assert run(*common, "--out", tmp_path / "found") == 0
