@@ -10,9 +10,11 @@ from typing import Any
 
 from dalle_jax.models import dvae
 from dalle_jax.models.layers import Model, Params
+from dalle_jax.models.vq import model as vq
+from dalle_jax.models.vq.config import VQConfig
 
-NAMES = ("dvae",)  # of models that are image tokenizers, as `models.build` knows them
-_MODULES = {dvae.DVAEConfig: dvae}  # config -> its module: `model`, `encode_images` and `decode_images`
+NAMES = ("dvae", "vq")  # of models that are image tokenizers, as `models.build` knows them
+_MODULES = {dvae.DVAEConfig: dvae, VQConfig: vq}  # config -> its module: `model`, `encode_images` and `decode_images`
 
 
 def build(config: Any) -> Model:

@@ -1,4 +1,4 @@
-"""Products with weights, and the gradients of them that XLA's backends need: `linear` and `conv`.
+"""Products with weights, and the gradients of them that XLA's backends need: `linear`, `conv` and `doubling_conv`.
 
 Each custom gradient equals the one that JAX derives, to rounding; its comment says when it can be deleted.
 """
@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle_jax import sharding
 
@@ -132,3 +133,32 @@ def _by_weight_reversed(x_BHWC, cotangent_BHWC, *, pad: int, precision):
         precision=precision,
     )
     return by_weight[::-1, ::-1].swapaxes(2, 3)
+
+
+# Where a kernel's taps lie when the sides double: size of the kernel -> [row of the result, even or odd][the nearer or
+# the later of the two rows of the input that it sees][tap]. An even row 2i sees rows i - 1 and i, an odd one 2i + 1
+# rows i and i + 1. With 3 taps over rows that were repeated, two taps meet in one row; 4 taps are transposed, so that
+# tap t of row i lands in row 2i + t - 1.
+_TAPS = {
+    3: np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32),
+    4: np.array([[[0, 0, 0, 1], [0, 1, 0, 0]], [[0, 0, 1, 0], [1, 0, 0, 0]]], np.float32),
+}
+
+
+def doubling_conv(x_BHWC, weight, precision: jax.lax.Precision | None = None):
+    """[B, H, W, I] -> [B, 2H, 2W, O] by a kernel [3, 3, I, O] or [4, 4, I, O].
+
+    3: the rows and columns are repeated, then convolved ('same'); 4: the transposed convolution of stride 2 ('same').
+    Either way a position of the result depends on 2 x 2 of x, so this is one convolution of x with a kernel of 2 for
+    each of the four kinds of positions: 16 products, where 36 and, with the zeros in between, 64 would be computed.
+    """
+    taps = _TAPS[len(weight)].astype(weight.dtype)
+    B, H, W, _ = x_BHWC.shape
+    *_, inputs, outputs = weight.shape
+    # rows a, columns b of what a position sees; even or odd rows p, columns q; exact sums where taps meet
+    weights = jnp.einsum("pat,qbu,tuio->abipqo", taps, taps, weight, precision=jax.lax.Precision.HIGHEST)
+    y = plain_conv(x_BHWC, weights.reshape(2, 2, inputs, -1), precision, padding=((1, 1), (1, 1)))
+    y = y.reshape(B, H + 1, W + 1, 2, 2, outputs)
+    y = jnp.stack([y[:, :-1, :, 0], y[:, 1:, :, 1]], axis=2)  # B H p W q O
+    y = jnp.stack([y[:, :, :, :-1, 0], y[:, :, :, 1:, 1]], axis=4)
+    return y.reshape(B, 2 * H, 2 * W, outputs)

@@ -78,7 +78,7 @@ class VQConfig:
         values = getattr(self, name)
         if not isinstance(values, (tuple, list)):
             raise ValueError(f"{name} must be several numbers like (1, 2), got {values!r}")
-        if not all(isinstance(value, numbers.Integral) and min <= value <= max for value in values):
+        if not all(isinstance(value, numbers.Integral) and min <= int(value) <= max for value in values):
             raise ValueError(f"{name} must be whole numbers of at least {min}, at most {max:,}, got {values!r}")
         object.__setattr__(self, name, tuple(map(int, values)))
 
