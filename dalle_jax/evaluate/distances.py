@@ -65,33 +65,70 @@ def compare(
     return scores, notes
 
 
-def mean_and_covariance(features_XF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean float64 [F] and covariance float64 [F, F], with X - 1 in the denominator.
+class Moments:
+    """Mean and covariance of vectors that come in pieces, of which no more than a block is kept.
 
     Blocks of fixed size are summed about their means and joined in their order (Chan et al. 1979), so that the
     result depends on nothing but the vectors.
+    """
+
+    def __init__(self, features: int):
+        self.count = 0
+        self._mean_F, self._scatter_FF = np.zeros(features), np.zeros((features, features))
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, features_XF: np.ndarray) -> None:
+        """Take more vectors.
+
+        Raises:
+          UserError: some that are not finite, or of another length.
+        """
+        self._waiting.append(check_features(features_XF, features=len(self._mean_F)))
+        if sum(map(len, self._waiting)) >= BLOCK:
+            waiting_XF = np.concatenate(self._waiting)
+            whole = len(waiting_XF) // BLOCK * BLOCK
+            for start in range(0, whole, BLOCK):
+                self._join(waiting_XF[start : start + BLOCK])
+            self._waiting = [waiting_XF[whole:]] if whole < len(waiting_XF) else []
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean float64 [F] and covariance float64 [F, F], with X - 1 in the denominator; nothing may be added after.
+
+        Raises:
+          UserError: fewer than two vectors.
+        """
+        if self._waiting:
+            self._join(np.concatenate(self._waiting))
+            self._waiting = []
+        if self.count < 2:
+            raise UserError(f"expected at least 2 pictures to take a covariance of, got {self.count}: give more")
+        return self._mean_F, self._scatter_FF / (self.count - 1)
+
+    def _join(self, block_XF: np.ndarray) -> None:
+        block_XF = block_XF.astype(np.float64)
+        block_mean_F = block_XF.mean(0)
+        block_XF -= block_mean_F
+        total = self.count + len(block_XF)
+        apart_F = block_mean_F - self._mean_F
+        self._mean_F = self._mean_F + apart_F * (len(block_XF) / total)
+        between_FF = np.outer(apart_F, apart_F)
+        between_FF *= self.count * len(block_XF) / total
+        # numpy hands the product of a matrix with its transpose to syrk: half the work, and exactly symmetric.
+        self._scatter_FF = between_FF + self._scatter_FF + block_XF.T @ block_XF
+        self.count = total
+
+
+def mean_and_covariance(features_XF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean float64 [F] and covariance float64 [F, F] of all vectors, as `Moments` gives them.
 
     Raises:
       UserError: fewer than two vectors, or some that are not finite.
     """
     features_XF = check_features(features_XF)
-    if len(features_XF) < 2:
-        raise UserError(f"expected at least 2 pictures to take a covariance of, got {len(features_XF)}: give more")
-    count, features = 0, features_XF.shape[1]
-    mean_F, scatter_FF = np.zeros(features), np.zeros((features, features))
+    moments = Moments(features_XF.shape[1])
     for start in range(0, len(features_XF), BLOCK):
-        block_XF = features_XF[start : start + BLOCK].astype(np.float64)
-        block_mean_F = block_XF.mean(0)
-        block_XF -= block_mean_F
-        total = count + len(block_XF)
-        apart_F = block_mean_F - mean_F
-        mean_F = mean_F + apart_F * (len(block_XF) / total)
-        between_FF = np.outer(apart_F, apart_F)
-        between_FF *= count * len(block_XF) / total
-        # numpy hands the product of a matrix with its transpose to syrk: half the work, and exactly symmetric.
-        scatter_FF = between_FF + scatter_FF + block_XF.T @ block_XF
-        count = total
-    return mean_F, scatter_FF / (count - 1)
+        moments.add(features_XF[start : start + BLOCK])
+    return moments.result()
 
 
 def check_features(features_XF: np.ndarray, *, features: int | None = None) -> np.ndarray:

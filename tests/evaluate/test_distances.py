@@ -72,6 +72,18 @@ def test_mean_and_covariance_are_numpys_in_blocks_and_out_of_order(monkeypatch):
         np.testing.assert_array_equal(covariance, covariance.T)
 
 
+def test_moments_are_the_same_bits_in_pieces_of_any_size(monkeypatch):
+    features = relu_features(3, 101, 24)
+    monkeypatch.setattr(distances, "BLOCK", 16)
+    whole = mean_and_covariance(features)
+    for size in (1, 7, 16, 50, 101):
+        moments = distances.Moments(24)
+        for start in range(0, len(features), size):
+            moments.add(features[start : start + size])
+        for got, want in zip(moments.result(), whole, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 def test_a_large_mean_costs_no_digits():
     features = relu_features(3, 3_000, 8).astype(np.float64)
     far = mean_and_covariance(features + 1e6)[1]
