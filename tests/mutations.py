@@ -247,6 +247,13 @@ MUTATIONS = [
         ('TABLES = ("vocab", "image_input", "position")', 'TABLES = ("vocab", "position")'),
     ]),
     ("dalle_jax/sample/autoregressive.py", PAPER, [('"temperature", float, 1.0', '"temperature", float, 0.9')]),
+    ("dalle_jax/evaluate/fidelity.py", "evaluate/test_fidelity.py", [
+        ("PEAK = 255", "PEAK = 256"),
+        ("WINDOW, DEVIATION = 11, 1.5", "WINDOW, DEVIATION = 9, 1.5"),
+        ("WINDOW, DEVIATION = 11, 1.5", "WINDOW, DEVIATION = 11, 1.6"),
+        ("K_1, K_2 = 0.01, 0.03", "K_1, K_2 = 0.03, 0.03"),
+        ("K_1, K_2 = 0.01, 0.03", "K_1, K_2 = 0.01, 0.01"),
+    ]),
     ("configs/evaluate.py", PAPER, [
         ("BEST_OF = 512", "BEST_OF = 256"),
         ("COCO_PICTURES = 40_504", "COCO_PICTURES = 40_000"),
