@@ -26,7 +26,8 @@ from dalle_jax.models import Model, Params, build, image_tokenizer
 
 CONFIG, PARAMS = "config.json", "params.safetensors"
 FROZEN = "frozen.json"  # role -> sha256 of the frozen model that the folder's own was trained with
-ROLES = {"image_tokenizer": image_tokenizer.NAMES}  # what may be frozen -> names of models that can be it
+# What may be frozen -> names of models that can be it.
+ROLES: dict[str, tuple[str, ...]] = {"image_tokenizer": image_tokenizer.NAMES, "lpips": ("lpips",)}
 _OLD_FROZEN = {"image_tokenizer": ("dvae", "dvae.sha256")}  # folder and file of version 0.1
 
 

@@ -9,7 +9,7 @@ import jax
 
 from dalle_jax import model_dir
 from dalle_jax.checkpoint import digest
-from dalle_jax.convert import clip, inception, openai_dvae, weights
+from dalle_jax.convert import clip, inception, lpips, openai_dvae, weights
 from dalle_jax.errors import UserError, check_number
 from dalle_jax.models import Params
 from dalle_jax.text.clip import MERGES, VOCAB
@@ -38,6 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     network = _family(families, "inception", "the network of FID, IS and KID", convert_inception)
     network.add_argument("weights", metavar="FILE", help=f"{inception.PUBLISHED}; or the same arrays as .safetensors")
+    perceptual = _family(families, "lpips", "the perceptual distance LPIPS with VGG16", convert_lpips)
+    perceptual.add_argument(
+        "weights",
+        metavar="VGG",
+        help=f"{lpips.PUBLISHED}, or a state dict of all of LPIPS; or the same as .safetensors",
+    )
+    perceptual.add_argument(
+        "linear", metavar="LIN", nargs="?", help=f"its linear weights, {lpips.LINEAR} (default: they are in VGG)"
+    )
 
 
 def _family(families, name: str, summary: str, convert) -> argparse.ArgumentParser:
@@ -83,6 +92,11 @@ def convert_inception(args: argparse.Namespace) -> Converted:
     config, params = inception.load_published(args.weights)
     summary = f"{config.pools} network, {config.classes} classes, sha256 of its parameters {digest.of_tree(params)}"
     return "inception", config, params, summary
+
+
+def convert_lpips(args: argparse.Namespace) -> Converted:
+    config, params = lpips.load_published(args.weights, args.linear)
+    return "lpips", config, params, f"{_count(params)} parameters, sha256 {digest.of_tree(params)}"
 
 
 def _count(params: Params) -> str:

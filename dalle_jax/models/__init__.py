@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dalle_jax.models import clip, dvae, inception, transformer
+from dalle_jax.models import clip, dvae, inception, lpips, transformer
 from dalle_jax.models.layers import Model, Params
 from dalle_jax.models.vq import model as vq
 from dalle_jax.models.vq.config import VQConfig
@@ -16,6 +16,7 @@ _MODELS: dict[str, tuple[type, Callable[[Any], Model]]] = {
     "transformer": (transformer.TransformerConfig, transformer.model),
     "clip": (clip.CLIPConfig, clip.model),
     "inception": (inception.InceptionConfig, inception.model),
+    "lpips": (lpips.LPIPSConfig, lpips.model),
 }
 
 # Options that version 0.1 wrote into `config.json` and that are gone; none of them changed what a model computes.
