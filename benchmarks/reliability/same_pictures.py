@@ -23,26 +23,19 @@ SETTINGS = ({}, {"guidance": 2.0}, {"options": {"temperature": 0.9, "top_k": 30,
 
 
 class Drawn:
-    """A pipeline that keeps the image tokens of what it draws."""
+    """A pipeline that gives what it draws as arrays."""
 
     def __init__(self, folder: str, **options):
-        self.pipe, self._seen = Pipeline.load(folder, **options), []
-        generator = self.pipe.generator
-        generator.can_guide = True  # whatever that looks like with a model that was not trained for it
-        self._decode, generator.decode = generator.decode, self._note
-
-    def _note(self, tokens):
-        self._seen.append(np.array(tokens))
-        return self._decode(tokens)
+        self.pipe = Pipeline.load(folder, **options)
+        self.pipe.generator.can_guide = True  # whatever that looks like with a model that was not trained for it
 
     def __call__(self, requests, *, batch: int | None = None):
-        """Image tokens [B, I] and pixels [B, H, W, 3], request by request."""
-        self._seen.clear()
+        """Image tokens [B, R, C] and pixels [B, H, W, 3], request by request."""
         if batch is not None:
             self.pipe._capacity = dict.fromkeys((False, True), (batch, f"{batch} images per batch"))
-        pictures = [np.asarray(picture) for row in self.pipe.draw(requests) for picture in row]
+        pictures = [picture for row in self.pipe.draw(requests) for picture in row]
         self.pipe._capacity = {}
-        return np.concatenate(self._seen), np.stack(pictures)
+        return np.stack([picture.tokens for picture in pictures]), np.stack([np.asarray(p) for p in pictures])
 
 
 def main() -> int:

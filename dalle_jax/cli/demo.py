@@ -29,6 +29,7 @@ from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.pictures.picture import Picture
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.autoregressive import Autoregressive
+from dalle_jax.sample.image_tokenizer import ImageTokenizer
 from dalle_jax.sample.pipeline import CLIP, Pipeline
 from dalle_jax.sample.request import MAX_CANDIDATES, Request
 from dalle_jax.sample.rerank import Reranker
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> dict:
     report, drawn = judge(generator, args.captions)
     sheet([("", drawn[name][: 2 * COLUMNS]) for name in TUNED_ON]).save(workdir / "samples.png")
     steps = {"dvae": dvae_settings.run.steps, "transformer": settings.run.steps}
-    parameters = {"dvae": generator.image_tokenizer.num_params, "transformer": generator.model.num_params}
+    parameters = {"dvae": generator.image_tokenizer.model.num_params, "transformer": generator.model.num_params}
     if best_of:
         say(f"5/{stages} CLIP: which caption belongs to which picture")
         clip_settings = planned("configs/clip.py:demo", overrides, workdir / "clip", seconds=CLIP_SECONDS)
@@ -265,7 +266,11 @@ def judge(generator: Autoregressive, count: int) -> tuple[dict[str, Any], dict[s
     options = {"temperature": temperature}
     drawn = {n: draw(pipe, n, part="report", count=count, options=options) for n in REPORT_KEYS.values()}
     accuracies = {key: share_right(drawn[name]) for key, name in REPORT_KEYS.items()}
-    return {"temperature": temperature, **accuracies, "dvae": judge_image_tokenizer(generator, count)}, drawn
+    return {
+        "temperature": temperature,
+        **accuracies,
+        "dvae": judge_image_tokenizer(generator.image_tokenizer, count),
+    }, drawn
 
 
 def judge_best(pipe: Pipeline, best_of: int, count: int) -> tuple[dict[str, Any], list[Picture]]:
@@ -288,17 +293,17 @@ def judge_by_clip(reranker: Reranker, drawn: Mapping[str, list[Picture]], count:
     return by_clip(reranker, images, captions, list(np.concatenate(real)))
 
 
-def judge_image_tokenizer(generator: Autoregressive, count: int) -> dict[str, float]:
+def judge_image_tokenizer(image_tokenizer: ImageTokenizer, count: int) -> dict[str, float]:
     """Share of true images that still show their caption after encoding and decoding, and of the codebook in use."""
     sets = {"seen": "one_seen", "unseen": "one_unseen", "two_object_unseen": RANKED_SET}
     scores, used = {}, set()
     for key, name in sets.items():
-        images = scenes.true_pictures(name, "report", count, image_size=generator.image_size)
+        images = scenes.true_pictures(name, "report", count, image_size=image_tokenizer.image_size)
         described = [scene for _, scene in scenes.captions(name, "report", count)]
-        tokens_BI = np.stack([generator.encode(image) for image in images])
-        used.update(map(int, tokens_BI.flat))
-        scores[f"{key}_accuracy"] = accuracy(generator.decode(tokens_BI), described)
-    return {**scores, "codes_used_share": len(used) / generator.model.config.image_vocab}
+        tokens_BRC = image_tokenizer.encode(images)
+        used.update(map(int, tokens_BRC.flat))
+        scores[f"{key}_accuracy"] = accuracy(image_tokenizer.decode(tokens_BRC), described)
+    return {**scores, "codes_used_share": len(used) / image_tokenizer.vocab_size}
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[Picture]]]) -> Image.Image:

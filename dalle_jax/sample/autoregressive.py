@@ -1,6 +1,7 @@
 """A transformer as a generator: text tokenizer, engine and image tokenizer.
 
-A step draws one row of the grid of image tokens, a draft is the image tokens of a candidate, finishing decodes them.
+A step draws one row of the grid of image tokens, a draft is the image tokens of a candidate, int32 [R, C] with rows
+from the top, and finishing decodes them.
 """
 
 import dataclasses
@@ -11,21 +12,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from dalle_jax import model_dir, sharding
 from dalle_jax.data.transforms import center_crop
 from dalle_jax.errors import UserError, check_number
 from dalle_jax.mesh import local_mesh, make_mesh
 from dalle_jax.model_dir import ModelDir
-from dalle_jax.models.image_tokenizer import decode, encode
 from dalle_jax.sample import batches
 from dalle_jax.sample.engine import Batch, Engine, image_keys
 from dalle_jax.sample.generator import Usage
+from dalle_jax.sample.image_tokenizer import ImageTokenizer
 from dalle_jax.sample.request import Option, Request, RequestError, pixels_of
 from dalle_jax.text import Tokenizer, load_tokenizer
 
-DECODED = 16  # images decoded at a time on a device, so that many candidates are never in memory at full size
 BLANK = 255  # value of the pixels of a preview that are not drawn yet
 
 # At the ends of the temperature's range nothing and everything is left to chance; beyond, float32 overflows.
@@ -36,17 +35,12 @@ OPTIONS = (
     Option("keep_rows", int, None, "top rows of image tokens to keep", min=0, unset="15 of 32", completes=True),
 )
 
-# Compiled once per model, however many generators are made of it.
-_encode = jax.jit(encode, static_argnums=0)
-_decode = jax.jit(decode, static_argnums=0)
-
 
 class Autoregressive:
     """A `Generator` that draws image tokens in raster order.
 
     Attributes, beside the protocol's:
-      model, image_tokenizer: definitions of the transformer and of what turns images into tokens and back.
-      tokenizer: of captions. engine: the transformer's weights on the devices.
+      model: the definition of the transformer. engine: its weights on the devices. tokenizer: of captions.
       can_guide: the transformer was also trained without captions.
     """
 
@@ -63,15 +57,13 @@ class Autoregressive:
     ):
         """mesh: default: all devices of this process, each with a copy. weights: as for `Engine`."""
         mesh = mesh or local_mesh()
-        self.model, self.image_tokenizer = transformer.model, image_tokenizer.model
+        self.model, self.image_tokenizer = transformer.model, ImageTokenizer(image_tokenizer, mesh=mesh)
         self.tokenizer, self.digest, self.can_guide = tokenizer, digest, can_guide
         self.engine = Engine(self.model, transformer.params, mesh=mesh, weights=weights)
         self._weights = weights
-        self.image_size = self.image_tokenizer.config.image_size
+        self.image_size = self.image_tokenizer.image_size
         self.batch_multiple = self.engine.batch_multiple
-        self.decode_batch = DECODED * self.batch_multiple
-        self._image_params = jax.device_put(image_tokenizer.params, sharding.replicated(mesh))
-        self._batch_sharding = sharding.batch_sharding(mesh)
+        self.decode_batch = self.image_tokenizer.batch_size
         self._layout = self.model.config.layout
         limits = {"top_k": self._layout.image_vocab, "keep_rows": self._layout.grid}
         self.options = tuple(dataclasses.replace(o, max=limits.get(o.name, o.max)) for o in OPTIONS)
@@ -134,7 +126,10 @@ class Autoregressive:
 
     def start(self, requests: Sequence[Request], seeds_PM: np.ndarray) -> Batch:
         values = [request.values(self.options) for request in requests]
-        tokens = {id(r.image): self.encode(r.image) for r in requests if r.image is not None}
+        images = {
+            id(r.image): center_crop(pixels_of(r.image), self.image_size) for r in requests if r.image is not None
+        }
+        tokens = {key: self.image_tokenizer.encode(image[None]).ravel() for key, image in images.items()}
         blank = np.zeros(self._layout.image_len, np.int32)
         return self.engine.begin(
             np.stack([self._layout.caption_ids(self.tokenizer.encode(request.caption)) for request in requests]),
@@ -149,15 +144,16 @@ class Autoregressive:
         return self.engine.advance(state, first, last)
 
     def drafts(self, state: Batch) -> np.ndarray:
-        return self.engine.tokens(state)
+        tokens_PMI, grid = self.engine.tokens(state), self._layout.grid
+        return tokens_PMI.reshape(*tokens_PMI.shape[:2], grid, grid)
 
     def preview(self, drafts: np.ndarray, step: int) -> np.ndarray:
-        images = self.decode(drafts).copy()
+        images = self.image_tokenizer.decode(drafts).copy()
         images[:, step * self.image_size // self._layout.grid :] = BLANK
         return images
 
     def finish(self, drafts: np.ndarray, request: Request, seeds: Sequence[int]) -> np.ndarray:
-        return self.decode(drafts)
+        return self.image_tokenizer.decode(drafts)
 
     def settings(self, request: Request) -> dict[str, Any]:
         return request.values(self.options) | {"keep_rows": self._kept_rows(request), "weights": self._weights}
@@ -174,36 +170,6 @@ class Autoregressive:
     def describe(self) -> dict[str, Any]:
         layout = self._layout
         return {"grid": layout.grid, "image_vocab": layout.image_vocab, "caption_tokens": layout.caption_len}
-
-    def encode(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """An image, its center crop at `image_size`, as int32 image tokens [I] in raster order."""
-        image_uint8 = center_crop(pixels_of(image), self.image_size)
-        return np.asarray(_encode(self.image_tokenizer, self._image_params, image_uint8[None])).reshape(-1)
-
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Image tokens in raster order, [I] or [B, I] -> uint8 [image_size, image_size, 3] or [B, ...].
-
-        Raises:
-          UserError: another shape, or numbers that are no image tokens.
-        """
-        tokens_BI, layout = np.atleast_2d(np.asarray(tokens)), self._layout
-        fits = tokens_BI.ndim == 2 and len(tokens_BI) and tokens_BI.shape[1] == layout.image_len
-        fits = fits and tokens_BI.dtype.kind in "iu"
-        if not fits or tokens_BI.min() < 0 or tokens_BI.max() >= layout.image_vocab:
-            got = f"{tokens_BI.min()} .. {tokens_BI.max()}" if fits else f"{tokens_BI.dtype} {list(np.shape(tokens))}"
-            raise UserError(
-                f"tokens must be whole numbers in 0 .. {layout.image_vocab - 1}, {layout.image_len} per image, "
-                f"got {got}"
-            )
-
-        def decode(tokens_BI):
-            tokens_BRC = jax.device_put(tokens_BI.reshape(-1, layout.grid, layout.grid), self._batch_sharding)
-            return _decode(self.image_tokenizer, self._image_params, tokens_BRC)
-
-        multiple = self.batch_multiple
-        size = -(-min(self.decode_batch, batches.bucket(len(tokens_BI))) // multiple) * multiple
-        images = sharding.in_batches(decode, tokens_BI.astype(np.int32), size=size)
-        return images if np.ndim(tokens) == 2 else images[0]
 
     def _kept_rows(self, request: Request) -> int:
         if request.image is None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dalle_jax.sample.batches import Capacity
+from dalle_jax.sample.image_tokenizer import ImageTokenizer
 from dalle_jax.sample.request import Option, Request
 
 
@@ -41,6 +42,10 @@ class Generator(Protocol):
     options: tuple[Option, ...]
     batch_multiple: int
     decode_batch: int
+
+    @property
+    def image_tokenizer(self) -> ImageTokenizer | None:
+        """The one whose image tokens, int32 [R, C], the drafts are; None if they are something else."""
 
     def check(self, request: Request) -> None:
         """Raises RequestError for a request, its numbers within their bounds, that this model cannot draw."""

@@ -22,6 +22,7 @@ from dalle_jax.pictures.picture import Picture
 from dalle_jax.sample import batches
 from dalle_jax.sample.autoregressive import Autoregressive
 from dalle_jax.sample.generator import Generator
+from dalle_jax.sample.image_tokenizer import ImageTokenizer
 from dalle_jax.sample.request import MAX_SEEDS, Preview, Request, RequestError, check
 from dalle_jax.sample.rerank import Reranker
 
@@ -76,6 +77,22 @@ class Pipeline:
     def digest(self) -> str:
         """sha256 (hex) of everything that decides what the images look like."""
         return self.generator.digest
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """`ImageTokenizer.encode` of the model's image tokenizer: uint8 [B, H, W, 3] -> int32 [B, rows, columns].
+
+        Raises:
+          UserError: what it refuses, or a model that draws no image tokens.
+        """
+        return self._image_tokenizer.encode(images)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """`ImageTokenizer.decode` of the model's image tokenizer: [B, rows, columns] -> uint8 [B, H, W, 3].
+
+        Raises:
+          UserError: what it refuses, or a model that draws no image tokens.
+        """
+        return self._image_tokenizer.decode(tokens)
 
     def __call__(
         self,
@@ -172,6 +189,12 @@ class Pipeline:
                 drawing.draw(plan)
         return [drawing.finish(index) for index in range(len(requests))]
 
+    @property
+    def _image_tokenizer(self) -> ImageTokenizer:
+        if self.generator.image_tokenizer is None:
+            raise UserError("expected a model that draws image tokens, got one without: use it for captions only")
+        return self.generator.image_tokenizer
+
     def _candidates_per_slot(self, request: Request) -> int:
         images, _ = self.capacity(guided=request.guidance != 1)
         return min(batches.bucket(request.candidates), images)
@@ -236,9 +259,10 @@ class _Drawing:
         if request.best_of is not None and self._reranker is not None:
             settings["clip"] = self._reranker.digest
         images = self._generator.finish(np.stack(drafts), request, seeds)
+        tokens = [None] * len(drafts) if self._generator.image_tokenizer is None else drafts
         return [
-            Picture.from_array(image, caption=request.caption, seed=seed, score=score, settings=settings)
-            for image, seed, score in zip(images, seeds, scores, strict=True)
+            Picture.from_array(image, caption=request.caption, seed=seed, score=score, tokens=own, settings=settings)
+            for image, seed, score, own in zip(images, seeds, scores, tokens, strict=True)
         ]
 
     def _nobody_waits(self, plan: batches.Plan) -> bool:

@@ -31,7 +31,6 @@ from dalle_jax import model_dir
 from dalle_jax.checkpoint import reader
 from dalle_jax.data.pipeline import Batches, Prepare
 from dalle_jax.data.sources import open_source
-from dalle_jax.models import image_tokenizer
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.sample.pipeline import Pipeline
 from dalle_jax.text import load_tokenizer
@@ -98,9 +97,8 @@ class Run:
         measure = jax.jit(jax.vmap(lambda example: one(example)["bits_per_image_token"]))
         return np.concatenate([np.asarray(measure(batch)) for batch in self.batches(spec)])
 
-    def codes(self, spec: str, dvae) -> list[np.ndarray]:
-        encode = jax.jit(lambda f, image: image_tokenizer.encode(dvae, f, image))
-        return [np.asarray(encode(self.frozen["image_tokenizer"], batch["image"])) for batch in self.batches(spec)]
+    def codes(self, spec: str, pipe: Pipeline) -> list[np.ndarray]:
+        return [pipe.encode(batch["image"]) for batch in self.batches(spec)]
 
 
 def unigram_bits(train_codes: list[np.ndarray], held_out_codes: list[np.ndarray], vocab: int) -> float:
@@ -115,11 +113,11 @@ def figures(args: argparse.Namespace) -> dict:
     run, shuffled = Run(args.run), Run(args.shuffled_run)
     pipe = Pipeline.load(args.run)
     args.out.mkdir(parents=True, exist_ok=True)
-    train_codes = run.codes(args.train, pipe.generator.image_tokenizer)
+    train_codes = run.codes(args.train, pipe)
     result = {"held_out": {}}
     for item in args.held_out:
         name, spec = item.split("=", 1)
-        held_out = run.codes(spec, pipe.generator.image_tokenizer)
+        held_out = run.codes(spec, pipe)
         bits, without = run.bits_per_image_token(spec), shuffled.bits_per_image_token(spec)
         gain = without - bits  # picture by picture
         result["held_out"][name] = {
@@ -139,7 +137,7 @@ def figures(args: argparse.Namespace) -> dict:
         "steps": {"run": run.steps, "captions_shuffled": shuffled.steps},
         "parameters": {
             "transformer": pipe.generator.model.num_params,
-            "dvae": pipe.generator.image_tokenizer.num_params,
+            "dvae": pipe.generator.image_tokenizer.model.num_params,
         },
         "temperature": args.temperature,
         "checkpoint": pipe.digest,

@@ -37,6 +37,7 @@ class NoiseGenerator:
     """Images are noise from caption, seed and settings; a draft is the image itself, a step shows a quarter of it."""
 
     image_size, digest, batch_multiple, decode_batch = SIDE, "0" * 64, 1, 16
+    image_tokenizer = None
     images = {False: 16, True: 8}  # in a batch, guided or not
 
     def __init__(self, *, step_seconds: float = 0.0):
