@@ -5,6 +5,7 @@
     dalle-jax evaluate --pictures others/ --config configs/evaluate.py:coco --config.source=coco:/data/coco \
         --config.weights=runs/inception_torchvision --out others_coco
     dalle-jax evaluate demo/transformer --config configs/evaluate.py:demo --config.clip=demo/clip --out demo_evaluation
+    dalle-jax evaluate --reconstructions runs/dvae --data scenes:val@64 --config.count=200 --out runs/reconstructions
 
 coco     dalle-coco-30k: Ramesh et al. 2021, section 3.1 and figure 9: 30,000 captions of the validation set of MS-COCO
          2014, the best of 512 candidates each, against all 40,504 of its pictures, cropped about their centers
@@ -16,6 +17,7 @@ tf1      the same with that of the first TensorFlow code
 cub      section 3.1: every different caption of a source, all pictures of it as the reference; scored as coco
 sets     no protocol: --pictures against --reference, each as it is
 demo     scenes: 200 captions, small enough for a CPU; features of the demo's CLIP, no Inception
+reconstructions  no protocol, of image tokenizers: what --reconstructions takes
 
 The numbers of two protocols do not compare with each other. docs/evaluation.md says what each leaves open, and
 dalle_jax/evaluate/protocol.py what each key means.
@@ -27,6 +29,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.configs.base import fields
 from dalle_jax.evaluate.protocol import PROCESSES, Draw, Evaluation, Metrics
+from dalle_jax.evaluate.reconstructions import Reconstructions
 
 COCO_PICTURES = 40_504  # of val2014
 RADII = (0.0, 1.0, 2.0, 4.0, 8.0)  # figure 9; that they are Pillow's radii in pixels is our reading
@@ -68,6 +71,12 @@ def _sets() -> ConfigDict:
     return _protocol(None, None, Metrics(), pictures="")
 
 
+def _reconstructions() -> ConfigDict:
+    config = fields(Reconstructions())
+    config.name = "reconstructions"
+    return config
+
+
 VARIANTS = {
     "coco": lambda: _coco("dalle-coco-30k", **PAPER, **DM_GAN_SCORE),
     "dm-gan": lambda: _coco("dm-gan-coco-30k", **DM_GAN, **DM_GAN_SCORE),
@@ -77,6 +86,7 @@ VARIANTS = {
     "cub": _cub,
     "sets": _sets,
     "demo": _demo,
+    "reconstructions": _reconstructions,
 }
 VARIANTS["dalle-coco-30k"] = VARIANTS["coco"]
 

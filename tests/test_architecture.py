@@ -69,6 +69,7 @@ MAY_JIT = {
     "train/objectives/dvae.py",
     "evaluate/features.py",
     "evaluate/overlap.py",
+    "evaluate/reconstructor.py",
     "sample/engine.py",
     "sample/image_tokenizer.py",
     "sample/rerank.py",

@@ -1,9 +1,13 @@
-"""`dalle-jax evaluate`: how far pictures are from a reference set, and a report from which others can repeat it."""
+"""`dalle-jax evaluate`: how far pictures are from a reference set, and a report from which others can repeat it.
+
+With `--reconstructions` it says how much of a picture image tokenizers keep.
+"""
 
 import argparse
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,15 +16,18 @@ from dalle_jax import config, distributed, errors
 from dalle_jax.data.share import Share
 from dalle_jax.data.sources import HELP
 from dalle_jax.errors import UserError, say
-from dalle_jax.evaluate import report
+from dalle_jax.evaluate import reconstruction_report, report
 from dalle_jax.evaluate.protocol import PLACES, PROCESSES, Evaluation
+from dalle_jax.evaluate.reconstructions import Reconstructions, reconstruct
 from dalle_jax.evaluate.run import evaluate
 from dalle_jax.evaluate.workers import Worker
 from dalle_jax.train.settings import Processes
 
 EXIT_FAILED = 1
 COCO, SETS = "configs/evaluate.py:coco", "configs/evaluate.py:sets"
+RECONSTRUCTIONS = "configs/evaluate.py:reconstructions"
 SHORT = ("reference", "weights", "clip")  # flags that stand for keys of the config
+SHORT_OF_RECONSTRUCTIONS = ("data", "weights", "lpips")
 RENAMED = {"from": "--config", "count": "--config.count and --config.reference_count"}  # flags of version 0.1
 RENAMED |= {
     name: f"--config.measure.{name.replace('-', '_')}"
@@ -55,6 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a CLIP, for CLIP score and R-precision of pictures with captions (default: none)",
     )
     parser.add_argument(
+        "--reconstructions",
+        nargs="+",
+        metavar="DIR",
+        help="image tokenizers: instead of all this, how much of the pictures of --data each of them keeps (default: "
+        "none)",
+    )
+    parser.add_argument("--data", metavar="SOURCE", help="with --reconstructions, as --pictures (no default)")
+    parser.add_argument(
+        "--lpips",
+        metavar="DIR",
+        help="with --reconstructions: what `dalle-jax convert lpips` wrote (default: none, the edge error)",
+    )
+    parser.add_argument(
         "--out",
         type=pathlib.Path,
         default=pathlib.Path("evaluation"),
@@ -78,10 +98,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Writes OUT/report.json, report.md and blur.png and says the scores; 1 for a repetition with another FID, else 0.
 
+    Of reconstructions it writes OUT/reconstructions.json, .md and .png.
+
     Raises:
       UserError: a source, weights or statistics that cannot be used, too few pictures, or options that exclude each
         other.
     """
+    if args.reconstructions:
+        return _reconstruct(args)
+    for name in ("data", "lpips"):
+        if getattr(args, name):
+            raise UserError(
+                f"expected --{name} only with --reconstructions DIR, got it without: add that, or leave it out"
+            )
     evaluation, limits = _read_options(args)
     where = {"coordinator": args.coordinator, "num_processes": args.num_processes, "process_id": args.process_id}
     distributed.initialize(**where, start_seconds=limits.start_seconds, hang_seconds=limits.hang_seconds)
@@ -117,13 +146,39 @@ def main(args: argparse.Namespace) -> int:
     return 0 if same else EXIT_FAILED
 
 
+def _reconstruct(args: argparse.Namespace) -> int:
+    """Scores of image tokenizers, by this process alone."""
+    others = ("model", "pictures", "reference", "clip", "save_statistics", "coordinator", "num_processes", "process_id")
+    given = [name.replace("_", "-") for name in others if getattr(args, name) is not None]
+    if given:
+        what = "DIR" if given[0] == "model" else f"--{given[0]}"
+        raise UserError(f"expected --reconstructions without {what}, got both: leave one out")
+    spec = args.config or RECONSTRUCTIONS
+    if config.load(spec).name != "reconstructions":
+        raise UserError(f"expected {RECONSTRUCTIONS} with --reconstructions, got {spec}: leave it out")
+    found = config.load(spec, _overrides(args, SHORT_OF_RECONSTRUCTIONS)).to_dict()
+    del found["name"]
+    worker = Worker(show=not args.json)
+    made = reconstruct(Reconstructions(**found), args.reconstructions, out=args.out, worker=worker)
+    for note in made["notes"]:
+        errors.say(f"dalle-jax: note: {note}")
+    path = args.out / reconstruction_report.TABLE
+    print(json.dumps(made) if args.json else reconstruction_report.sentence(made, path))
+    return 0
+
+
+def _overrides(args: argparse.Namespace, short: Sequence[str]) -> list[str]:
+    """The words that change a config, those of short flags last."""
+    values = {name: getattr(args, name) for name in short}
+    return [*args.overrides, *(f"{config.OVERRIDE}{name}={value}" for name, value in values.items() if value)]
+
+
 def _read_options(args: argparse.Namespace) -> tuple[Evaluation, Processes]:
     """The evaluation, by a protocol or by a report, and the time limits of its processes."""
     for name, key in RENAMED.items():
         if getattr(args, name.replace("-", "_")) is not None:
             raise UserError(f"--{name} is now {key}: write that")
-    short = {name: getattr(args, name) for name in SHORT}
-    overrides = [*args.overrides, *(f"{config.OVERRIDE}{name}={value}" for name, value in short.items() if value)]
+    overrides = _overrides(args, SHORT)
     if args.config and args.config.endswith(".json"):
         return _from_report(args, overrides), PROCESSES
     if not args.config and args.model:

@@ -10,7 +10,7 @@ import io
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -80,17 +80,17 @@ class ImageSet:
         )
         return hashlib.sha256(json.dumps([self.source.name, str(rows), *made_of]).encode()).hexdigest()[:16]
 
-    def check(self, found: FeatureSet) -> None:
-        """Raises UserError if a set is empty, or has fewer pictures than were asked for."""
-        lost = counted(found.dropped)
-        if not len(found):
+    def check(self, found: int, dropped: Mapping[str, int]) -> None:
+        """Raises UserError if no picture could be read, or fewer than were asked for. dropped: reason -> count."""
+        lost = counted(dropped)
+        if not found:
             raise UserError(
                 f"expected pictures in {self.source.name}, got none that can be read ({lost or 'it is empty'}): "
                 "see `dalle-jax data`"
             )
-        if len(found) < (self.count or 0):
+        if found < (self.count or 0):
             raise UserError(
-                f"expected {self.count} pictures of {self.source.name}, got {len(found)}, as the rest cannot be read "
+                f"expected {self.count} pictures of {self.source.name}, got {found}, as the rest cannot be read "
                 f"({lost}): mend or remove those, see `dalle-jax data`"
             )
 
@@ -111,7 +111,7 @@ class Parts:
         """
         self.worker.wait(self.paths)
         found = FeatureSet.joined([load(path) for path in self.paths])
-        self.images.check(found)
+        self.images.check(len(found), found.dropped)
         return found
 
 
