@@ -83,8 +83,13 @@ class Job:
         if self.image_tokenizer is None:
             example = {name: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for name, a in self.batch.items()}
             key, step = jax.random.key(0), jnp.zeros([], jnp.int32)
-            loss = functools.partial(self.task.loss, key=key, step=step)
-            return flops.traced_work(lambda params, batch: loss(params, {}, batch)[0], self.task.model, example)
+            memory = jax.eval_shape(self.task.memory, key) if self.task.memory else {}
+
+            def loss(params, of_batch):
+                batch, memory = of_batch
+                return self.task.measure(params, {}, batch, key=key, step=step, memory=memory)[0]
+
+            return flops.traced_work(loss, self.task.model, (example, memory))
         return flops.transformer_work(self.task.model.config, None if self.has_image_tokens else self.image_tokenizer)
 
     @functools.cached_property

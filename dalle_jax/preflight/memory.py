@@ -23,7 +23,7 @@ from dalle_jax.sharding import TENSOR
 # it goes into attention and into the MLP. 'dots': also q, k, v, the hidden layer and both results. 'attention': also
 # what lies between, but no scores. 'none' adds the scores, below, where they are arrays: a fused kernel keeps none.
 SAVED = {"full": 2, "dots": 2 + 3 + 4 + 2, "attention": 2 + 2 + 3 + 1 + 3 * 4 + 2, "none": 2 + 2 + 3 + 1 + 3 * 4 + 2}
-HELD = ("parameters", "optimizer", "ema", "frozen", "compression")  # kinds of bytes that are there between steps too
+HELD = ("parameters", "optimizer", "ema", "frozen", "compression", "memory")  # kinds of bytes that stay between steps
 WORKING = 16  # numbers of the width per token of the layer at work, with its gradients
 SCORE_COPIES = 2  # of a layer's scores in float32, and what a layer without remat saves of them
 
@@ -49,8 +49,8 @@ FITTED = {"tpu": Fitted(3, 1, 2, prefetches=False), "gpu": Fitted(1, 2, 1, prefe
 
 
 def by_kind(job: Job) -> dict[str, int]:
-    """Bytes by kind: parameters, optimizer, ema, frozen, compression (if gradients are compressed), gradients,
-    activations, temporaries."""
+    """Bytes by kind: parameters, optimizer, ema, frozen, compression (if gradients are compressed), memory (if the task
+    has one), gradients, activations, temporaries."""
     state, settings = job.state, job.settings
     held = {
         "parameters": shard_bytes(state["params"]),
@@ -58,6 +58,7 @@ def by_kind(job: Job) -> dict[str, int]:
         "ema": shard_bytes(state["ema"]) - job.average_bytes_taken_off,
         "frozen": shard_bytes(job.frozen),
         **({"compression": shard_bytes(state["error"])} if "error" in state else {}),
+        **({"memory": shard_bytes(state["memory"])} if "memory" in state else {}),
     }
     item = compute_dtype(settings.model.precision)(0).dtype.itemsize
     numbers = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state["params"]))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dalle_jax.preflight.search import Result, describe
 
 GB = 1e9
-NAMES = {"frozen": "image tokenizer", "ema": "moving average", "compression": "left out"}
+NAMES = {"frozen": "image tokenizer", "ema": "moving average", "compression": "left out", "memory": "codebook counts"}
 
 
 def table(result: Result, change: Result | None) -> str:

@@ -11,6 +11,7 @@ That is a plain average whose decay starts at 0 and rises, so nothing has to be 
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -43,26 +44,44 @@ class Ema:
         return jnp.where(step % self.every == 0, decay, 1.0)
 
 
-def average(ema: Any, params: Any, decay: jax.Array) -> Any:
-    """decay * ema + (1 - decay) * params."""
-    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new.astype(old.dtype), ema, params)
+def average(ema: Any, params: Any, decay: jax.Array, *, followed: Collection[tuple[str, ...]] = ()) -> Any:
+    """decay * ema + (1 - decay) * params; at the paths `followed` the parameters themselves."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, old, new: _mean(old, new, _decay_of(path, decay, followed)), ema, params
+    )
 
 
-def average_on_host(ema: Any, params: Any, decay: jax.Array, *, axes: Any) -> Any:
+def average_on_host(
+    ema: Any, params: Any, decay: jax.Array, *, axes: Any, followed: Collection[tuple[str, ...]] = ()
+) -> Any:
     """`average` for one that lies in host memory and stays there, also where `decay` is 1: XLA has no conditional over
     arrays in host memory.
 
     It passes through the device: stacked layers one at a time, in a loop, the rest at once.
     """
+    decays = [_decay_of(path, decay, followed) for path, _ in jax.tree_util.tree_leaves_with_path(ema)]
     pairs = list(zip(jax.tree.leaves(ema), jax.tree.leaves(params), strict=True))
     is_stacked = [names[0] == "layers" for names in jax.tree.leaves(axes, is_leaf=matrices.is_names)]
 
-    def through_the_device(pairs):
+    def through_the_device(pairs, decays):
         here = [(jax.device_put(old, jax.memory.Space.Device), new) for old, new in pairs]
-        return [jax.device_put(average(old, new, decay), jax.memory.Space.Host) for old, new in here]
+        means = [_mean(old, new, decay) for (old, new), decay in zip(here, decays, strict=True)]
+        return [jax.device_put(mean, jax.memory.Space.Host) for mean in means]
 
-    layers, rest = ([p for p, s in zip(pairs, is_stacked, strict=True) if s == which] for which in (True, False))
+    def those(which, many):
+        return [one for one, stacked in zip(many, is_stacked, strict=True) if stacked == which]
+
+    layers = those(True, pairs)
     if layers:
-        layers = jax.lax.scan(lambda _, pairs: (None, through_the_device(pairs)), None, layers)[1]
-    of_layers, of_rest = iter(layers), iter(through_the_device(rest))
+        layers = jax.lax.scan(lambda _, pairs: (None, through_the_device(pairs, those(True, decays))), None, layers)[1]
+    of_layers, of_rest = iter(layers), iter(through_the_device(those(False, pairs), those(False, decays)))
     return jax.tree.unflatten(jax.tree.structure(ema), [next(of_layers if s else of_rest) for s in is_stacked])
+
+
+def _mean(old: jax.Array, new: jax.Array, decay: jax.Array) -> jax.Array:
+    return decay * old + (1.0 - decay) * new.astype(old.dtype)
+
+
+def _decay_of(path: Any, decay: jax.Array, followed: Collection[tuple[str, ...]]) -> jax.Array:
+    """The decay of one parameter: 0, with which its average is the parameter, where it is followed."""
+    return jnp.zeros([]) if tuple(key.key for key in path) in followed else decay

@@ -12,7 +12,7 @@ from dalle_jax import distributed, sharding
 from dalle_jax.errors import UserError
 from dalle_jax.pictures.sheet import contact_sheet
 from dalle_jax.train.monitor.report import surviving_a_full_disk
-from dalle_jax.train.objectives.task import Batch
+from dalle_jax.train.objectives.task import CODE_COUNTS, Batch
 from dalle_jax.train.step import State, TrainStep, ema_params
 
 
@@ -41,11 +41,12 @@ class Evaluator:
             yield size, sharding.shard_batch({name: value[:size] for name, value in batch.items()}, mesh)
 
     def validate(self, state: State) -> dict[str, float]:
-        """Mean of every metric over the held-out examples; the same noise each time."""
-        sizes, values, params = [], [], ema_params(state)
+        """Mean of every metric over the held-out examples, the same noise each time, and the health of the codes that
+        all of them together have, which does not depend on the batch size."""
+        sizes, values, params, memory = [], [], ema_params(state), state.get("memory", {})
         for index, (size, batch) in enumerate(self._batches()):
             key = jax.random.fold_in(self.key, index)
-            values.append(self.step.evaluate(params, self.frozen, batch, key, state["step"]))
+            values.append(self.step.evaluate(params, self.frozen, batch, key, state["step"], memory))
             sizes.append(size)
         if not values:
             raise UserError(
@@ -53,7 +54,11 @@ class Evaluator:
                 "config.run.data.validation, got fewer: give a larger source or none"
             )
         values = jax.device_get(values)
-        return {f"validation/{k}": float(np.average([v[k] for v in values], weights=sizes)) for k in values[0]}
+        counts = [v.pop(CODE_COUNTS).astype(np.int64) for v in values if CODE_COUNTS in v]
+        means = {name: float(np.average([v[name] for v in values], weights=sizes)) for name in values[0]}
+        if counts and self.step.task.health:
+            means |= self.step.task.health(np.sum(counts, axis=0))
+        return {f"validation/{name}": value for name, value in means.items()}
 
     def draw(self, n: int, state: State, batch) -> None:
         """pictures/STEP.png of the first held-out batch, or of this one where nothing is held out."""

@@ -217,7 +217,7 @@ class _Loop:
         """Validation and pictures, if they are due."""
         if self.evaluator.validation and due(n, self.run.validate_every, last=last):
             with self.phase("validation", n):
-                self.report.write(n, self.evaluator.validate(self.state))
+                self.report.validated(n, self.evaluator.validate(self.state))
         if due(n, self.run.picture_every, last=last):
             with self.phase("pictures", n):
                 self.evaluator.draw(n, self.state, batch)

@@ -7,6 +7,7 @@ The state is a nested dict of arrays:
     skipped     int32, updates left out because the loss, the gradient or a new parameter was not finite
     scales      of float16 gradients (`loss_scale.py`), where the model's precision has any
     error       what compression has left out so far (`powersgd.py`), where gradients are compressed
+    memory      what the task remembers beside its parameters (`objectives/task.py`), where it does
 
 Everything random in update number t comes from fold_in(key, t), so a resumed run repeats it.
 """
@@ -23,13 +24,14 @@ from jax.sharding import Mesh
 
 from dalle_jax import sharding
 from dalle_jax.train.ema import Ema, average, average_on_host
-from dalle_jax.train.objectives.task import Batch, Metrics, Task
+from dalle_jax.train.objectives.task import CODE_COUNTS, Batch, Memory, Metrics, Task
 from dalle_jax.train.optimizer import loss_scale, matrices, moments, schedule
 from dalle_jax.train.optimizer.powersgd import Compression, Mean, PowerSGD
 from dalle_jax.train.settings import Storage
 
 State = dict[str, Any]
-ROUNDING = 2**31 - 1  # folded into an update's key, a number that neither a microbatch nor `powersgd.py` has
+# Folded into a key, numbers that neither a microbatch nor `powersgd.py` has.
+ROUNDING, REMEMBERING = 2**31 - 1, 2**31 - 2
 # Of the update, by platform. XLA's CPU backend otherwise drops the barriers that keep the backward pass from
 # computing its rematerialized layers all at once; outside a loop that needs as much memory as keeping everything.
 COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
@@ -96,12 +98,13 @@ class TrainStep:
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., Metrics]:
-        """The jitted `evaluate(params, frozen, batch, key, step) -> metrics`, the task's and `loss`."""
+        """The jitted `evaluate(params, frozen, batch, key, step, memory) -> metrics`, the task's, `loss`, and
+        CODE_COUNTS where the task observes them. memory: {} of a task without one."""
 
-        def evaluate(params, frozen, batch, key, step):
+        def evaluate(params, frozen, batch, key, step, memory):
             with sharding.use(self.mesh):
-                value, metrics = self.task.loss(params, frozen, batch, key=key, step=step)
-                return {**metrics, "loss": value}
+                _, metrics, observed = self.task.measure(params, frozen, batch, key=key, step=step, memory=memory)
+                return metrics | {name: observed[name] for name in (CODE_COUNTS,) if name in observed}
 
         return jax.jit(evaluate, out_shardings=sharding.replicated(self.mesh))
 
@@ -141,22 +144,24 @@ class TrainStep:
         params = self.task.model.init(key)
         kept = moments.DTYPES[self.storage.params]
         is_hidden = matrices.hidden_mask(self.task.model.axes)
+        memory = self.task.memory(jax.random.fold_in(key, REMEMBERING)) if self.task.memory else {}
         return {
             "params": jax.tree.map(lambda p, hidden: p.astype(kept) if hidden else p, params, is_hidden),
             "ema": jax.tree.map(jnp.copy, params),
             "opt_state": self.optimizer.init(params),
             "step": jnp.zeros([], jnp.int32),
             "skipped": jnp.zeros([], jnp.int32),
-        } | _filled(scales=self._scaler.init(), error=self._reducer.init())
+        } | _filled(scales=self._scaler.init(), error=self._reducer.init(), memory=memory)
 
     def _update(self, state: State, frozen: Any, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         params, scales, error = state["params"], state.get("scales", {}), state.get("error", {})
+        memory = state.get("memory", {})
         key = jax.random.fold_in(key, state["step"])
 
         def gradients(batch, key):
-            return self._gradients(params, frozen, batch, key, state["step"], scales)
+            return self._gradients(params, frozen, batch, key, state["step"], scales, memory)
 
-        grads, metrics = self._reducer.per_replica(gradients)(batch, key)
+        grads, (metrics, observed) = self._reducer.per_replica(gradients)(batch, key)
         grads = self._scaler.unscaled(moments.to_float32(grads), scales)
         in_range = self._reducer.everywhere(self._scaler.finite, grads)
         grads, grad_norm, error = self._reducer.reduce(grads, error, key)
@@ -166,8 +171,11 @@ class TrainStep:
             grads, state["opt_state"], wide, value=metrics["loss"], norm=grad_norm
         )
         params = moments.cast_like(optax.apply_updates(wide, changes), params, jax.random.fold_in(key, ROUNDING))
+        if self.task.remember:
+            remembering = jax.random.fold_in(key, REMEMBERING)
+            params, memory = self.task.remember(params, memory, observed, key=remembering, step=state["step"])
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        new = {"params": params, "opt_state": opt_state} | _filled(error=error)
+        new = {"params": params, "opt_state": opt_state} | _filled(error=error, memory=memory)
         old = {name: state[name] for name in new}
         # Checked after a first choice, as a check before it makes the CPU's compiler round the update in another way.
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -181,38 +189,44 @@ class TrainStep:
         metrics |= {"grad_norm": grad_norm, "skipped": skipped, "finite": finite}
         return new, metrics | self._scaler.measured(scales) | schedule.measured(new["opt_state"])
 
-    def _gradients(self, params, frozen, batch: Batch, key, step, scales) -> tuple[Any, Metrics]:
-        """Gradients and metrics of the mean over the microbatches, one after the other."""
+    def _gradients(
+        self, params, frozen, batch: Batch, key, step, scales, memory: Memory
+    ) -> tuple[Any, tuple[Metrics, dict[str, Any]]]:
+        """Gradients and metrics of the mean over the microbatches, one after the other, and what each observed."""
 
         def of_one(batch, key):
             def loss(params):
                 options = self._scaler.loss_options(scales)
-                value, metrics = self.task.loss(params, frozen, batch, key=key, step=step, **options)
-                return self._scaler.scaled(value, scales), {**metrics, "loss": value}
+                value, metrics, observed = self.task.measure(
+                    params, frozen, batch, key=key, step=step, memory=memory, **options
+                )
+                return self._scaler.scaled(value, scales), (metrics, observed)
 
-            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-            return grads, metrics
+            (_, (metrics, observed)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return (grads, metrics), observed
 
         if self.accumulate == 1:
-            return of_one(batch, key)
+            (grads, metrics), observed = of_one(batch, key)
+            return grads, (metrics, jax.tree.map(lambda x: x[None], observed))
 
         def add(total, part):
             index, microbatch = part
             microbatch = jax.tree.map(lambda x: sharding.constrain(x, ("batch",) + (None,) * (x.ndim - 1)), microbatch)
-            new = of_one(microbatch, jax.random.fold_in(key, index))
-            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / self.accumulate, total, new), None
+            new, observed = of_one(microbatch, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / self.accumulate, total, new), observed
 
         # Microbatch i takes every accumulate-th example, so each device keeps the examples that it already holds.
         parts = jax.tree.map(lambda x: x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-        shapes = jax.eval_shape(lambda: of_one(jax.tree.map(lambda x: x[0], parts), key))
+        shapes, _ = jax.eval_shape(lambda: of_one(jax.tree.map(lambda x: x[0], parts), key))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-        return jax.lax.scan(add, zero, (jnp.arange(self.accumulate), parts))[0]
+        (grads, metrics), observed = jax.lax.scan(add, zero, (jnp.arange(self.accumulate), parts))
+        return grads, (metrics, observed)
 
     def _average(self, ema: Any, params: Any, step: jax.Array) -> Any:
         decay = self.ema.decay_at(step)
         if self.offload_ema:
-            return average_on_host(ema, params, decay, axes=self.task.model.axes)
-        return average(ema, params, decay)
+            return average_on_host(ema, params, decay, axes=self.task.model.axes, followed=self.task.followed)
+        return average(ema, params, decay, followed=self.task.followed)
 
 
 def ema_params(state: State) -> Any:

@@ -57,7 +57,7 @@ class Report:
         self._began, self._since, self._timed = time.monotonic(), 0.0, 0  # the first update compiles: not timed
         self.latest: dict[str, float] = {}
         self.streak = self.overflows = 0
-        self._warned = False
+        self._warned: set[str] = set()  # what showed the last warning, of 'train' and 'validation'
 
     def update(self, n: int, measured: dict[str, jax.Array]) -> None:
         """Take the numbers of an update that was just dispatched; wait for those of the one before."""
@@ -133,11 +133,21 @@ class Report:
                 f"{self._task.name} step {n}/{self._run.steps}: loss {means['train/loss']:.4g}, "
                 f"{means['train/images_per_second']:.4g} images/s, {tqdm.tqdm.format_interval(left)} left"
             )
+        self._warn(n, "train", means)
+
+    def validated(self, n: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a validation, 'validation/...', and warn of what they show."""
+        self.write(n, values)
+        self._warn(n, "validation", values)
+
+    def _warn(self, n: int, kind: str, values: Mapping[str, float]) -> None:
+        """The task's warning, said again only after it was gone."""
         if self._task.warn and n > WARM_UP * self._run.steps:
-            warning = self._task.warn({name.removeprefix("train/"): value for name, value in means.items()})
-            if warning and not self._warned:  # said again only after it was gone
-                to_terminal(f"warning: step {n}: {warning}")
-            self._warned = bool(warning)
+            warning = self._task.warn({name.removeprefix(f"{kind}/"): value for name, value in values.items()})
+            if warning and kind not in self._warned:
+                where = f"step {n}, validation" if kind == "validation" else f"step {n}"
+                to_terminal(f"warning: {where}: {warning}")
+            (self._warned.add if warning else self._warned.discard)(kind)
 
     def write(self, n: int, values: Mapping[str, float]) -> None:
         if not values:

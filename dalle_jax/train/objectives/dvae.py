@@ -17,14 +17,17 @@ from dalle_jax.errors import UserError
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models import Model, Params
 from dalle_jax.models.dvae import decode_images, encode_images, to_unit
-from dalle_jax.train.objectives.task import Task
+from dalle_jax.train.objectives.code_health import collapse_warning, count_codes, health, usage
+from dalle_jax.train.objectives.task import CODE_COUNTS, OBSERVED, Task
 from dalle_jax.train.settings import DVAEObjective, TrainSettings
 
 FROZEN = ()
 GAUSSIAN_SCALE = 0.1  # standard deviation of 'gaussian', in the logit-Laplace range
 HARD_STRIDE = 8  # the hard reconstruction error, a metric only, is measured on every eighth picture
 PICTURES = 8  # pictures in a row of `pictures`
-COLLAPSE_SHARE = 0.1  # fewer codes in use than this share of those a batch could use is called a collapse
+REMEDIES = (
+    "A larger objective.beta.end or objective.balance, a smaller step size or a slower objective.temperature may help."
+)
 
 
 def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
@@ -37,9 +40,10 @@ def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
         name="dvae",
         model=model,
         loss=functools.partial(_loss, model, settings.objective),
-        mean_over_examples=False,  # `balance` is of the whole batch
+        mean_over_examples=False,  # `balance` is of the whole batch, and codes are observed
         pictures=jax.jit(functools.partial(_pictures, model)),
-        warn=collapse_warning,
+        warn=functools.partial(collapse_warning, remedies=REMEDIES),
+        health=health,
     )
 
 
@@ -68,25 +72,6 @@ def relax(logits, temperature, key):
     return jax.nn.softmax((logits + noise) / temperature)
 
 
-def code_usage(ids, vocab: int):
-    """Share of the codes that occur in ids, and the perplexity (1 .. vocab) of how they are distributed."""
-    frequency = jnp.zeros(vocab, jnp.float32).at[ids.reshape(-1)].add(1.0 / ids.size)
-    entropy = -jnp.where(frequency > 0, frequency * jnp.log(jnp.maximum(frequency, 1e-30)), 0.0).sum()
-    return (frequency > 0).mean(dtype=jnp.float32), jnp.exp(entropy)
-
-
-def collapse_warning(metrics: Mapping[str, float]) -> str | None:
-    """One sentence where these metrics show a collapsed codebook, else None."""
-    used, perplexity = float(metrics["codes_used"]), float(metrics["code_perplexity"])
-    if used >= COLLAPSE_SHARE * float(metrics["codes_within_reach"]):
-        return None
-    return (
-        f"codebook collapse: {used:.0f} codes in use (perplexity {perplexity:.1f}) where this batch could use "
-        f"{float(metrics['codes_within_reach']):.0f}; the pictures' detail is lost unless this recovers. A larger "
-        "objective.beta.end or objective.balance, a smaller step size or a slower objective.temperature may help."
-    )
-
-
 def _loss(model: Model, objective: DVAEObjective, params: Params, frozen: Params, batch, *, key, step):
     del frozen
     image_unit = pixels.to_unit(batch["image"])
@@ -106,8 +91,7 @@ def _loss(model: Model, objective: DVAEObjective, params: Params, frozen: Params
 
     ids_BGG = jnp.argmax(logits_BGGV, axis=-1)
     hard_BHWC = model.apply(jax.lax.stop_gradient(params), ids_BGG[::HARD_STRIDE], method="decode_tokens")
-    vocab = logits_BGGV.shape[-1]
-    used_share, perplexity = code_usage(ids_BGG, vocab)
+    counts_V = count_codes(ids_BGG, logits_BGGV.shape[-1])
     return loss, {
         "reconstruction_nats_per_value": nll,
         "kl_nats_per_token": kl_BGG.mean(),
@@ -116,10 +100,8 @@ def _loss(model: Model, objective: DVAEObjective, params: Params, frozen: Params
         "temperature": temperature,
         "relaxed_error": jnp.square(to_unit(pixel_BHWC) - image_unit).mean(),  # squared, unit range
         "hard_error": jnp.square(to_unit(hard_BHWC) - image_unit[::HARD_STRIDE]).mean(),
-        "codes_used": used_share * vocab,
-        "codes_used_share": used_share,
-        "codes_within_reach": jnp.float32(min(vocab, ids_BGG.size)),
-        "code_perplexity": perplexity,
+        **usage(counts_V),
+        OBSERVED: {CODE_COUNTS: counts_V},
     }
 
 
