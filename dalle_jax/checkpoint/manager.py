@@ -6,12 +6,13 @@ checkpoint is complete.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,10 +42,13 @@ class Checkpoints:
         *,
         keep: int,
         keep_every_hours: float | None = None,
+        also_keep: Callable[[Collection[int]], int | None] = lambda steps: None,
         folder: str | None = None,
         warn: Callable[[str], None] = say,
     ):
         """keep: how many of the newest stay. keep_every_hours: besides, one in so many hours stays forever; None: none.
+
+        also_keep: steps of the checkpoints -> the one that stays too, None for none; the same answer in all processes.
 
         folder: where they lie, a local path or gs://...; None is below the workdir. warn: gets one line at a time, in
         the first process only.
@@ -54,7 +58,7 @@ class Checkpoints:
         """
         self._folder = reader.checkpoint_folder(workdir, folder)
         self._warn = warn
-        policies = [ocp.checkpoint_managers.LatestN(n=keep)]
+        policies = [ocp.checkpoint_managers.LatestN(n=keep), _Chosen(also_keep)]
         if keep_every_hours:
             policies.append(ocp.checkpoint_managers.EveryNSeconds(interval_secs=round(keep_every_hours * 3600)))
         self._policy = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
@@ -88,8 +92,12 @@ class Checkpoints:
 
         All processes must call this at the same point, as all methods here.
         """
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in their order; waits for one that is being written."""
         self._finish()
-        return max(self._steps(), default=None)
+        return self._steps()
 
     def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
         """Start writing; the arrays may be donated as soon as this returns. Does nothing if the step is saved.
@@ -288,6 +296,18 @@ class Checkpoints:
         taken = {other.name for other in self._folder.iterdir()}
         number = next(i for i in range(1, len(taken) + 2) if f"{DAMAGED}-{path.name}-{i}" not in taken)
         return path.rename(self._folder / f"{DAMAGED}-{path.name}-{number}")
+
+
+@dataclasses.dataclass
+class _Chosen:
+    """Preserves the checkpoint that a function of the steps chooses; for Orbax."""
+
+    choose: Callable[[Collection[int]], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        chosen = self.choose([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == chosen for checkpoint in checkpoints]
 
 
 def _named(folder: epath.Path, name: str) -> list[epath.Path]:

@@ -169,9 +169,9 @@ def against(
             weight *= adaptive_ratio(by_last(error_gradient), by_last(gradient), adversary.max_weight)
         real_logits, made_logits = look(params, real), look(params, seen)
         hinge = hinge_loss(real_logits, made_logits)
-        measured = (weight, generator, hinge, real_logits.mean(), made_logits.mean())
-        measured = jax.lax.stop_gradient(dict(zip(METRICS, measured, strict=True)))
-        return hinge, jax.lax.stop_gradient(error_gradient + weight * gradient), measured
+        numbers = (weight, generator, hinge, real_logits.mean(), made_logits.mean())
+        measured = dict(zip(METRICS, numbers, strict=True))
+        return hinge, *jax.lax.stop_gradient((error_gradient + weight * gradient, measured))
 
     hinge, gradient, measured = jax.lax.cond(step >= adversary.learns_from, together, apart, params)
     value = jax.lax.stop_gradient(error) + measured["adversary_weight"] * measured["generator_loss"]

@@ -25,9 +25,10 @@ from dalle_jax.errors import UserError
 from dalle_jax.signals import Noted
 from dalle_jax.train.aside import Hook, Hooks, due
 from dalle_jax.train.evaluator import Evaluator
-from dalle_jax.train.monitor import goodput, tracing
+from dalle_jax.train.monitor import goodput, metrics, tracing
 from dalle_jax.train.monitor.replicas import make_check
 from dalle_jax.train.monitor.report import Report, to_terminal
+from dalle_jax.train.monitor.rise import Rise
 from dalle_jax.train.rollback import Rollback
 from dalle_jax.train.settings import TrainSettings
 from dalle_jax.train.step import State, TrainStep
@@ -112,10 +113,12 @@ class _Loop:
         self.batches: ShardedBatches = given["batches"]
         self.ledger = goodput.Ledger(workdir)
         init_key, self.key, look_key = jax.random.split(jax.random.key(settings.seed), 3)
+        self.rise = Rise(step.task.onset)
         self.checkpoints = Checkpoints(
             workdir,
             keep=self.run.keep_checkpoints,
             keep_every_hours=self.run.keep_every_hours,
+            also_keep=self.rise.best,
             folder=self.run.checkpoint_dir,
             warn=to_terminal,
         )
@@ -128,12 +131,18 @@ class _Loop:
         self.ledger.restored(self.saved)
         self.frozen = jax.device_put(step.task.frozen, sharding.replicated(step.mesh))
         self.report = Report(step.task, settings, workdir, start=self.saved, progress=given["progress"])
+        self.recall()
         self.evaluator = Evaluator(
             step, workdir, self.frozen, look_key, given["validation"], max_batches=self.run.validation_batches
         )
         self.rollback = Rollback(self.run.rollback_after, patience=self.run.log_every, forgiven=step.scale_patience)
         self.trace = tracing.Trace(workdir / tracing.FOLDER, given["profile"], warn=to_terminal)
         self.check_replicas = make_check(step.abstract, mesh=step.mesh)
+
+    def recall(self) -> None:
+        """Learn of the validations until now from the log, which the first process has."""
+        if self.step.task.onset:
+            self.rise.recall(distributed.gather_json(metrics.read(self.report.log))[0])
 
     def restore(self) -> dict[str, Any] | None:
         """Take the state of the newest undamaged checkpoint; the position in the data then, None without one."""
@@ -207,6 +216,7 @@ class _Loop:
                 raise UserError("expected an undamaged checkpoint to go back to, got none: start a new run")
         self.ledger.restored(self.saved)
         self.report.rewind(self.saved)
+        self.recall()
         to_terminal(
             f"warning: {streak} updates in a row were not finite, the last before update {n}: back to the parameters "
             f"of update {self.saved}; the data go on, so the batches since then do not come again"
@@ -217,7 +227,10 @@ class _Loop:
         """Validation and pictures, if they are due."""
         if self.evaluator.validation and due(n, self.run.validate_every, last=last):
             with self.phase("validation", n):
-                self.report.validated(n, self.evaluator.validate(self.state))
+                values = self.evaluator.validate(self.state)
+                self.report.validated(n, values)
+                if warning := self.rise.see(n, values, self.checkpoints.steps):
+                    to_terminal(f"warning: {warning}")
         if due(n, self.run.picture_every, last=last):
             with self.phase("pictures", n):
                 self.evaluator.draw(n, self.state, batch)

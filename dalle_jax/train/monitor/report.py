@@ -59,6 +59,11 @@ class Report:
         self.streak = self.overflows = 0
         self._warned: set[str] = set()  # what showed the last warning, of 'train' and 'validation'
 
+    @property
+    def log(self) -> pathlib.Path:
+        """The file with the metrics of every interval and validation."""
+        return self._log.path
+
     def update(self, n: int, measured: dict[str, jax.Array]) -> None:
         """Take the numbers of an update that was just dispatched; wait for those of the one before."""
         self.finish()

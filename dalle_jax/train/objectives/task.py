@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dalle_jax.models.layers import Model, Params
+from dalle_jax.train.monitor.rise import Onset
 
 # As the data pipeline made it: 'image' uint8 [B, H, W, 3] or 'image_tokens' int32 [B, I], and 'text' int32 [B, T].
 Batch = Mapping[str, jax.Array]
@@ -49,6 +50,7 @@ class Task:
       has every accumulate-th example beginning with i. Its results are dropped where the update is skipped.
     followed: paths of parameters that the moving average copies, as `remember` makes averages of them itself.
     health: (observed CODE_COUNTS, summed over all held-out batches, int64 [V]) -> metrics of the whole validation.
+    onset: something that begins during the training and may spoil it; a lasting rise after it is said.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Task:
     remember: Callable[..., tuple[Params, Memory]] | None = None
     followed: tuple[tuple[str, ...], ...] = ()
     health: Callable[[np.ndarray], Mapping[str, float]] | None = None
+    onset: Onset | None = None
 
     def measure(
         self, params: Params, frozen: Frozen, batch: Batch, *, memory: Memory, **options: Any
