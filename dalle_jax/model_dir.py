@@ -28,6 +28,8 @@ CONFIG, PARAMS = "config.json", "params.safetensors"
 FROZEN = "frozen.json"  # role -> sha256 of the frozen model that the folder's own was trained with
 # What may be frozen -> names of models that can be it.
 ROLES: dict[str, tuple[str, ...]] = {"image_tokenizer": image_tokenizer.NAMES, "lpips": ("lpips",)}
+TRAINING_ROLES = ("lpips",)  # of frozen models that a loss reads, and the trained model does without
+TRAINING_PART = "discriminator"  # of the parameters of a run: its adversary's, which the trained model does without
 _OLD_FROZEN = {"image_tokenizer": ("dvae", "dvae.sha256")}  # folder and file of version 0.1
 
 
@@ -74,6 +76,7 @@ def load(
             f"expected a possible {config['name']} in {folder}, got one where {error}: restore its {CONFIG}"
         ) from error
     params = read_params(folder, step=step, average=average)
+    params = {key: part for key, part in params.items() if key != TRAINING_PART}
     check_params(params, model.abstract, where=os.fspath(folder))
     return ModelDir(config, model, params)
 

@@ -86,3 +86,17 @@ def test_a_frozen_model_of_any_role_comes_back_and_no_other(tmp_path, monkeypatc
     (run / model_dir.FROZEN).write_text(json.dumps({"teacher": "0" * 64}))
     with pytest.raises(UserError, match="expected the teacher that the model in .* was trained with"):
         model_dir.load_frozen(run, "teacher")
+
+
+def test_what_only_training_needs_is_left_behind(tmp_path):
+    """The parameters of an adversary lie beside the model's in a run, and are no part of the trained model."""
+    config = {"image_size": 8, "vocab": 4, "width": 4, "groups": 1, "blocks_per_group": 1, "stem": 4, "stem_kernel": 1}
+    params = random_parameters(build("dvae", config))
+    for name, extra in (
+        ("plain", {}),
+        ("adversarial", {"discriminator": {"conv_0": {"bias": np.ones(3, np.float32)}}}),
+    ):
+        model_dir.save(tmp_path / name, {"name": "dvae", "model": config}, {**params, **extra})
+    plain, adversarial = (model_dir.load(tmp_path / name) for name in ("plain", "adversarial"))
+    identical(adversarial.params, params)
+    assert adversarial.digest == plain.digest

@@ -31,9 +31,8 @@ def export(source: pathlib.Path, out: pathlib.Path, *, step: int | None = None, 
     exported = {key: found.config[key] for key in ("name", "model")}
     if dropout := found.config.get("data", {}).get("caption_dropout"):
         exported["data"] = {"caption_dropout": dropout}  # whether the model can be guided
-    frozen = {
-        role: model_dir.load_frozen(source, role) for role in model_dir.ROLES if model_dir.has_frozen(source, role)
-    }
+    needed = [role for role in model_dir.ROLES if role not in model_dir.TRAINING_ROLES]
+    frozen = {role: model_dir.load_frozen(source, role) for role in needed if model_dir.has_frozen(source, role)}
     model_dir.save(out, exported, found.params)
     if frozen:
         model_dir.save_frozen(out, frozen)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.errors import UserError, check_choice, check_number
+from dalle_jax.model_dir import TRAINING_PART
+from dalle_jax.models import discriminator
 from dalle_jax.models.discriminator import NORMS, DiscriminatorConfig
 from dalle_jax.models.layers import Model, Params
 
@@ -97,6 +99,18 @@ class Adversary:
         """The weight in the update after `step` others, without the ratio of gradients: 0 up to `start`."""
         risen = jnp.clip((step - self.start) / self.ramp, 0.0, 1.0) if self.ramp else 1.0
         return jnp.where(step >= self.start, self.weight * risen, 0.0)
+
+
+def beside(model: Model, config: DiscriminatorConfig) -> Model:
+    """The model with a discriminator's parameters among its own, under TRAINING_PART; its methods are the model's, and
+    so are the initial values of its parameters."""
+
+    def make(rngs):
+        module = model.make(rngs)
+        setattr(module, TRAINING_PART, discriminator.Discriminator(config, rngs))
+        return module
+
+    return Model(model.config, make)
 
 
 def hinge_loss(real, fake):

@@ -33,6 +33,11 @@ def decode_images(model: Model, params: Params, tokens_BRC):
     return pixels.to_uint8(pixels.from_range(x_BHWC, model.config.pixel_range))
 
 
+def last_weight(config: VQConfig) -> tuple[str, ...]:
+    """The path in the parameters of the decoder's last convolution, whose results are pixels."""
+    return "decoder", "up_0" if config.network == "vqvae" else "conv_out", "weight"
+
+
 class VQ(nnx.Module):
     """Parameters: {'encoder', 'quant_conv', 'quantizer', 'decoder'}, and for 'vqgan' {'post_quant_conv'}.
 
