@@ -1,6 +1,6 @@
-"""Scores of one image beside another, and of the use of codes; numpy and SciPy, one image at a time.
+"""Scores of one image beside another: squared error and PSNR of uint8 pixels, SSIM (Wang et al. 2004).
 
-Squared error and PSNR of uint8 pixels, SSIM (Wang et al. 2004), entropy and perplexity of codes. What a network says of
+numpy and SciPy in float64, one image at a time. What a network says of
 two images is in `models/lpips.py`, what it says of two sets in `distances.py`.
 """
 
@@ -52,12 +52,3 @@ def _smoothed(x_CHW: np.ndarray) -> np.ndarray:
     edge = WINDOW // 2
     rows = scipy.ndimage.correlate1d(x_CHW, _WEIGHTS, axis=1)[:, edge:-edge]
     return scipy.ndimage.correlate1d(rows, _WEIGHTS, axis=2)[:, :, edge:-edge]
-
-
-def entropy(counts_V: np.ndarray) -> float:
-    """Bits a code of codes that occur so often: 0 for one code, log2 V for all alike. 2 to this is the perplexity.
-
-    Not all may be zero.
-    """
-    share = counts_V[counts_V > 0] / counts_V.sum()
-    return float(-(share * np.log2(share)).sum()) + 0.0  # no negative zero

@@ -69,7 +69,7 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Writes OUT/reconstructions.json, .md and .png; returns the report.
 
-    tokenizers: workdirs or exported models of image tokenizers. This process does all of it, on all of its devices.
+    tokenizers: folders that `ImageTokenizer.load` takes. This process does all of it, on all of its devices.
 
     Raises:
       UserError: something given is wrong or too little, or the folder cannot be written.

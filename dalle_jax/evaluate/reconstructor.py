@@ -5,6 +5,7 @@ says how far two pictures look apart.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
@@ -17,12 +18,11 @@ from dalle_jax.errors import UserError
 from dalle_jax.evaluate import fidelity
 from dalle_jax.evaluate.distances import Moments, fid
 from dalle_jax.mesh import local_mesh
-from dalle_jax.models import Model, Params, image_tokenizer, lpips
+from dalle_jax.models import Model, Params, lpips
+from dalle_jax.sample.image_tokenizer import ImageTokenizer, load_model
+from dalle_jax.train.objectives.code_health import health
 
-BATCH = 8  # pictures a device at once
-
-_encode = jax.jit(image_tokenizer.encode, static_argnums=0)
-_decode = jax.jit(image_tokenizer.decode, static_argnums=0)
+BATCH = 8  # pairs of pictures that a device compares at once
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -86,32 +86,25 @@ class Reconstructor:
         Raises:
           UserError: no image tokenizer there, or one whose stride does not divide the size.
         """
-        self.folder, self._found = folder, model_dir.load(folder, name=image_tokenizer.NAMES)
-        config = self._found.model.config
-        self.size, self.moments = size or config.image_size, None if features is None else Moments(features)
-        if self.size % config.stride:
+        self.folder, self._found = folder, load_model(folder)
+        self._tokenizer = ImageTokenizer(self._found)
+        stride, vocab = self._tokenizer.stride, self._tokenizer.vocab_size
+        self.size = size or self._tokenizer.image_size
+        self.moments = None if features is None else Moments(features)
+        if self.size % stride:
             raise UserError(
-                f"expected config.size to be a multiple of {config.stride}, the stride of {folder}, got {size}: "
+                f"expected config.size to be a multiple of {stride}, the stride of {folder}, got {size}: "
                 "choose one, or None for the size that it was trained at"
             )
-        mesh = local_mesh()
-        self._params = jax.device_put(self._found.params, sharding.replicated(mesh))
-        self._batch, self._place = BATCH * sharding.batch_ways(mesh), sharding.batch_sharding(mesh)
-        self._codes_V = np.zeros(config.vocab, np.int64)
+        self._codes_V = np.zeros(vocab, np.int64)
         self._sums = dict.fromkeys(("squared_error", "psnr", "ssim", "distance"), 0.0)
         self.pictures = self.exact = 0
 
     def __call__(self, image_BHWC: np.ndarray) -> np.ndarray:
         """Images uint8 [B, H, W, 3] through image tokens and back; counts the codes."""
-        model = self._found.model
-
-        def of_batch(batch_BHWC):
-            tokens = _encode(model, self._params, jax.device_put(batch_BHWC, self._place))
-            return tokens, _decode(model, self._params, tokens)
-
-        tokens, again_BHWC = sharding.in_batches(of_batch, image_BHWC, size=self._batch)
-        self._codes_V += np.bincount(tokens.ravel(), minlength=len(self._codes_V))
-        return again_BHWC
+        tokens_BRC = self._tokenizer.encode(image_BHWC)
+        self._codes_V += np.bincount(tokens_BRC.ravel(), minlength=len(self._codes_V))
+        return self._tokenizer.decode(tokens_BRC)
 
     def compare(
         self, image_BHWC: np.ndarray, again_BHWC: np.ndarray, *, perceptual: Perceptual, pool: futures.Executor
@@ -134,8 +127,7 @@ class Reconstructor:
 
         An infinite PSNR is None, as JSON has no such number.
         """
-        config, side = self._found.model.config, self.size // self._found.model.config.stride
-        bits = fidelity.entropy(self._codes_V)
+        side, codes = self.size // self._tokenizer.stride, health(self._codes_V)
         differing = self.pictures - self.exact
         found: dict[str, Any] = {
             "tokenizer": self.folder,
@@ -145,11 +137,11 @@ class Reconstructor:
             "size": self.size,
             "grid": [side, side],
             "tokens": side**2,
-            "vocab": config.vocab,
-            "bits": side**2 * float(np.log2(config.vocab)),
-            "entropy_bits": side**2 * bits,
-            "codes_used": int((self._codes_V > 0).sum()),
-            "perplexity": 2**bits,
+            "vocab": len(self._codes_V),
+            "bits": side**2 * math.log2(len(self._codes_V)),
+            "entropy_bits": side**2 * math.log2(codes["code_perplexity"]),
+            "codes_used": int(codes["codes_used"]),
+            "perplexity": codes["code_perplexity"],
         }
         if originals is not None and self.moments is not None:
             found["rfid"] = fid(*self.moments.result(), *originals.result())

@@ -59,9 +59,7 @@ class ImageTokenizer:
         Raises:
           UserError: there is none, or it is damaged.
         """
-        if model_dir.read_config(folder)["name"] not in image_tokenizer.NAMES and model_dir.has_frozen(folder, ROLE):
-            return cls(model_dir.load_frozen(folder, ROLE))
-        return cls(model_dir.load(folder, image_tokenizer.NAMES))
+        return cls(load_model(folder))
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 [B, H, W, 3] -> image tokens int32 [B, H / stride, W / stride], rows from the top; no noise.
@@ -115,6 +113,17 @@ class ImageTokenizer:
         limit = max(1, PER_DEVICE * self.image_size**2 // pixels)  # of a device
         size = min(limit, bucket(-(-len(array) // ways))) * ways
         return sharding.in_batches(of_batch, array, size=size)
+
+
+def load_model(folder: str | os.PathLike) -> ModelDir:
+    """The model that `ImageTokenizer.load` finds in a folder.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    if model_dir.read_config(folder)["name"] not in image_tokenizer.NAMES and model_dir.has_frozen(folder, ROLE):
+        return model_dir.load_frozen(folder, ROLE)
+    return model_dir.load(folder, image_tokenizer.NAMES)
 
 
 def _array(name: str, value: Any) -> np.ndarray:

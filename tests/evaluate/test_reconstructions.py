@@ -13,9 +13,10 @@ from PIL import Image
 from dalle_jax import config, model_dir
 from dalle_jax.data.sources import scenes
 from dalle_jax.errors import UserError
-from dalle_jax.evaluate import reconstruction_report, reconstructions, reconstructor
+from dalle_jax.evaluate import reconstruction_report, reconstructions
 from dalle_jax.evaluate.reconstructions import Reconstructions
 from dalle_jax.models import build, image_tokenizer, lpips
+from dalle_jax.sample.image_tokenizer import ImageTokenizer
 from tests.evaluate.test_fidelity import slow_ssim
 from tests.support import tiny_model
 from tests.support.evaluation import run
@@ -152,8 +153,8 @@ def test_an_identity_and_one_gray_apart_have_known_scores(
     change, ratio, tokenizers, pictures, tmp_path, monkeypatch, capsys
 ):
     """A tokenizer whose image tokens are the pixels, and one that flips their last bit: a squared error of 1."""
-    monkeypatch.setattr(reconstructor, "_encode", lambda model, params, image: image)
-    monkeypatch.setattr(reconstructor, "_decode", lambda model, params, tokens: tokens ^ change)
+    monkeypatch.setattr(ImageTokenizer, "encode", lambda tokenizer, image: image)
+    monkeypatch.setattr(ImageTokenizer, "decode", lambda tokenizer, tokens: tokens ^ np.uint8(change))
     words = ("--reconstructions", tokenizers[1], "--data", pictures, "--out", tmp_path)
     assert run(*words) == 0
     printed, noted = capsys.readouterr()
@@ -171,13 +172,13 @@ def test_an_identity_and_one_gray_apart_have_known_scores(
 
 def test_one_exact_picture_leaves_the_mean_finite(tokenizers, pictures, tmp_path, monkeypatch, capsys):
     first = next(crops(pictures, SIDE))
-    monkeypatch.setattr(reconstructor, "_encode", lambda model, params, image: image)
 
-    def decode(model, params, tokens):
-        same = (np.asarray(tokens) == first).all((1, 2, 3))[:, None, None, None]
-        return np.where(same, tokens, np.asarray(tokens) ^ 1)
+    def decode(tokenizer, tokens):
+        same = (tokens == first).all((1, 2, 3))[:, None, None, None]
+        return np.where(same, tokens, tokens ^ np.uint8(1))
 
-    monkeypatch.setattr(reconstructor, "_decode", decode)
+    monkeypatch.setattr(ImageTokenizer, "encode", lambda tokenizer, image: image)
+    monkeypatch.setattr(ImageTokenizer, "decode", decode)
     assert run("--reconstructions", tokenizers[1], "--data", pictures, "--out", tmp_path, "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)["tokenizers"]
     assert (row["exact"], row["psnr"]) == (1, pytest.approx(48.1308, abs=1e-4))
