@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 
+from tests import vq_mutations
 from tests.support import ROOT
 
 WORKERS = 2
@@ -309,6 +310,7 @@ MUTATIONS = [
         ("decay_tables=True,  #", "decay_tables=False,  #"),
     ]),
     ("dalle_jax/cli/tokenizer.py", PAPER, [("default=16_384", "default=8_192")]),
+    *vq_mutations.ROWS,
 ]  # fmt: skip
 
 

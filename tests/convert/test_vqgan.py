@@ -13,7 +13,6 @@ import pytest
 
 from dalle_jax.convert import vqgan
 from dalle_jax.errors import UserError
-from dalle_jax.models.layers import Model
 from dalle_jax.models.vq.config import VQConfig
 from dalle_jax.models.vq.model import model as vq_model
 from tests.support import formula_weights
@@ -26,7 +25,6 @@ SIZES = {
 }  # fmt: skip
 LAYOUT_SIZES = {"taming": {"code_dim": 16}, "llamagen": {"code_dim": 8, "unit_codes": True}}
 TOLERANCE = 1e-4  # the published numbers have five digits
-apply = jax.jit(Model.apply, static_argnums=0, static_argnames="method")
 
 
 def torch_shapes(config, layout):
@@ -53,9 +51,14 @@ def small(request):
 
 def outputs(model, params, x_BHWC):
     """Vectors, image tokens and reconstruction, as PyTorch lays them out."""
-    z_BRCD = np.asarray(apply(model, params, x_BHWC, method="encode"))
-    tokens_BRC = np.asarray(apply(model, params, x_BHWC, method="encode_tokens"))
-    y_BHWC = np.asarray(apply(model, params, tokens_BRC, method="decode_tokens"))
+
+    @jax.jit
+    def run(params, x_BHWC):
+        tokens_BRC = model.apply(params, x_BHWC, method="encode_tokens")
+        decoded = model.apply(params, tokens_BRC, method="decode_tokens")
+        return model.apply(params, x_BHWC, method="encode"), tokens_BRC, decoded
+
+    z_BRCD, tokens_BRC, y_BHWC = map(np.asarray, run(params, x_BHWC))
     return z_BRCD.transpose(0, 3, 1, 2), tokens_BRC, y_BHWC.transpose(0, 3, 1, 2)
 
 
@@ -241,13 +244,13 @@ def original(sizes: dict, *, quantizer: str, seed: int = 0):
     ("quantizer", "sizes", "shape"),
     [
         ("nearest", {"ch_mult": (1, 1, 2, 2, 4), "attn_resolutions": [4], "resolution": 64}, (1, 64, 64, 3)),
-        ("nearest", {"ch_mult": (1, 2, 4), "attn_resolutions": [], "resolution": 32}, (2, 16, 40, 3)),
+        ("nearest", {"ch_mult": (1, 2), "attn_resolutions": [], "num_res_blocks": 2, "resolution": 32}, (2, 16, 40, 3)),
         ("gumbel", {"ch_mult": (1, 1, 2, 4), "attn_resolutions": [8, 16], "resolution": 64}, (1, 64, 32, 3)),
     ],
 )
 def test_pytorch_and_jax_agree(quantizer, sizes, shape):
     """Also on rectangles; one difference of two nearly equal distances would not be forgiven, and there is none."""
-    module = original({"ch": 32, "num_res_blocks": 2} | sizes, quantizer=quantizer)
+    module = original({"ch": 32, "num_res_blocks": 1} | sizes, quantizer=quantizer)
     import torch
 
     state = {name: value.numpy() for name, value in module.state_dict().items()}

@@ -9,7 +9,7 @@ import pytest
 
 from dalle_jax import sharding
 from dalle_jax.mesh import make_mesh
-from dalle_jax.models.ops import conv, linear
+from dalle_jax.models.ops import conv, doubling_conv, linear, plain_conv
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,54 @@ def test_gradients_of_a_convolution_keep_their_dtype(dtype):
     for sizes in CONVOLUTIONS[:2]:
         program, args = gradients(conv, *sizes, dtype=dtype)
         assert [leaf.dtype for leaf in program(*args)] == [dtype] * 2
+
+
+def doubled(x_BHWC, weight):
+    """float64, by loops over the taps: a 3x3 convolution of x repeated twice along both sides, or every position of x
+    spread over 4 x 4 of the result, which begin one before twice its place."""
+    B, H, W, _ = x_BHWC.shape
+    kernel = len(weight)
+    y = np.zeros((B, 2 * H + 2, 2 * W + 2, weight.shape[-1]))  # one more at each side
+    if kernel == 3:
+        repeated = np.pad(x_BHWC.repeat(2, 1).repeat(2, 2), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        for i, j in np.ndindex(3, 3):
+            y[:, 1:-1, 1:-1] += repeated[:, i : i + 2 * H, j : j + 2 * W] @ weight[i, j]
+    else:
+        for i, j in np.ndindex(4, 4):
+            y[:, i : i + 2 * H : 2, j : j + 2 * W : 2] += x_BHWC @ weight[i, j]
+    return y[:, 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("kernel", [3, 4])
+def test_a_doubling_convolution_and_its_gradients_are_sums_over_taps(kernel):
+    """It is linear in x and in the weight, so its gradients are what makes the same sum of products."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(kernel, kernel, 4, 6))
+    cotangent = rng.normal(size=(2, 6, 10, 6))
+
+    @jax.jit
+    def program(x, weight, cotangent):
+        y, back = jax.vjp(lambda x, weight: doubling_conv(x, weight, jax.lax.Precision.HIGHEST), x, weight)
+        return y, *back(cotangent)
+
+    y, by_x, by_weight = program(*(np.asarray(a, np.float32) for a in (x, weight, cotangent)))
+    np.testing.assert_allclose(y, doubled(x, weight), atol=1e-5)
+    for found, place in ((by_x, x), (by_weight, weight)):
+        direction = rng.normal(size=place.shape)
+        moved = doubled(direction, weight) if place is x else doubled(x, direction)
+        np.testing.assert_allclose((found * direction).sum(), (moved * cotangent).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "before"), [(3, 0), (4, 1)])
+def test_a_halving_convolution_pads_as_tensorflow_does(kernel, before):
+    """Zeros before and behind even sides: none and one for a kernel of 3, one and one for a kernel of 4."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(1, 6, 4, 2)), rng.normal(size=(kernel, kernel, 2, 3))
+    padded = np.pad(x, ((0, 0), (before, 1), (before, 1), (0, 0)))
+    wanted = np.zeros((1, 3, 2, 3))
+    for i, j in np.ndindex(kernel, kernel):
+        wanted += padded[:, i : i + 5 : 2, j : j + 3 : 2] @ weight[i, j]
+    np.testing.assert_allclose(plain_conv(jnp.asarray(x), jnp.asarray(weight), stride=2), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", CONVOLUTIONS)
