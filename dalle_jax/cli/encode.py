@@ -81,6 +81,11 @@ def main(args: argparse.Namespace) -> int:
     share = Share.of_option(args.part)
     tokenizer = model_dir.load(args.image_tokenizer, name=image_tokenizer.NAMES)
     sizes = tokenizer.model.config
+    if sizes.vocab > features.MAX_VOCAB:
+        raise UserError(
+            f"expected an image tokenizer of at most {features.MAX_VOCAB:,} different tokens, which 16 bits can name, "
+            f"got one of {sizes.vocab:,} in {args.image_tokenizer}: train on images instead"
+        )
     source = open_source(args.source)
     settings = features.Settings(
         dvae_sha256=tokenizer.digest,
