@@ -1,4 +1,4 @@
-"""Stage 2, the transformer. Needs a trained image tokenizer (a dVAE) and a text tokenizer. Launch:
+"""Stage 2, the transformer. Needs a trained image tokenizer and a text tokenizer. Launch:
 
     dalle-jax train --config configs/transformer.py:12b --config.frozen.image_tokenizer=runs/dvae \
         --config.tokenizer=tokenizer.model --config.run.data.train='wds:/data/pairs/*.tar' --workdir runs/transformer

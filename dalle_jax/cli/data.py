@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--picture", metavar="PNG", help=f"draw {EXAMPLES} examples (default: {DEFAULT_PICTURE}, or none with --json)")
     add("--dropped", metavar="FILE", help="write one JSON per dropped record: key, reason, detail (default: no)")
     add("--limit", **number, help="look at N records, evenly spread (default: all)")
-    add("--pictures-only", action="store_true", help="captions are not needed, as for a dVAE (default: they are)")
+    add(
+        "--pictures-only",
+        action="store_true",
+        help="captions are not needed, as for an image tokenizer (default: they are)",
+    )
     add("--threads", **number, default=os.cpu_count() or 1, help="threads that decode (default: %(default)s)")
     add("--max-pixels", **number, default=DataConfig.max_pixels, help="drop larger images (default: %(default)s)")
     for field in FILTERS:

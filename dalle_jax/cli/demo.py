@@ -1,8 +1,9 @@
 """`dalle-jax demo`: all of DALL-E on built-in scenes, from nothing to images of captions it never saw.
 
-Trains a tokenizer, a dVAE and a transformer with the ordinary loop and the `demo` configs, chooses a sampling
-temperature on tuning captions, draws each caption of the report once, and lets the scene checker judge the pixels. Then
-it trains a CLIP, which chooses among 32 candidates for each caption. The report's captions are not used before that.
+Trains a tokenizer, an image tokenizer (a dVAE) and a transformer with the ordinary loop and the `demo` configs, chooses
+a sampling temperature on tuning captions, draws each caption of the report once, and lets the scene checker judge the
+pixels. Then it trains a CLIP, which chooses among 32 candidates for each caption. The report's captions are not used
+before that.
 """
 
 import argparse
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> dict:
     say(f"1/{stages} tokenizer from {TOKENIZER_CAPTIONS} captions")
     overrides = {"seed": args.seed, "tokenizer": make_tokenizer(workdir)}
 
-    say(f"2/{stages} dVAE: pictures to image tokens and back")
+    say(f"2/{stages} image tokenizer: pictures to image tokens and back")
     dvae_settings = load_settings("configs/dvae.py:demo", [f"--config.seed={args.seed}"])
     train_stage(dvae_settings, workdir / "dvae")
 

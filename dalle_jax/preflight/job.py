@@ -219,7 +219,7 @@ def _image_tokenizer(folder: str | None, known: tuple[Any, ...], wanted: tuple[i
             return model
     raise UserError(
         f"expected an image tokenizer with grid, vocabulary and pixels per side of {wanted}, got none in "
-        f"{folder or 'configs/dvae.py'}: name its folder as --config.frozen.image_tokenizer=DIR or change config.model"
+        f"{folder or 'configs/'}: name its folder as --config.frozen.image_tokenizer=DIR or change config.model"
     )
 
 
