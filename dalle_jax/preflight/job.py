@@ -67,8 +67,8 @@ class Job:
         """The task of the training. Raises UserError for impossible sizes, or a model whose bytes are not known."""
         if self.settings.name not in MODELED:
             raise UserError(
-                f"preflight knows {' and '.join(MODELED)} configs, got a {self.settings.name}: train it at once, it "
-                "is small"
+                f"preflight knows {', '.join(MODELED[:-1])} and {MODELED[-1]} configs, got a {self.settings.name}: "
+                "train it at once, it is small"
             )
         chip = self.topology.chip
         capability = chip.core.compute_capability if chip.core else None

@@ -345,7 +345,7 @@ def test_a_wrong_batch_or_dvae_is_the_users_error():
 
 
 def test_a_clip_is_refused():
-    with pytest.raises(UserError, match="knows dvae and transformer configs, got a clip"):
+    with pytest.raises(UserError, match="knows dvae, vq and transformer configs, got a clip"):
         _ = Job(load_settings("configs/clip.py:b32"), topology.parse("gpu:h100:1x8"), ()).task
 
 

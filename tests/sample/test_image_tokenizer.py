@@ -208,6 +208,27 @@ def test_black_is_black_and_white_is_white_at_every_boundary(gray_folder, tmp_pa
     np.testing.assert_array_equal(picture.tokens, TOKENS)
 
 
+@pytest.mark.parametrize(
+    ("pixel_range", "black", "white"), [("symmetric", -1, 1), ("unit", 0, 1), ("centered", -0.5, 0.5)]
+)
+def test_black_and_white_of_every_pixel_range(pixel_range, black, white):
+    """By a network made by hand, whose codes are the four grays in its range."""
+    config = {
+        "image_size": 8, "vocab": 4, "code_dim": 1, "network": "patches", "width": 1, "multipliers": (1,), "blocks": 1,
+        "patch": 2, "pixel_range": pixel_range,
+    }  # fmt: skip
+    model = build("vq", config)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract)
+    params["encoder"]["conv_in"]["weight"][1, 1] = 1 / 12  # the mean of 2 x 2 x 3 values
+    params["decoder"]["conv_out"]["weight"][1, 1] = 1
+    for conv in (params["quant_conv"], params["decoder"]["conv_in"]):
+        conv["weight"][:] = 1
+    params["quantizer"]["codebook"][:, 0] = black + (white - black) * GRAYS / 255
+    tokenizer, card = ImageTokenizer(model_dir.ModelDir({}, model, params)), CARD[::2, ::2]
+    np.testing.assert_array_equal(tokenizer.encode(card[None])[0], TOKENS)
+    np.testing.assert_array_equal(tokenizer.decode(TOKENS[None])[0], card)
+
+
 def test_a_model_that_draws_no_tokens_has_none():
     pipe = NoisePipeline()
     assert pipe(CAPTION)[0].tokens is None
