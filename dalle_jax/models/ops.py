@@ -157,8 +157,39 @@ def doubling_conv(x_BHWC, weight, precision: jax.lax.Precision | None = None):
     *_, inputs, outputs = weight.shape
     # rows a, columns b of what a position sees; even or odd rows p, columns q; exact sums where taps meet
     weights = jnp.einsum("pat,qbu,tuio->abipqo", taps, taps, weight, precision=jax.lax.Precision.HIGHEST)
-    y = plain_conv(x_BHWC, weights.reshape(2, 2, inputs, -1), precision, padding=((1, 1), (1, 1)))
+    y = _conv_of_two(x_BHWC, weights.reshape(2, 2, inputs, -1), precision)
     y = y.reshape(B, H + 1, W + 1, 2, 2, outputs)
     y = jnp.stack([y[:, :-1, :, 0], y[:, 1:, :, 1]], axis=2)  # B H p W q O
     y = jnp.stack([y[:, :, :, :-1, 0], y[:, :, :, 1:, 1]], axis=4)
     return y.reshape(B, 2 * H, 2 * W, outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_of_two(x_BHWC, weight, precision):
+    """A convolution with a kernel of 2, of x between zeros: [B, H, W, I] -> [B, H + 1, W + 1, O]."""
+    return plain_conv(x_BHWC, weight, precision, padding=((1, 1), (1, 1)))
+
+
+def _conv_of_two_forward(x_BHWC, weight, precision):
+    return _conv_of_two(x_BHWC, weight, precision), (x_BHWC, weight)
+
+
+def _conv_of_two_backward(precision, saved, cotangent_BHWC):
+    # The weight's gradient is four products of matrices: as the convolution that JAX derives, the kernel is as large as
+    # the image, and XLA's CPU backend takes a hundred times as long. Delete this when it does not.
+    x_BHWC, weight = saved
+    by_x = plain_conv(cotangent_BHWC, weight[::-1, ::-1].swapaxes(2, 3), precision, padding="VALID")
+    padded = jnp.pad(x_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    cotangent = cotangent_BHWC.reshape(-1, weight.shape[-1])
+    H, W = cotangent_BHWC.shape[1:3]
+    by_weight = [
+        jnp.tensordot(
+            padded[:, i : i + H, j : j + W].reshape(len(cotangent), -1), cotangent, (0, 0), precision=precision
+        )
+        for i in (0, 1)
+        for j in (0, 1)
+    ]
+    return by_x, jnp.stack(by_weight).reshape(weight.shape)
+
+
+_conv_of_two.defvjp(_conv_of_two_forward, _conv_of_two_backward)
