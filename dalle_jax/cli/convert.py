@@ -9,7 +9,7 @@ import jax
 
 from dalle_jax import model_dir
 from dalle_jax.checkpoint import digest
-from dalle_jax.convert import clip, inception, lpips, openai_dvae, weights
+from dalle_jax.convert import clip, inception, lpips, openai_dvae, vqgan, weights
 from dalle_jax.errors import UserError, check_number
 from dalle_jax.models import Params
 from dalle_jax.text.clip import MERGES, VOCAB
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dvae = _family(families, "openai-dvae", "the released dVAE of OpenAI", convert_dvae)
     dvae.add_argument("--encoder", required=True, metavar="FILE", help="state dict of the encoder")
     dvae.add_argument("--decoder", required=True, metavar="FILE", help="state dict of the decoder")
-    dvae.add_argument("--image-size", type=int, default=256, help="pixels per side it is used at (default: 256)")
+    _add_image_size(dvae)
     dvae.add_argument(
         "--allow-pickle",
         action="store_true",
@@ -47,6 +47,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     perceptual.add_argument(
         "linear", metavar="LIN", nargs="?", help=f"its linear weights, {lpips.LINEAR} (default: they are in VGG)"
     )
+    for name, summary, convert in (
+        (
+            "taming",
+            "a VQGAN of taming-transformers, or one with its names (minDALL-E, latent-diffusion)",
+            convert_taming,
+        ),
+        ("llamagen-vq", "the image tokenizer of LlamaGen", convert_llamagen_vq),
+    ):
+        tokenizer = _family(families, name, summary, convert)
+        tokenizer.add_argument("weights", metavar="FILE", help="its checkpoint or state dict; or a .safetensors file")
+        _add_image_size(tokenizer)
+
+
+def _add_image_size(family: argparse.ArgumentParser) -> None:
+    family.add_argument("--image-size", type=int, default=256, help="pixels per side it is used at (default: 256)")
 
 
 def _family(families, name: str, summary: str, convert) -> argparse.ArgumentParser:
@@ -79,6 +94,21 @@ def convert_dvae(args: argparse.Namespace) -> Converted:
     config, params = openai_dvae.convert(encoder, decoder, image_size=args.image_size)
     summary = f"{_count(params)} parameters, {config.vocab} codes, {config.grid} x {config.grid} grid"
     return "dvae", config, params, summary
+
+
+def convert_taming(args: argparse.Namespace) -> Converted:
+    return _convert_vqgan(args, "taming")
+
+
+def convert_llamagen_vq(args: argparse.Namespace) -> Converted:
+    return _convert_vqgan(args, "llamagen")
+
+
+def _convert_vqgan(args: argparse.Namespace, layout: str) -> Converted:
+    check_number("--image-size", args.image_size, min=1, max=MAX_IMAGE_SIZE, whole=True)
+    config, params = vqgan.convert(weights.read(args.weights), layout, image_size=args.image_size)
+    codes = f"{config.vocab} {config.quantizer} codes of {config.code_dim}"
+    return "vq", config, params, f"{_count(params)} parameters, {codes}, {config.grid} x {config.grid} grid"
 
 
 def convert_clip(args: argparse.Namespace) -> Converted:

@@ -11,9 +11,11 @@ import numpy as np
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params
 
+STATE_KEYS = ("state_dict", "model", "module")  # of checkpoints by Lightning, by hand and by DeepSpeed
+
 
 def read(path: str | os.PathLike, *, allow_pickle: bool | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, a torch state dict or, if allowed, a pickled torch module.
+    """The arrays of a safetensors file, a torch state dict, also within a checkpoint, or, if allowed, a pickled module.
 
     allow_pickle: None where the command has no such option, so that errors do not name it.
 
@@ -56,6 +58,8 @@ def _read_torch(path: str, *, allow_pickle: bool | None) -> dict[str, np.ndarray
         ) from error
     if hasattr(loaded, "state_dict"):
         loaded = loaded.state_dict()
+    elif isinstance(loaded, Mapping):  # a checkpoint of a training has it beside the state of the optimizer
+        loaded = next((loaded[key] for key in STATE_KEYS if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise UserError(f"expected a state dict (names and tensors) in {path}, got a {type(loaded).__name__}")
     return {name: value.detach().float().numpy() for name, value in loaded.items()}

@@ -10,9 +10,13 @@ import re
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from dalle_jax.convert import vqgan
+from dalle_jax import model_dir
+from dalle_jax.cli import main
+from dalle_jax.convert import vqgan, weights
 from dalle_jax.errors import UserError
+from dalle_jax.models import image_tokenizer
 from dalle_jax.models.vq.config import VQConfig
 from dalle_jax.models.vq.model import model as vq_model
 from tests.support import formula_weights
@@ -99,12 +103,12 @@ def test_formula_weights_give_the_numbers_of_the_original_code(small):
         np.testing.assert_allclose(measured, numbers, atol=TOLERANCE)
 
 
-def test_the_numbers_depend_on_every_weight(small):
+def test_the_numbers_depend_on_every_weight():
     """So that the comparison above cannot miss an array that is mislaid. Left out are biases that cannot matter: a
     softmax takes out a key's, and a norm with one channel in a group, as at 32 channels, takes out constants: those
     that enter it alone, and in the decoder's finest level, which ends with a norm, all."""
-    layout, config, state = small
-    model, params = vq_model(config), vqgan.convert(state, layout, image_size=SIDE)[1]
+    config, state = state_of("taming")
+    model, params = vq_model(config), vqgan.convert(state, "taming", image_size=SIDE)[1]
     x, tokens = formula_weights.image(1, SIDE), np.arange(256).reshape(1, 16, 16) % 64
     leaves, tree = jax.tree.flatten(params)
     paths = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -211,6 +215,32 @@ def test_the_other_layout_and_an_impossible_image_size_are_refused():
         vqgan.convert(state, "taming", image_size=33)
 
 
+@pytest.mark.parametrize(("family", "layout"), [("taming", "taming"), ("llamagen-vq", "llamagen")])
+def test_a_file_through_the_command(family, layout, tmp_path, capsys):
+    """Needs no PyTorch; what is written is an image tokenizer that loads."""
+    config, state = state_of(layout)
+    save_file(state, tmp_path / "vq.safetensors")
+    words = ["convert", family, f"{tmp_path}/vq.safetensors"]
+    assert main.main([*words, f"--out={tmp_path}/out", f"--image-size={SIDE}"]) == 0
+    assert f"64 nearest codes of {config.code_dim}, 16 x 16 grid" in capsys.readouterr().out
+    assert model_dir.load(tmp_path / "out", image_tokenizer.NAMES).model.config == config
+    assert main.main([*words, f"--out={tmp_path}/more", "--image-size=33"]) == 2
+    assert "multiple of the stride 2" in capsys.readouterr().err
+    assert main.main([*words, f"--out={tmp_path}/more", "--image-size=0"]) == 2
+    assert "expected --image-size to be a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "module"])
+def test_a_checkpoint_of_a_training_has_the_state_dict_inside(key, tmp_path):
+    torch = pytest.importorskip("torch", reason="reading a .ckpt takes PyTorch: pip install 'dalle-jax[convert]'")
+    tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
+    torch.save({key: tensors, "epoch": 3, "optimizer": {"state": {0: torch.ones(1)}}}, tmp_path / "last.ckpt")
+    assert {name: array.tolist() for name, array in weights.read(tmp_path / "last.ckpt").items()} == {
+        "a": [1, 1],
+        "b": [0, 0, 0],
+    }
+
+
 def original(sizes: dict, *, quantizer: str, seed: int = 0):
     """taming's encoder, codebook and decoder with random weights, in PyTorch, as its VQModel and GumbelVQ join them."""
     why = "the comparison takes PyTorch and taming's modules: pip install --no-deps taming-transformers-rom1504"
@@ -243,8 +273,18 @@ def original(sizes: dict, *, quantizer: str, seed: int = 0):
 @pytest.mark.parametrize(
     ("quantizer", "sizes", "shape"),
     [
-        ("nearest", {"ch_mult": (1, 1, 2, 2, 4), "attn_resolutions": [4], "resolution": 64}, (1, 64, 64, 3)),
-        ("nearest", {"ch_mult": (1, 2), "attn_resolutions": [], "num_res_blocks": 2, "resolution": 32}, (2, 16, 40, 3)),
+        pytest.param(
+            "nearest",
+            {"ch_mult": (1, 1, 2, 2, 4), "attn_resolutions": [4], "resolution": 64},
+            (1, 64, 64, 3),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "nearest",
+            {"ch_mult": (1, 2), "attn_resolutions": [], "num_res_blocks": 2, "resolution": 32},
+            (2, 16, 40, 3),
+            marks=pytest.mark.slow,
+        ),
         ("gumbel", {"ch_mult": (1, 1, 2, 4), "attn_resolutions": [8, 16], "resolution": 64}, (1, 64, 32, 3)),
     ],
 )
