@@ -24,9 +24,10 @@ def test_stride_and_grid_follow_from_the_levels(sizes, stride, grid):
     assert (config.stride, config.grid) == (stride, grid)
 
 
-def test_lists_from_json_are_the_same_sizes():
-    listed = VQConfig(multipliers=[1, 1, 2, 2, 4], attention_levels=[4])
-    assert listed == VQConfig() and hash(listed) == hash(VQConfig())
+@pytest.mark.parametrize("network", ["vqgan", "vqvae", "patches"])
+def test_lists_from_json_are_the_same_sizes(network):
+    listed = VQConfig(network=network, multipliers=[1, 1, 2, 2, 4], attention_levels=[4])
+    assert listed == VQConfig(network=network) and hash(listed) == hash(VQConfig(network=network))
 
 
 @pytest.mark.parametrize(

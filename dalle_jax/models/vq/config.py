@@ -60,8 +60,8 @@ class VQConfig:
         self._check_levels("multipliers", max=MAX_SIZE // self.width, min=1)
         if not 1 <= len(self.multipliers) <= MAX_LEVELS:
             raise ValueError(f"multipliers must be 1 to {MAX_LEVELS} numbers, one per level, got {self.multipliers}")
-        if self.network == "vqgan":
-            self._check_levels("attention_levels", max=len(self.multipliers) - 1, min=0)
+        last = len(self.multipliers) - 1 if self.network == "vqgan" else MAX_LEVELS  # of others nothing reads them
+        self._check_levels("attention_levels", max=last, min=0)
         getattr(self, f"_check_{self.network}")()
         if self.quantizer == "gumbel" and self.unit_codes:
             raise ValueError("unit_codes must be False with quantizer 'gumbel', whose codes are chosen by logits")
