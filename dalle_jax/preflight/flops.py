@@ -9,7 +9,7 @@ of a product is two more of its size. What rematerialization computes again is n
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -46,10 +46,14 @@ def transformer_work(config: TransformerConfig, tokenizer: Model | None) -> Work
     return Work(config.layout.length, total, executed, scores=scores)
 
 
-def traced_work(loss, model: Model, example: Any) -> Work:
-    """The work of any model with `config.grid`, from the trace of loss(params, example). example: abstract, of one."""
+def traced_work(loss, model: Model, example: Any, *, trained: bool = True) -> Work:
+    """The work of any model with `config.grid`, from the trace of loss(params, example).
+
+    example: abstract, of one. trained: all products have factors that are trained, and the loss takes no gradients
+    itself; else they are counted in the trace of its gradient, as some are not gone through backwards or only by half.
+    """
     found = list(_products(jax.make_jaxpr(loss)(model.abstract, example).jaxpr))
-    total = TRAINING_PASSES * sum(times * count for times, count, _ in found)
+    total = TRAINING_PASSES * _total(found) if trained else traced(jax.grad(loss), model.abstract, example)
     return Work(model.config.grid**2, total, total, result_bytes=tuple(size for *_, size in found))
 
 
@@ -95,9 +99,13 @@ def recomputed(config: TransformerConfig) -> int:
 def traced(function, *args: Any) -> int:
     """FLOPs of matrix products and convolutions in `function(*args)`, counted in its trace; args may be abstract.
 
-    A loop counts as often as it runs; a branch of a conditional as if it were taken.
+    A loop counts as often as it runs; of a conditional the branch that costs most, as if it were taken.
     """
-    return sum(times * count for times, count, _ in _products(jax.make_jaxpr(function)(*args).jaxpr))
+    return _total(_products(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+def _total(products: Iterable[tuple[int, int, int]]) -> int:
+    return sum(times * count for times, count, _ in products)
 
 
 def _products(jaxpr) -> Iterator[tuple[int, int, int]]:
@@ -112,10 +120,13 @@ def _products(jaxpr) -> Iterator[tuple[int, int, int]]:
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             channel = params["dimension_numbers"].rhs_spec[0]  # the kernel's dimension of output channels
-            yield 1, 2 * math.prod(result.shape) * math.prod(kernel) // kernel[channel], _bytes(result)
+            zeros = math.prod(params["lhs_dilation"])  # lie between the inputs of a strided convolution's gradient
+            yield 1, 2 * math.prod(result.shape) * math.prod(kernel) // kernel[channel] // zeros, _bytes(result)
         elif name == "convert_element_type" and 0 < (more := _bytes(result) - _bytes(equation.invars[0].aval)):
             if jax.numpy.issubdtype(equation.invars[0].aval.dtype, jax.numpy.floating):
                 yield 1, 0, more
+        elif name == "cond":
+            yield from max((list(_products(branch)) for branch in _inner(params)), key=_total)
         else:
             outer = params["length"] if name == "scan" else 1
             for inner in _inner(params):

@@ -18,7 +18,7 @@ from dalle_jax.data.sources import is_tokens
 from dalle_jax.errors import UserError
 from dalle_jax.mesh import Shape, demand, possible
 from dalle_jax.model_dir import ModelDir
-from dalle_jax.models import Model, build, image_tokenizer
+from dalle_jax.models import Model, build, image_tokenizer, lpips
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.models.transformer import TransformerConfig
@@ -75,6 +75,9 @@ class Job:
         run.check_machine(self.settings, machine=str(self.topology), platform=chip.platform, capability=capability)
         tokenizer = self.image_tokenizer
         frozen = {} if tokenizer is None else {"image_tokenizer": ModelDir({}, tokenizer, tokenizer.abstract)}
+        if self.settings.frozen.get("lpips"):
+            network = lpips.model(lpips.LPIPSConfig())
+            frozen["lpips"] = ModelDir({}, network, network.abstract)
         return build_task(self.settings, frozen)
 
     @functools.cached_property
@@ -85,11 +88,12 @@ class Job:
             key, step = jax.random.key(0), jnp.zeros([], jnp.int32)
             memory = jax.eval_shape(self.task.memory, key) if self.task.memory else {}
 
-            def loss(params, of_batch):
-                batch, memory = of_batch
-                return self.task.measure(params, {}, batch, key=key, step=step, memory=memory)[0]
+            def loss(params, given):
+                batch, memory, frozen = given
+                return self.task.measure(params, frozen, batch, key=key, step=step, memory=memory)[0]
 
-            return flops.traced_work(loss, self.task.model, (example, memory))
+            alone = not self.task.frozen and self.task.onset is None  # no LPIPS, no adversary
+            return flops.traced_work(loss, self.task.model, (example, memory, self.task.frozen), trained=alone)
         return flops.transformer_work(self.task.model.config, None if self.has_image_tokens else self.image_tokenizer)
 
     @functools.cached_property
