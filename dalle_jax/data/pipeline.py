@@ -34,7 +34,7 @@ class DataConfig(filters.Filters):
     """The settings that turn records into examples."""
 
     image_size: int = 256  # pixels per side
-    augment: str = "center"  # 'dvae' (listing 1), 'transformer' (listing 2), 'clip' or 'center' (nothing random)
+    augment: str = "center"  # 'dvae' (listing 1), 'transformer' (listing 2), 'clip', 'shift' or 'center' (not random)
     bpe_dropout: float = 0.0  # probability of skipping a merge of text tokens, 0.1 in the paper
     # Share of records whose caption is replaced by the empty one, so that a model can be guided (Ho & Salimans 2021);
     # not in the paper.

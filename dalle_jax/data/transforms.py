@@ -1,4 +1,4 @@
-"""Image to square: the paper's two augmentations, CLIP's, and a deterministic center crop.
+"""Image to square: the paper's two augmentations, CLIP's, small shifts, and a deterministic center crop.
 
 Each takes uint8 [H, W, 3] and returns uint8 [size, size, 3]. The paper's listings are for size 256; their constants
 scale with the size. All randomness comes from the generator that is passed in.
@@ -19,6 +19,7 @@ from PIL import Image
 
 DVAE_SHORTEST, DVAE_LONGEST = Fraction(9, 8), Fraction(12, 8)  # listing 1: 288 and 384 for size 256
 TRANSFORMER_LONGEST = Fraction(9, 8)  # listing 2: 288 for size 256
+SHIFT = Fraction(3, 64)  # 3 pixels of 64
 CACHE_LINE = 64  # bytes
 
 
@@ -40,6 +41,18 @@ def augment_transformer(image_uint8: np.ndarray, size: int, rng: np.random.Gener
     square = _crop(image_uint8, rng, low=Fraction(3, 8), high=Fraction(5, 8), end_included=False)
     longest = max(size, min(len(square), round(TRANSFORMER_LONGEST * size)))
     return _random_window(square, int(rng.integers(size, longest, endpoint=True)), size, rng)
+
+
+def augment_shift(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """The center crop moved by up to SHIFT of the size in each direction, edge pixels repeated, maybe mirrored.
+
+    For pictures that fill their square, such as emoji, of which a random crop would cut parts off.
+    """
+    reach = round(SHIFT * size)
+    down, across = (int(offset) for offset in rng.integers(0, 2 * reach, size=2, endpoint=True))
+    wide = np.pad(center_crop(image_uint8, size), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    moved = wide[down : down + size, across : across + size]
+    return np.ascontiguousarray(moved[:, ::-1] if rng.random() < 0.5 else moved)
 
 
 def augment_clip(image_uint8: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -83,7 +96,13 @@ def shortest(augment: str, size: int) -> int:
     return math.ceil(share * size)
 
 
-AUGMENTATIONS = {"dvae": augment_dvae, "transformer": augment_transformer, "clip": augment_clip, "center": center_crop}
+AUGMENTATIONS = {
+    "dvae": augment_dvae,
+    "transformer": augment_transformer,
+    "clip": augment_clip,
+    "shift": augment_shift,
+    "center": center_crop,
+}
 
 
 def shrink_by_area(

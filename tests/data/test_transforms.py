@@ -124,6 +124,24 @@ def test_the_papers_sizes(monkeypatch, name, shortest, longest):
     assert seen[0] == 270 if name == "dvae" else 256 <= seen[0] <= 270
 
 
+def test_shifts_are_uniform_and_repeat_the_edge():
+    """At 64 pixels each offset of -3 .. 3 on both axes, and mirrored half of the time."""
+    rng, image = np.random.default_rng(0), coordinates(64, 64)
+    found = collections.Counter()
+    for _ in range(3000):
+        crop = transforms.AUGMENTATIONS["shift"](image, 64, rng)
+        mirrored = bool(crop[0, 0, 1] > crop[0, 63, 1])
+        crop = crop[:, ::-1] if mirrored else crop
+        down, across = int(crop[32, 0, 0]) - 32, int(crop[0, 32, 1]) - 32
+        found[down, across, mirrored] += 1
+        places = np.arange(64)
+        np.testing.assert_array_equal(crop[:, 0, 0], (places + down).clip(0, 63))
+        np.testing.assert_array_equal(crop[0, :, 1], (places + across).clip(0, 63))
+    assert_uniform(
+        list(found.elements()), [(d, a, m) for d in range(-3, 4) for a in range(-3, 4) for m in (False, True)]
+    )
+
+
 def lanczos(image, height, width):
     """Pillow's resampling by its definition: rows and columns, each rounded to whole levels, windows of 3 / scale."""
 
