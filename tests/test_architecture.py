@@ -67,6 +67,7 @@ MAY_JIT = {
     "train/optimizer/powersgd.py",  # the form in which checkpoints hold what was left out
     "train/monitor/replicas.py",
     "train/objectives/dvae.py",
+    "train/objectives/vq.py",
     "evaluate/features.py",
     "evaluate/overlap.py",
     "evaluate/reconstructor.py",

@@ -15,7 +15,7 @@ from dalle_jax.train.optimizer.build import build_optimizer
 from dalle_jax.train.settings import TrainSettings, load_settings
 from tests.support import ROOT
 
-FILES = [f"configs/{name}.py" for name in ("dvae", "transformer", "clip")]
+FILES = [f"configs/{name}.py" for name in ("dvae", "vq", "transformer", "clip")]
 SPECS = [f"{file}:{variant}" for file in FILES for variant in config.variants(file)]
 
 

@@ -69,7 +69,7 @@ def image_tokenizers() -> tuple:
     """Model configs of image tokenizers, of which a transformer means one if its settings name none."""
     from dalle_jax.train.settings import load_settings
 
-    files = ("configs/dvae.py",)
+    files = ("configs/dvae.py", "configs/vq.py")
     specs = [f"{file}:{variant}" for file in files for variant in configs.variants(file)]
     return tuple(load_settings(spec).model for spec in specs)
 

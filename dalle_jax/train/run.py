@@ -31,7 +31,7 @@ from dalle_jax.text import load_tokenizer
 from dalle_jax.text.bpe import BPETokenizer
 from dalle_jax.train import compilation_cache, loop
 from dalle_jax.train.aside import Hook
-from dalle_jax.train.objectives import build_task, frozen_roles
+from dalle_jax.train.objectives import build_task, frozen_roles, optional_roles
 from dalle_jax.train.objectives.task import Frozen, Task
 from dalle_jax.train.optimizer import powersgd
 from dalle_jax.train.optimizer.build import build_optimizer
@@ -156,7 +156,7 @@ def frozen_in_use(settings: TrainSettings, task: Task) -> Frozen:
 
 
 def load_frozen(settings: TrainSettings, workdir: pathlib.Path) -> dict[str, ModelDir]:
-    """Role -> frozen model: the workdir's copies, else those that the settings name.
+    """Role -> frozen model: the workdir's copies, else those that the settings name, if they must name them.
 
     Raises:
       UserError: one is missing, damaged, or not what the role asks for.
@@ -167,7 +167,7 @@ def load_frozen(settings: TrainSettings, workdir: pathlib.Path) -> dict[str, Mod
             frozen[role] = model_dir.load_frozen(workdir, role)
         elif folder := settings.frozen.get(role):
             frozen[role] = model_dir.load(folder, model_dir.ROLES[role])
-        else:
+        elif role not in optional_roles(settings):
             what = role.replace("_", " ")
             raise UserError(f"a {settings.name} needs a trained {what}: give its folder as --config.frozen.{role}=DIR")
     return frozen

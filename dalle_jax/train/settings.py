@@ -16,6 +16,7 @@ from dalle_jax import config
 from dalle_jax.data.pipeline import DataConfig, Reading
 from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.models import make_config
+from dalle_jax.train.codebook import Codebook
 from dalle_jax.train.ema import Ema
 from dalle_jax.train.optimizer import moments
 from dalle_jax.train.optimizer.build import Optimizer
@@ -76,7 +77,43 @@ class DVAEObjective:
             check_number(f"{key}.{name}.steps", getattr(self, name).steps, min=0, max=MAX_STEPS, whole=True)
 
 
-OBJECTIVE_SETTINGS = {"dvae": DVAEObjective}  # `config.name` -> dataclass of `config.objective`, where it has settings
+@dataclasses.dataclass(frozen=True)
+class VQObjective:
+    """The loss of an image tokenizer with a codebook: weights of its parts, each a mean over the values of a picture.
+
+    Pixels are in the model's range, but for the perceptual part. `absolute` and `perceptual` alone are VQGAN's (Esser
+    et al. 2021, as taming-transformers has them), `squared` alone is that of van den Oord et al. 2017.
+    """
+
+    absolute: float = 1.0  # |x - y|
+    squared: float = 0.0  # (x - y)^2, divided by
+    variance: float = 1.0  # of the training data, so that the error of their mean picture is 1
+    charbonnier: float = 0.0  # sqrt((x - y)^2 + 0.001^2)
+    edges: float = 0.0  # the same of the differences of neighboring pixels, down and across
+    perceptual: float = 1.0  # LPIPS of `frozen.lpips`, or the edge error that stands in for it (`models/lpips.py`)
+    codebook: Codebook | None = None  # with 'nearest'; codes of 'gumbel' learn from the loss alone
+    # With 'gumbel' alone: of the relaxation, and weight of the mean KL(q || uniform) of a position, in nats.
+    temperature: Cosine | None = None
+    kl: float = 0.0
+
+    def __post_init__(self):
+        key = "config.objective"
+        for name in ("absolute", "squared", "charbonnier", "edges", "perceptual", "kl"):
+            check_number(f"{key}.{name}", getattr(self, name), min=0, max=MAX_WEIGHT)
+        check_number(f"{key}.variance", self.variance, above=0, max=MAX_WEIGHT)
+        if not any((self.absolute, self.squared, self.charbonnier)):
+            raise UserError(
+                f"expected one of {key}.absolute, {key}.squared and {key}.charbonnier above 0, got none, with which "
+                "nothing would ask for the pictures' colors: set one"
+            )
+        if self.temperature:
+            for part in ("start", "end"):
+                check_number(f"{key}.temperature.{part}", getattr(self.temperature, part), above=0, max=MAX_WEIGHT)
+            check_number(f"{key}.temperature.steps", self.temperature.steps, min=0, max=MAX_STEPS, whole=True)
+
+
+# `config.name` -> dataclass of `config.objective`, where it has settings
+OBJECTIVE_SETTINGS: dict[str, type] = {"dvae": DVAEObjective, "vq": VQObjective}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +224,7 @@ class TrainSettings:
     batch_size: int  # examples of an update, all processes together
     accumulate: int = 1  # microbatches of an update
     seed: int = 0
-    objective: DVAEObjective | None = None  # of a dVAE
+    objective: DVAEObjective | VQObjective | None = None  # of an image tokenizer
     tokenizer: str | None = None  # of models that read captions: a file, or a folder that holds tokenizer.model
     # Role of a model that gets no update -> workdir or exported model; each is copied into the workdir.
     frozen: Mapping[str, str | None] = dataclasses.field(default_factory=dict)

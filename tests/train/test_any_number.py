@@ -11,7 +11,10 @@ from dalle_jax import config
 from dalle_jax.errors import UserError
 from dalle_jax.train.settings import load_settings
 
-SPECS = {spec: load_settings(f"configs/{spec}") for spec in ("dvae.py:demo", "transformer.py:12b", "clip.py:demo")}
+SPECS = {
+    spec: load_settings(f"configs/{spec}")
+    for spec in ("dvae.py:demo", "vq.py:demo", "transformer.py:12b", "clip.py:demo")
+}
 TEXTS = ("train", "validation", "tokenizer", "image_tokenizer", "checkpoint_dir", "weights", "clip")
 KEYS = [
     (spec, key)

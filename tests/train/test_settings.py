@@ -91,7 +91,7 @@ def test_the_evaluation_of_samples_is_checked_too():
 
 
 def test_json_gives_the_same_settings_back():
-    for name in ("dvae", "transformer", "clip"):
+    for name in ("dvae", "vq", "transformer", "clip"):
         settings = load_settings(f"configs/{name}.py:demo")
         assert TrainSettings.of(json.loads(json.dumps(dataclasses.asdict(settings)))) == settings
 

@@ -33,7 +33,7 @@ REMEDIES = (
 def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
     """The task of `settings.model` under `settings.objective`."""
     del frozen
-    if settings.objective is None:
+    if not isinstance(settings.objective, DVAEObjective):
         raise UserError("expected config.objective for a dVAE, got none: take it from configs/dvae.py")
     model = models.build("dvae", settings.model)
     return Task(
