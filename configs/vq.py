@@ -13,7 +13,8 @@ emoji        64x64 real pictures (emoji, icons, thumbnails), 8x8 codes out of 10
 demo         the 64x64 scenes of `dalle-jax demo`, 8x8 codes out of 128
 
 The VQGANs' perceptual loss wants LPIPS, `--config.frozen.lpips=DIR` of `dalle-jax convert lpips`; without it an edge
-error stands in.
+error stands in. Their adversary counts from update 250,000 on; for few pictures or a trial lower
+`--config.objective.adversary.start` and `.learns_from` (taming-transformers: 10,000 for pictures of one's own).
 """
 
 from typing import Any
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from dalle_jax.configs.base import PAPER_FILTERS, WATCHED, fields
 from dalle_jax.data.pipeline import DataConfig
 from dalle_jax.models.vq.config import VQConfig
+from dalle_jax.train.adversary import Adversary
 from dalle_jax.train.codebook import Codebook
 from dalle_jax.train.ema import Ema
 from dalle_jax.train.optimizer.build import Optimizer
@@ -33,6 +35,9 @@ from dalle_jax.train.settings import Cosine, Run, Sources, TrainSettings, VQObje
 # of their colors, which everybody publishes.
 CIFAR_VARIANCE = 0.0633
 CONSTANT = Schedule(name="warmup_constant", warmup_steps=0)
+# taming-transformers' for ImageNet, whose discriminator begins to learn when it begins to count; 10,000 updates are
+# ours, and so is the ramp.
+ADVERSARY = Adversary(weight=0.8, learns_from=240_000, start=250_000, ramp=10_000)
 
 
 def vqvae_cifar() -> TrainSettings:
@@ -103,14 +108,14 @@ def _vqgan(*, batch_size: int, objective: VQObjective, **model: Any) -> TrainSet
 
 
 def f16() -> TrainSettings:
-    return _vqgan(batch_size=96, objective=VQObjective(codebook=Codebook(update="loss")))
+    return _vqgan(batch_size=96, objective=VQObjective(adversary=ADVERSARY, codebook=Codebook(update="loss")))
 
 
 def f8() -> TrainSettings:
     """The network of latent-diffusion's `vq-f8`: codes of 4 numbers."""
     return _vqgan(
         batch_size=96,
-        objective=VQObjective(codebook=Codebook(update="loss")),
+        objective=VQObjective(adversary=ADVERSARY, codebook=Codebook(update="loss")),
         code_dim=4,
         latent=4,
         multipliers=(1, 2, 2, 4),
@@ -120,7 +125,7 @@ def f8() -> TrainSettings:
 
 def gumbel_f8() -> TrainSettings:
     """The temperature falls as the dVAE's does (Ramesh et al. 2021, appendix A.2)."""
-    objective = VQObjective(temperature=Cosine(1.0, 1 / 16, 150_000), kl=5e-4)
+    objective = VQObjective(adversary=ADVERSARY, temperature=Cosine(1.0, 1 / 16, 150_000), kl=5e-4)
     return _vqgan(
         batch_size=96,
         objective=objective,

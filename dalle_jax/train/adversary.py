@@ -92,7 +92,7 @@ class Adversary:
         if self.start >= steps:
             raise UserError(
                 f"expected {_KEY}.start below config.run.steps = {steps}, got {self.start}, with which the adversary "
-                f"never counts: lower it, train longer, or do without (--{_KEY}=None)"
+                f"never counts: lower it, and {_KEY}.learns_from with it, or train longer"
             )
 
     def weight_at(self, step) -> jax.Array:

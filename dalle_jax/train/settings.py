@@ -16,6 +16,7 @@ from dalle_jax import config
 from dalle_jax.data.pipeline import DataConfig, Reading
 from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.models import make_config
+from dalle_jax.train.adversary import Adversary
 from dalle_jax.train.codebook import Codebook
 from dalle_jax.train.ema import Ema
 from dalle_jax.train.optimizer import moments
@@ -91,6 +92,7 @@ class VQObjective:
     charbonnier: float = 0.0  # sqrt((x - y)^2 + 0.001^2)
     edges: float = 0.0  # the same of the differences of neighboring pixels, down and across
     perceptual: float = 1.0  # LPIPS of `frozen.lpips`, or the edge error that stands in for it (`models/lpips.py`)
+    adversary: Adversary | None = None  # a discriminator, for whose eyes the decoder works too
     codebook: Codebook | None = None  # with 'nearest'; codes of 'gumbel' learn from the loss alone
     # With 'gumbel' alone: of the relaxation, and weight of the mean KL(q || uniform) of a position, in nats.
     temperature: Cosine | None = None

@@ -96,7 +96,7 @@ def ours(adversary, params, real, step=STEP):
     return value, grads, measured
 
 
-@pytest.mark.parametrize("values", [dict(), dict(adaptive=False), dict(max_weight=0.01), dict(weight=3.0)], ids=str)
+@pytest.mark.parametrize("values", [dict(), dict(adaptive=False), dict(max_weight=0.01, weight=3.0)], ids=str)
 def test_value_and_gradients_are_tamings(parts, plain, values):
     adversary = Adversary(start=START, width=4, layers=1, **values)
     value, grads, measured = ours(adversary, *parts)

@@ -18,13 +18,15 @@ import jax.numpy as jnp
 
 from dalle_jax import models, pixels
 from dalle_jax.errors import UserError
-from dalle_jax.model_dir import ModelDir
-from dalle_jax.models import Model, Params, lpips
+from dalle_jax.model_dir import TRAINING_PART, ModelDir
+from dalle_jax.models import Model, Params, discriminator, lpips
 from dalle_jax.models.vq.config import VQConfig
-from dalle_jax.models.vq.model import decode_images, encode_images
+from dalle_jax.models.vq.model import decode_images, encode_images, last_weight
 from dalle_jax.models.vq.quantizer import straight_through
 from dalle_jax.sharding import constrain
+from dalle_jax.train.adversary import against, beside, made_by
 from dalle_jax.train.codebook import Learner
+from dalle_jax.train.monitor.rise import Onset
 from dalle_jax.train.objectives.code_health import collapse_warning, count_codes, health, usage
 from dalle_jax.train.objectives.dvae import kl_to_uniform, relax
 from dalle_jax.train.objectives.task import CODE_COUNTS, OBSERVED, Frozen, Memory, Metrics, Task
@@ -34,6 +36,9 @@ FROZEN = ("lpips",)
 OPTIONAL = ("lpips",)
 PICTURES = 8  # pictures in a row of `pictures`
 CHARBONNIER = 1e-3  # below such differences it is a square, above an absolute value
+ADVICE = (
+    "lower objective.adversary.weight or max_weight or raise its ramp in a new run; `dalle-jax export --step` takes it"
+)
 REMEDIES = {
     "nearest": "Codes that start from k-means (objective.codebook.start and kmeans), objective.codebook.dead_below, or "
     "model.unit_codes with a small model.code_dim may help.",
@@ -49,13 +54,20 @@ def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
     """
     model = models.build("vq", settings.model)
     objective = _checked(settings)
+    judge = onset = None
+    if adversary := objective.adversary:
+        microbatch, sizes = settings.batch_size // settings.accumulate, settings.model
+        adversary.check_fits(microbatch=microbatch, image_size=sizes.image_size, steps=settings.run.steps)
+        judge = discriminator.model(adversary.discriminator(sizes.precision))
+        model = beside(model, judge.config)
+        onset = Onset("reconstruction", adversary.start, what="the adversary's start", advice=ADVICE)
     learner = None
     if objective.codebook is not None:
         learner = Learner(objective.codebook, settings.model, vectors=settings.batch_size * settings.model.grid**2)
         if objective.codebook.start is not None:
             _check_start(learner, steps=settings.run.steps)
     given = frozen.get("lpips")
-    parts = Objective(model, objective, learner, lpips=given.model if given else None)
+    parts = Objective(model, objective, learner, lpips=given.model if given else None, judge=judge)
     return Task(
         name="vq",
         model=model,
@@ -68,17 +80,21 @@ def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
         remember=learner.remember if learner else None,
         followed=(("quantizer", "codebook"),) if learner else (),
         health=health,
+        onset=onset,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The loss of a model. learner: of its codebook, None for 'gumbel'. lpips: the model of that role, if given."""
+    """The loss of a model. learner: of its codebook, None for 'gumbel'. lpips: the model of that role, if given. judge:
+    the discriminator of an adversary, if there is one, whose parameters are among the model's.
+    """
 
     model: Model
     weights: VQObjective
     learner: Learner | None
     lpips: Model | None = None
+    judge: Model | None = None
 
     def loss(
         self, params: Params, frozen: Frozen, batch, *, key, step, memory: Memory | None = None
@@ -95,11 +111,14 @@ class Objective:
         else:
             q_BRCD, tokens_BRC, terms, measured = self._drawn(params, encoded, key=key, step=step)
             observed, started = {}, True
-        y_BHWC = self.model.apply(params, q_BRCD, method="decode")
-        # An adversary enters here: what it thinks of y_BHWC, and the gradient of both with respect to y_BHWC.
-        value, of_pictures = self.pictures(x_BHWC, y_BHWC, frozen)
+        difference = functools.partial(self.pictures, x_BHWC, frozen=frozen)
+        if self.judge:
+            total, value, of_pictures = self._judged(params, x_BHWC, q_BRCD, difference, step=step)
+        else:
+            value, of_pictures = difference(self.model.apply(params, q_BRCD, method="decode"))
+            total = value
         counts_V = jnp.where(started, count_codes(tokens_BRC, self.model.config.vocab), 0)
-        return value + sum(terms.values()), {
+        return total + sum(terms.values()), {
             "reconstruction": value,
             **of_pictures,
             **terms,
@@ -107,6 +126,30 @@ class Objective:
             **usage(counts_V),
             OBSERVED: observed | {CODE_COUNTS: counts_V},
         }
+
+    def _judged(self, params: Params, x_BHWC, q_BRCD, difference, *, step) -> tuple[Any, Any, dict[str, jax.Array]]:
+        """The loss of the pictures with the adversary's, their difference alone, and metrics of both."""
+        assert self.judge and self.weights.adversary
+        judge, pixel_range = self.judge, self.model.config.pixel_range
+
+        def look(params, y_BHWC):
+            return judge.apply(params, pixels.to_range(pixels.from_range(y_BHWC, pixel_range), "symmetric"))
+
+        last = last_weight(self.model.config)
+        y_BHWC, by_last = made_by(self.model, params, q_BRCD, method="decode", last=last)
+        (value, metrics), gradient = jax.value_and_grad(difference, has_aux=True)(jax.lax.stop_gradient(y_BHWC))
+        total, of_adversary = against(
+            self.weights.adversary,
+            look,
+            params[TRAINING_PART],
+            real=x_BHWC,
+            made=y_BHWC,
+            by_last=by_last,
+            error=value,
+            error_gradient=gradient,
+            step=step,
+        )
+        return total, value, metrics | of_adversary
 
     def pictures(self, x_BHWC, y_BHWC, frozen: Frozen) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The weighted difference of pictures and their reconstructions, both in the model's range, and metrics."""
