@@ -73,6 +73,7 @@ def ours(folders, weights, tmp_path_factory):
     return report
 
 
+@pytest.mark.timeout(1_800)  # its square root of a singular matrix takes minutes
 def test_the_command_of_pytorch_fid(folders, weights, ours, tmp_path, monkeypatch):
     package = pytest.importorskip("pytorch_fid.fid_score", reason=WHY.format("pytorch-fid"))
     import pytorch_fid.inception
