@@ -11,8 +11,6 @@ import numpy as np
 
 from dalle_jax import sharding
 
-CPU_VECTOR = 16  # float32 numbers in a wide register; fewer input channels would leave it mostly empty
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def linear(x, weight, inputs: int = 1, axes: tuple[str | None, ...] | None = None):
@@ -103,17 +101,7 @@ def _conv_backward(precision, saved, cotangent_BHWC):
         return jax.linear_transpose(lambda weight: plain_conv(x_BHWC, weight, precision), weight)(cotangent_BHWC)[0]
 
     def on_cpu(x_BHWC, cotangent_BHWC):
-        # Delete all of this when `python benchmarks/dvae.py` is as fast without it.
-        kernel, _, inputs, outputs = weight.shape
-        if kernel == 1:
-            # Of two matrices: over three dimensions a factor would first be copied, transposed, as below.
-            x, cotangent = (a.reshape(-1, a.shape[-1]) for a in (x_BHWC, cotangent_BHWC))
-            return jnp.tensordot(x, cotangent, (0, 0), precision=precision)[None, None]
-        # Without the barrier XLA transposes both in slow loops together with what they are computed from.
-        x_BHWC, cotangent_BHWC = jax.lax.optimization_barrier((x_BHWC, cotangent_BHWC))
-        if CPU_VECTOR <= inputs < outputs:
-            return _by_weight_reversed(x_BHWC, cotangent_BHWC, pad=kernel // 2, precision=precision)
-        return by_weight(x_BHWC, cotangent_BHWC)
+        return _by_weight_as_matrices(x_BHWC, cotangent_BHWC, kernel=len(weight), precision=precision)
 
     return by_x, jax.lax.platform_dependent(x_BHWC, cotangent_BHWC, cpu=on_cpu, default=by_weight)
 
@@ -121,18 +109,38 @@ def _conv_backward(precision, saved, cotangent_BHWC):
 conv.defvjp(_conv_forward, _conv_backward)
 
 
-def _by_weight_reversed(x_BHWC, cotangent_BHWC, *, pad: int, precision):
-    """The cotangent correlated with the input, not the input with the cotangent: the same in reverse, and faster where
-    the input has fewer channels."""
-    by_weight = jax.lax.conv_general_dilated(
-        cotangent_BHWC,
-        x_BHWC,
-        window_strides=(1, 1),
-        padding=((pad, pad), (pad, pad)),
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        precision=precision,
-    )
-    return by_weight[::-1, ::-1].swapaxes(2, 3)
+def _by_weight_as_matrices(x_BHWC, cotangent_BHWC, *, kernel: int, precision):
+    """The gradient of a kernel [kernel, kernel, I, O], an odd one, as products of matrices, one for each of its rows.
+
+    As JAX derives it, it is a convolution whose kernel is as large as the image, for which XLA's CPU backend takes up
+    to ten times as long. Delete this when `python -m benchmarks.peers.compare --peer vqgan` trains as fast without.
+    """
+    inputs, outputs = x_BHWC.shape[-1], cotangent_BHWC.shape[-1]
+    if kernel == 1:  # over three dimensions a factor would first be copied, transposed
+        x, cotangent = (a.reshape(-1, a.shape[-1]) for a in (x_BHWC, cotangent_BHWC))
+        return jnp.tensordot(x, cotangent, (0, 0), precision=precision)[None, None]
+    # Without the barriers XLA transposes both in slow loops together with what they are computed from.
+    x_BHWC, cotangent_BHWC = jax.lax.optimization_barrier((x_BHWC, cotangent_BHWC))
+    _, H, W, _ = x_BHWC.shape
+
+    def shifted(a_BHWC):
+        """For each row of taps [B * H * W, kernel * channels]: a row of taps' neighbors at every position."""
+        pad = (kernel // 2, kernel // 2)
+        padded = jnp.pad(a_BHWC, ((0, 0), pad, pad, (0, 0)))
+        rows = jnp.concatenate([padded[:, :, j : j + W] for j in range(kernel)], axis=-1)
+        rows = jax.lax.optimization_barrier(rows)
+        return [rows[:, i : i + H].reshape(-1, rows.shape[-1]) for i in range(kernel)]
+
+    # The one with fewer channels is what lies kernel-fold in memory.
+    if inputs < outputs:
+        cotangent = cotangent_BHWC.reshape(-1, outputs)
+        parts = [jnp.tensordot(rows, cotangent, (0, 0), precision=precision) for rows in shifted(x_BHWC)]
+        return jnp.stack(parts).reshape(kernel, kernel, inputs, outputs)
+    x = jax.lax.optimization_barrier(x_BHWC.reshape(-1, inputs).T)
+    parts = [jnp.matmul(x, rows, precision=precision) for rows in shifted(cotangent_BHWC)]
+    # What x is to the cotangent, the cotangent is to x in reverse.
+    by_weight = jnp.stack(parts).reshape(kernel, inputs, kernel, outputs)[::-1, :, ::-1]
+    return by_weight.swapaxes(1, 2)
 
 
 # Where a kernel's taps lie when the sides double: size of the kernel -> [row of the result, even or odd][the nearer or
