@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     began, scanned = time.monotonic(), 0
     mine: list[np.ndarray] = []
     context = multiprocessing.get_context("spawn")  # no copy of a process with threads
-    pool = futures.ProcessPoolExecutor(args.processes, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = futures.ProcessPoolExecutor(args.processes, context, _begin_worker)
     try:
         with tqdm.tqdm(unit=" shards", disable=None, file=sys.stderr) as bar:
 
@@ -83,6 +83,18 @@ def main(args: argparse.Namespace) -> int:
     }
     print(json.dumps(summary) if args.json else _line(summary))
     return 0
+
+
+def _begin_worker() -> None:
+    """Make this process of the pool leave Ctrl-C to its parent, and end with it however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """End this process after its parent, whose death alone would leave it waiting at a queue that it holds open itself."""
+    parent.join()
+    os._exit(1)
 
 
 def _line(summary: dict) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import pty
 import re
 import shutil
@@ -260,6 +261,28 @@ def words_of(verb, model, folder):
         case "convert":
             save_file(state_dict("fid"), folder / "inception.safetensors")
             return ["inception", folder / "inception.safetensors", f"--out={out}"]
+
+
+def test_a_killed_index_leaves_no_process(tmp_path, monkeypatch):
+    """Its workers would wait for more work for ever."""
+    monkeypatch.setenv("DALLE_JAX_CACHE", str(tmp_path / "cache"))
+    words = words_of("index", None, tmp_path)
+    for number in range(200, 5_000):
+        os.link(tmp_path / "shards" / "0.tar", tmp_path / "shards" / f"{number}.tar")
+    command = [sys.executable, "-m", "dalle_jax.cli", "index", *words, "--processes=2"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, process_group=0) as running:
+        until(lambda: group_size(running.pid) == 4, SECONDS)  # with two workers and their tracker of resources
+        running.kill()
+    until(lambda: not group_lives(running.pid))
+
+
+def group_size(pid):
+    """Processes in the group of this one."""
+    sizes = 0
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            sizes += int(stat.read_text().rpartition(")")[2].split()[2]) == pid
+    return sizes
 
 
 @pytest.mark.slow
