@@ -29,6 +29,7 @@ from benchmarks.speed.train_step import READY
 from dalle_jax import sharding
 from dalle_jax.cli import host_memory
 from dalle_jax.cli.preflight import image_tokenizers
+from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.models.layers import compute_dtype
 from dalle_jax.preflight import roofline
 from dalle_jax.preflight.hardware import Chip
@@ -84,7 +85,8 @@ def measure(settings: TrainSettings, *, seconds: float, dvae: Mapping[str, Any] 
 def job_of(settings: TrainSettings, chip: Chip, dvae: Mapping[str, Any]) -> Job:
     """The training on all devices that are here. dvae: other sizes of the frozen dVAE."""
     devices = tuple(jax.devices())
-    tokenizers = tuple(dataclasses.replace(sizes, **dvae) for sizes in image_tokenizers())
+    known = (sizes for sizes in image_tokenizers() if isinstance(sizes, DVAEConfig))
+    tokenizers = tuple(dataclasses.replace(sizes, **dvae) for sizes in known)
     return Job(settings, Topology(chip, (1, len(devices))), devices, image_tokenizers=tokenizers)
 
 

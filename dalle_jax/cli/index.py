@@ -92,7 +92,7 @@ def _begin_worker() -> None:
 
 
 def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """End this process after its parent, whose death alone would leave it waiting at a queue that it holds open itself."""
+    """End this process after its parent: a queue that it could fill itself would keep it waiting."""
     parent.join()
     os._exit(1)
 

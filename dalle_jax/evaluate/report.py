@@ -211,7 +211,7 @@ def _more(report: Mapping[str, Any]) -> list[str]:
         found = report["overlap"]
         paragraphs += [
             f"{found['duplicates']} pictures of the reference ({found['share']:.1%}) have one of {found['source']} at "
-            f"a cosine of {found['least']:g} or more by CLIP {found['clip'][:12]} and "
+            f"a cosine of {found['min_cosine']:g} or more by CLIP {found['clip'][:12]} and "
             f"{'were left out' if found['removed'] else 'count all the same'}."
         ]
     return [line for paragraph in paragraphs for line in (paragraph, "")]

@@ -5,14 +5,14 @@ from typing import Any
 
 from dalle_jax.models import clip, dvae, inception, lpips, transformer
 from dalle_jax.models.layers import Model, Params
-from dalle_jax.models.vq import model as vq
 from dalle_jax.models.vq.config import VQConfig
+from dalle_jax.models.vq.model import model as vq_model
 
 __all__ = ["Model", "Params", "build", "make_config"]
 
 _MODELS: dict[str, tuple[type, Callable[[Any], Model]]] = {
     "dvae": (dvae.DVAEConfig, dvae.model),
-    "vq": (VQConfig, vq.model),
+    "vq": (VQConfig, vq_model),
     "transformer": (transformer.TransformerConfig, transformer.model),
     "clip": (clip.CLIPConfig, clip.model),
     "inception": (inception.InceptionConfig, inception.model),

@@ -41,7 +41,7 @@ def test_scaled_jpeg_gives_nearly_the_same_pictures_and_the_same_filters(tokeniz
     difference = np.abs(pictures[0].astype(float) - pictures[1])
     assert 0 < difference.mean() < 2
     shortest = {name: transforms.shortest(name, 256) for name in transforms.AUGMENTATIONS}
-    assert shortest == {"dvae": 384, "transformer": 288, "clip": 512, "center": 512}
+    assert shortest == {"dvae": 384, "transformer": 288, "clip": 512, "center": 512, "shift": 512}
 
 
 def test_shapes(tokenizer):

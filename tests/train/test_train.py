@@ -220,7 +220,7 @@ def test_image_tokens_need_no_image_tokenizer_and_every_other_frozen_model(dvae_
 
 def test_a_model_of_another_name_is_no_task(dvae_values):
     settings = dataclasses.replace(demo_settings("dvae", dvae_values), name="gan")
-    with pytest.raises(UserError, match="one of dvae, transformer, clip, got 'gan'"):
+    with pytest.raises(UserError, match="one of dvae, vq, transformer, clip, got 'gan'"):
         objectives.frozen_roles(settings)
 
 
