@@ -3,11 +3,13 @@
     python -m benchmarks.peers.compare --peer-python PEER/bin/python
     python -m benchmarks.peers.compare --peer emu3 --peer-python PEER/bin/python
     python -m benchmarks.peers.compare --peer dvae --peer-python PEER/bin/python
+    python -m benchmarks.peers.compare --peer vqgan --peer-python PEER/bin/python --steps 1
 
-`peer_dalle_pytorch.py`, `peer_emu3.py` and `peer_openai_dvae.py` say how to make their environments. Each round
-measures every work once, ours and theirs in turns, so that what else the machine does hits both; a ratio is the middle
-one of the rounds. `--slow-rounds` is for what takes the peer minutes (DALLE-pytorch's sampling as shipped). Writes
-`results/PEER.md`. The dVAE's works are in `dvae.py`, the transformer's here:
+`peer_dalle_pytorch.py`, `peer_emu3.py`, `peer_openai_dvae.py` and `peer_taming.py` say how to make their environments.
+Each round measures every work once, ours and theirs in turns, so that what else the machine does hits both; a ratio is
+the middle one of the rounds. `--slow-rounds` is for what takes the peer minutes (DALLE-pytorch's sampling as shipped).
+Writes `results/PEER.md`, or a section of it. The dVAE's works are in `dvae.py`, those of a VQGAN in `vqgan.py`, the
+transformer's here:
 
 A training step is loss, gradients and AdamW on given image tokens; ours also keeps its moving average. A sample is
 captions to pixels: image tokens drawn at temperature 1 and the dVAE's decoder. Width and blocks of our decoder are
@@ -28,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.peers import dvae
+from benchmarks.peers import dvae, vqgan
 from benchmarks.peers.process import BATCH, LEARNING_RATE, SHAPE, THREADS, PeerProcess, Works
 from dalle_jax.layout import Layout
 from dalle_jax.mesh import local_mesh
@@ -46,16 +48,17 @@ class Peer:
 
     rows: our work, theirs, and the ratio to reach, or None if it is only reported. slow: their works that take minutes.
     build: makes our works. does: what a work's name begins with -> how much it does, the unit, and digits to show.
-    notes: lines about what both sides compute, from the peer's last answer.
+    notes: lines about what both sides compute, from the peer's last answer. section: of the results, if it is one.
     """
 
     title: str
     script: str
     rows: tuple[tuple[str, str, float | None], ...]
     build: Callable[[str], Callable[[], None]]
-    does: Mapping[str, tuple[int, str, int]]
+    does: Mapping[str, tuple[float, str, int]]
     notes: Callable[[Mapping[str, Any]], list[str]]
     slow: tuple[str, ...] = ()
+    section: str = ""
 
 
 def build_work(work: str):
@@ -178,6 +181,19 @@ PEERS = {
         dict.fromkeys(("train", "encode"), (dvae.BATCH, "images/s", 1)),
         dvae.notes,
     ),
+    "vqgan": Peer(
+        vqgan.TITLE,
+        "peer_taming",
+        tuple(
+            (work, f"{work}_{layout}", 0.9 if layout == "nchw" and not work.startswith("train") else None)
+            for work in vqgan.WORKS
+            for layout in ("nchw", "nhwc")
+        ),
+        vqgan.build_work,
+        dict.fromkeys(("train", "encode", "decode"), (vqgan.PIXELS / 1000, "kpixel/s", 1)),
+        vqgan.notes,
+        section="Speed",
+    ),
 }
 
 
@@ -213,7 +229,7 @@ def main() -> int:
         *harness.command(args, peer_python="PEER/bin/python"),
         *harness.table("ours | theirs | our rate | their rate | ratio (lowest and highest round) | bar", rows),
     ]
-    harness.write(args.results / f"{args.peer}.md", this.title, lines)
+    harness.write(args.results / f"{args.peer}.md", this.title, lines, section=this.section)
     return int(missed)
 
 
