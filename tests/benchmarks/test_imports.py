@@ -13,6 +13,7 @@ OTHERS = (
     "peer_openai_dvae",
     "peer_pytorch_fid",
     "peer_emu3",
+    "peer_taming",
 )  # import what only a peer's has
 SCRIPTS = [path for folder in ("benchmarks", "docs/make") for path in sorted((ROOT / folder).rglob("*.py"))]
 
