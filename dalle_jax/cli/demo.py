@@ -35,6 +35,7 @@ from dalle_jax.sample.pipeline import CLIP, Pipeline
 from dalle_jax.sample.request import MAX_CANDIDATES, Request
 from dalle_jax.sample.rerank import Reranker
 from dalle_jax.text.bpe import BPETokenizer
+from dalle_jax.train import compilation_cache
 from dalle_jax.train.monitor import metrics
 from dalle_jax.train.objectives import build_task
 from dalle_jax.train.run import load_frozen, mesh_for, open_data, step_for, train
@@ -202,7 +203,9 @@ def planned(file: str, overrides: dict, workdir: pathlib.Path, *, seconds: float
     if (workdir / model_dir.CONFIG).exists():
         steps = model_dir.read_config(workdir)["run"]["steps"]
     else:
-        steps = int(np.clip(seconds / (time_step(settings) * OVERHEAD), max_steps // 10, max_steps))
+        with compilation_cache.kept(workdir):  # the training reads the program of its step back
+            each = time_step(settings)
+        steps = int(np.clip(seconds / (each * OVERHEAD), max_steps // 10, max_steps))
     if steps < max_steps:
         say(f"    this machine makes {steps} of {max_steps} steps in the time that is left")
     return settings.changed({"run.steps": steps})
