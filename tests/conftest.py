@@ -5,10 +5,9 @@ import signal
 
 import pytest
 
-FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",  # tests compile for longer than they compute
-)
+from tests.support import QUICK
+
+FLAGS = ("--xla_force_host_platform_device_count=8", QUICK)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")  # broadcasting is written out, in commands of tests too
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()

@@ -19,7 +19,7 @@ from dalle_jax import signals
 from dalle_jax.cli import main
 from dalle_jax.cli.inspect import inspect
 from dalle_jax.data.sources import features
-from tests.support import ROOT, until
+from tests.support import QUICK, ROOT, until
 from tests.support.broken_shards import pack, sample
 from tests.support.evaluation import write_inception
 from tests.support.inception_weights import state_dict
@@ -71,7 +71,7 @@ def started(*words):
         pytest.skip(f"needs a pseudo-terminal, whose progress bar says when to interrupt: {error}")
     termios.tcsetwinsize(inside, (24, 80))  # else a progress bar has no column
     command = [sys.executable, "-m", "dalle_jax.cli", *map(str, words)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device compiles faster
+    environment = os.environ | {"XLA_FLAGS": QUICK}  # one device compiles faster
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=inside, process_group=0
     ) as running:

@@ -5,6 +5,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
+# XLA's flags for quick instead of fast programs: tests compile for longer than they compute.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def until(condition, seconds: float = 10.0):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dalle_jax import distributed
-from tests.support import ROOT
+from tests.support import QUICK, ROOT
 
 
 def free_port():
@@ -25,7 +25,7 @@ def start(driver, folder, count, *words, devices=1):
     """`count` processes of one job; their output goes to FOLDER/RANK.log."""
     folder.mkdir(exist_ok=True)
     port = free_port()
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     started = []
     for rank in range(count):
