@@ -100,7 +100,7 @@ MUTATIONS = [
         ("(3, 3, 3, 1), _max_pool", "(1, 3, 3, 3), _max_pool"),
         ("(1, 3, 3, 3), _double", "(3, 3, 3, 1), _double"),
         (".max((2, 4))", ".mean((2, 4))"),
-        ("jax.nn.relu(x_BGGC).astype(jnp.float32)", "x_BGGC.astype(jnp.float32)"),
+        ("jax.nn.relu(x_BRCD).astype(jnp.float32)", "x_BRCD.astype(jnp.float32)"),
         ("y_BHWC = conv(jax.nn.relu(y_BHWC))", "y_BHWC = jax.nn.relu(conv(y_BHWC))"),
     ]),
     ("dalle_jax/models/convolutions.py", "models/test_dvae.py -k initialisation", [
@@ -321,7 +321,7 @@ def main(words: list[str]) -> int:
         for old, new in pairs
         if not words or any(word in f"{file} {old}" for word in words)
     ]
-    unfit = [(file, old) for file, _, old, _ in rows if (ROOT / file).read_text().count(old) != 1]
+    unfit = misfits(rows)
     say(*(f"expected exactly once in {file}: {old}" for file, old in unfit))
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         copies: queue.SimpleQueue[pathlib.Path] = queue.SimpleQueue()
@@ -346,6 +346,11 @@ def main(words: list[str]) -> int:
             say(*[f"survives {tests}: {file}: {old} -> {new}"] * survived)
     say(f"{len(rows)} changes of {len({file for file, *_ in rows})} files, {survivors} survivors")
     return int(bool(unfit or broken or survivors))
+
+
+def misfits(rows) -> list[tuple[str, str]]:
+    """File and text of each row whose text does not stand exactly once in its file."""
+    return [(file, old) for file, _, old, _ in rows if (ROOT / file).read_text().count(old) != 1]
 
 
 def say(*lines: str) -> None:

@@ -139,7 +139,7 @@ def test_another_number_of_processes_goes_on_at_the_same_records(count, four, al
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), average, jax.device_get(result.state["ema"]))
 
 
-@pytest.mark.parametrize(("kind", "devices"), [("clip", 1), ("compressed", 4)])
+@pytest.mark.parametrize(("kind", "devices"), [pytest.param("clip", 1, marks=pytest.mark.slow), ("compressed", 4)])
 def test_two_processes_train_as_one_does(kind, devices, tmp_path):
     """A CLIP: a loss of each process's half of the batch would have half of the captions to tell apart. Compressed
     gradients: with what was left out, where the replicas are processes instead of devices of one."""

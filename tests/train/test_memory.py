@@ -179,7 +179,7 @@ def fp32_losses():
     return losses_of()
 
 
-@pytest.mark.parametrize("kept", SIXTEEN)
+@pytest.mark.parametrize("kept", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("bf16", "paper")), "all"])
 def test_16_bits_learn_like_float32(kept):
     """By four orders of magnitude in 300 updates, and to where float32 ends."""
     losses = losses_of(**SIXTEEN[kept])

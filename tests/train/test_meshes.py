@@ -67,7 +67,9 @@ def test_the_curve_moves(name, accumulate):
     assert abs(first - last) > 1e-3 * first
 
 
-@pytest.mark.parametrize("name, options", [("dvae", {}), ("transformer", {"model.scan": True})])
+@pytest.mark.parametrize(
+    "name, options", [pytest.param("dvae", {}, marks=pytest.mark.slow), ("transformer", {"model.scan": True})]
+)
 def test_all_axes_at_once_with_accumulation(name, options, capfd):
     check(name, (2, 2, 2), accumulate=2, **options)
     if name == "transformer":  # XLA says so where it finds no way between two layouts but to make an array whole

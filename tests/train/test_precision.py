@@ -154,7 +154,9 @@ def in_float32():
     return updates("fp32", count=4)[1]
 
 
-@pytest.mark.parametrize("precision, many", [("fp16-global", False), ("fp16-paper", True)])
+@pytest.mark.parametrize(
+    "precision, many", [pytest.param("fp16-global", False, marks=pytest.mark.slow), ("fp16-paper", True)]
+)
 def test_float16_learns_like_float32(precision, many):
     state, measured = updates(precision, count=4, many=many)
     assert int(state["skipped"]) == 0

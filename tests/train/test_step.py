@@ -65,7 +65,16 @@ def single(name, updates=6):
     return make_updates(step, step.init(jax.random.key(0)), range(updates))
 
 
-@pytest.mark.parametrize("name", [name for name, (_, options) in STEPS.items() if "compression" not in options])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name in ("adamw", "adamw, moments bf16", "adamw, moments paper"))
+        )
+        for name, (_, options) in STEPS.items()
+        if "compression" not in options
+    ],
+)
 def test_sharded_and_in_microbatches_it_is_the_update_of_one_device(name):
     """float32 sums in another order differ by about 1e-7 of their size, which six updates may multiply; where 16 bits
     are kept, rounding to the other neighbor now and then is 2^-8."""
