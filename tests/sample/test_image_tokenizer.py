@@ -16,8 +16,10 @@ from dalle_jax.models import build
 from dalle_jax.models.dvae import DVAEConfig
 from dalle_jax.sample import image_tokenizer
 from dalle_jax.sample.image_tokenizer import ImageTokenizer
+from dalle_jax.train.codebook import Codebook
 from dalle_jax.train.objectives import dvae as dvae_objective
-from dalle_jax.train.settings import DVAEObjective
+from dalle_jax.train.objectives import vq as vq_objective
+from dalle_jax.train.settings import DVAEObjective, VQObjective
 from tests.support.parameters import random_parameters
 from tests.support.stand_in_server import NoisePipeline
 from tests.support.tiny_model import CAPTION
@@ -227,6 +229,11 @@ def test_black_and_white_of_every_pixel_range(pixel_range, black, white):
     tokenizer, card = ImageTokenizer(model_dir.ModelDir({}, model, params)), CARD[::2, ::2]
     np.testing.assert_array_equal(tokenizer.encode(card[None])[0], TOKENS)
     np.testing.assert_array_equal(tokenizer.decode(TOKENS[None])[0], card)
+    settings = types.SimpleNamespace(
+        model=model.config, objective=VQObjective(codebook=Codebook()), batch_size=1, accumulate=1
+    )
+    sheet = vq_objective.build(settings, {}).pictures(params, {}, {"image": card[None]}, jax.random.key(0))
+    np.testing.assert_array_equal(sheet[:, 0], [card, card])
 
 
 def test_a_model_that_draws_no_tokens_has_none():

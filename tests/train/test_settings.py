@@ -74,10 +74,30 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("key, value", [(key, value) for key, values in REFUSED.items() for value in values])
-def test_a_value_that_makes_no_sense_is_refused_by_its_key(key, value):
+REFUSED_OF_VQ = {
+    "objective.squared": (-1.0, NAN),
+    "objective.variance": (0.0, -1.0, NAN),
+    "objective.edges": (-0.5, INF),
+    "objective.perceptual": (-1.0, NAN),
+    "objective.codebook.update": ("sgd",),
+    "objective.codebook.commitment": (-0.25, NAN),
+    "objective.codebook.decay": (-0.1, 1.0, NAN),
+    "objective.codebook.epsilon": (0.0, NAN),
+    "objective.codebook.start": (0, -1, 2**40),
+    "objective.codebook.noise": (-0.3, NAN),
+    "objective.codebook.dead_below": (0.0, -1.0, NAN),
+    "objective.codebook.dead_every": (0, -1),
+}
+
+
+@pytest.mark.parametrize(
+    "name, key, value",
+    [("dvae", key, value) for key, values in REFUSED.items() for value in values]
+    + [("vq", key, value) for key, values in REFUSED_OF_VQ.items() for value in values],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_its_key(name, key, value):
     with pytest.raises(UserError) as refused:
-        demo_settings("dvae", {key: value})
+        demo_settings(name, {key: value})
     message = str(refused.value)
     assert key.rpartition(".")[2] in message and "got" in message and ": " in message and "\n" not in message
 

@@ -261,3 +261,11 @@ def test_lpips_may_be_missing():
     assert frozen_roles(settings_of()) == ("lpips",)
     assert run.load_frozen(settings_of(), pathlib.Path("/nowhere")) == {}
     assert vq.OPTIONAL == ("lpips",)
+
+
+def test_pictures_too_small_for_lpips_are_refused():
+    class Given:
+        model, params = None, {}
+
+    with pytest.raises(UserError, match="at least 16 pixels with config.frozen.lpips, got config.model.image_size = 8"):
+        build_task(settings_of({"model.image_size": 8, "data.image_size": 8}), {"lpips": Given})

@@ -67,6 +67,11 @@ def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
         if objective.codebook.start is not None:
             _check_start(learner, steps=settings.run.steps)
     given = frozen.get("lpips")
+    if given and settings.model.image_size < lpips.MIN_SIZE:
+        raise UserError(
+            f"expected pictures of at least {lpips.MIN_SIZE} pixels with config.frozen.lpips, got "
+            f"config.model.image_size = {settings.model.image_size}: leave it out, the edge error stands in"
+        )
     parts = Objective(model, objective, learner, lpips=given.model if given else None, judge=judge)
     return Task(
         name="vq",
