@@ -260,6 +260,7 @@ def test_folded_pixels_keep_their_places(patch):
     sizes = PATCHES | {"multipliers": (1,), "patch": patch, "image_size": 9 * patch, "pixel_range": "unit"}
     model = build("vq", sizes)
     params = random_parameters(model)
+    assert ("fine_up" in params["decoder"]) == (patch >= 4)
     x = pixels.to_unit(some_images(1, 9 * patch, 9 * patch))
     changed = x.copy()
     changed[:, 3 * patch, 6 * patch - 1] += 1  # of patch row 3, column 5
