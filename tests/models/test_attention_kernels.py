@@ -171,6 +171,7 @@ def test_gpu_kernels_give_the_same_bits_on_a_mesh():
 SMALL = dataclasses.replace(TINY, num_layers=5, width=32, head_size=16, text_len=64, grid=8, remat="full", scan=True)
 
 
+@pytest.mark.slow
 def test_a_model_with_gpu_kernels_equals_one_without(monkeypatch):
     """Loss and gradients of a scanned group and the convolution, computed again, on a mesh."""
     monkeypatch.setattr(pallas, "attend", functools.partial(pallas.attend, interpret=True))

@@ -21,6 +21,7 @@ def work(**changes):
     return dataclasses.replace(emulated(), settings=settings).work
 
 
+@pytest.mark.slow
 def test_what_lpips_and_the_adversary_add_is_counted():
     lpips = sum(2 * 9 * inputs * outputs * (SIDE // part) ** 2 for inputs, outputs, part in VGG)
     judge = sum(2 * 16 * inputs * outputs * side**2 for inputs, outputs, side in JUDGE)

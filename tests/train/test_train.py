@@ -61,6 +61,7 @@ def straight(dvae_values, tmp_path_factory):
     return workdir, run.train(demo_settings("dvae", dvae_values), workdir, progress=False)
 
 
+@pytest.mark.slow
 def test_jaxs_flags_do_not_change_the_numbers_of_a_seed(straight, dvae_values, tmp_path):
     with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
         found = run.train(demo_settings("dvae", dvae_values), tmp_path, progress=False)
