@@ -67,9 +67,8 @@ def test_a_start_with_an_index_looks_at_one_file_whatever_the_shards(shards, mon
 
 def test_a_slot_takes_14_bytes_of_a_mapped_file(shards):
     source = open_source(f"wds:{shards}")
-    (table,) = (shards / "cache").glob("slots-*.npy")
-    header = 128  # of the .npy format
-    assert table.stat().st_size == header + 5 * 32 + 14 * len(source)
+    (table,) = (shards / "cache").glob("slots-*.raw")
+    assert table.stat().st_size == 8 + 5 * 32 + 14 * len(source)
     rows = source._index._table(0)
     while isinstance(rows.base, np.ndarray):
         rows = rows.base
@@ -137,7 +136,7 @@ def test_a_file_that_shrinks_while_it_is_open_and_an_index_of_other_bytes(shards
 
 def test_a_damaged_table_costs_slots_and_raises_nothing(shards):
     records, rng = list(open_source(f"wds:{shards}")), np.random.default_rng(0)
-    (table,) = (shards / "cache").glob("slots-*.npy")
+    (table,) = (shards / "cache").glob("slots-*.raw")
     whole = table.read_bytes()
     first = len(whole) - tar_index.ROW.itemsize * len(records)
     for _ in range(100):

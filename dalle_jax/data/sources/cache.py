@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from dalle_jax import files
 from dalle_jax.errors import UserError
 
 VARIABLE = "DALLE_JAX_CACHE"
+LENGTH = 8  # bytes
 
 
 def folder() -> pathlib.Path:
@@ -25,12 +27,17 @@ def folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dalle_jax"
 
 
-def array(name: str) -> np.ndarray | None:
-    """The cached array `name`, mapped into memory; None if it is not there or not whole."""
+def array(name: str, dtype: DTypeLike) -> np.ndarray | None:
+    """The numbers that were stored as `name`, flat and mapped into memory; None if they are not there or not whole.
+
+    A file is its length and the numbers, and no `.npy`: many threads open some, and the parser behind the header of an
+    `.npy` fails now and then where threads meet in it (python/cpython#106905).
+    """
     try:
-        return np.load(folder() / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        data = np.memmap(folder() / f"{name}.raw", np.uint8, mode="r")
+    except (OSError, ValueError):
         return None
+    return data[LENGTH:].view(dtype) if data[:LENGTH].tobytes() == _length(len(data) - LENGTH) else None
 
 
 def stored(name: str, built: np.ndarray) -> np.ndarray:
@@ -39,10 +46,11 @@ def stored(name: str, built: np.ndarray) -> np.ndarray:
     Raises:
       UserError: the cache folder cannot be written.
     """
-    before = array(name)
-    if before is None or not np.array_equal(before, built):
-        _write(f"{name}.npy", lambda out: np.save(out, built))
-    return np.load(folder() / f"{name}.npy", mmap_mode="r")
+    before = array(name, built.dtype)
+    if before is None or not np.array_equal(before, built.ravel()):
+        _write(f"{name}.raw", lambda out: out.writelines((_length(built.nbytes), built.tobytes())))
+        before = array(name, built.dtype)
+    return built if before is None else before.reshape(built.shape)
 
 
 def file(name: str, write: Callable[[BinaryIO], None]) -> str:
@@ -54,6 +62,10 @@ def file(name: str, write: Callable[[BinaryIO], None]) -> str:
     if not (folder() / name).exists():
         _write(name, write)
     return str(folder() / name)
+
+
+def _length(of: int) -> bytes:
+    return of.to_bytes(LENGTH, "little", signed=True)
 
 
 def _write(name: str, write: Callable[[BinaryIO], object]) -> None:

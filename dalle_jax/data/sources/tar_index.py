@@ -84,10 +84,12 @@ class Index:
         self._paths = paths
         self._table = functools.lru_cache(OPEN_TABLES)(self._open_table)  # those used last
         self._unkept: dict[str, np.ndarray] = {}  # tables that the cache could not take
-        facts = cache.array(_name("shards", paths))
+        facts = cache.array(_name("shards", paths), np.int64)
+        if facts is not None:
+            facts = np.array(facts).reshape(-1, 4)  # not mapped: small, and made anew when a shard changes
         if facts is None or (len(paths) <= CHECKED and not np.array_equal(facts[:, :2], [_status(p) for p in paths])):
-            facts = self._build()
-        self.facts = np.array(facts)  # not mapped: small, and made anew when a shard changes
+            facts = np.array(self._build())
+        self.facts = facts
         self._ends = np.cumsum(facts[:, 2])
 
     def __len__(self) -> int:
@@ -118,7 +120,7 @@ class Index:
 
     def _open_table(self, first: int) -> np.ndarray:
         paths = self._paths[first : first + TABLE]
-        table = self._unkept.get(_name("slots", paths), cache.array(_name("slots", paths)))
+        table = self._unkept.get(_name("slots", paths), cache.array(_name("slots", paths), np.uint16))
         if table is None:  # the cache was deleted
             table = _made(paths, scan_all=lambda todo: map(scan, todo), keep=self._keep)
         rows = np.asarray(table)[FACTS * len(paths) :].view(ROW)
@@ -152,7 +154,7 @@ def build(
         done(facts[number])
     for number, part in enumerate(parts):
         if number not in facts:
-            if (table := cache.array(_name("slots", part))) is None:
+            if (table := cache.array(_name("slots", part), np.uint16)) is None:
                 return None
             facts[number] = _facts(table, len(part))
     return keep(_name("shards", paths), np.concatenate([facts[number] for number in range(len(parts))]))
@@ -161,7 +163,7 @@ def build(
 def _made(paths: list[str], *, scan_all: Scan, keep: Keep) -> np.ndarray:
     """The table of these shards, uint16: the facts of each in FACTS numbers, then the slots."""
     known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    old = cache.array(_name("slots", paths))
+    old = cache.array(_name("slots", paths), np.uint16)
     if old is not None:
         facts = _facts(old, len(paths))
         slots = np.split(old[FACTS * len(paths) :].view(ROW), np.cumsum(facts[:-1, 2]))
