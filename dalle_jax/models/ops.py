@@ -83,6 +83,11 @@ def plain_conv(x_BHWC, weight, precision: jax.lax.Precision | None = None, *, st
     )
 
 
+# Channels up to which XLA derives the gradient of a kernel on a CPU as fast as `_by_weight_as_matrices`, or two to four
+# times as fast (32x32 pixels, 32 channels to 32, a batch of 32: 29 ms against 54).
+NARROW = 32
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv(x_BHWC, weight, precision: jax.lax.Precision | None = None):
     """`plain_conv` of stride 1; on a CPU the gradient of the weight is computed another way."""
@@ -103,6 +108,8 @@ def _conv_backward(precision, saved, cotangent_BHWC):
     def on_cpu(x_BHWC, cotangent_BHWC):
         return _by_weight_as_matrices(x_BHWC, cotangent_BHWC, kernel=len(weight), precision=precision)
 
+    if len(weight) > 1 and max(weight.shape[2:]) <= NARROW:
+        return by_x, by_weight(x_BHWC, cotangent_BHWC)
     return by_x, jax.lax.platform_dependent(x_BHWC, cotangent_BHWC, cpu=on_cpu, default=by_weight)
 
 

@@ -1,30 +1,27 @@
-"""Do captions help? Figures and pictures of a run on captioned pictures, next to its two baselines.
+"""Do captions help, and on which image tokens? Figures and pictures of runs on captioned pictures, side by side.
 
-    python docs/make/emoji.py shuffle 'DATA/train/*.tar' --out SHUFFLED
-    python docs/make/emoji.py figures --run RUN --shuffled-run RUN2 --train 'wds:DATA/train/*.tar' \
-        --held-out NAME=wds:DATA/val/*.tar --out docs/emoji
+    python docs/make/emoji.py --run dvae=RUN --run vq=RUN2 --train 'wds:DATA/train/*.tar' \
+        --held-out val_combo='wds:DATA/val_combo/*.tar' --out docs/emoji
 
-`shuffle` writes the shards again with the captions of another record each (a fixed permutation over all records), so
-that the same training command makes a model that learned nothing from captions. `figures` measures bits per image token
-on each held-out source for the run, the shuffled run (and the gain over it, picture by picture, with its standard
-error) and a unigram over the training pictures' codes (add-one smoothed), and draws samples for the first held-out
-captions. It writes OUT/figures.json and OUT/NAME.png.
+A run must have been trained with `--config.data.caption_dropout`, so that its model also knows pictures without a
+caption. For each held-out source: bits of a picture with its caption and with none under the same model, the gain
+picture by picture with its standard error, and a unigram over the training pictures' image tokens (add-one smoothed).
+Bits of runs on different image tokens do not compare; their gains do. It writes OUT/figures.json, and
+OUT/RUN_SOURCE.png with the first draws for held-out captions.
 """
 
 import argparse
 import collections
 import datetime
-import glob
-import io
 import json
 import math
 import pathlib
 import platform
 import shlex
 import sys
-import tarfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import model_dir
@@ -41,31 +38,6 @@ from dalle_jax.train.settings import TrainSettings
 SAMPLES, COLUMNS, BATCH = 32, 8, 16
 
 
-def shuffle(pattern: str, out: pathlib.Path, *, seed: int = 0) -> int:
-    """Rewrites every shard with permuted captions; returns the number of records. Fixed points are moved on."""
-    shards = sorted(glob.glob(pattern))
-    captions = {}
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".txt"):
-                    captions[shard, member.name] = tar.extractfile(member).read()
-    keys = list(captions)
-    order = np.random.default_rng(seed).permutation(len(keys))
-    following = {keys[order[i]]: captions[keys[order[(i + 1) % len(keys)]]] for i in range(len(keys))}
-    out.mkdir(parents=True, exist_ok=True)
-    for shard in shards:
-        with tarfile.open(shard) as tar, tarfile.open(out / pathlib.Path(shard).name, "w") as copy:
-            for member in tar:
-                data = following.get((shard, member.name))
-                if data is None and not member.name.endswith(".json"):
-                    data = tar.extractfile(member).read()
-                if data is not None:
-                    member.size = len(data)
-                    copy.addfile(member, io.BytesIO(data))
-    return len(keys)
-
-
 class Run:
     """A trained workdir, ready to be measured."""
 
@@ -74,100 +46,108 @@ class Run:
         self.task = build_task(self.settings, load_frozen(self.settings, folder))
         self.params = jax.device_put(model_dir.load(folder, name="transformer").params)
         self.frozen = jax.device_put(self.task.frozen)
+        self.layout = self.task.model.config.layout
         self.tokenizer = load_tokenizer(folder)
         self.steps = reader.complete_steps(folder)[-1]
+        self.pipe = Pipeline.load(folder)
 
     def batches(self, spec: str):
         return Batches(
             open_source(spec),
-            Prepare(self.settings.data.without_randomness(), self.task.model.config.layout, self.tokenizer),
+            Prepare(self.settings.data.without_randomness(), self.layout, self.tokenizer),
             batch_size=BATCH,
             seed=0,
             shuffle=False,
             epochs=1,
         )
 
-    def bits_per_image_token(self, spec: str) -> np.ndarray:
-        """Of each held-out picture: float [pictures]."""
+    def bits(self, spec: str) -> np.ndarray:
+        """Of each held-out picture, with its caption and with none: float [2, pictures]."""
 
         def one(example):
             single = {name: value[None] for name, value in example.items()}
             return self.task.loss(self.params, self.frozen, single, key=jax.random.key(0), step=0)[1]
 
-        measure = jax.jit(jax.vmap(lambda example: one(example)["bits_per_image_token"]))
-        return np.concatenate([np.asarray(measure(batch)) for batch in self.batches(spec)])
+        no_caption = jnp.asarray(self.layout.caption_ids([]))
 
-    def codes(self, spec: str, pipe: Pipeline) -> list[np.ndarray]:
-        return [pipe.encode(batch["image"]) for batch in self.batches(spec)]
+        @jax.jit
+        @jax.vmap
+        def measure(example):
+            given = (example, example | {"text": no_caption})
+            return [one(each)["bits_per_image_token"] * self.layout.image_len for each in given]
+
+        return np.concatenate([np.stack(measure(batch)) for batch in self.batches(spec)], axis=1)
+
+    def codes(self, spec: str) -> np.ndarray:
+        return np.concatenate([self.pipe.encode(batch["image"]) for batch in self.batches(spec)])
+
+    def draw(self, spec: str, *, temperature: float):
+        """A sheet of first draws for captions that are spread over the source."""
+        source = open_source(spec)
+        captions = [source[i].captions[0] for i in np.linspace(0, len(source) - 1, SAMPLES).astype(int)]
+        rows = self.pipe(captions, temperature=temperature, seed=list(range(SAMPLES)))
+        return contact_sheet([np.asarray(row[0]) for row in rows], captions, columns=COLUMNS)
 
 
-def unigram_bits(train_codes: list[np.ndarray], held_out_codes: list[np.ndarray], vocab: int) -> float:
+def unigram_bits(train_codes: np.ndarray, held_out_codes: np.ndarray, vocab: int) -> float:
     """Bits per token of held-out codes under the frequencies of the training codes, every code counted once more."""
-    counts = collections.Counter(np.concatenate([c.ravel() for c in train_codes]).tolist())
+    counts = collections.Counter(train_codes.ravel().tolist())
     total = sum(counts.values()) + vocab
-    bits = [-math.log2((counts[int(code)] + 1) / total) for c in held_out_codes for code in c.ravel()]
-    return sum(bits) / len(bits)
+    return float(np.mean([-math.log2((counts[code] + 1) / total) for code in held_out_codes.ravel().tolist()]))
 
 
-def figures(args: argparse.Namespace) -> dict:
-    run, shuffled = Run(args.run), Run(args.shuffled_run)
-    pipe = Pipeline.load(args.run)
-    args.out.mkdir(parents=True, exist_ok=True)
-    train_codes = run.codes(args.train, pipe)
-    result = {"held_out": {}}
-    for item in args.held_out:
-        name, spec = item.split("=", 1)
-        held_out = run.codes(spec, pipe)
-        bits, without = run.bits_per_image_token(spec), shuffled.bits_per_image_token(spec)
-        gain = without - bits  # picture by picture
-        result["held_out"][name] = {
-            "pictures": len(bits),
-            "bits_per_image_token": float(bits.mean()),
-            "captions_shuffled": float(without.mean()),
+def measured(run: Run, train: str, sources: dict[str, str]) -> dict:
+    train_codes, rows = run.codes(train), {}
+    for name, spec in sources.items():
+        captioned, plain = run.bits(spec)
+        gain = plain - captioned  # picture by picture
+        unigram = unigram_bits(train_codes, run.codes(spec), run.settings.model.image_vocab)
+        rows[name] = {
+            "pictures": len(gain),
+            "bits": float(captioned.mean()),
+            "bits_without_caption": float(plain.mean()),
             "gain": float(gain.mean()),
             "gain_standard_error": float(gain.std(ddof=1) / math.sqrt(len(gain))),
             "gain_share_of_pictures": float((gain > 0).mean()),
-            "unigram": unigram_bits(train_codes, held_out, pipe.generator.model.config.image_vocab),
+            "unigram_bits": unigram * run.layout.image_len,
         }
-        source = open_source(spec)
-        captions = [source[i].captions[0] for i in np.linspace(0, len(source) - 1, SAMPLES).astype(int)]
-        drawn = [np.asarray(row[0]) for row in pipe(captions, temperature=args.temperature, seed=list(range(SAMPLES)))]
-        contact_sheet(drawn, captions, columns=COLUMNS).save(args.out / f"{name}.png")
-    return result | {
-        "steps": {"run": run.steps, "captions_shuffled": shuffled.steps},
-        "parameters": {
-            "transformer": pipe.generator.model.num_params,
-            "dvae": pipe.generator.image_tokenizer.model.num_params,
-        },
-        "temperature": args.temperature,
-        "checkpoint": pipe.digest,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
-        "command": shlex.join(["python", *sys.argv]),
+    return {
+        "held_out": rows,
+        "steps": run.steps,
+        "parameters": run.pipe.generator.model.num_params,
+        "checkpoint": run.pipe.digest,
     }
+
+
+def named(items: list[str]) -> dict[str, str]:
+    return dict(item.split("=", 1) for item in items)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    child = verbs.add_parser("shuffle")
-    child.add_argument("pattern")
-    child.add_argument("--out", type=pathlib.Path, required=True)
-    child = verbs.add_parser("figures")
-    child.add_argument("--run", type=pathlib.Path, required=True)
-    child.add_argument("--shuffled-run", type=pathlib.Path, required=True)
-    child.add_argument("--train", required=True)
-    child.add_argument("--held-out", action="append", required=True, metavar="NAME=SOURCE")
-    child.add_argument("--temperature", type=float, default=0.8)
-    child.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--run", action="append", required=True, metavar="NAME=DIR")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--held-out", action="append", required=True, metavar="NAME=SOURCE")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    if args.verb == "shuffle":
-        print(f"{shuffle(args.pattern, args.out)} records with shuffled captions in {args.out}")
-        return
-    result = figures(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    sources, runs = named(args.held_out), {}
+    for name, folder in named(args.run).items():
+        run = Run(pathlib.Path(folder))
+        runs[name] = measured(run, args.train, sources)
+        for source, spec in sources.items():
+            run.draw(spec, temperature=args.temperature).save(args.out / f"{name}_{source}.png")
+            row = runs[name]["held_out"][source]
+            print(f"{name} {source}:", ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
+    result = {
+        "runs": runs,
+        "temperature": args.temperature,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
+        "command": shlex.join(["python", *sys.argv]),
+    }
     (args.out / "figures.json").write_text(json.dumps(result, indent=2) + "\n")
-    for name, row in result["held_out"].items():
-        print(name, ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def test_on_a_mesh_each_device_receives_its_part_of_a_gradient_alone(x_shape, we
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
-# kernel, channels in and out: one product of matrices, and several with what has fewer channels in rows
-CONVOLUTIONS = [(1, 5, 7), (3, 16, 20), (3, 20, 16), (3, 6, 6), (7, 3, 17)]
+# kernel, channels in and out: one product of matrices, several with what has fewer channels in rows, and none
+CONVOLUTIONS = [(1, 5, 7), (3, 16, 36), (3, 36, 16), (3, 33, 33), (5, 3, 33), (3, 6, 6), (7, 3, 17)]
 
 
 def gradients(function, kernel, inputs, outputs, dtype=np.float32):
@@ -180,4 +180,7 @@ def test_only_a_cpu_computes_the_gradient_of_the_weight_another_way(sizes):
     for platform in ("cuda", "rocm", "tpu"):
         assert len(lowered(plain, platform)) == 2 and lowered(ours, platform) == lowered(plain, platform)
     found, products = lowered(ours, "cpu"), 1 + sizes[0]  # one for x, and for the weight one for each row of taps
+    if sizes[0] > 1 and max(sizes[1:]) <= 32:
+        assert found == lowered(plain, "cpu")
+        return
     assert found != lowered(plain, "cpu") and sum(line.count("HIGHEST") for line in found) == 2 * products
