@@ -108,14 +108,14 @@ def _vqgan(*, batch_size: int, objective: VQObjective, **model: Any) -> TrainSet
 
 
 def f16() -> TrainSettings:
-    return _vqgan(batch_size=96, objective=VQObjective(adversary=ADVERSARY, codebook=Codebook(update="loss")))
+    return _vqgan(batch_size=96, objective=VQObjective(adversary=ADVERSARY, codebook=Codebook(rule="loss")))
 
 
 def f8() -> TrainSettings:
     """The network of latent-diffusion's `vq-f8`: codes of 4 numbers."""
     return _vqgan(
         batch_size=96,
-        objective=VQObjective(adversary=ADVERSARY, codebook=Codebook(update="loss")),
+        objective=VQObjective(adversary=ADVERSARY, codebook=Codebook(rule="loss")),
         code_dim=4,
         latent=4,
         multipliers=(1, 2, 2, 4),

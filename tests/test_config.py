@@ -7,6 +7,7 @@ import re
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
 
 from dalle_jax import config, sharding
 from dalle_jax.errors import UserError
@@ -28,6 +29,8 @@ def test_every_config_lays_out_the_settings_that_it_makes(spec):
     found = config.load(spec)
     settings = TrainSettings.of(found.to_dict())
     assert given(config.flatten(found)) == given(config.flatten(dataclasses.asdict(settings)))
+    words = {word for key in config.flatten(found) for word in key.split(".")}
+    assert not words & set(dir(ConfigDict())), "a key that is a method of ConfigDict cannot be set by --config.KEY"
     model = build(settings.name, settings.model)
     build_optimizer(settings.optimizer, steps=settings.run.steps, axes=model.axes)
     file, _, variant = spec.partition(":")

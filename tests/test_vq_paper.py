@@ -33,7 +33,7 @@ def test_deepminds_example():
     assert (settings.batch_size, settings.run.steps, settings.optimizer.learning_rate) == (32, 10_000, 3e-4)
     assert adam_of(settings) == (0.9, 0.999, 0.0, None, "warmup_constant", 0)
     codebook, objective = settings.objective.codebook, settings.objective
-    assert (codebook.update, codebook.commitment, codebook.decay, codebook.epsilon) == ("ema", 0.25, 0.99, 1e-5)
+    assert (codebook.rule, codebook.commitment, codebook.decay, codebook.epsilon) == ("ema", 0.25, 0.99, 1e-5)
     assert codebook.start is None and codebook.dead_below is None
     assert (objective.absolute, objective.squared, objective.perceptual) == (0.0, 1.0, 0.0)
     assert objective.variance == pytest.approx(0.0633, abs=1e-3)
@@ -71,7 +71,7 @@ def test_vqgans(name):
         assert (temperature.start, temperature.end, temperature.steps) == (1.0, 1 / 16, 150_000)
     else:
         codebook = objective.codebook
-        assert (codebook.update, codebook.commitment, codebook.codebook_weight) == ("loss", 0.25, 1.0)
+        assert (codebook.rule, codebook.commitment, codebook.codebook_weight) == ("loss", 0.25, 1.0)
 
 
 def test_flat_graphics():

@@ -29,7 +29,7 @@ from dalle_jax.sharding import constrain
 from dalle_jax.train.ema import Ema
 
 Memory = dict[str, Any]  # `Task.memory`
-UPDATES = ("ema", "loss")
+RULES = ("ema", "loss")
 PER_CODE = 8  # vectors that are collected for each code before it starts,
 MAX_COLLECTED = 1 << 17  # but not more than this in all,
 COLLECTING = 8  # in so many updates, or more if these have too few
@@ -41,7 +41,7 @@ HALF = 12  # bits of the low part of a whole number, and of the high one with it
 class Codebook:
     """The learning of the codes of a quantizer 'nearest'.
 
-    update: 'ema' or 'loss'. commitment: weight of mean |z - sg(e)|^2, the paper's beta. codebook_weight: weight of mean
+    rule: 'ema' or 'loss'. commitment: weight of mean |z - sg(e)|^2, the paper's beta. codebook_weight: weight of mean
     |sg(z) - e|^2, with 'loss' alone. (The models that taming-transformers published had 1.0 and 0.25 here, beta on the
     other term.) decay, epsilon: of the running means.
 
@@ -52,7 +52,7 @@ class Codebook:
     vectors of the batch; it is looked for every `dead_every` updates. None: never.
     """
 
-    update: str = "ema"
+    rule: str = "ema"
     commitment: float = 0.25
     codebook_weight: float = 1.0
     decay: float = 0.99
@@ -65,7 +65,7 @@ class Codebook:
 
     def __post_init__(self):
         key = "config.objective.codebook"
-        check_choice(f"{key}.update", self.update, UPDATES)
+        check_choice(f"{key}.rule", self.rule, RULES)
         for name in ("commitment", "codebook_weight", "noise"):
             check_number(f"{key}.{name}", getattr(self, name), min=0, max=1e6)
         check_number(f"{key}.decay", self.decay, min=0, below=1)
@@ -116,9 +116,9 @@ class Learner:
         del key
         K, D = self.sizes.vocab, self.sizes.code_dim
         memory: Memory = {}
-        if self.codebook.update == "ema" or self.codebook.dead_below is not None:
+        if self.codebook.rule == "ema" or self.codebook.dead_below is not None:
             memory |= {"updates": jnp.zeros([], jnp.int32), "counts": jnp.zeros(K, jnp.float32)}
-        if self.codebook.update == "ema":
+        if self.codebook.rule == "ema":
             memory["sums"] = jnp.zeros((K, D), jnp.float32)
         if self.codebook.start is not None:
             updates, each = self.collected
@@ -146,7 +146,7 @@ class Learner:
         code_BRCD = codes_KD[tokens_BRC]
         q_BRCD = straight_through(z_BRCD, code_BRCD)
         terms = {"commitment": self.codebook.commitment * _mean_square(z_BRCD, jax.lax.stop_gradient(code_BRCD))}
-        if self.codebook.update == "loss":
+        if self.codebook.rule == "loss":
             error = _mean_square(code_BRCD, jax.lax.stop_gradient(z_BRCD))
             terms["codebook"] = self.codebook.codebook_weight * error
         if self.codebook.start is not None:

@@ -74,7 +74,7 @@ def gradients(quantize, codes, z, weights):
 
 def test_the_loss_update_is_haikus_forward_and_backward():
     z, weights, codes = vectors_of(0), vectors_of(1), params_of()["quantizer"]["codebook"]
-    learner, theirs = learner_of(Codebook(update="loss", commitment=0.3)), haiku_quantizer("loss")
+    learner, theirs = learner_of(Codebook(rule="loss", commitment=0.3)), haiku_quantizer("loss")
 
     def ours(codes, z):
         quantized, _, terms, _ = learner.quantize({"quantizer": {"codebook": codes}}, {}, z, key=jax.random.key(0))
@@ -123,10 +123,10 @@ def test_the_running_means_are_haikus_over_updates():
 # Terms and their weights
 
 
-@pytest.mark.parametrize("update", ["ema", "loss"])
-def test_each_weight_is_of_its_own_term(update):
+@pytest.mark.parametrize("rule", ["ema", "loss"])
+def test_each_weight_is_of_its_own_term(rule):
     """Without commitment the encoder gets no gradient from the quantizer, and the codebook still its own."""
-    learner = learner_of(Codebook(update=update, commitment=0.0, codebook_weight=0.7))
+    learner = learner_of(Codebook(rule=rule, commitment=0.0, codebook_weight=0.7))
     params, z = params_of(), jnp.asarray(vectors_of(0))
     memory = learner.memory(jax.random.key(0))
 
@@ -135,8 +135,8 @@ def test_each_weight_is_of_its_own_term(update):
 
     by_codes, by_vectors = jax.grad(functools.partial(own, learner), argnums=(0, 1))(params, z)
     assert not np.any(by_vectors)
-    assert np.any(by_codes["quantizer"]["codebook"]) == (update == "loss")
-    committed = learner_of(Codebook(update=update, commitment=0.5, codebook_weight=0.0))
+    assert np.any(by_codes["quantizer"]["codebook"]) == (rule == "loss")
+    committed = learner_of(Codebook(rule=rule, commitment=0.5, codebook_weight=0.0))
     by_codes, by_vectors = jax.grad(functools.partial(own, committed), argnums=(0, 1))(params, z)
     assert not np.any(by_codes["quantizer"]["codebook"])
     codes = np.asarray(params["quantizer"]["codebook"], np.float64)
@@ -287,7 +287,7 @@ def test_too_few_vectors_for_the_codes_are_refused_with_both_numbers(start, voca
     assert enough.collected[0] * enough.collected[1] >= vocab
 
 
-@pytest.mark.parametrize("wrong", [{"kmeans": True}, {"noise": 0.1}, {"update": "both"}, {"decay": 1.0}, {"start": 0}])
+@pytest.mark.parametrize("wrong", [{"kmeans": True}, {"noise": 0.1}, {"rule": "both"}, {"decay": 1.0}, {"start": 0}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match="config.objective.codebook"):
         Codebook(**wrong)

@@ -79,7 +79,7 @@ REFUSED_OF_VQ = {
     "objective.variance": (0.0, -1.0, NAN),
     "objective.edges": (-0.5, INF),
     "objective.perceptual": (-1.0, NAN),
-    "objective.codebook.update": ("sgd",),
+    "objective.codebook.rule": ("sgd",),
     "objective.codebook.commitment": (-0.25, NAN),
     "objective.codebook.decay": (-0.1, 1.0, NAN),
     "objective.codebook.epsilon": (0.0, NAN),

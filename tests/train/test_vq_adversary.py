@@ -30,7 +30,7 @@ ADVERSARY = {"learns_from": 1, "start": 3, "width": 4, "layers": 1, "weight": 0.
 TINY = {
     "model.image_size": SIDE, "data.image_size": SIDE, "model.vocab": 8, "model.code_dim": 4, "model.width": 8,
     "model.multipliers": (1,), "model.blocks": 1, "objective.codebook.start": None, "objective.codebook.noise": 0.0,
-    "objective.codebook.kmeans": False, "objective.codebook.dead_below": None, "objective.codebook.update": "loss",
+    "objective.codebook.kmeans": False, "objective.codebook.dead_below": None, "objective.codebook.rule": "loss",
     "objective.adversary": ADVERSARY, "batch_size": 4, "run.steps": 6, "optimizer.schedule.name": "warmup_constant",
     "run.log_every": 1, "run.validate_every": 3, "run.picture_every": None, "run.checkpoint_every": 2,
     "optimizer.schedule.warmup_steps": 0,
