@@ -11,9 +11,10 @@ import functools
 
 import numpy as np
 
-KINDS = ("row", "column", "conv", "full")
-PATTERNS = ("paper", "full")
+KINDS = ("row", "column", "conv", "window", "torus", "full")
 PERIOD = ("row", "column", "row", "row")
+# Pattern -> kind of its last layer; 'full' is full everywhere.
+PATTERNS = {"paper": "conv", "malevich": "window", "malevich-v2": "torus", "full": "full"}
 CONV_SIZE = 11  # the last layer's kernel, appendix B.1
 
 
@@ -21,7 +22,8 @@ def layer_kinds(num_layers: int, pattern: str = "paper") -> tuple[str, ...]:
     """The kind of each layer, first to last.
 
     `paper` (appendix B.1): with i = 1 .. num_layers, layer num_layers is 'conv', layers with (i - 2) mod 4 = 0 are
-    'column', all others 'row'. `full` is dense causal attention everywhere, for comparison.
+    'column', all others 'row'. `malevich` and `malevich-v2` (ru-DALL-E's releases) have another kind in the last layer,
+    but where that would be a column layer it stays one. `full` is dense causal attention everywhere.
 
     Raises:
       ValueError: num_layers < 1 or an unknown pattern.
@@ -29,10 +31,11 @@ def layer_kinds(num_layers: int, pattern: str = "paper") -> tuple[str, ...]:
     if num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, got {num_layers}")
     if pattern not in PATTERNS:
-        raise ValueError(f"pattern must be one of {PATTERNS}, got {pattern!r}")
+        raise ValueError(f"pattern must be one of {tuple(PATTERNS)}, got {pattern!r}")
     if pattern == "full":
         return ("full",) * num_layers
-    return tuple(PERIOD[i % len(PERIOD)] for i in range(num_layers - 1)) + ("conv",)
+    *kinds, last = (PERIOD[i % len(PERIOD)] for i in range(num_layers))
+    return (*kinds, PATTERNS[pattern] if pattern == "paper" or last != "column" else last)
 
 
 def image_offsets(kind: str, *, grid: int) -> tuple[int, ...]:
@@ -40,14 +43,15 @@ def image_offsets(kind: str, *, grid: int) -> tuple[int, ...]:
 
     Row attention wraps into the previous row and reaches the same column there (grid + 1 keys). Convolution wraps at
     row borders too: offsets dr * grid + dc of the causal half of an 11 x 11 window (the literal reading of "with
-    wraparound similar to row attention").
+    wraparound similar to row attention"). A 'window' is cut off at the borders instead, and a 'torus' goes on at the
+    opposite one, from below too, so of its offsets a position sees some only: `allowed_image`.
     """
     _check(kind, grid)
     if kind == "row":
         return tuple(range(grid + 1))
     if kind == "column":
         return tuple(range(0, grid * grid, grid))
-    if kind == "conv":
+    if kind in ("conv", "window"):
         half = CONV_SIZE // 2
         window = {dr * grid + dc for dr in range(half + 1) for dc in range(-half, half + 1)}
         return tuple(sorted(offset for offset in window if 0 <= offset < grid * grid))
@@ -57,8 +61,12 @@ def image_offsets(kind: str, *, grid: int) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def allowed_image(kind: str, *, grid: int) -> np.ndarray:
     """bool [grid*grid, grid*grid], read-only: may an image query (row) see an image key (column)?"""
-    offset = np.subtract.outer(np.arange(grid * grid), np.arange(grid * grid))
-    mask = np.isin(offset, image_offsets(kind, grid=grid))
+    places = np.arange(grid * grid)
+    mask = np.isin(np.subtract.outer(places, places), image_offsets(kind, grid=grid))
+    if kind in ("window", "torus"):
+        for place in (places // grid, places % grid):
+            apart = abs(np.subtract.outer(place, place))
+            mask &= (np.minimum(apart, grid - apart) if kind == "torus" else apart) <= CONV_SIZE // 2
     mask.flags.writeable = False
     return mask
 
@@ -92,12 +100,12 @@ def compact_order(kind: str, *, text_len: int, grid: int) -> np.ndarray:
 
 
 def cache_slots(kind: str, *, grid: int) -> int:
-    """Slots of a layer's cache when decoding: a ring for row and conv, all image positions for the rest.
+    """Slots of a layer's cache when decoding: a ring for row, conv and window, all image positions for the rest.
 
     A ring of R slots holds position p in slot p mod R, which is exactly what a query may look back over. Column layers
     keep all positions transposed (column * grid + row), so that the keys a query sees lie side by side.
     """
-    if kind in ("row", "conv"):
+    if kind in ("row", "conv", "window"):
         return image_offsets(kind, grid=grid)[-1] + 1
     _check(kind, grid)
     return grid * grid

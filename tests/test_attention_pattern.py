@@ -24,7 +24,22 @@ def image_keys(kind: str, query: int, grid: int) -> set[int]:
                 for columns in range(-5, 6):  # positive: to the left
                     if (rows_up > 0 or columns >= 0) and back == rows_up * grid + columns:
                         keys.add(key)
+        elif kind in ("window", "torus") and query in drawn_around(key, grid, wrapped=kind == "torus"):
+            keys.add(key)
     return keys
+
+
+def drawn_around(key: int, grid: int, *, wrapped: bool) -> set[int]:
+    """Positions within five rows and columns of one, as the authors of Malevich draw them, cell by cell."""
+    cells = set()
+    for down in range(-5, 6):
+        for right in range(-5, 6):
+            row, column = key // grid + down, key % grid + right
+            if wrapped:
+                row, column = row % grid, column % grid
+            if 0 <= row < grid and 0 <= column < grid:
+                cells.add(row * grid + column)
+    return cells
 
 
 def brute_force(kind: str, *, text_len: int, grid: int) -> np.ndarray:
@@ -91,7 +106,9 @@ def test_everybody_sees_itself_and_nobody_the_future(kind):
 
 def test_layer_kinds_of_the_paper():
     kinds = layer_kinds(64)
-    assert {kind: kinds.count(kind) for kind in KINDS} == {"row": 47, "column": 16, "conv": 1, "full": 0}
+    assert {kind: kinds.count(kind) for kind in KINDS} == {
+        "row": 47, "column": 16, "conv": 1, "window": 0, "torus": 0, "full": 0
+    }  # fmt: skip
     for i, kind in enumerate(kinds, 1):  # appendix B.1 counts layers from 1
         assert kind == ("conv" if i == 64 else "column" if (i - 2) % 4 == 0 else "row")
 
@@ -101,6 +118,17 @@ def test_layer_kinds_of_small_models():
     assert layer_kinds(4) == ("row", "column", "row", "conv")
     assert layer_kinds(6) == ("row", "column", "row", "row", "row", "conv")  # layer 6 would be column, were it not last
     assert layer_kinds(3, "full") == ("full", "full", "full")
+
+
+def test_layer_kinds_of_malevich():
+    assert layer_kinds(24, "malevich") == layer_kinds(24)[:-1] + ("window",)
+    assert layer_kinds(24, "malevich-v2") == layer_kinds(24)[:-1] + ("torus",)
+    assert layer_kinds(6, "malevich")[-1] == "column"  # in the original's code the last layer is one before all else
+
+
+def test_masks_of_malevich_have_the_originals_sums():
+    sums = [allowed(kind, text_len=8, grid=12).sum() for kind in ("row", "column", "window", "torus")]
+    assert sums == [2982, 2124, 6462, 9972]
 
 
 def test_the_shared_mask_is_read_only():

@@ -47,3 +47,28 @@ def test_tokens_of_another_vocabulary_are_refused(tokens):
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Layout(**wrong)
+
+
+def test_layouts_of_published_models():
+    """minDALL-E pads with an entry of its vocabulary; Malevich marks captions, of which the end may be cut."""
+    mindalle = Layout(text_len=6, text_vocab=10, grid=2, image_vocab=7, first="none", pad=4)
+    assert (mindalle.caption_len, mindalle.text_ids, mindalle.image_ids, mindalle.text_slots) == (6, 10, 7, 6)
+    np.testing.assert_array_equal(mindalle.caption_ids([3, 0]), [3, 0, 4, 4, 4, 4])
+    np.testing.assert_array_equal(mindalle.caption_ids(range(8)), [0, 1, 2, 3, 4, 5])
+    for first in ("none", "text"):
+        malevich = Layout(text_len=6, text_vocab=10, grid=2, image_vocab=7, first=first, marks=(2, 3))
+        before = [2] if first == "text" else []  # one more, and the last id stands at image position 0
+        assert (malevich.caption_len, malevich.text_ids, malevich.image_ids) == (5, 16, 7)
+        assert malevich.text_slots == 6 + len(before)
+        np.testing.assert_array_equal(malevich.caption_ids([7, 8]), [*before, 2, 7, 8, 3, 14, 15])
+        np.testing.assert_array_equal(malevich.caption_ids([7] * 5), [*before, 2, 7, 7, 7, 7, 7])
+        assert malevich.caption_ids([]).tolist() == [*before, 2, 3, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"first": "last"}, {"first": "text"}, {"pad": 16_384}, {"pad": -1}, {"first": "none", "marks": (2, 16_384)}],
+)
+def test_impossible_layouts_are_refused(wrong):
+    with pytest.raises(ValueError, match="first|marks|pad"):
+        Layout(**wrong)

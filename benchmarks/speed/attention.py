@@ -31,7 +31,7 @@ from dalle_jax.models.transformer import TransformerConfig
 PAPER = TransformerConfig()
 SHAPE = {"text_len": PAPER.text_len, "grid": PAPER.grid}
 LENGTH, HEAD_SIZE, BATCH, HEADS = PAPER.layout.length, PAPER.head_size, 8, (16, 62)
-KINDS = attention_pattern.KINDS
+KINDS = ("row", "column", "conv", "full")
 LARGEST_ERROR = 2**-6  # of the largest value: bfloat16 rounds to 2**-9, weights, outputs and gradients of it once more
 NEEDED = 1.1
 

@@ -75,9 +75,7 @@ def renamed(state: Mapping[str, np.ndarray], path_of: Callable[[str], Sequence[s
     """
     params: Params = {}
     for name, array in state.items():
-        array = np.asarray(array, np.float32)
-        if not np.isfinite(array).all():
-            raise UserError(f"expected finite weights, got others in {name}: fetch the file again")
+        array = finite(name, np.asarray(array, np.float32))
         *path, leaf = path_of(name)
         node = params
         for key in path:
@@ -86,3 +84,10 @@ def renamed(state: Mapping[str, np.ndarray], path_of: Callable[[str], Sequence[s
             raise UserError(f"expected one array or several under a name, got {name} beside one: fetch the file again")
         node[leaf] = np.ascontiguousarray(array.transpose(2, 3, 1, 0)) if array.ndim == 4 else array
     return params
+
+
+def finite(name: str, array: np.ndarray) -> np.ndarray:
+    """The array; raises UserError where it is not finite."""
+    if not np.isfinite(array).all():
+        raise UserError(f"expected finite weights, got others in {name}: fetch the file again")
+    return array

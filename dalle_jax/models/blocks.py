@@ -45,14 +45,15 @@ class LayerParam:
     """One parameter of a layer.
 
     axes: logical names of its dimensions. branch: the residual branch it belongs to. inputs: of a matrix, how many
-    dimensions, the first, its product contracts. norm: a gain or bias of a norm, which stays float32. fill: initial
-    value of what is no matrix.
+    dimensions, the first, its product contracts. norm: a gain or bias of a norm, which stays float32. after: of a norm
+    behind a branch, which only models with sandwich norms have. fill: initial value of what is no matrix.
     """
 
     axes: tuple[str, ...]
     branch: str
     inputs: int = 0
     norm: bool = False
+    after: bool = False
     fill: float = 0.0
 
 
@@ -63,12 +64,16 @@ LAYER = {
     "qkv_bias": LayerParam(("qkv", "heads", "head"), ATTENTION),
     "out": LayerParam(("heads", "head", "embed"), ATTENTION, inputs=2),
     "out_bias": LayerParam(("embed",), ATTENTION),
+    "after1_gain": LayerParam(("embed",), ATTENTION, norm=True, after=True, fill=1.0),
+    "after1_bias": LayerParam(("embed",), ATTENTION, norm=True, after=True),
     "norm2_gain": LayerParam(("embed",), MLP, norm=True, fill=1.0),
     "norm2_bias": LayerParam(("embed",), MLP, norm=True),
     "up": LayerParam(("embed", "mlp"), MLP, inputs=1),
     "up_bias": LayerParam(("mlp",), MLP),
     "down": LayerParam(("mlp", "embed"), MLP, inputs=1),
     "down_bias": LayerParam(("embed",), MLP),
+    "after2_gain": LayerParam(("embed",), MLP, norm=True, after=True, fill=1.0),
+    "after2_bias": LayerParam(("embed",), MLP, norm=True, after=True),
 }
 
 
@@ -76,11 +81,22 @@ class Blocks(nnx.Module):
     """The parameters of LAYER, each with a leading dimension for the layers."""
 
     def __init__(
-        self, rngs: nnx.Rngs, *, layers: int, width: int, heads: int, head_size: int, **initial: Mapping[str, float]
+        self,
+        rngs: nnx.Rngs,
+        *,
+        layers: int,
+        width: int,
+        heads: int,
+        head_size: int,
+        sandwich: bool = False,
+        **initial: Mapping[str, float],
     ):
-        """initial: std or bound of `layers.param`, by the name of a layer's parameter."""
+        """sandwich: with norms behind the branches. initial: std or bound of `layers.param`, by the name of a layer's
+        parameter."""
         sizes = {"embed": width, "qkv": 3, "heads": heads, "head": head_size, "mlp": 4 * width}
         for name, entry in LAYER.items():
+            if entry.after and not sandwich:
+                continue
             shape = layers, *(sizes[axis] for axis in entry.axes)
             axes = "layers", *entry.axes
             drawn = {kind: values.get(name, 0.0) for kind, values in initial.items()}
@@ -105,21 +121,24 @@ class Blocks(nnx.Module):
         return {n: one(n, a) for n, a in arrays.items()} | ({} if scales is None else {"scales": scales})
 
 
-def layer(block, x, *, attend: Callable, ops):
+def layer(block, x, *, attend: Callable, ops, activation: Callable = quick_gelu):
     """One layer.
 
     block: its parameters, as `ops` reads them. x: the stream. attend: queries, keys and values of `ops.heads` -> what
     the product with `out` reads. ops: its operations, `Rows` or `decoding.Columns`: `norm` of the stream, in whatever
-    form `product` takes, which adds the bias; and `add`, the stream after a residual branch function(block, x).
+    form `product` takes, which adds the bias; `norm_after`, of what a branch gives, where it has such a norm; and
+    `add`, the stream after a residual branch function(block, x).
     """
 
     def attention(block, x):
         qkv = checkpoint_name(ops.product(block, "qkv", ops.norm(block, "norm1", x)), "product")
-        return ops.product(block, "out", attend(*ops.heads(qkv)))
+        y = ops.product(block, "out", attend(*ops.heads(qkv)))
+        return ops.norm_after(block, "after1", y) if "after1_gain" in block else y
 
     def mlp(block, x):
         hidden = checkpoint_name(ops.product(block, "up", ops.norm(block, "norm2", x)), "product")
-        return ops.product(block, "down", quick_gelu(hidden))
+        y = ops.product(block, "down", activation(hidden))
+        return ops.norm_after(block, "after2", y) if "after2_gain" in block else y
 
     return ops.add(block, ops.add(block, x, ATTENTION, attention), MLP, mlp)
 
@@ -137,6 +156,8 @@ class Rows:
 
     def norm(self, block, name, x):
         return layer_norm(x, block[f"{name}_gain"], block[f"{name}_bias"])
+
+    norm_after = norm
 
     def product(self, block, name, x):
         """The sum with the bias in the wider of both dtypes, the result in that of x."""
@@ -165,7 +186,7 @@ class Rows:
         return jax.checkpoint(function, policy=policy) if policy else function
 
 
-def sequence_layer(block, x_BSD, *, attend: Callable, remat: str):
+def sequence_layer(block, x_BSD, *, attend: Callable, remat: str, activation: Callable = quick_gelu):
     """One layer over whole sequences. attend: (q, k, v) of [B, S, N, H] -> [B, S, N, H]."""
     B, S, D = x_BSD.shape
     ops = Rows(B, remat)
@@ -174,16 +195,29 @@ def sequence_layer(block, x_BSD, *, attend: Callable, remat: str):
         mixed_BSNH = ops.saving("attend", attend)(*(x.reshape(B, S, *x.shape[1:]) for x in qkv))
         return mixed_BSNH.reshape(B * S, *mixed_BSNH.shape[2:])
 
-    return layer(block, x_BSD.reshape(B * S, D), attend=attend_rows, ops=ops).reshape(B, S, D)
+    x_RD = layer(block, x_BSD.reshape(B * S, D), attend=attend_rows, ops=ops, activation=activation)
+    return x_RD.reshape(B, S, D)
 
 
-def scan_layers(stacked, x_BSD, *, attends: Sequence[Callable], remat: str, period: int = 1, scan_length: int = 0):
+def scan_layers(
+    stacked,
+    x_BSD,
+    *,
+    attends: Sequence[Callable],
+    remat: str,
+    activation: Callable = quick_gelu,
+    period: int = 1,
+    scan_length: int = 0,
+):
     """All layers over whole sequences: a scan over groups of `period` layers, the rest unrolled.
 
     stacked: of `Blocks.cast`. attends: of each layer, repeating themselves with the period as far as the scan goes.
     scan_length: groups that the scan takes.
     """
     scanned = scan_length * period
+
+    def run(block, x_BSD, attend):
+        return sequence_layer(block, x_BSD, attend=attend, remat=remat, activation=activation)
 
     def at(arrays, i):
         return {name: a[i] for name, a in arrays.items()}
@@ -192,13 +226,13 @@ def scan_layers(stacked, x_BSD, *, attends: Sequence[Callable], remat: str, peri
 
         def group(x_BSD, blocks):
             for i in range(period):
-                x_BSD = sequence_layer(at(blocks, i), x_BSD, attend=attends[i], remat=remat)
+                x_BSD = run(at(blocks, i), x_BSD, attends[i])
             return x_BSD, None
 
         groups = {name: a[:scanned].reshape(scan_length, period, *a.shape[1:]) for name, a in stacked.items()}
         x_BSD, _ = jax.lax.scan(group, x_BSD, groups)
     for i in range(scanned, len(attends)):
-        x_BSD = sequence_layer(at(stacked, i), x_BSD, attend=attends[i], remat=remat)
+        x_BSD = run(at(stacked, i), x_BSD, attends[i])
     return x_BSD
 
 

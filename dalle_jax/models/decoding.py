@@ -5,10 +5,10 @@ activations (`Columns`), so that weights, keys and little else cross the memory:
 
 - Matrices are stored as [outputs, inputs] and meet activations [D, B] whose columns are images: no product transposes
   or repacks a weight.
-- Every layer norm is folded away. The residual stream is only ever read through norms, which ignore its mean, so
-  whatever writes to it is centered once, beforehand; the gain goes into the matrix after the norm, its bias into that
-  matrix's bias; and dividing by the root mean square commutes with the product. What is left of a norm in a step is one
-  number a column.
+- Every layer norm before a product is folded away. The residual stream is only ever read through norms, which ignore
+  its mean, so whatever writes to it is centered once, beforehand; the gain of a norm goes into the matrix after it, its
+  bias into that matrix's bias; and dividing by the root mean square commutes with the product. What is left of a norm
+  in a step is one number a column. Norms behind a branch are computed.
 - The text's keys and values are stored once per caption (`attention/cached.py`).
 """
 
@@ -22,8 +22,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from dalle_jax.models.attention import blockwise, cached
 from dalle_jax.models.blocks import LAYER, layer
-from dalle_jax.models.layers import EPSILON, Params, compute_dtype, stream_dtype
-from dalle_jax.models.transformer import TransformerConfig
+from dalle_jax.models.layers import EPSILON, Params, compute_dtype, layer_norm, stream_dtype
+from dalle_jax.models.transformer import TransformerConfig, image_position, position_tables
 from dalle_jax.sharding import constrain
 
 WEIGHTS = ("model", "int8")
@@ -35,14 +35,17 @@ NORM_BEFORE = {"qkv": "norm1", "up": "norm2"}  # the matrices that read the stre
 LAYER_AXES = {
     n: (*entry.axes[entry.inputs :], *entry.axes[: min(entry.inputs, 1)])
     for n, entry in LAYER.items()
-    if not entry.norm
+    if entry.after or not entry.norm
 }
 END_AXES = {
     "text_embedding": (None, "embed"),
     "text_position": ("position", "embed"),
     "image_embedding": ("image_input", "embed"),
+    "image_position": ("position", "embed"),
     "row_position": ("position", "embed"),
     "column_position": ("position", "embed"),
+    "norm_gain": ("embed",),
+    "norm_bias": ("embed",),
     "head": ("vocab", "embed"),
     "head_bias": ("vocab",),
 }
@@ -56,6 +59,8 @@ def layer_weights(config: TransformerConfig, block: Params, *, weights: str = "m
     """
     stored = {}
     for name, entry in LAYER.items():
+        if entry.after and name in block:  # what it gives to the stream is centered in `Columns.norm_after`
+            stored[name] = block[name]
         if not entry.inputs:
             continue
         matrix = jnp.moveaxis(block[name], range(entry.inputs), range(-entry.inputs, 0))
@@ -64,7 +69,7 @@ def layer_weights(config: TransformerConfig, block: Params, *, weights: str = "m
         if name in NORM_BEFORE:
             bias = bias + matrix @ block[f"{NORM_BEFORE[name]}_bias"]
             matrix = matrix * jax.lax.broadcast_to_rank(block[f"{NORM_BEFORE[name]}_gain"], matrix.ndim)
-        else:
+        elif "after1_gain" not in block:
             matrix, bias = _centered(matrix), _centered(bias)
         stored |= {name: _stored(matrix, compute_dtype(config.precision), weights), f"{name}_bias": bias}
     return stored
@@ -72,12 +77,15 @@ def layer_weights(config: TransformerConfig, block: Params, *, weights: str = "m
 
 def end_weights(config: TransformerConfig, params: Params) -> dict[str, Any]:
     """The weights before and after the layers: embeddings (float32) and the image head."""
-    tables = ("text_embedding", "text_position", "image_embedding", "row_position", "column_position")
-    centered = {name: params[name] - params[name].mean(-1, keepdims=True) for name in tables}
-    head = params["image_head"].T
-    head_bias = head @ params["norm_bias"]
-    head = (head * params["norm_gain"][None]).astype(stream_dtype(config.precision))
-    return centered | {"head": head, "head_bias": head_bias}
+    tables = ("text_embedding", "text_position", "image_embedding", *position_tables(config))
+    ends = {name: params[name] - params[name].mean(-1, keepdims=True) for name in tables}
+    head, head_bias, last = params["image_head"].T, 0.0, "norm"
+    if config.traits.head_norm:
+        ends |= {"norm_gain": params["norm_gain"], "norm_bias": params["norm_bias"]}
+        head_bias, last = params["image_head_bias"], "head_norm"
+    head_bias = head_bias + head @ params[f"{last}_bias"]
+    head = (head * params[f"{last}_gain"][None]).astype(stream_dtype(config.precision))
+    return ends | {"head": head, "head_bias": head_bias}
 
 
 class _Normed(NamedTuple):
@@ -100,6 +108,10 @@ class Columns:
         """The rest of a norm that `layer_weights` cannot fold: columns have mean zero, so one number each."""
         return _Normed(x, _inverse_rms(x))
 
+    def norm_after(self, block, name, x):
+        """A norm of what a branch gives, and that centered as everything that the stream is the sum of."""
+        return _centered(_norm(x, block[f"{name}_gain"], block[f"{name}_bias"]))
+
     def product(self, block, name, x):
         if isinstance(x, _Normed):
             y = _product(block[name], x.x, self.dtype)
@@ -119,8 +131,12 @@ class Columns:
 
 
 def prefill(config: TransformerConfig, layers, ends, text_PT):
-    """Keys and values of the text, once per caption: a list, one {'k', 'v'} of [P, N, T, H] a layer."""
-    captions, text_len = text_PT.shape
+    """The text as later positions read it, once per caption.
+
+    Returns: 'layers', its keys and values, a list with one {'k', 'v'} of [P, N, T, H] a layer; and 'first', [P, ...],
+    what stands at image position 0 if it is a text id, or the logits of image token 0 if the text predicts them.
+    """
+    captions, text_len = len(text_PT), config.text_len
     x_PTD = ends["text_embedding"][text_PT] + ends["text_position"][None]
     stores = []
 
@@ -129,10 +145,16 @@ def prefill(config: TransformerConfig, layers, ends, text_PT):
         stores.append({"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)})
         return _columns(blockwise.attend_text(q, k, v))
 
-    x_DB = x_PTD.reshape(captions * text_len, -1).T
+    x_DB = x_PTD[:, :text_len].reshape(captions * text_len, -1).T
+    run = functools.partial(layer, ops=Columns(compute_dtype(config.precision)), activation=config.traits.activation)
     for block in layers:
-        x_DB = layer(block, x_DB, attend=attend, ops=Columns(compute_dtype(config.precision)))
-    return stores
+        x_DB = run(block, x_DB, attend=attend)
+    if config.layout.first == "start":
+        return {"layers": stores}
+    if config.layout.first == "text":
+        return {"layers": stores, "first": x_PTD[:, text_len]}
+    last_DP = x_DB.reshape(-1, captions, text_len)[..., -1]
+    return {"layers": stores, "first": _logits(config, ends, last_DP).T}
 
 
 def empty_cache(config: TransformerConfig, images: int):
@@ -145,30 +167,50 @@ def decode(config: TransformerConfig, layers, ends, stores, cache, previous_B, p
     """One image position for all images.
 
     layers, ends, stores: of `layer_weights`, `end_weights` and `prefill`; cache: of `empty_cache` or the step before.
-    previous_B: int32 image tokens at position - 1 (`Layout.start_of_image` at position 0), the candidates of a caption
-    side by side. position: int32 scalar.
+    previous_B: int32 image tokens at position - 1 (at position 0 `Layout.start_of_image`, or anything), those of a
+    caption's candidates side by side. position: int32 scalar.
     Returns: float32 logits [V, B] of the image token at `position`, and the new cache.
     """
-    x_BD = (
-        ends["image_embedding"][previous_B]
-        + ends["row_position"][position // config.grid][None]
-        + ends["column_position"][position % config.grid][None]
-    )
+    first = config.layout.first
+    at = position if first == "start" else position - 1  # of the image token that is read
+    where = {name: ends[name] for name in position_tables(config)}
+    x_BD = ends["image_embedding"][previous_B] + image_position(where, at, grid=config.grid)[None]
+    if first == "text":
+        x_BD = jnp.where(position == 0, _of_images(stores["first"], x_BD.shape[0]), x_BD)
     x_DB = constrain(x_BD.T, ("embed_activation", "batch"))
     new_cache = []
+    place = at if first == "none" else position
 
     def attend(q, k, v, text, store, kind):
-        mixed_BNH, store = cached.attend(q, k, v, text, store, kind, position=position, grid=config.grid)
+        mixed_BNH, store = cached.attend(q, k, v, text, store, kind, position=place, grid=config.grid)
         store = {name: constrain(x, ("batch", "heads", None, None)) for name, x in store.items()}
         new_cache.append(with_layout_constraint(store, AS_STORED))
         return _columns(mixed_BNH)
 
-    for block, kind, text, store in zip(layers, config.kinds, stores, cache, strict=True):
-        attend_here = functools.partial(attend, text=text, store=store, kind=kind)
-        x_DB = layer(block, x_DB, attend=attend_here, ops=Columns(compute_dtype(config.precision)))
+    run = functools.partial(layer, ops=Columns(compute_dtype(config.precision)), activation=config.traits.activation)
+    for block, kind, text, store in zip(layers, config.kinds, stores["layers"], cache, strict=True):
+        x_DB = run(block, x_DB, attend=functools.partial(attend, text=text, store=store, kind=kind))
         x_DB = constrain(x_DB, ("embed_activation", "batch"))
-    logits_VB = _product(ends["head"], x_DB, ends["head"].dtype)
-    return logits_VB * _inverse_rms(x_DB)[None] + ends["head_bias"][:, None], new_cache
+    logits_VB = _logits(config, ends, x_DB)
+    if first == "none":
+        logits_VB = jnp.where(position == 0, _of_images(stores["first"], logits_VB.shape[1]).T, logits_VB)
+    return logits_VB, new_cache
+
+
+def _of_images(x_PX, images: int):
+    """Arrays of captions, for each of their candidates."""
+    return jnp.repeat(x_PX, images // len(x_PX), axis=0)
+
+
+def _logits(config: TransformerConfig, ends, x_DB):
+    if config.traits.head_norm:
+        x_DB = _centered(_norm(x_DB, ends["norm_gain"], ends["norm_bias"]))
+    return _product(ends["head"], x_DB, ends["head"].dtype) * _inverse_rms(x_DB)[None] + ends["head_bias"][:, None]
+
+
+def _norm(x_DB, gain_D, bias_D):
+    """A layer norm of columns."""
+    return layer_norm(x_DB.T, gain_D, bias_D).T
 
 
 def _centered(x):

@@ -27,9 +27,16 @@ from dalle_jax.text import Tokenizer, load_tokenizer
 
 BLANK = 255  # value of the pixels of a preview that are not drawn yet
 
-# At the ends of the temperature's range nothing and everything is left to chance; beyond, float32 overflows.
+# Above the temperature's range float32 overflows; at 0, and so near it that nothing is left to chance, see `Engine`.
 OPTIONS = (
-    Option("temperature", float, 1.0, "1 is the paper's; lower is safer and less varied", min=0.001, max=1000),
+    Option(
+        "temperature",
+        float,
+        1.0,
+        "1 is the paper's; lower is safer and less varied, 0 takes the likeliest",
+        min=0,
+        max=1000,
+    ),
     Option("top_k", int, None, "draw only among the k most likely image tokens", min=1, unset="all"),
     Option("top_p", float, None, "draw among the most likely up to this probability", above=0, max=1, unset="all"),
     Option("keep_rows", int, None, "top rows of image tokens to keep", min=0, unset="15 of 32", completes=True),

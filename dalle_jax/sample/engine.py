@@ -28,6 +28,8 @@ from dalle_jax.models.transformer import TransformerConfig
 from dalle_jax.sample import batches
 from dalle_jax.sample.logits import draw, filter_logits, guide, noise
 
+MIN_TEMPERATURE = 0.001  # below, only the likeliest token could be drawn
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -120,8 +122,9 @@ class Engine:
         """A batch of which nothing is drawn yet, with the text read.
 
         text_PT: int32 text tokens. keys_PM: jax.random keys, one per image. temperature, top_k, top_p, guidance: one,
-        or one per caption. given_PI: int32 image tokens whose first `given_rows` rows (one number, or one per caption)
-        are kept as they are: the top of an image to complete.
+        or one per caption; a temperature below MIN_TEMPERATURE draws the likeliest token. given_PI: int32 image tokens
+        whose first `given_rows` rows (one number, or one per caption) are kept as they are: the top of an image to
+        complete.
 
         Raises:
           ValueError: the number of images is no multiple of `batch_multiple`.
@@ -135,10 +138,11 @@ class Engine:
             values = [value] * prompts if value is None or np.ndim(value) == 0 else value
             return np.repeat(np.asarray([default if v is None else v for v in values], dtype), candidates)
 
-        guidance_B = each(guidance, 1.0, np.float32)
+        guidance_B, temperature_B = each(guidance, 1.0, np.float32), each(temperature, 1.0, np.float32)
+        likeliest_B = temperature_B < MIN_TEMPERATURE
         settings = {
-            "temperature": each(temperature, 1.0, np.float32),
-            "top_k": each(top_k, layout.image_vocab, np.int32),
+            "temperature": np.where(likeliest_B, 1, temperature_B),
+            "top_k": np.where(likeliest_B, 1, each(top_k, layout.image_vocab, np.int32)),
             "top_p": each(top_p, 1.0, np.float32),
             "guidance": guidance_B,
             "given": each(given_rows, 0, np.int32) * self.config.grid,

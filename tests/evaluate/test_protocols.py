@@ -320,7 +320,7 @@ def test_what_is_wrong_with_a_protocol_is_one_line(straight, model, words, coco,
         f"--config.source=coco:{tmp_path}": "without annotations/captions_val2014.json (annotations_trainval2014.zip",
         "--config.draw.count=25": "expected 25 captions in",
         "--config.draw.seed=4294967290": "expected seed to be",
-        "--config.draw.temperature=0.0": "expected temperature to be",
+        "--config.draw.temperature=-1.0": "expected temperature to be",
         "--config.reference_exactly=40504": "expected 40504 pictures in",
     }
     for number, (word, message) in enumerate(wrong.items()):

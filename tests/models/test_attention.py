@@ -67,4 +67,5 @@ def test_cached_steps_equal_whole_sequence(kind, text_len, grid):
 
 def test_ring_sizes_of_the_paper():
     """33 row positions and 166 of the convolution are kept, as the windows reach back 32 and 165 positions."""
-    assert [attention_pattern.cache_slots(kind, grid=32) for kind in KINDS] == [33, 1024, 166, 1024]
+    slots = {kind: attention_pattern.cache_slots(kind, grid=32) for kind in KINDS}
+    assert slots == {"row": 33, "column": 1024, "conv": 166, "window": 166, "torus": 1024, "full": 1024}

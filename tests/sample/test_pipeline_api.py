@@ -256,7 +256,7 @@ CUT = Image.open(io.BytesIO(png_of(np.random.default_rng(0).integers(256, size=(
         ({"n": True}, "n to be a whole number .* got True"),
         ({"n": 3, "best_of": 2}, "best_of must be at least n = 3, got 2"),
         ({"best_of": 4097}, "best_of to be a whole number .* at most 4,096, or None, got 4097"),
-        ({"temperature": 0.0}, "temperature to be a number of at least 0.001 and of at most 1,000, got 0.0"),
+        ({"temperature": -0.1}, "temperature to be a number of at least 0 and of at most 1,000, got -0.1"),
         ({"temperature": float("nan")}, "temperature to be a number .* got nan"),
         ({"temperature": "1"}, "temperature to be a number .* got '1'"),
         ({"temperature": None}, "temperature to be a number .* got None"),

@@ -58,6 +58,9 @@ def cached(config, params, text_PT, image_PMI, *, weights="model"):
         ({"pattern": "paper", "num_layers": 6}, 1e-4),
         ({"pattern": "full", "num_layers": 3}, 1e-4),
         ({"precision": "fp16-paper", "num_layers": 2}, 0.02),  # roundings of 2^-11 (measured: 0.006)
+        ({"family": "mindalle", "pattern": "full", "text_pad": 1, "num_layers": 2}, 1e-4),
+        ({"family": "malevich", "pattern": "malevich", "num_layers": 3}, 1e-4),
+        ({"family": "malevich-v2", "pattern": "malevich-v2", "num_layers": 3}, 1e-4),
     ],
 )
 def test_cached_logits_equal_uncached_at_every_position(sizes, atol):
@@ -175,6 +178,13 @@ def test_the_engine_draws_from_the_filtered_distribution_at_the_end_of_a_picture
         share = np.bincount(drawn_PM[caption], minlength=TINY.image_vocab) / count
         error = np.sqrt(want * (1 - want) / count)
         assert (np.abs(share - want) <= 5 * error + 1e-6).all(), (caption, share, want)
+
+
+def test_a_temperature_of_zero_draws_the_likeliest_token_whatever_the_seed():
+    params, text = random_params(TINY), random_batch(TINY, batch=2)[0]
+    drawn = sample(params=params, text=text, candidates=2, temperature=[0.0, 1.0])
+    np.testing.assert_array_equal(drawn[0], uncached(TINY, params, text, drawn)[0].argmax(-1))
+    assert not np.array_equal(drawn[1, 0], drawn[1, 1])
 
 
 def test_guidance_is_the_formula_with_and_without_a_cache():

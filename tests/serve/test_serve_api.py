@@ -197,7 +197,7 @@ def test_a_mask_without_transparency_is_refused(client, bits):
         ({"extra_body": {"keep_rows": 1}}, "keep_rows", "unknown parameter"),
         ({"extra_body": {"best_of": 4097}}, "best_of", "4,096"),
         ({"n": 3, "extra_body": {"best_of": 2}}, "best_of", "at least n = 3"),
-        ({"extra_body": {"temperature": 0}}, "temperature", "at least 0.001"),
+        ({"extra_body": {"temperature": -1}}, "temperature", "at least 0"),
         ({"extra_body": {"top_k": 1.5}}, "top_k", "integer"),
         ({"extra_body": {"top_p": "0.9"}}, "top_p", "number"),
         ({"extra_body": {"seed": 2**32}}, "seed", "4,294,967,295"),

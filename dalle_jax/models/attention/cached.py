@@ -66,9 +66,13 @@ def _cache_view(kind: str, position, grid: int):
     if kind == "column":
         row, column = position // grid, position % grid
         return column * grid + row, column * grid, slots, jnp.arange(slots) <= row
-    if kind == "full":
-        return position, 0, slots, jnp.arange(slots) <= position
-    reachable = np.zeros(slots, bool)
-    reachable[list(attention_pattern.image_offsets(kind, grid=grid))] = True
-    offset = (position - jnp.arange(slots)) % slots
-    return position % slots, 0, slots, jnp.asarray(reachable)[offset] & (offset <= position)
+    if kind in ("full", "torus"):
+        key_K, visible_K = jnp.arange(slots), jnp.arange(slots) <= position
+    else:
+        offset = (position - jnp.arange(slots)) % slots
+        reachable = np.zeros(slots, bool)
+        reachable[list(attention_pattern.image_offsets(kind, grid=grid))] = True
+        key_K, visible_K = position - offset, jnp.asarray(reachable)[offset] & (offset <= position)
+    if kind in ("window", "torus"):  # what it sees depends on where it is
+        visible_K &= jnp.asarray(attention_pattern.allowed_image(kind, grid=grid))[position, key_K]
+    return position % slots, 0, slots, visible_K

@@ -54,11 +54,11 @@ def build(settings: TrainSettings, frozen: Mapping[str, ModelDir]) -> Task:
 
 
 def token_losses(text_logits, image_logits, text_BT, image_BI):
-    """Mean cross-entropy in nats per predicted text token (padding included) and per image token.
+    """Mean cross-entropy in nats per predicted text id (padding included) and per image token.
 
     Whether padding counts is not stated in the paper; it does here, as padding is neither masked nor special there.
     """
-    text = _cross_entropy(text_logits[:, :-1], text_BT[:, 1:])
+    text = _cross_entropy(text_logits[:, : text_BT.shape[1] - 1], text_BT[:, 1:])
     return text.mean(), _cross_entropy(image_logits, image_BI).mean()
 
 
