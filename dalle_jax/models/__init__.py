@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dalle_jax.models import clip, dvae, inception, lpips, transformer
+from dalle_jax.models import clip, dvae, inception, lpips, seq2seq, transformer
 from dalle_jax.models.layers import Model, Params
 from dalle_jax.models.vq.config import VQConfig
 from dalle_jax.models.vq.model import model as vq_model
@@ -14,6 +14,7 @@ _MODELS: dict[str, tuple[type, Callable[[Any], Model]]] = {
     "dvae": (dvae.DVAEConfig, dvae.model),
     "vq": (VQConfig, vq_model),
     "transformer": (transformer.TransformerConfig, transformer.model),
+    "seq2seq": (seq2seq.Seq2SeqConfig, seq2seq.model),
     "clip": (clip.CLIPConfig, clip.model),
     "inception": (inception.InceptionConfig, inception.model),
     "lpips": (lpips.LPIPSConfig, lpips.model),
