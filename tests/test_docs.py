@@ -1,5 +1,6 @@
 """The examples of the documentation run with a tiny random model; what pages link to and name is there."""
 
+import json
 import pydoc
 import re
 import shlex
@@ -42,6 +43,11 @@ def commands(text: str) -> list[list[str]]:
 def test_every_page_is_in_the_list_of_pages():
     listed = re.findall(r"^- \[(\w+\.md)\]", (DOCS / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted({path.name for path in DOCS.glob("*.md")} - {"README.md"})
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.json")), ids=page_name)
+def test_json_is_json(path):
+    json.loads(path.read_text())
 
 
 def test_the_table_in_readme_lists_every_verb():
