@@ -31,12 +31,17 @@ _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 def clean(caption: str) -> str:
     """The caption after the released preprocessing: ftfy, HTML entities resolved twice, single spaces, lower case."""
+    return re.sub(r"\s+", " ", mend(caption)).strip().lower()
+
+
+def mend(caption: str) -> str:
+    """The caption with ftfy's repairs and HTML entities resolved twice; a run of digits ends after 1,000 of them, as
+    Python makes no number of thousands that stand for a character."""
     try:
         import ftfy
     except ImportError as error:
         raise UserError(f"CLIP's text cleaning takes the package ftfy, {_INSTALL}") from error
-    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
-    return re.sub(r"\s+", " ", text).strip().lower()
+    return html.unescape(html.unescape(ftfy.fix_text(re.sub(r"([0-9]{1000})[0-9]+", r"\1", caption))))
 
 
 class CLIPTokenizer:
