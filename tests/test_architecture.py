@@ -50,6 +50,8 @@ ONLY_IN = {
     "sentencepiece": {"text"},
     "tokenizers": {"text"},
     "ftfy": {"text"},
+    "emoji": {"text"},
+    "unidecode": {"text"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},
     "tensorflow_datasets": {"data"},
@@ -260,7 +262,7 @@ def test_every_package_is_installed():
 def test_dependencies_are_what_is_imported():
     """Nothing is imported that the metadata does not ask for, and nothing is asked for that is not used."""
     package_of = {"PIL": "pillow", "absl": "absl-py", "gcld3": "cld3-py", "orbax": "orbax-checkpoint"}
-    package_of |= dict.fromkeys(("torch", "ftfy", "tokenizers"))  # in extras
+    package_of |= dict.fromkeys(("torch", "ftfy", "tokenizers", "emoji", "unidecode"))  # in extras
     ours = {"dalle_jax"} | sys.stdlib_module_names
     libraries = {name.partition(".")[0] for path in PACKAGE_SOURCES for name, _ in imported(parse(path))} - ours
     needed = {package_of.get(library, library.replace("_", "-")) for library in libraries} - {None}
@@ -280,7 +282,8 @@ def test_constraints_satisfy_the_metadata():
 
 def _satisfies_the_metadata(tested):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for name in ("test", "clip", "convert", "docs") for line in project["optional-dependencies"][name]]
+    names = ("test", "clip", "captions", "convert", "docs")
+    extras = [line for name in names for line in project["optional-dependencies"][name]]
     for line in project["dependencies"] + extras:
         name, _, bound = line.lower().partition(">=")
         number = [[int(part) for part in version.split(".")] for version in (tested[name], bound)]

@@ -4,10 +4,10 @@ import argparse
 import pathlib
 import shutil
 
-from dalle_jax import model_dir
+from dalle_jax import model_dir, text
 from dalle_jax.errors import UserError
 
-BESIDES = ("tokenizer.model", "clip")  # what a model reads captions with, and ranks with
+BESIDES = (*text.FILE_NAMES, "clip")  # what a model reads captions with, and ranks with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

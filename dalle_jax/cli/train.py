@@ -7,9 +7,9 @@ import signal
 from dalle_jax import config, distributed
 from dalle_jax.cli.hooks import hooks_of
 from dalle_jax.errors import EXIT_INTERRUPTED, EXIT_RESTART, UserError
-from dalle_jax.text import load_tokenizer
+from dalle_jax.text import has_tokenizer, load_tokenizer
 from dalle_jax.train.monitor import tracing
-from dalle_jax.train.run import TOKENIZER, train
+from dalle_jax.train.run import train
 from dalle_jax.train.settings import TrainSettings
 
 
@@ -56,7 +56,7 @@ def _settings(spec: str, overrides: list[str], workdir: pathlib.Path) -> TrainSe
     values = config.load(spec, overrides).to_dict()
     model = values.get("model", {})
     if "text_vocab" in model and model["text_vocab"] is None:
-        place = workdir if (workdir / TOKENIZER).exists() else values["tokenizer"]
+        place = workdir if has_tokenizer(workdir) else values["tokenizer"]
         if place is None:
             raise UserError("a text_vocab of None needs a tokenizer: give its file as --config.tokenizer=FILE")
         model["text_vocab"] = load_tokenizer(place).vocab_size

@@ -21,7 +21,9 @@ from dalle_jax.data.record import LEFT_OUT, BadRecord, Dropped, Encoded, Record,
 from dalle_jax.data.share import WHOLE, Share
 from dalle_jax.errors import UserError, check_choice, check_number
 from dalle_jax.layout import Layout
-from dalle_jax.text.bpe import BPETokenizer, normalize
+from dalle_jax.text import TrainingTokenizer
+from dalle_jax.text.bpe import normalize
+from dalle_jax.text.published import PublishedTokenizer
 
 EXAMPLE_KEYS = 3  # kept for each reason, for the table that ends a bad run
 CHECK_EVERY = 1000  # records between two checks of the share of broken ones; for a smaller source, once per epoch
@@ -91,20 +93,26 @@ class Prepare:
     layout, tokenizer: None if captions are not used.
 
     Raises:
-      UserError: a tokenizer of another kind, or with more entries than the layout's text vocabulary.
+      UserError: a tokenizer of another kind, or with more entries than the layout's text vocabulary, or dropout with
+        one that has none.
     """
 
     config: DataConfig
     layout: Layout | None = None
-    tokenizer: BPETokenizer | None = None
+    tokenizer: TrainingTokenizer | None = None
 
     def __post_init__(self):
         if self.layout is None:
             return
-        if not isinstance(self.tokenizer, BPETokenizer):
+        if not isinstance(self.tokenizer, TrainingTokenizer):
             raise UserError(
                 "expected a vocabulary that `dalle-jax tokenizer` trained, got "
                 f"{type(self.tokenizer).__name__}: train one"
+            )
+        if self.config.bpe_dropout and isinstance(self.tokenizer, PublishedTokenizer):
+            raise UserError(
+                f"expected no BPE dropout with the text tokenizer of {self.tokenizer.family}, which has none, got "
+                f"{self.config.bpe_dropout}: set --config.data.bpe_dropout=0"
             )
         if self.tokenizer.vocab_size > self.layout.text_vocab:
             raise UserError(
@@ -143,9 +151,12 @@ class Prepare:
         caption = captions[int(rng.integers(len(captions)))] if at_random else captions[0]
         if config.caption_dropout and rng.random() < config.caption_dropout:
             return Example(arrays | {"text": layout.caption_ids([])})
-        longest = self.tokenizer.longest_piece * layout.caption_len  # characters that the text positions can hold
-        caption = normalize(caption)[: longest + 1]  # one too many, so that it still counts as cut
-        tokens = self.tokenizer.encode(caption, dropout=config.bpe_dropout, rng=rng)
+        if isinstance(self.tokenizer, PublishedTokenizer):
+            tokens = self.tokenizer.encode(caption)
+        else:
+            longest = self.tokenizer.longest_piece * layout.caption_len  # characters that the text positions can hold
+            caption = normalize(caption)[: longest + 1]  # one too many, so that it still counts as cut
+            tokens = self.tokenizer.encode(caption, dropout=config.bpe_dropout, rng=rng)
         return Example(arrays | {"text": layout.caption_ids(tokens)}, cut=len(tokens) > layout.caption_len)
 
     @functools.cached_property

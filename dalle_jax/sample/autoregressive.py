@@ -98,7 +98,7 @@ class Autoregressive:
                 f"{folder}, got {image_config.vocab} on {image_config.grid}: put the one back that the transformer "
                 "was trained with"
             )
-        tokenizer = load_tokenizer(folder, vocab_size=config.text_vocab)
+        tokenizer = load_tokenizer(folder, layout=config.layout)
         digest = hashlib.sha256()
         for tree in (transformer.params, image_tokenizer.params):
             for leaf in jax.tree.leaves(tree):

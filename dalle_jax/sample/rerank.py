@@ -48,7 +48,7 @@ class Reranker:
           UserError: a part is missing, damaged, or does not belong to the others, or the folder is of another model.
         """
         clip = model_dir.load(folder, "clip")
-        return cls(clip.model, clip.params, load_tokenizer(folder, vocab_size=clip.model.config.text_vocab))
+        return cls(clip.model, clip.params, load_tokenizer(folder, layout=clip.model.config.layout))
 
     @property
     def image_size(self) -> int:

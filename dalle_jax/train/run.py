@@ -27,8 +27,8 @@ from dalle_jax.mesh import CHOOSE, demand, describe, make_mesh
 from dalle_jax.model_dir import ModelDir
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.layers import compute_dtype
-from dalle_jax.text import load_tokenizer
-from dalle_jax.text.bpe import BPETokenizer
+from dalle_jax.text import TrainingTokenizer, check_fits, has_tokenizer, load_tokenizer
+from dalle_jax.text.published import PublishedTokenizer
 from dalle_jax.train import compilation_cache, loop
 from dalle_jax.train.aside import Hook
 from dalle_jax.train.objectives import build_task, frozen_roles, optional_roles
@@ -38,7 +38,7 @@ from dalle_jax.train.optimizer.build import build_optimizer
 from dalle_jax.train.settings import TrainSettings
 from dalle_jax.train.step import TrainStep
 
-TOKENIZER, LOCK = "tokenizer.model", ".training"  # inside the workdir
+LOCK = ".training"  # inside the workdir
 # Besides `run.`: what computes attention depends on the machine, and changes the order of sums alone.
 MAY_CHANGE = ("model.attention",)
 
@@ -173,22 +173,23 @@ def load_frozen(settings: TrainSettings, workdir: pathlib.Path) -> dict[str, Mod
     return frozen
 
 
-def _load_tokenizer(settings: TrainSettings, workdir: pathlib.Path) -> BPETokenizer | None:
+def _load_tokenizer(settings: TrainSettings, workdir: pathlib.Path) -> TrainingTokenizer | None:
     """The workdir's tokenizer, else the one that the settings name; None for a model that reads no captions."""
     text_vocab = getattr(settings.model, "text_vocab", None)
     if text_vocab is None:
         return None
-    place = workdir / TOKENIZER if (workdir / TOKENIZER).exists() else settings.tokenizer
+    place = workdir if has_tokenizer(workdir) else settings.tokenizer
     if place is None:
         raise UserError(f"a {settings.name} needs a tokenizer: give its file as --config.tokenizer=FILE")
     tokenizer = load_tokenizer(place)
-    if not isinstance(tokenizer, BPETokenizer):
+    if not isinstance(tokenizer, TrainingTokenizer):
         raise UserError(f"expected a tokenizer that `dalle-jax tokenizer` made in {place}, got CLIP's: train one")
-    if tokenizer.vocab_size != text_vocab:
+    if tokenizer.vocab_size != text_vocab and not isinstance(tokenizer, PublishedTokenizer):
         raise UserError(
             f"expected a tokenizer of {text_vocab} entries (config.model.text_vocab), got {tokenizer.vocab_size} in "
             f"{place}: use the one that belongs to the model, or set --config.model.text_vocab={tokenizer.vocab_size}"
         )
+    check_fits(tokenizer, settings.model.layout, place)
     return tokenizer
 
 
@@ -229,7 +230,7 @@ def _check_workdir(settings: TrainSettings, workdir: pathlib.Path) -> None:
 
 
 def open_data(
-    settings: TrainSettings, mesh: Mesh, *, tokenizer: BPETokenizer | None, frozen: Mapping[str, ModelDir]
+    settings: TrainSettings, mesh: Mesh, *, tokenizer: TrainingTokenizer | None, frozen: Mapping[str, ModelDir]
 ) -> tuple[ShardedBatches, Callable[[], Iterator[Batch]] | None]:
     """The training batches, and a function that makes held-out ones (None without a validation source)."""
     given = settings.run.data
@@ -315,13 +316,17 @@ def _alone_in(workdir: pathlib.Path, settings: TrainSettings) -> Iterator[None]:
 
 
 def _fill_workdir(
-    settings: TrainSettings, workdir: pathlib.Path, *, tokenizer: BPETokenizer | None, frozen: Mapping[str, ModelDir]
+    settings: TrainSettings,
+    workdir: pathlib.Path,
+    *,
+    tokenizer: TrainingTokenizer | None,
+    frozen: Mapping[str, ModelDir],
 ) -> None:
     """Write what a resumed run and a sampler need; config.json last, as it says that the rest is there."""
     if jax.process_index() != 0:
         return
     with writing_to(workdir, "workdir"):
-        if tokenizer is not None and not (workdir / TOKENIZER).exists():
+        if tokenizer is not None and not has_tokenizer(workdir):
             tokenizer.save(workdir)
         if not all(model_dir.has_frozen(workdir, role) for role in frozen):
             model_dir.save_frozen(workdir, frozen)

@@ -227,7 +227,7 @@ class TrainSettings:
     accumulate: int = 1  # microbatches of an update
     seed: int = 0
     objective: DVAEObjective | VQObjective | None = None  # of an image tokenizer
-    tokenizer: str | None = None  # of models that read captions: a file, or a folder that holds tokenizer.model
+    tokenizer: str | None = None  # of models that read captions: a file, or a folder that holds one
     # Role of a model that gets no update -> workdir or exported model; each is copied into the workdir.
     frozen: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     optimizer: Optimizer = Optimizer()

@@ -16,7 +16,9 @@ from dalle_jax import files, model_dir
 from dalle_jax.checkpoint import reader
 from dalle_jax.errors import UserError
 from dalle_jax.text.bpe import BPETokenizer
+from dalle_jax.text.malevich import MalevichTokenizer
 from dalle_jax.train import objectives, run
+from tests.support import GOLDEN
 from tests.support.demo_settings import demo_settings
 from tests.support.line_task import digest_of, logged
 from tests.support.trees import identical
@@ -202,6 +204,21 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         run.train(demo_settings("transformer", transformer_values | {key: value}), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_published_models_tokenizer_is_that_of_the_model(transformer_values, tmp_path):
+    content = json.loads((GOLDEN / "text_tokenizers.json").read_text(encoding="utf-8"))["malevich"]
+    tokenizer = MalevichTokenizer({"model": content})
+    tokenizer.save(tmp_path / "published")
+    sizes = {"model.text_vocab": tokenizer.vocab_size, "tokenizer": str(tmp_path / "published")}
+    settings = demo_settings("transformer", transformer_values | sizes)
+    malevich = settings.changed({"model.family": "malevich"})
+    assert run._load_tokenizer(malevich, tmp_path / "new").digest == tokenizer.digest
+    assert run._load_tokenizer(malevich.changed({"tokenizer": None}), tmp_path / "published").digest == tokenizer.digest
+    with pytest.raises(UserError, match=r"expected a tokenizer with the marks None .*, got \(2, 3\) and None"):
+        run._load_tokenizer(settings, tmp_path / "new")
+    with pytest.raises(UserError, match=rf"expected a tokenizer of 190 entries .*, got {tokenizer.vocab_size}"):
+        run._load_tokenizer(malevich.changed({"model.text_vocab": 190}), tmp_path / "new")
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(dvae_values, tmp_path):
