@@ -33,12 +33,14 @@ MUTATIONS = [
         ("text_vocab: int = 16_384", "text_vocab: int = 8_192"),
         ("grid: int = 32", "grid: int = 16"),
         ("image_vocab: int = 8_192", "image_vocab: int = 16_384"),
-        ("ids[1 : 1 + tokens.size] = tokens", "ids[: tokens.size] = tokens"),
-        ("return self.text_vocab + self.text_len", "return self.text_vocab + 1"),
+        ('begin = 1 if self.first == "start" else 0', "begin = 0"),
+        ("(self.text_len if self.pad is None else 0)", "(1 if self.pad is None else 0)"),
+        ("*tokens, self.marks[1]]", "*tokens, self.marks[0]]"),
+        ("np.insert(ids, 0, self.marks[0])", "np.insert(ids, 0, self.marks[1])"),
     ]),
     ("dalle_jax/train/objectives/transformer.py", READING, [
         ("TEXT_LOSS_WEIGHT * text + IMAGE_LOSS_WEIGHT * image", "IMAGE_LOSS_WEIGHT * text + TEXT_LOSS_WEIGHT * image"),
-        ("_cross_entropy(text_logits[:, :-1], text_BT[:, 1:])", "_cross_entropy(text_logits, text_BT)"),
+        ("text_logits[:, : text_BT.shape[1] - 1], text_BT[:, 1:]", "text_logits, text_BT[:, : text_logits.shape[1]]"),
     ]),
     ("dalle_jax/models/transformer.py", TRANSFORMER, [
         ("INIT = 0.125", "INIT = 0.25"),
@@ -55,7 +57,7 @@ MUTATIONS = [
     ("dalle_jax/models/transformer.py", READING, [
         ("constant_values=layout.start_of_image", "constant_values=0"),
         ("image_BI[:, :-1], [(0, 0), (1, 0)]", "image_BI[:, 1:], [(0, 0), (0, 1)]"),
-        ("[:, None] + self.column_position[...][None])", "[None] + self.column_position[...][:, None])"),
+        ('tables["row_position"][index // grid]', 'tables["row_position"][index % grid]'),
     ]),
     ("dalle_jax/models/transformer.py", PAPER, [
         ("num_layers: int = 64", "num_layers: int = 60"),
@@ -82,7 +84,16 @@ MUTATIONS = [
         ("CONV_SIZE = 11", "CONV_SIZE = 9"),
         ("tuple(range(grid + 1))", "tuple(range(grid))"),
         ("range(0, grid * grid, grid)", "range(0, grid * grid, grid + 1)"),
-        ('+ ("conv",)', '+ ("row",)'),
+        ('"paper": "conv"', '"paper": "row"'),
+        ('"malevich": "window"', '"malevich": "conv"'),
+        ("np.minimum(apart, grid - apart)", "apart"),
+        ('or last != "column"', 'or last == "column"'),
+    ]),
+    ("dalle_jax/models/families.py", "convert/test_decoders.py -k 'original or mask'", [
+        ("approximate=False", "approximate=True"),
+        ("marks = (2, 3)", "marks = (3, 2)"),
+        ('"mindalle": Family("none"', '"mindalle": Family("start"'),
+        ("sandwich=True", "sandwich=False"),
     ]),
     ("dalle_jax/models/dvae.py", "test_paper.py models/test_dvae.py -k 'test_the or defaults'", [
         ("image_size: int = 256", "image_size: int = 128"),

@@ -29,14 +29,7 @@ BLANK = 255  # value of the pixels of a preview that are not drawn yet
 
 # Above the temperature's range float32 overflows; at 0, and so near it that nothing is left to chance, see `Engine`.
 OPTIONS = (
-    Option(
-        "temperature",
-        float,
-        1.0,
-        "1 is the paper's; lower is safer and less varied, 0 takes the likeliest",
-        min=0,
-        max=1000,
-    ),
+    Option("temperature", float, 1.0, "1 is the paper's; lower varies less, 0 takes the likeliest", min=0, max=1000),
     Option("top_k", int, None, "draw only among the k most likely image tokens", min=1, unset="all"),
     Option("top_p", float, None, "draw among the most likely up to this probability", above=0, max=1, unset="all"),
     Option("keep_rows", int, None, "top rows of image tokens to keep", min=0, unset="15 of 32", completes=True),
