@@ -12,7 +12,7 @@ from dalle_jax.data.record import REASONS, BadRecord, Dropped, captions_of
 from dalle_jax.data.sources import captions, open_source
 from dalle_jax.errors import UserError
 from tests.support.broken_shards import encoded, pack, sample
-from tests.support.fuzz import few_and, fuzz
+from tests.support.fuzz import damaged, few_and, fuzz
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 IMAGE = encoded(size=(4, 3))
@@ -28,19 +28,6 @@ VALUES = st.recursive(
 )
 KEYS = st.sampled_from(["file_name", "text", "caption", "captions", "id", "image_id", "images", "annotations"]) | TEXTS
 ROWS = st.dictionaries(KEYS, VALUES | st.lists(TEXTS, max_size=3), max_size=5)
-
-
-def damaged(whole: bytes):
-    """`whole` with some bytes changed, and cut somewhere or not at all."""
-    edits = st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=10)
-
-    def damage(changed, cut):
-        data = bytearray(whole)
-        for place, byte in changed:
-            data[place] = byte
-        return bytes(data[:cut])
-
-    return st.builds(damage, edits, st.none() | st.integers(0, len(whole)))
 
 
 def check_captions(found: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 
@@ -18,3 +19,16 @@ def fuzz(check: Callable[..., None], *strategies: SearchStrategy, inputs: int) -
         max_examples=inputs, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
     )
     fixed(given(*strategies)(check))()
+
+
+def damaged(whole: bytes):
+    """`whole` with some bytes changed, and cut somewhere or not at all."""
+    edits = st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=10)
+
+    def damage(changed, cut):
+        data = bytearray(whole)
+        for place, byte in changed:
+            data[place] = byte
+        return bytes(data[:cut])
+
+    return st.builds(damage, edits, st.none() | st.integers(0, len(whole)))
