@@ -115,7 +115,8 @@ def save(folder: str | os.PathLike, config: Mapping[str, Any], params: Params) -
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # without it, the folder is no model
-        files.write(folder / PARAMS, safetensors.numpy.save(flat))
+        with files.replacing(folder / PARAMS) as aside:
+            safetensors.numpy.save_file(flat, aside)
         files.write(folder / CONFIG, json.dumps(dict(config), indent=2) + "\n")
 
 
