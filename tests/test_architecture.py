@@ -32,7 +32,8 @@ MAX_IGNORES = 30  # of mypy
 # Units that may import a library at all; everybody else must not know it is there.
 ONLY_IN = {
     "torch": {"convert"},
-    "flax": {"models", "model_dir"},  # the one defines parameters, the other writes them under their flat names
+    "flax": {"models", "model_dir", "convert"},  # parameters: their definition, their flat names, others' files
+    "msgpack": {"convert"},
     "jax": {
         "sharding",
         "mesh",

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also read whole pickled modules (default: no); such a file can run any code, so trust its origin",
     )
     hf_clip = _family(families, "hf-clip", "a CLIP of OpenAI or Hugging Face", convert_clip)
-    hf_clip.add_argument("weights", metavar="SAFETENSORS_OR_DIR", help=f"a file, or a folder with {clip.WEIGHTS}")
+    hf_clip.add_argument("weights", metavar="FILE_OR_DIR", help=f"a file, or a folder with {weights.FILES[0]}")
     hf_clip.add_argument(
         "--tokenizer",
         metavar="PATH",

@@ -2,7 +2,7 @@
 
 Knows the two namings (`vision_model.encoder.layers.0...`, `visual.transformer.resblocks.0...`). Sizes are inferred from
 the arrays; what arrays do not say (heads, activation, pixel statistics) comes from config.json and
-preprocessor_config.json beside them, or is the released models'. Pickled files are refused: they can run any code.
+preprocessor_config.json beside them, or is the released models'.
 """
 
 import json
@@ -16,11 +16,11 @@ import numpy as np
 
 from dalle_jax import model_dir
 from dalle_jax.convert import weights
+from dalle_jax.convert.stored import State
 from dalle_jax.errors import UserError, check_number, first_line
 from dalle_jax.models import Params, clip
 from dalle_jax.text.clip import CLIPTokenizer
 
-WEIGHTS = "model.safetensors"
 HEAD_SIZE = 64  # of every released model
 ACTIVATION = "quick_gelu"
 EPSILON = 1e-5
@@ -89,13 +89,8 @@ def load_published(
       UserError: a part is missing or unreadable, or the tokenizer has another size than the weights.
     """
     source = pathlib.Path(source)
-    folder, file = (source, source / WEIGHTS) if source.is_dir() else (source.parent, source)
-    if file.is_file() and file.suffix != ".safetensors":
-        raise UserError(
-            f"expected a .safetensors file, got {file}: pickled files (.pt, .bin) can run any code and are not read; "
-            "load it where you trust it and save its state dict with safetensors.torch.save_file"
-        )
-    config, params = convert(weights.read(file), **read_settings(folder))
+    folder = source if source.is_dir() else source.parent
+    config, params = convert(weights.read(source), **read_settings(folder))
     found = CLIPTokenizer.load(tokenizer or folder)
     if found.vocab_size != config.text_vocab:
         raise UserError(
@@ -146,7 +141,7 @@ def _json(path: pathlib.Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def convert(state: Mapping[str, np.ndarray], **settings) -> tuple[clip.CLIPConfig, Params]:
+def convert(state: State, **settings) -> tuple[clip.CLIPConfig, Params]:
     """Config and parameters (numpy float32) from a state dict in either naming.
 
     settings: fields of CLIPConfig that arrays do not say: image_heads, text_heads (default: heads of 64), mean, std.
@@ -168,14 +163,14 @@ def convert(state: Mapping[str, np.ndarray], **settings) -> tuple[clip.CLIPConfi
     return config, params
 
 
-def _named_as_hugging_face(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _named_as_hugging_face(state: State) -> dict[str, np.ndarray]:
     renamed = {}
     for name, array in state.items():
         if _IGNORED.fullmatch(name):
             continue
         for pattern, replacement in _OPENAI_NAMES:
             name = re.sub(pattern, replacement, name)
-        array = np.asarray(array, np.float32)
+        array = np.asarray(weights.finite(name, array), np.float32)
         if ".attn.in_proj_" in name:  # one matrix for queries, keys and values
             prefix, kind = name.split(".attn.in_proj_")
             for part, piece in zip("qkv", np.split(array, 3), strict=True):

@@ -5,11 +5,11 @@ stored, those before a matrix in Flax's files, have scales of ones.
 """
 
 import re
-from collections.abc import Mapping
 
 import numpy as np
 
-from dalle_jax import model_dir
+from dalle_jax.convert import weights
+from dalle_jax.convert.stored import Array, State
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params
 from dalle_jax.models.seq2seq import DECODER_LAYER, ENCODER_LAYER, Seq2SeqConfig, model
@@ -50,7 +50,7 @@ _FLAX = {  # of a layer: min-dalle's -> Flax's; the longest names first
 
 
 def convert(
-    state: Mapping[str, np.ndarray],
+    state: State,
     layout: str,
     *,
     heads: int | None = None,
@@ -76,21 +76,22 @@ def convert(
         ) from error
     except ValueError as error:
         raise UserError(f"these arrays and settings do not make a DALL-E mini: {error}") from error
+    paths, leaves = names(config), weights.leaves(model(config).abstract)
+    shapes = {name: _shape(path, leaves[path].shape, config) for path, theirs in paths.items() for name in theirs}
+    weights.check_names(arrays, shapes, what=f"a whole DALL-E mini in {layout}'s names")
     params: Params = {}
-    for path, theirs in names(config).items():
-        parts = [_take(arrays, name) for name in theirs]
-        if len({part.shape for part in parts}) > 1:
-            raise UserError(
-                f"expected arrays of one shape, got others in {theirs[0]} and its like: fetch the file again"
-            )
-        *keys, leaf = path
+    for path, theirs in paths.items():
+        *keys, last = path
         node = params
         for key in keys:
             node = node.setdefault(key, {})
-        node[leaf] = _ours(leaf, parts, config)
-    if arrays:
-        raise UserError(f"expected DALL-E mini alone in {layout}'s names, got {min(arrays)} too: remove what is not it")
-    model_dir.check_params(params, model(config).abstract, where="the state dict")
+        if "blocks" in path:
+            parts, matrix = _parts(last), last in _MATRICES
+            layers = [theirs[i : i + parts] for i in range(0, len(theirs), parts)]
+            array = weights.stacked(arrays, layers, leaves[path].shape[1:], matrix=matrix)
+        else:
+            array = weights.finite(theirs[0], arrays.pop(theirs[0]))
+        node[last] = np.ascontiguousarray(array.T if last == "head" else array, np.float32)
     return config, params
 
 
@@ -113,36 +114,20 @@ def names(config: Seq2SeqConfig) -> dict[tuple[str, ...], tuple[str, ...]]:
     return found
 
 
-def _ours(leaf: str, parts: list[np.ndarray], config: Seq2SeqConfig) -> np.ndarray:
-    """One parameter from its parts, matrices of which are [outputs, inputs]."""
-    if leaf == "head":
-        return np.ascontiguousarray(parts[0].T)
-    if leaf not in DECODER_LAYER:
-        return parts[0]
-    if leaf not in _MATRICES:
-        return np.stack(parts)
-    sizes = {"embed": config.width, "heads": config.heads, "head": config.head_size, "mlp": config.mlp}
-    joined = len(_MATRICES[leaf])
-    matrix = np.stack([part.T for part in parts])  # [layers * parts, inputs, outputs]
-    if joined > 1:
-        matrix = matrix.reshape(-1, joined, *matrix.shape[1:]).swapaxes(1, 2)
-    shape = (joined if axis == "qkv" else sizes[axis] for axis in DECODER_LAYER[leaf].axes)
-    try:
-        return np.ascontiguousarray(matrix).reshape(-1, *shape)
-    except ValueError as error:
-        raise UserError(f"expected matrices for {leaf} of the model's width, got {parts[0].shape}") from error
+def _parts(name: str) -> int:
+    """The number of arrays that one layer's parameter is made of."""
+    return len(_MATRICES.get(name, (name,)))
 
 
-def _take(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
-    if name not in arrays:
-        raise UserError(f"expected a whole DALL-E mini, but {name} is missing: fetch the file again")
-    array = np.asarray(arrays.pop(name), np.float32)
-    if not np.isfinite(array).all():
-        raise UserError(f"expected finite weights, got others in {name}: fetch the file again")
-    return array
+def _shape(path: tuple[str, ...], shape: tuple[int, ...], config: Seq2SeqConfig) -> tuple[int, ...]:
+    """The shape of an array of the file, of those that make a parameter of this path and shape."""
+    if "blocks" not in path:
+        return shape[::-1] if path == ("head",) else shape
+    inputs = None if path[-1] not in _MATRICES else config.mlp if path[-1] == "down" else config.width
+    return weights.joined_shape(shape[1:], parts=_parts(path[-1]), inputs=inputs)
 
 
-def _infer_config(arrays: Mapping[str, np.ndarray], *, heads, start, image_vocab) -> Seq2SeqConfig:
+def _infer_config(arrays: State, *, heads, start, image_vocab) -> Seq2SeqConfig:
     def layers(stack):
         return len({m[1] for name in arrays if (m := re.match(rf"{stack}\.layers\.(\d+)\.", name))})
 
@@ -164,9 +149,9 @@ def _infer_config(arrays: Mapping[str, np.ndarray], *, heads, start, image_vocab
     )
 
 
-def _from_flax(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _from_flax(state: State) -> dict[str, Array]:
     """Flax's arrays by min-dalle's names, as [outputs, inputs], with the scales that are not stored."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Array] = {}
     for name, array in state.items():
         array = np.asarray(array)
         name = "decoder." + name if name.startswith("lm_head.") else name.removeprefix("model.")

@@ -13,6 +13,7 @@ import numpy as np
 
 from dalle_jax import attention_pattern, model_dir
 from dalle_jax.convert import weights
+from dalle_jax.convert.stored import State
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params
 from dalle_jax.models.transformer import TransformerConfig, model
@@ -98,9 +99,7 @@ MALEVICH = Names(
 )
 
 
-def convert_mindalle(
-    state: Mapping[str, np.ndarray], *, text_pad: int, heads: int | None = None
-) -> tuple[TransformerConfig, Params]:
+def convert_mindalle(state: State, *, text_pad: int, heads: int | None = None) -> tuple[TransformerConfig, Params]:
     """Config and parameters (numpy, in the type of the file) of minDALL-E's second stage.
 
     text_pad: the entry of its vocabulary that pads captions. heads: of attention; None for the published head size.
@@ -116,7 +115,7 @@ def convert_mindalle(
 
 
 def convert_malevich(
-    state: Mapping[str, np.ndarray], *, release: str | None = None, heads: int | None = None
+    state: State, *, release: str | None = None, heads: int | None = None
 ) -> tuple[TransformerConfig, Params]:
     """Config and parameters (numpy, in the type of the file) of a Malevich of ru-DALL-E.
 
@@ -140,7 +139,7 @@ def convert_malevich(
     return config, _params(state, MALEVICH, config)
 
 
-def _release(state: Mapping[str, np.ndarray], *, text_len: int, grid: int) -> str | None:
+def _release(state: State, *, text_len: int, grid: int) -> str | None:
     """The release whose last layer sees what the stored mask says, by the image's part of it."""
     if "transformer.conv_mask" not in state:
         return None
@@ -151,7 +150,7 @@ def _release(state: Mapping[str, np.ndarray], *, text_len: int, grid: int) -> st
     raise UserError("expected a mask of Malevich's releases v2 or v3 in transformer.conv_mask, got another")
 
 
-def _rows(state: Mapping[str, np.ndarray], names: Names) -> dict[str, int]:
+def _rows(state: State, names: Names) -> dict[str, int]:
     """First dimensions of the arrays outside the layers, by our names."""
     if missing := sorted(set(names.ends.values()) - state.keys()):
         raise UserError(
@@ -160,9 +159,7 @@ def _rows(state: Mapping[str, np.ndarray], names: Names) -> dict[str, int]:
     return {ours: state[name].shape[0] for ours, name in names.ends.items()}
 
 
-def _config(
-    state: Mapping[str, np.ndarray], names: Names, rows: Mapping[str, int], heads: int | None, **given
-) -> TransformerConfig:
+def _config(state: State, names: Names, rows: Mapping[str, int], heads: int | None, **given) -> TransformerConfig:
     pattern = re.escape(names.layer["norm1_gain"][0]).replace(r"\{i\}", r"(\d+)")
     layers = [int(match[1]) for match in (re.fullmatch(pattern, name) for name in state) if match]
     width, heads = rows["norm_gain"], heads or rows["norm_gain"] // names.head_size
@@ -179,46 +176,42 @@ def _config(
         raise UserError(f"expected the arrays of a text-to-image transformer, got sizes of none: {error}") from error
 
 
-def _params(state: Mapping[str, np.ndarray], names: Names, config: TransformerConfig) -> Params:
-    layers = range(config.num_layers)
-    known = {*names.ends.values(), *(n for i in layers for name in names.layer for n in _of_layer(names, name, i))}
-    for name in sorted(state.keys() | known):
-        if name not in state:
-            raise UserError(f"expected {config.num_layers} whole layers, but {name} is missing: fetch the file again")
-        if name not in known and not re.fullmatch(names.ignored, name):
-            raise UserError(f"expected the arrays of a {config.family} alone, got {name} too: remove what is not its")
+def _params(state: State, names: Names, config: TransformerConfig) -> Params:
     abstract = model(config).abstract
+    blocks = {name: leaf.shape[1:] for name, leaf in abstract["blocks"].items()}
+    kept = {name: array for name, array in state.items() if not re.fullmatch(names.ignored, name)}
+    weights.check_names(kept, _stored_shapes(state, names, config, blocks), what=f"a whole {config.family}")
     params: Params = {name: _end(state, names, config, name) for name in abstract if name != "blocks"}
     params["blocks"] = {}
-    for name, leaf in abstract["blocks"].items():
-        arrays = [_layer_array(state, _of_layer(names, name, i), name, leaf.shape[1:]) for i in layers]
-        params["blocks"][name] = np.stack(arrays)
+    for name, shape in blocks.items():
+        layers = [_of_layer(names, name, i) for i in range(config.num_layers)]
+        params["blocks"][name] = weights.stacked(kept, layers, shape, matrix=name in _MATRICES)
     model_dir.check_params(params, abstract, where="the weights")
     return params
 
 
-def _end(state: Mapping[str, np.ndarray], names: Names, config: TransformerConfig, name: str) -> np.ndarray:
+def _stored_shapes(
+    state: State, names: Names, config: TransformerConfig, blocks: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Every name in the file -> its shape there, by the sizes of the config and the rows that gave them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, theirs in names.ends.items():
+        rows, vector = state[theirs].shape[0], name.endswith(("_gain", "_bias"))
+        shapes[theirs] = (config.width,) if "norm" in name else (rows,) if vector else (rows, config.width)
+    for name, shape in blocks.items():
+        inputs = shape[0] if name == "down" else config.width if name in _MATRICES else None
+        each = weights.joined_shape(shape, parts=len(names.layer[name]), inputs=inputs)
+        shapes |= {theirs: each for i in range(config.num_layers) for theirs in _of_layer(names, name, i)}
+    return shapes
+
+
+def _end(state: State, names: Names, config: TransformerConfig, name: str) -> np.ndarray:
     """A parameter outside the layers: of what a file has more of, its part."""
-    array, layout = weights.finite(names.ends[name], np.asarray(state[names.ends[name]])), config.layout
+    array, layout = weights.finite(names.ends[name], state[names.ends[name]]), config.layout
     if name == "text_position":
         array = array[: layout.text_slots]  # a Malevich stores one more than its later releases read
     elif names.ends["text_head"] == names.ends["image_head"] and "_head" in name:
         array = array[: layout.text_ids] if name.startswith("text") else array[layout.text_ids :]
-    return _joined([array], name)
-
-
-def _layer_array(state: Mapping[str, np.ndarray], theirs: list[str], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    array = _joined([weights.finite(n, np.asarray(state[n])) for n in theirs], name)
-    if array.size != math.prod(shape):
-        raise UserError(
-            f"expected {math.prod(shape)} numbers in {' and '.join(theirs)}, as in the other layers, got {array.size}: "
-            "fetch the file again"
-        )
-    return array.reshape(shape)
-
-
-def _joined(arrays: list[np.ndarray], name: str) -> np.ndarray:
-    array = np.concatenate(arrays)
     return array.T if name in _MATRICES else array
 
 

@@ -6,12 +6,11 @@ and so which pools its network has. The auxiliary classifier, which serves train
 
 import os
 import re
-from collections.abc import Mapping
 
 import numpy as np
 
-from dalle_jax import model_dir
 from dalle_jax.convert import weights
+from dalle_jax.convert.stored import State
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params, inception
 
@@ -24,7 +23,7 @@ LEAVES = {
     "bn.running_var": "variance",
 }
 _IGNORED = re.compile(r"AuxLogits\..*|.*\.num_batches_tracked")
-_CONV = re.compile(r"Conv2d_(\d[ab])_\dx\d")
+_POINTWISE = "3b"  # the one convolution of a single pixel before the mixed blocks
 
 
 def load_published(path: str | os.PathLike) -> tuple[inception.InceptionConfig, Params]:
@@ -36,7 +35,7 @@ def load_published(path: str | os.PathLike) -> tuple[inception.InceptionConfig, 
     return convert(weights.read(path))
 
 
-def convert(state: Mapping[str, np.ndarray]) -> tuple[inception.InceptionConfig, Params]:
+def convert(state: State) -> tuple[inception.InceptionConfig, Params]:
     """Config and parameters (numpy float32) from a state dict in torchvision's names.
 
     Raises:
@@ -44,13 +43,13 @@ def convert(state: Mapping[str, np.ndarray]) -> tuple[inception.InceptionConfig,
     """
     config = inception.InceptionConfig(pools=_pools_of(state))
     kept = {name: array for name, array in state.items() if not _IGNORED.fullmatch(name)}
-    params = weights.renamed(kept, _path_of)
-    params["logits"]["weight"] = np.ascontiguousarray(params["logits"]["weight"].T)
-    model_dir.check_params(params, inception.model(config).abstract, where="the state dict")
-    return config, params
+    kept["fc.weight"] = np.asarray(kept["fc.weight"]).T
+    abstract = inception.model(config).abstract
+    names = {path: _name(*path) for path in weights.leaves(abstract)}
+    return config, weights.renamed(kept, names, abstract, what=f"an Inception v3 of {config.classes} classes")
 
 
-def _pools_of(state: Mapping[str, np.ndarray]) -> str:
+def _pools_of(state: State) -> str:
     pools_of = {classes: pools for pools, classes in inception.CLASSES.items()}
     classes = np.shape(state["fc.weight"])[:1] if "fc.weight" in state else ()
     if not classes or classes[0] not in pools_of:
@@ -59,12 +58,11 @@ def _pools_of(state: Mapping[str, np.ndarray]) -> str:
     return pools_of[classes[0]]
 
 
-def _path_of(name: str) -> list[str]:
-    """'Mixed_5b.branch1x1.conv.weight' -> mixed_5b, branch1x1, weight; a name of another form stays as it is."""
-    if name in ("fc.weight", "fc.bias"):
-        return ["logits", name.removeprefix("fc.")]
-    for theirs, ours in LEAVES.items():
-        if name.endswith("." + theirs):
-            module = _CONV.sub(r"conv_\1", name.removesuffix("." + theirs)).replace("Mixed_", "mixed_")
-            return [*module.split("."), ours]
-    return name.split(".")
+def _name(module: str, *rest: str) -> str:
+    """mixed_5b, branch1x1, weight -> 'Mixed_5b.branch1x1.conv.weight'."""
+    if module == "logits":
+        return f"fc.{rest[0]}"
+    if found := re.fullmatch(r"conv_(\d[ab])", module):
+        module = f"Conv2d_{found[1]}_{'1x1' if found[1] == _POINTWISE else '3x3'}"
+    theirs = {ours: name for name, ours in LEAVES.items()}
+    return ".".join([module.replace("mixed_", "Mixed_"), *rest[:-1], theirs[rest[-1]]])

@@ -6,12 +6,11 @@ of their own (`lin0.model.1.weight`). A state dict of the whole LPIPS has both, 
 
 import os
 import re
-from collections.abc import Mapping
 
 import numpy as np
 
-from dalle_jax import model_dir
 from dalle_jax.convert import weights
+from dalle_jax.convert.stored import Array, State
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params, lpips
 
@@ -32,7 +31,7 @@ def load_published(network: str | os.PathLike, linear: str | os.PathLike | None)
     return convert({**state, **(weights.read(linear) if linear is not None else {})})
 
 
-def convert(state: Mapping[str, np.ndarray]) -> tuple[lpips.LPIPSConfig, Params]:
+def convert(state: State) -> tuple[lpips.LPIPSConfig, Params]:
     """Config and parameters (numpy float32) from a state dict with VGG16's and the linear weights.
 
     Raises:
@@ -42,7 +41,7 @@ def convert(state: Mapping[str, np.ndarray]) -> tuple[lpips.LPIPSConfig, Params]
         f"conv{stage}_{place}" for stage, (_, count) in enumerate(lpips.STAGES, 1) for place in range(1, count + 1)
     ]
     names = dict(zip(_PLACES, convolutions, strict=True))
-    kept: dict[str, np.ndarray] = {}
+    kept: dict[str, Array] = {}
     for name, array in state.items():
         if (found := _VGG.fullmatch(name)) and int(found[1]) in names:
             kept[f"{names[int(found[1])]}/{found[2]}"] = array
@@ -51,7 +50,7 @@ def convert(state: Mapping[str, np.ndarray]) -> tuple[lpips.LPIPSConfig, Params]
     for what, advice in (("conv1_1/weight", PUBLISHED), ("linear1/weight", f"{LINEAR} as the second file")):
         if what not in kept:
             raise UserError(f"expected LPIPS's network and linear weights, got no {what}: give {advice}")
-    params = weights.renamed(kept, lambda name: name.split("/"))
     config = lpips.LPIPSConfig()
-    model_dir.check_params(params, lpips.model(config).abstract, where="the state dict")
-    return config, params
+    abstract = lpips.model(config).abstract
+    paths = {path: "/".join(path) for path in weights.leaves(abstract)}
+    return config, weights.renamed(kept, paths, abstract, what="all of LPIPS")

@@ -4,22 +4,25 @@ Sizes are inferred from the arrays, so networks of the same family but another w
 """
 
 import re
-from collections.abc import Mapping
 
-import numpy as np
-
-from dalle_jax import model_dir
 from dalle_jax.convert import weights
+from dalle_jax.convert.stored import State
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params, dvae
 
 _BLOCK = re.compile(r"blocks\.group_(\d+)\.block_(\d+)\.")
-_LEAVES = {"w": "weight", "b": "bias"}
+# Ours -> theirs, in this order.
+_NAMES = (
+    (r"\.tower\.group_(\d+)_block_(\d+)\.", r".blocks.group_\1.block_\2."),
+    (r"\.stem\.", ".blocks.input."),
+    (r"\.head\.", ".blocks.output.conv."),
+    (r"\.skip\.", ".id_path."),
+    (r"\.(conv_\d+)\.", r".res_path.\1."),
+    (r"\.(w)eight$|\.(b)ias$", r".\1\2"),
+)
 
 
-def convert(
-    encoder: Mapping[str, np.ndarray], decoder: Mapping[str, np.ndarray], *, image_size: int = 256
-) -> tuple[dvae.DVAEConfig, Params]:
+def convert(encoder: State, decoder: State, *, image_size: int = 256) -> tuple[dvae.DVAEConfig, Params]:
     """Config and parameters (numpy float32) from the state dicts of the released encoder and decoder.
 
     Raises:
@@ -28,19 +31,17 @@ def convert(
     config = _infer_config(encoder, decoder, image_size)
     state = {f"encoder.{name}": array for name, array in encoder.items()}
     state |= {f"decoder.{name}": array for name, array in decoder.items()}
-    params = weights.renamed(state, _path_of)
-    model_dir.check_params(params, dvae.model(config).abstract, where="the state dicts of one encoder and its decoder")
+    abstract = dvae.model(config).abstract
+    names = {path: _name(".".join(path)) for path in weights.leaves(abstract)}
+    params = weights.renamed(state, names, abstract, what="the state dicts of one encoder and its decoder")
     return config, params
 
 
-def _path_of(name: str) -> list[str]:
-    """'encoder.blocks.group_1.block_2.res_path.conv_3.w' -> encoder, tower, group_1_block_2, conv_3, weight."""
-    network, _, rest = name.partition(".")
-    rest, _, leaf = rest.rpartition(".")
-    rest = rest.replace("res_path.", "").replace("id_path", "skip")
-    rest = {"blocks.input": "stem", "blocks.output.conv": "head"}.get(rest, rest)
-    rest = _BLOCK.sub(r"tower.group_\1_block_\2.", rest)
-    return [network, *rest.split("."), _LEAVES.get(leaf, leaf)]
+def _name(path: str) -> str:
+    """'encoder.tower.group_1_block_2.conv_3.weight' -> 'encoder.blocks.group_1.block_2.res_path.conv_3.w'."""
+    for pattern, replacement in _NAMES:
+        path = re.sub(pattern, replacement, path)
+    return path
 
 
 def _infer_config(encoder, decoder, image_size: int) -> dvae.DVAEConfig:

@@ -6,13 +6,9 @@ arrays do not say, the size of the images and the range of the pixels, is given.
 """
 
 import re
-from collections.abc import Mapping
 
-import jax
-import numpy as np
-
-from dalle_jax import model_dir
 from dalle_jax.convert import weights
+from dalle_jax.convert.stored import State
 from dalle_jax.errors import UserError
 from dalle_jax.models import Params
 from dalle_jax.models.vq.config import VQConfig
@@ -43,7 +39,7 @@ _LEVEL = re.compile(r"^(encoder|decoder)\.level_(\d+)_(block|attention|down|up)(
 
 
 def convert(
-    state: Mapping[str, np.ndarray], layout: str, *, image_size: int = 256, pixel_range: str = "symmetric"
+    state: State, layout: str, *, image_size: int = 256, pixel_range: str = "symmetric"
 ) -> tuple[VQConfig, Params]:
     """Config and parameters (numpy float32) from a state dict.
 
@@ -55,28 +51,15 @@ def convert(
         size does not fit.
     """
     config = _infer_config(state, layout, image_size=image_size, pixel_range=pixel_range)
-    path_of = {name: path for path, name in names(config, layout).items()}
     kept = {name: array for name, array in state.items() if not _IGNORED.fullmatch(name)}
-    if missing := sorted(path_of.keys() - kept.keys()):
-        raise UserError(
-            f"expected a whole VQGAN in {layout}'s names, but {missing[0]} is missing"
-            + (f", with {len(missing) - 1} others" if missing[1:] else "")
-            + ": fetch the file again"
-        )
-    if surplus := sorted(kept.keys() - path_of.keys()):
-        raise UserError(
-            f"expected the state dict of a VQGAN alone in {layout}'s names, got {surplus[0]} too: remove what is not it"
-        )
-    params = weights.renamed(kept, path_of.__getitem__)
-    model_dir.check_params(params, model(config).abstract, where="the state dict")
+    what = f"a whole VQGAN in {layout}'s names"
+    params = weights.renamed(kept, names(config, layout), model(config).abstract, what=what)
     return config, params
 
 
 def names(config: VQConfig, layout: str) -> dict[tuple[str, ...], str]:
     """Every parameter of a VQGAN of these sizes: its path -> its name in a layout."""
-    leaves = jax.tree_util.tree_leaves_with_path(model(config).abstract)
-    paths = [tuple(str(key.key) for key in path) for path, _ in leaves]
-    return {path: _name(".".join(path), config, layout) for path in paths}
+    return {path: _name(".".join(path), config, layout) for path in weights.leaves(model(config).abstract)}
 
 
 def _name(path: str, config: VQConfig, layout: str) -> str:
@@ -99,7 +82,7 @@ def _name(path: str, config: VQConfig, layout: str) -> str:
     return path
 
 
-def _infer_config(state: Mapping[str, np.ndarray], layout: str, **given) -> VQConfig:
+def _infer_config(state: State, layout: str, **given) -> VQConfig:
     place, block = ("down", "block") if layout == "taming" else ("conv_blocks", "res")
     found = [re.match(rf"encoder\.{place}\.(\d+)\.{block}\.(\d+)\.", name) for name in state]
     blocks = [tuple(map(int, match.groups())) for match in found if match]

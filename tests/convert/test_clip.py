@@ -10,7 +10,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from dalle_jax import model_dir
 from dalle_jax.cli import main
@@ -195,10 +195,15 @@ def test_a_tokenizer_of_another_size_is_refused(golden, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "ViT-B-32.pt"])
-def test_pickled_files_are_refused(name, tmp_path, capsys):
-    (tmp_path / name).write_bytes(b"\x80\x04.")
-    assert convert_folder(tmp_path / name, tmp_path / "out") == 2 and "can run any code" in capsys.readouterr().err
+def test_pickled_weights_give_the_same_folder(golden, tmp_path):
+    torch = pytest.importorskip("torch", reason="writing a .bin takes PyTorch: pip install torch")
+    folder = folder_of(golden, tmp_path / "hf")
+    assert convert_folder(folder, tmp_path / "out") == 0
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, folder / "pytorch_model.bin")
+    assert convert_folder(folder, tmp_path / "other") == 0
+    assert model_dir.load(tmp_path / "out").digest == model_dir.load(tmp_path / "other").digest
 
 
 @pytest.mark.parametrize(

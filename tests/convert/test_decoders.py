@@ -136,11 +136,12 @@ def test_a_malevich_is_known_by_its_mask():
     [
         (lambda s: s.pop("ln_f.bias"), "but ln_f.bias is missing"),
         (lambda s: s.pop("blocks.1.mlp.0.weight"), "blocks.1.mlp.0.weight is missing"),
-        (lambda s: s.update({"sos": s["ln_f.bias"]}), "got sos too"),
+        (lambda s: s.update({"sos": s["ln_f.bias"]}), "sos is there too: remove"),
         (
             lambda s: s.update({"blocks.0.mlp.0.bias": s["ln_f.bias"]}),
-            "expected 128 numbers in blocks.0.mlp.0.bias, as in the other layers, got 32",
+            r"blocks.0.mlp.0.bias of shape \(128,\), got \(32,\)",
         ),
+        (lambda s: s.update({"blocks.1.mlp.0.weight": s["blocks.1.mlp.0.weight"].T}), r"\(128, 32\), got \(32, 128\)"),
         (lambda s: s.update({"ln_f.bias": s["ln_f.bias"] * np.nan}), "finite weights"),
     ],
 )

@@ -149,10 +149,13 @@ def test_safetensors_through_the_command(golden, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda e, d: d.pop("blocks.group_2.block_1.id_path.w"), "group_2_block_1/skip/weight"),
+        (lambda e, d: d.pop("blocks.group_2.block_1.id_path.w"), "decoder.blocks.group_2.block_1.id_path.w is missing"),
         (lambda e, d: d.update({"blocks.extra.w": np.zeros(3)}), "extra"),
         (lambda e, d: d.update({"blocks.output.conv.w.x": np.zeros(3)}), "conv.w.x"),
-        (lambda e, d: e.update({"blocks.output.conv.b": np.zeros(7)}), "head/bias"),
+        (
+            lambda e, d: e.update({"blocks.output.conv.b": np.zeros(7)}),
+            r"encoder.blocks.output.conv.b of shape \(24,\), got \(7,\)",
+        ),
         (lambda e, d: e.pop("blocks.input.w"), "blocks.input.w"),
         (lambda e, d: e.clear(), "blocks"),
         (lambda e, d: e.update({"blocks.output.conv.b": np.full(24, np.nan)}), "expected finite weights"),

@@ -5,6 +5,7 @@ With PyTorch and taming-transformers installed (`taming-transformers-rom1504`, i
 compared too, also of a Gumbel VQGAN.
 """
 
+import argparse
 import re
 
 import jax
@@ -190,12 +191,16 @@ def test_what_only_training_needs_is_left_out():
     ("damage", "message"),
     [
         (lambda s: s.pop("decoder.up.1.block.1.conv2.bias"), "decoder.up.1.block.1.conv2.bias is missing: fetch"),
-        (lambda s: [s.pop(n) for n in list(s) if n.startswith("decoder.up.0")], "with 17 others"),
+        (lambda s: [s.pop(n) for n in list(s) if n.startswith("decoder.up.0")], "and 17 more are missing"),
         (lambda s: s.pop("encoder.conv_in.weight"), "'encoder.conv_in.weight' is missing"),
         (lambda s: s.pop("quantize.embedding.weight"), "'quantize.embedding.weight' is missing"),
         (lambda s: s.clear(), "encoder.down.0.block.0.conv1.weight"),
-        (lambda s: s.update({"first_stage.x": np.zeros(3)}), "first_stage.x too: remove"),
-        (lambda s: s.update({"quant_conv.bias": np.zeros(7)}), "quant_conv/bias"),
+        (lambda s: s.update({"first_stage.x": np.zeros(3)}), "first_stage.x is there too: remove"),
+        (lambda s: s.update({"quant_conv.bias": np.zeros(7)}), r"quant_conv.bias of shape \(16,\), got \(7,\)"),
+        (
+            lambda s: s.update({"decoder.conv_in.weight": s["decoder.conv_in.weight"].swapaxes(0, 1)}),
+            r"decoder.conv_in.weight of shape \(64, 16, 3, 3\), got \(16, 64, 3, 3\)",
+        ),
         (lambda s: s.update({"quant_conv.bias": np.full(16, np.nan)}), "expected finite weights"),
         (lambda s: s.update({"encoder.conv_in.weight": np.zeros((24, 3, 3, 3))}), "do not make a VQGAN"),
     ],
@@ -232,13 +237,29 @@ def test_a_file_through_the_command(family, layout, tmp_path, capsys):
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "module"])
 def test_a_checkpoint_of_a_training_has_the_state_dict_inside(key, tmp_path):
-    torch = pytest.importorskip("torch", reason="reading a .ckpt takes PyTorch: pip install 'dalle-jax[convert]'")
+    torch = pytest.importorskip("torch", reason="writing a .ckpt takes PyTorch: pip install torch")
     tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
     torch.save({key: tensors, "epoch": 3, "optimizer": {"state": {0: torch.ones(1)}}}, tmp_path / "last.ckpt")
-    assert {name: array.tolist() for name, array in weights.read(tmp_path / "last.ckpt").items()} == {
+    assert {name: np.asarray(array).tolist() for name, array in weights.read(tmp_path / "last.ckpt").items()} == {
         "a": [1, 1],
         "b": [0, 0, 0],
     }
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_pickled_checkpoint_gives_the_same_folder(archive, tmp_path):
+    torch = pytest.importorskip("torch", reason="writing a .ckpt takes PyTorch: pip install torch")
+    state = state_of("taming")[1]
+    save_file(state, tmp_path / "vq.safetensors")
+    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+    extras = {"epoch": 3, "hyper_parameters": argparse.Namespace(lr=1.0)}
+    torch.save({"state_dict": tensors, **extras}, tmp_path / "vq.ckpt", _use_new_zipfile_serialization=archive)
+    digests = []
+    for file in ("vq.safetensors", "vq.ckpt"):
+        words = ["convert", "taming", f"{tmp_path}/{file}", f"--out={tmp_path}/{file}.out", f"--image-size={SIDE}"]
+        assert main.main(words) == 0
+        digests.append(model_dir.load(tmp_path / f"{file}.out").digest)
+    assert digests[0] == digests[1]
 
 
 def original(sizes: dict, *, quantizer: str, seed: int = 0):
