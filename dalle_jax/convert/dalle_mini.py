@@ -7,6 +7,7 @@ stored, those before a matrix in Flax's files, have scales of ones.
 import re
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from dalle_jax.convert import weights
 from dalle_jax.convert.stored import Array, State
@@ -79,20 +80,17 @@ def convert(
     paths, leaves = names(config), weights.leaves(model(config).abstract)
     shapes = {name: _shape(path, leaves[path].shape, config) for path, theirs in paths.items() for name in theirs}
     weights.check_names(arrays, shapes, what=f"a whole DALL-E mini in {layout}'s names")
-    params: Params = {}
+    params = {}
     for path, theirs in paths.items():
-        *keys, last = path
-        node = params
-        for key in keys:
-            node = node.setdefault(key, {})
+        last = path[-1]
         if "blocks" in path:
             parts, matrix = _parts(last), last in _MATRICES
             layers = [theirs[i : i + parts] for i in range(0, len(theirs), parts)]
             array = weights.stacked(arrays, layers, leaves[path].shape[1:], matrix=matrix)
         else:
             array = weights.finite(theirs[0], arrays.pop(theirs[0]))
-        node[last] = np.ascontiguousarray(array.T if last == "head" else array, np.float32)
-    return config, params
+        params[path] = np.ascontiguousarray(array.T if last == "head" else array, np.float32)
+    return config, unflatten_dict(params)
 
 
 def names(config: Seq2SeqConfig) -> dict[tuple[str, ...], tuple[str, ...]]:

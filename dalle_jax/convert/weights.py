@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from dalle_jax.convert import flax_files, safetensors_files, torch_files
 from dalle_jax.convert.stored import Array, State, reading
@@ -142,15 +143,11 @@ def renamed(state: State, names: Mapping[tuple[str, ...], str], abstract: Params
     """
     shapes = {names[path]: _stored_shape(leaf.shape) for path, leaf in leaves(abstract).items()}
     check_names(state, shapes, what=what)
-    params: Params = {}
+    found = {}
     for path, name in names.items():
-        *keys, last = path
-        node = params
-        for key in keys:
-            node = node.setdefault(key, {})
         array = finite(name, np.asarray(state[name], np.float32))
-        node[last] = np.ascontiguousarray(array.transpose(2, 3, 1, 0)) if array.ndim == 4 else array
-    return params
+        found[path] = np.ascontiguousarray(array.transpose(2, 3, 1, 0)) if array.ndim == 4 else array
+    return unflatten_dict(found)
 
 
 def _stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
