@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 
-from tests import vq_mutations
+from tests import diffusion_mutations, vq_mutations
 from tests.support import ROOT
 
 WORKERS = 2
@@ -322,6 +322,7 @@ MUTATIONS = [
     ]),
     ("dalle_jax/cli/tokenizer.py", PAPER, [("default=16_384", "default=8_192")]),
     *vq_mutations.ROWS,
+    *diffusion_mutations.ROWS,
 ]  # fmt: skip
 
 

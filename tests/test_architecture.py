@@ -16,7 +16,7 @@ PACKAGE = ROOT / "dalle_jax"
 # Lowest first. A unit imports only from levels below its own; units of one level never see each other.
 LEVELS = (
     {"errors", "files"},
-    {"pixels", "attention_pattern", "layout", "pictures"},
+    {"pixels", "attention_pattern", "layout", "diffusion", "pictures"},
     {"config", "text", "sharding", "distributed", "signals"},
     {"checkpoint", "mesh"},
     {"models", "data"},
@@ -170,7 +170,7 @@ def test_libraries_stay_where_they_belong(path):
         assert unit in ONLY_IN.get(library, {unit}), f"line {line}: {unit} imports {library}"
 
 
-@pytest.mark.parametrize("unit", ["errors", "pixels", "attention_pattern", "layout"])
+@pytest.mark.parametrize("unit", ["errors", "pixels", "attention_pattern", "layout", "diffusion"])
 def test_facts_need_numpy_at_most(unit):
     libraries = {name.partition(".")[0] for name, _ in imported(parse(PACKAGE / f"{unit}.py"))}
     assert libraries <= {
@@ -181,6 +181,7 @@ def test_facts_need_numpy_at_most(unit):
         "functools",
         "math",
         "numbers",
+        "re",
         "sys",
         "typing",
         "dalle_jax",
